@@ -1,0 +1,40 @@
+"""Fused Triton kernels for LLM reinforcement learning: DRPO and the losses it is measured against, in 6F and without the logits."""
+
+from drpo_kernels.aggregation import TokenCoefficients
+from drpo_kernels.logprobs import linear_token_logprobs, token_logprobs
+from drpo_kernels.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    GSPO,
+    PPO,
+    SPO,
+    Objective,
+    PolicyGradient,
+    register_objective,
+)
+from drpo_kernels.policy_loss import PolicyLossOutput, drpo_loss, linear_drpo_loss, linear_policy_loss, policy_loss
+from drpo_kernels.tokens import Tokens
+from drpo_kernels.version import __version__
+
+__all__ = [
+    "CISPO",
+    "DPPO",
+    "DRPO",
+    "GSPO",
+    "PPO",
+    "SPO",
+    "Objective",
+    "PolicyGradient",
+    "PolicyLossOutput",
+    "TokenCoefficients",
+    "Tokens",
+    "__version__",
+    "drpo_loss",
+    "linear_drpo_loss",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "policy_loss",
+    "register_objective",
+    "token_logprobs",
+]

@@ -1,0 +1,51 @@
+"""Aggregations are coefficients: every reduction is loss = Σ_t c_t ℓ_t with c_t known from the mask before the forward pass."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.tokens import Sequences
+
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+class TokenCoefficients(NamedTuple):
+    """Per-token coefficients of the terms, each shaped like targets, for callers with their own aggregation.
+
+    loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t]; `kl` and `entropy` default to
+    `policy`. Masked tokens do not count whatever their coefficient.
+    """
+
+    policy: Tensor
+    kl: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def reduction_coefficients(
+    reduction: str,
+    valid: Tensor,
+    sequences: Sequences | None,
+    normalizer: float | Tensor | None,
+    horizon: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """c [N] of a named reduction; `valid` is bool [N]. Empty sequences do not count; with no valid token all c are 0.
+
+    `normalizer` replaces the count (of tokens, or of non-empty sequences); "token-sum" is divided by it.
+    """
+    ones = valid.to(dtype)
+    if reduction == "token-mean":
+        return ones / (_count(valid, dtype) if normalizer is None else normalizer)
+    if reduction == "token-sum":
+        return ones if normalizer is None else ones / normalizer
+    lengths = sequences.sum(valid.to(torch.int64))
+    count = _count(lengths > 0, dtype) if normalizer is None else normalizer
+    if reduction == "seq-mean-token-mean":
+        return ones / (sequences.expand(lengths.clamp(min=1)).to(dtype) * count)
+    return ones / (count * (horizon if reduction == "seq-mean-token-sum-norm" else 1))
+
+
+def _count(flags: Tensor, dtype: torch.dtype) -> Tensor:
+    # counted in integers: exact beyond 2^24 tokens, and the same on every device
+    return flags.sum().clamp(min=1).to(dtype)

@@ -1,0 +1,60 @@
+"""Backends: who runs the row operations, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from drpo_kernels.backends.rows import RowOps
+from drpo_kernels.triton_support import HAS_TRITON, INTERPRETING
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend a call runs on, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run here, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32 and the inputs are float64"
+    if device.type == "cuda":
+        return "TRITON_INTERPRET=1 runs kernels on CPU tensors only" if INTERPRETING else None
+    if device.type == "cpu":
+        return None if INTERPRETING else "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
+    return f"the Triton kernels do not support device type {device.type!r}"
+
+
+def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """The backend for tensors on `device` of compute dtype `dtype`.
+
+    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere. An explicit request is honoured or refused, never replaced.
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
+    """
+    device = torch.device(device)
+    if requested is None:
+        obstacle = _triton_obstacle(device, dtype)
+        if device.type == "cuda" and obstacle is None:
+            return BackendChoice("triton", f"Triton is available for {device.type} tensors")
+        return BackendChoice("torch", "chunked PyTorch is the default on a CPU" if device.type == "cpu" else obstacle)
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
+    if requested == "triton" and (obstacle := _triton_obstacle(device, dtype)):
+        raise RuntimeError(f"backend='triton' cannot run: {obstacle}")
+    return BackendChoice(requested, "requested")
+
+
+def row_ops(name: str) -> RowOps:
+    if name == "triton":
+        from drpo_kernels.backends.triton.launch import TritonRows
+
+        return TritonRows()
+    from drpo_kernels.backends.torch_rows import TorchRows
+
+    return TorchRows()

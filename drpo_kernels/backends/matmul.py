@@ -1,0 +1,99 @@
+"""The three matrix products of the head, with float32 accumulation and without ever copying the whole weight.
+
+On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsewhere 16-bit operands are upcast one block of the
+vocabulary at a time, as are float32 master weights under autocast.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# float32 entries of the weight that are cast at a time: 8 MiB
+CAST_BLOCK = 1 << 21
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 products are float32: no TF32 on CUDA, no bf16 in oneDNN, whatever the process has set; restored on exit."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        backends[1] = torch.backends.mkldnn.matmul
+        name, exact = "fp32_precision", "ieee"
+    else:
+        backends, name, exact = backends[:1], "allow_tf32", False
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, exact)
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b; a float32 `out` of 16-bit operands is accumulated and written in float32."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if accumulate:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class HeadMatmul:
+    """Products with the head's weight [V, H].
+
+    compute_dtype  what the operands are rounded to (autocast's dtype, or the inputs' own)
+    operand_dtype  what is multiplied: `compute_dtype` where the hardware accumulates it in float32, else float32
+    accumulator    float32, or float64 for float64 inputs
+    """
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
+        self.weight = weight
+        self.compute_dtype = compute_dtype
+        self.accumulator = torch.float64 if compute_dtype == torch.float64 else torch.float32
+        on_tensor_cores = weight.device.type == "cuda"
+        self.operand_dtype = compute_dtype if on_tensor_cores else self.accumulator
+
+    @property
+    def casts(self) -> bool:
+        return self.weight.dtype != self.operand_dtype
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x.to(self.compute_dtype).to(self.operand_dtype)
+
+    def _blocks(self, always: bool = False) -> Iterator[slice]:
+        """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed."""
+        vocab, width = self.weight.shape
+        step = max(CAST_BLOCK // max(width, 1), 1) if self.casts or always else max(vocab, 1)
+        return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
+        direct = out.dtype in (self.accumulator, self.operand_dtype)
+        for block in self._blocks():
+            operand = self.operand(self.weight[block]).T
+            if direct:
+                product(hidden, operand, out[:, block])
+            else:
+                out[:, block] = hidden @ operand
+        return out
+
+    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
+        """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
+        out = torch.zeros(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+        for i, block in enumerate(self._blocks()):
+            product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
+        return out
+
+    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
+        """out [V, H] += undo · dlogits.T @ hidden, or = for the first chunk; `undo` is a 0-d factor or None for 1."""
+        if undo is None:
+            product(dlogits.T, hidden, out, accumulate=not first)
+            return
+        for block in self._blocks(always=True):
+            part = torch.empty(out[block].shape, dtype=out.dtype, device=out.device)
+            product(dlogits[:, block].T, hidden, part)
+            torch.mul(part, undo, out=out[block]) if first else out[block].addcmul_(part, undo)

@@ -1,0 +1,42 @@
+"""How many rows a chunk holds: a pure function of the problem's size and the workspace."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+MIB = 1 << 20
+# enough rows to keep the GEMMs near their peak at V ~ 150k, little enough to be forgotten beside the model
+DEFAULT_WORKSPACE = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
+# a GEMM tile: full tiles waste nothing
+ROW_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Consecutive chunks of `chunk_rows` rows; `retain` keeps every row's dlogits for a single dW product at the end."""
+
+    rows: int
+    chunk_rows: int
+    retain: bool = False
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(s, min(s + self.chunk_rows, self.rows)) for s in range(0, self.rows, self.chunk_rows))
+
+
+def plan_chunks(rows: int, vocab: int, bytes_per_logit: int, workspace_bytes: int) -> ChunkPlan:
+    """The fewest equal chunks whose logits fit the workspace; one row at least."""
+    fitting = max(workspace_bytes // max(vocab * bytes_per_logit, 1), 1)
+    chunks = max(-(-rows // fitting), 1)
+    even = -(-rows // chunks)
+    rounded = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
+    return ChunkPlan(rows, max(rounded if rounded <= fitting else even, 1))
+
+
+def retain_dlogits(rows: int, hidden: int) -> bool:
+    """Whether one dW product over retained bf16 dlogits (2·T·V bytes) beats re-reading a float32 dW (4·V·H bytes) per chunk."""
+    return rows <= 2 * hidden
+
+
+def workspace_bytes(device: torch.device, requested: int | None) -> int:
+    return requested if requested is not None else DEFAULT_WORKSPACE.get(device.type, 256 * MIB)

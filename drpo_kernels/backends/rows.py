@@ -1,0 +1,148 @@
+"""The contract between the sweeps and a backend's row operations: what a row carries in, what it gives back, and who computes it.
+
+A *row* is one token's logits [V]. Everything per row travels in three packed tensors, so that a kernel takes three pointers, not twenty.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.objectives import Objective
+from drpo_kernels.tokens import Tokens
+
+
+class Row(IntEnum):
+    """Inputs, packed [len(Row), N] in the statistics dtype."""
+
+    OLD_LOGPROB = 0  # NaN means on-policy: the row's own detached logprob
+    ADVANTAGE = 1
+    POLICY = 2  # coefficient of the policy term, token weight included
+    KL = 3  # coefficient of the KL term, kl_coef included
+    ENTROPY = 4  # coefficient of the entropy bonus, entropy_coef included
+    REF_LOGPROB = 5
+    INV_TEMPERATURE = 6
+    KIND = 7  # a RowKind
+
+
+class RowKind(IntEnum):
+    SKIPPED = 0  # reports zeros, gradient zero
+    FORWARD = 1  # statistics only, gradient zero
+    ACTIVE = 2
+
+
+class Stat(IntEnum):
+    """Statistics of a row's transformed logits z, packed [len(Stat), N]."""
+
+    LOGPROB = 0
+    ENTROPY = 1
+    MAX = 2  # max z
+    SUM = 3  # Σ exp(z - max)
+    MISS = 4  # 1 - p_y, summed over the other tokens and so exact when p_y is close to 1
+
+
+class Outcome(IntEnum):
+    """What the policy loss reports of a row, packed [len(Outcome), N]."""
+
+    LOGPROB = 0
+    ENTROPY = 1
+    LOSS = 2  # the row's share of the total loss, coefficients included
+    SLOPE = 3  # dℓ/dlogπ of the policy term alone, without its coefficient
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How raw logits x become z = softcap(logit_scale · (x + bias)) / temperature, softcap(u) = cap · tanh(u / cap)."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss is made of, beyond its coefficients."""
+
+    objective: Objective
+    kl_estimator: str | None = None
+    entropy_bonus: bool = False
+
+
+class RowOps(Protocol):
+    """A backend. `logits` is [N, V] with unit stride along V; statistics are float32, or float64 for float64 logits.
+
+    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are set to zero.
+    """
+
+    def statistics(
+        self, logits: Tensor, targets: Tensor, rows: Tensor, transform: Transform, bias: Tensor | None
+    ) -> Tensor:
+        """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+
+    def write_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        statistics: Tensor,
+        slopes: Tensor,
+        transform: Transform,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """out = the gradient with respect to the raw logits of Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [2, N]."""
+
+    def fuses(self, terms: Terms) -> bool:
+        """Whether `policy` exists for these terms."""
+
+    def policy(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        terms: Terms,
+        transform: Transform,
+        bias: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N]."""
+
+
+def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """The loss on [N] log-probs through PyTorch's autograd: -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
+        policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))
+        slope = _derivative(policy, logprobs)
+        loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
+        if terms.kl_estimator is not None:
+            kl = KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
+            has_kl = rows[Row.KL] != 0
+            loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
+            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * _derivative(kl, logprobs), 0)
+    slopes = [total_slope]
+    if terms.entropy_bonus:
+        loss = loss - rows[Row.ENTROPY] * entropy
+        slopes.append(-rows[Row.ENTROPY])
+    return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
+
+
+def _derivative(values: Tensor, logprobs: Tensor) -> Tensor:
+    if not values.requires_grad:  # a user's objective may be constant in logprobs
+        return torch.zeros_like(logprobs)
+    return torch.autograd.grad(values.sum(), logprobs, allow_unused=True, materialize_grads=True)[0]
+
+
+def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, 1 / scale), 0-d: the power of two that brings the largest possible |dlogits| to about 2^14.
+
+    float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late.
+    """
+    # |dlogits| <= |slope| + |entropy slope| · max p|log p + H|, the latter below max(H, 1/e) < 16 for any vocabulary under e^16
+    bound = slopes[0].abs() + (16 * slopes[1].abs() if slopes.shape[0] > 1 else 0)
+    bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
+    scale = torch.exp2(14 - bound.log2().ceil())
+    return scale, 1 / scale

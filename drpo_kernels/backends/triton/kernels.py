@@ -1,0 +1,208 @@
+"""Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it.
+
+For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32):
+    z = softcap(scale · (x + bias)) / temperature                 softcap(u) = cap · tanh(u / cap)
+    q_j = z_j - max z,   Σ = Σ_j exp(q_j),   logp = q_y - log Σ,   H = log Σ - Σ_j exp(q_j) q_j / Σ
+    dx_j = chain_j · (slope · (onehot_y - p)_j - slope_H · p_j (log p_j + H))
+The sum runs over the tokens other than the target, which gives 1 - p_y = others / Σ and logp = -log1p(others) without cancellation.
+The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
+"""
+
+from drpo_kernels.tokens import expm1, log1p
+from drpo_kernels.triton_support import jit, tl
+
+
+@jit
+def transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """-> (z, dz/dx)."""
+    if HAS_BIAS:
+        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    u = x * scale
+    if HAS_SOFTCAP:
+        # tanh(|v|) = -expm1(-2|v|) / (1 + exp(-2|v|)), without cancellation near 0
+        v = u / softcap
+        decay = expm1(-2 * tl.abs(v))
+        tanh = tl.where(v < 0, decay, -decay) / (2 + decay)
+        return tanh * (softcap * inv_temperature), (1 - tanh * tanh) * (scale * inv_temperature)
+    else:
+        return u * inv_temperature, scale * inv_temperature
+
+
+@jit
+def reduce_row(
+    row, column_stride, bias, target, vocab, scale, softcap, inv_temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One read of the row -> (logp, H, max z, Σ, 1 - p_y). Each lane keeps a running maximum: one exp per element, no barrier per block."""
+    lowest = -1.0e30  # finite, so that a lane that has seen only banned logits stays free of inf - inf
+    lanes = tl.arange(0, BLOCK)
+    lane_max = tl.full([BLOCK], lowest, tl.float32)
+    lane_sum = tl.zeros([BLOCK], tl.float32)
+    lane_moment = tl.zeros([BLOCK], tl.float32)  # Σ exp(z - lane_max) (z - lane_max)
+    for start in range(0, vocab, BLOCK):
+        cols = start + lanes
+        inside = cols < vocab
+        x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
+        z, _ = transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = tl.where((z < lowest) | (cols == target) | (cols >= vocab), lowest, z)  # a NaN passes
+        step = z - lane_max
+        decay = tl.exp(-tl.abs(step))
+        rises = step > 0
+        lane_moment = tl.where(rises, (lane_moment - lane_sum * step) * decay, lane_moment + decay * step)
+        lane_sum = tl.where(rises, lane_sum * decay + 1, lane_sum + decay)
+        lane_max = tl.where(rises, z, lane_max)
+
+    in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
+    x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
+    z_y, _ = transform(x_y, bias, target, in_range, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    row_max = tl.maximum(tl.max(lane_max, 0), z_y)
+    row_max = tl.where(row_max > lowest, row_max, float("nan"))  # every token banned
+    fade = tl.exp(lane_max - row_max)
+    others = tl.sum(lane_sum * fade, 0)
+    q_y = z_y - row_max
+    e_y = tl.exp(q_y)
+    total = others + e_y
+    log_total = tl.where(q_y == 0, log1p(others), tl.log(total))
+    moment = tl.sum((lane_moment + lane_sum * (lane_max - row_max)) * fade, 0) + e_y * tl.maximum(q_y, lowest)
+    return q_y - log_total, tl.maximum(log_total - moment / total, 0.0), row_max, total, others / total
+
+
+@jit
+def write_gradient(
+    row, column_stride, out, bias, target, vocab, padded, scale, softcap, inv_temperature,
+    logp, entropy, row_max, total, miss, slope, entropy_slope,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second read and the only write: out may be the row itself where element sizes agree."""
+    lowest = -1.0e30
+    lanes = tl.arange(0, BLOCK)
+    inv_total = 1 / total
+    log_total = tl.log(total)
+    at_target = slope * miss
+    if HAS_ENTROPY:
+        at_target -= entropy_slope * tl.exp(logp) * (tl.maximum(logp, lowest) + entropy)
+    for start in range(0, padded, BLOCK):
+        cols = start + lanes
+        inside = cols < vocab
+        x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
+        z, chain = transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        q = z - row_max
+        p = tl.exp(q) * inv_total
+        gradient = -slope * p
+        if HAS_ENTROPY:
+            gradient -= entropy_slope * p * (tl.maximum(q, lowest) - log_total + entropy)
+        gradient = tl.where(cols == target, at_target, gradient) * chain
+        tl.store(out + cols, tl.where(inside, gradient, 0.0).to(out.dtype.element_ty), mask=cols < padded)
+
+
+@jit
+def write_zeros(out, padded, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, padded, BLOCK):
+        cols = start + lanes
+        tl.store(out + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < padded)
+
+
+@jit
+def statistics_kernel(
+    logits, row_stride, column_stride, bias, targets, rows, rows_stride, statistics, statistics_stride,
+    vocab, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logits [N, V] -> statistics [5, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
+    t = tl.program_id(0).to(tl.int64)
+    statistics += t
+    if tl.load(rows + 7 * rows_stride + t) < 1:
+        for field in tl.static_range(5):
+            tl.store(statistics + field * statistics_stride, 0.0)
+    else:
+        logp, entropy, row_max, total, miss = reduce_row(
+            logits + t * row_stride, column_stride, bias, tl.load(targets + t), vocab, scale, softcap,
+            tl.load(rows + 6 * rows_stride + t), HAS_BIAS, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+        tl.store(statistics, logp)
+        tl.store(statistics + statistics_stride, entropy)
+        tl.store(statistics + 2 * statistics_stride, row_max)
+        tl.store(statistics + 3 * statistics_stride, total)
+        tl.store(statistics + 4 * statistics_stride, miss)
+
+
+@jit
+def gradient_kernel(
+    logits, row_stride, column_stride, out, out_stride, bias, targets, rows, rows_stride,
+    statistics, statistics_stride, slopes, slopes_stride, vocab, padded, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logits [N, V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded] in its own dtype; zeros where a row is not ACTIVE."""
+    t = tl.program_id(0).to(tl.int64)
+    if tl.load(rows + 7 * rows_stride + t) < 2:
+        write_zeros(out + t * out_stride, padded, BLOCK)
+    else:
+        statistics += t
+        entropy_slope = 0.0
+        if HAS_ENTROPY:
+            entropy_slope = tl.load(slopes + slopes_stride + t)
+        write_gradient(
+            logits + t * row_stride, column_stride, out + t * out_stride, bias, tl.load(targets + t), vocab, padded,
+            scale, softcap, tl.load(rows + 6 * rows_stride + t),
+            tl.load(statistics), tl.load(statistics + statistics_stride), tl.load(statistics + 2 * statistics_stride),
+            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
+            tl.load(slopes + t), entropy_slope, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+        )  # fmt: skip
+
+
+@jit
+def policy_kernel(
+    logits, row_stride, column_stride, out, out_stride, bias, targets, rows, rows_stride, outcome, outcome_stride,
+    hyper, vocab, padded, scale, softcap,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] fp32 (`Outcome`) and, with WRITE, out [N, padded].
+
+    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ) are the twins; KL may be None.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    rows += t
+    outcome += t
+    kind = tl.load(rows + 7 * rows_stride)
+    if kind < 1:
+        for field in tl.static_range(4):
+            tl.store(outcome + field * outcome_stride, 0.0)
+        if WRITE:
+            write_zeros(out + t * out_stride, padded, BLOCK)
+    else:
+        target = tl.load(targets + t)
+        inv_temperature = tl.load(rows + 6 * rows_stride)
+        logp, entropy, row_max, total, miss = reduce_row(
+            logits + t * row_stride, column_stride, bias, target, vocab, scale, softcap, inv_temperature,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+        old = tl.load(rows)
+        old = tl.where(old != old, logp, old)  # NaN: on-policy
+        coefficient = tl.load(rows + 2 * rows_stride)
+        policy_loss, policy_slope = OBJECTIVE(logp, old, tl.load(rows + rows_stride), hyper)
+        loss = coefficient * policy_loss
+        slope = coefficient * policy_slope
+        if KL is not None:
+            kl_coefficient = tl.load(rows + 3 * rows_stride)
+            kl, kl_slope = KL(logp, tl.load(rows + 5 * rows_stride))
+            loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
+            slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
+        entropy_slope = 0.0
+        if HAS_ENTROPY:
+            entropy_slope = -tl.load(rows + 4 * rows_stride)
+            loss += entropy_slope * entropy
+        tl.store(outcome, logp)
+        tl.store(outcome + outcome_stride, entropy)
+        tl.store(outcome + 2 * outcome_stride, loss)
+        tl.store(outcome + 3 * outcome_stride, policy_slope)
+        if WRITE:
+            if kind < 2:
+                write_zeros(out + t * out_stride, padded, BLOCK)
+            else:
+                write_gradient(
+                    logits + t * row_stride, column_stride, out + t * out_stride, bias, target, vocab, padded,
+                    scale, softcap, inv_temperature, logp, entropy, row_max, total, miss, slope, entropy_slope,
+                    HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+                )  # fmt: skip

@@ -1,0 +1,232 @@
+"""From what a caller passes to what the sweeps take: flattened rows, packed per-row inputs, and where the logits come from."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from drpo_kernels import validation
+from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
+from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss, Spec
+from drpo_kernels.backends import choose_backend
+from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform
+from drpo_kernels.backends.sweep import Execution
+from drpo_kernels.options import LogprobOptions, PolicyOptions
+from drpo_kernels.tokens import Sequences
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast casts matrix products to on this device, or None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class LinearSource:
+    """Logits as hidden [..., H] @ weight [V, H].T + bias."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        autocast = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
+        validation.check_head(hidden, weight, bias, autocast)
+        self.tensor, self.weight, self.bias = hidden, weight, bias
+        self.lead, self.vocab = hidden.shape[:-1], weight.shape[0]
+        self.compute_dtype = autocast if autocast and hidden.dtype != torch.float64 else hidden.dtype
+        with_gradient = torch.is_grad_enabled()
+        self.wanted = [with_gradient and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+
+    @property
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.tensor.reshape(-1, self.tensor.shape[-1]), self.weight, self.bias
+
+    def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        return LinearPolicyLoss.apply(*self._inputs, targets, rows, spec, self.wanted)
+
+    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        return LinearLogprobs.apply(*self._inputs, targets, rows, spec, self.wanted)
+
+    def selected_logits(self, selected: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        """The naive logits of the selected rows (bool [N]), for the reference."""
+        from drpo_kernels.reference import head_logits
+
+        hidden, weight, bias = self._inputs
+        if self.compute_dtype != hidden.dtype or self.compute_dtype != weight.dtype:
+            hidden, weight = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
+        return head_logits(hidden[selected], weight[:vocab], None if bias is None else bias[:vocab], dtype)
+
+
+class ReadySource:
+    """Logits [..., V] that exist already."""
+
+    def __init__(self, logits: Tensor, inplace: bool = False):
+        validation.check_logits(logits)
+        self.tensor, self.inplace = logits, inplace
+        self.lead, self.vocab, self.compute_dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
+
+    def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
+        return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, self.inplace)
+
+    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        return ReadyLogprobs.apply(self.tensor, targets, rows, spec)
+
+    def selected_logits(self, selected: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        return self.tensor.reshape(-1, self.vocab)[selected, :vocab].to(dtype)
+
+
+Source = LinearSource | ReadySource
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A validated call: where the logits come from, which tokens they are scored on, and how."""
+
+    source: Source
+    targets: Tensor
+    mask: Tensor | None
+    options: LogprobOptions
+
+    @staticmethod
+    def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
+        validation.check_logprob_options(options, targets, source.lead, source.tensor, source.vocab)
+        validation.check_mask(mask, targets)
+        problem = Problem(source, targets, mask, options)
+        if validation.wants_values(options, targets.device):
+            validation.check_mask_values(mask)
+            validation.check_logprob_values(options, targets, problem.unmasked, problem.vocab)
+        return problem
+
+    @property
+    def vocab(self) -> int:
+        return self.options.vocab_size or self.source.vocab
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or float64 for float64 inputs: what statistics and losses are computed in."""
+        return statistics_dtype(self.source.compute_dtype)
+
+    @cached_property
+    def unmasked(self) -> Tensor:
+        """bool, shaped like targets."""
+        return torch.ones_like(self.targets, dtype=torch.bool) if self.mask is None else self.mask != 0
+
+    @cached_property
+    def backend(self) -> str:
+        return choose_backend(self.options.backend, self.source.tensor.device, self.source.compute_dtype).name
+
+    def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
+        options = self.options
+        execution = Execution(
+            self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row
+        )
+        return Spec(self.vocab, Transform(options.logit_scale, options.softcap), execution, terms)
+
+    def flat(self, values: Tensor | None, valid: Tensor, otherwise: float = 0.0) -> Tensor:
+        """Per-token values as [N] in the statistics dtype, with masked positions, which may carry anything, replaced."""
+        if values is None:
+            return torch.full(valid.shape, otherwise, dtype=self.dtype, device=valid.device)
+        return torch.where(valid, values.detach().reshape(-1).to(self.dtype), otherwise)
+
+    def inv_temperature(self, valid: Tensor) -> Tensor:
+        """1 / temperature, [N]."""
+        temperature = self.options.temperature
+        if not isinstance(temperature, Tensor):
+            return self.flat(None, valid, 1.0 / temperature)
+        return 1 / self.flat(temperature.expand(self.targets.shape), valid, 1.0)
+
+    def logprob_rows(self) -> Tensor:
+        """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
+        valid = self.unmasked.reshape(-1)
+        fields = {Row.INV_TEMPERATURE: self.inv_temperature(valid), Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE}
+        zeros = torch.zeros_like(fields[Row.KIND])
+        return torch.stack([fields.get(row, zeros) for row in Row])
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """Everything per token of a policy loss, flattened to [N] and free of what masked positions carried."""
+
+    problem: Problem
+    terms: Terms
+    rows: Tensor
+    valid: Tensor  # in the mask and scorable
+    unscorable: Tensor  # in the mask, but its old log-prob is NaN
+    sequences: Sequences | None
+
+    @property
+    def computed(self) -> Tensor:
+        return self.rows[Row.KIND] > RowKind.SKIPPED
+
+
+def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
+    """Check, flatten and pack: targets' shape -> rows [len(Row), N]."""
+    options: PolicyOptions = problem.options
+    validation.check_policy_options(options, problem.targets, old_logprobs, advantages, problem.mask)
+    shape = problem.targets.shape
+    packed = options.cu_seqlens is not None
+    sequences = Sequences(shape, options.cu_seqlens) if packed or len(shape) > 1 else None
+    if validation.wants_values(options, problem.targets.device):
+        validation.check_policy_values(options, old_logprobs, problem.unmasked)
+    advantages = _per_token(advantages, shape, sequences)
+    if validation.wants_values(options, problem.targets.device):
+        validation.check_advantage_values(advantages, problem.unmasked)
+    unmasked = problem.unmasked.reshape(-1)
+    unscorable = torch.zeros_like(unmasked) if old_logprobs is None else unmasked & old_logprobs.reshape(-1).isnan()
+    valid = unmasked & ~unscorable
+    fields = _coefficients(problem, valid, sequences)
+    fields[Row.OLD_LOGPROB] = problem.flat(old_logprobs, valid) if old_logprobs is not None else problem.flat(None, valid, torch.nan)
+    fields[Row.ADVANTAGE] = problem.flat(advantages, valid)
+    fields[Row.REF_LOGPROB] = problem.flat(options.ref_logprobs, valid)
+    fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
+    fields[Row.KIND] = _kinds(options, fields, valid, sequences).to(problem.dtype)
+    rows = torch.stack([fields[row] for row in Row])
+    terms = Terms(options.objective, options.kl_estimator if options.kl_coef else None, options.entropy_coef != 0)
+    return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)
+
+
+def _per_token(advantages: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:
+    """Advantages shaped like targets from per-token, [B], [B, 1] or packed per-sequence ones."""
+    if advantages.shape == shape:
+        return advantages
+    if sequences is not None and sequences.offsets is not None and advantages.shape == (sequences.count,):
+        return advantages[sequences.ids].reshape(shape)
+    if advantages.dim() == len(shape) - 1:
+        advantages = advantages.unsqueeze(-1)
+    return advantages.expand(shape)
+
+
+def _coefficients(problem: Problem, valid: Tensor, sequences: Sequences | None) -> dict[Row, Tensor]:
+    """Coefficients of the policy, KL and entropy terms, [N] each, 0 where masked."""
+    options: PolicyOptions = problem.options
+    if isinstance(options.reduction, TokenCoefficients):
+        policy = problem.flat(options.reduction.policy, valid)
+        kl, entropy = (policy if c is None else problem.flat(c, valid) for c in options.reduction[1:])
+    else:
+        normalizer = options.normalizer
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.detach().to(device=valid.device, dtype=problem.dtype)
+        policy = kl = entropy = reduction_coefficients(
+            options.reduction, valid, sequences, normalizer, options.horizon, problem.dtype
+        )
+    if options.token_weights is not None:
+        policy = policy * problem.flat(options.token_weights, valid)
+    return {Row.POLICY: policy, Row.KL: options.kl_coef * kl, Row.ENTROPY: options.entropy_coef * entropy}
+
+
+def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
+    """RowKind of each row, [N] int64."""
+    contributes = valid
+    if options.objective.zero_if_no_advantage and options.compact != "none":
+        needed = valid & (fields[Row.ADVANTAGE] != 0)
+        if options.objective.sequence_level:
+            # one token's advantage keeps its whole sequence: the others are in its ratio
+            needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
+        if options.kl_coef:
+            needed = needed | (fields[Row.KL] != 0)
+        if options.entropy_coef:
+            needed = needed | (fields[Row.ENTROPY] != 0)
+        contributes = valid & needed
+    floor = RowKind.FORWARD if options.compact == "mask" else RowKind.SKIPPED
+    return torch.where(contributes, int(RowKind.ACTIVE), valid.to(torch.int64) * int(floor))

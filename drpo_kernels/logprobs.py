@@ -1,0 +1,44 @@
+"""Differentiable per-token log-probs and entropy, for trainers whose loss is their own: 2F forward, 6F backward, no [T, V] logits."""
+
+from torch import Tensor
+
+from drpo_kernels.backends.rows import Row, RowKind
+from drpo_kernels.inputs import LinearSource, Problem, ReadySource, Source
+from drpo_kernels.options import LogprobOptions, takes
+from drpo_kernels.policy_loss import reference_logprobs_of
+
+
+@takes(LogprobOptions)
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable.
+
+    hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions (mask 0) may carry anything,
+    are not computed, and report 0. The logits of a chunk are recomputed in the backward, which may run more than once.
+
+    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot run.
+    """
+    return _token_logprobs(LinearSource(hidden, weight, bias), targets, mask, LogprobOptions(**options))
+
+
+@takes(LogprobOptions, omit=("workspace_bytes", "logits_dtype"))
+def token_logprobs(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    """The same from logits [..., V] of any float dtype and any strides."""
+    for name in ("workspace_bytes", "logits_dtype"):
+        if name in options:
+            raise TypeError(f"token_logprobs() got an unexpected keyword argument {name!r}: the logits exist already")
+    return _token_logprobs(ReadySource(logits), targets, mask, LogprobOptions(**options))
+
+
+def _token_logprobs(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> tuple[Tensor, Tensor]:
+    problem = Problem.checked(source, targets, mask, options)
+    rows = problem.logprob_rows()
+    if problem.backend == "reference":
+        results = reference_logprobs_of(problem, rows, rows[Row.KIND] > RowKind.SKIPPED)
+    else:
+        # without a mask every row is computed: nothing to compact, nothing to ask the device
+        results = source.logprobs(targets.reshape(-1), rows, problem.spec(every_row=mask is None))
+    return results[0].reshape(targets.shape), results[1].reshape(targets.shape)
+
+

@@ -1,0 +1,353 @@
+"""The policy objectives, each once: the formula in PyTorch and, beside it, its Triton twin returning (ℓ, dℓ/dlogπ).
+
+Notation: μ = exp(old_logprobs), π = exp(logprobs), r = exp(clamp(log π - log μ, ±20)), A the advantage, sg = stop-gradient.
+A new objective is a frozen dataclass with a `token_loss`; the twin is optional, without one the same 6F route runs through PyTorch's autograd on [N].
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.tokens import Tokens, expm1, prob_shift, ratio_terms
+from drpo_kernels.triton_support import jit, tl
+
+_REGISTRY: dict[str, type["Objective"]] = {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A per-token loss. Subclass as a frozen dataclass and write `token_loss`; that is all a new objective needs.
+
+    zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed.
+    sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute route.
+    clips                 True where tokens lose their gradient by clipping or masking (reported as `drpo/clip_share`).
+    """
+
+    zero_if_no_advantage: ClassVar[bool] = False
+    sequence_level: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        """ℓ of each token, [N], differentiable in `tokens.logprobs`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement token_loss(tokens)")
+
+    @property
+    def twin(self):
+        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None."""
+        return None
+
+    @property
+    def hyper(self) -> tuple[float, ...]:
+        """The hyper-parameters a twin reads at run time; None is passed as +inf ("no bound")."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
+
+
+def register_objective(cls: type[Objective]) -> type[Objective]:
+    """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
+
+    The class must be a frozen dataclass whose fields are numbers, None or strings. Raises ValueError if the name is taken.
+    """
+    if _REGISTRY.setdefault(cls.__name__, cls) is not cls:
+        raise ValueError(f"an objective named {cls.__name__!r} is already registered")
+    return cls
+
+
+def encode_objective(objective: Objective) -> tuple[str, list[float]]:
+    """An objective as a custom op's schema can carry it: its name with the non-number fields, and the numbers."""
+    words, numbers = [type(objective).__name__], []
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        if value is None or isinstance(value, str):
+            words.append(f"{field.name}={'' if value is None else value}")
+        else:
+            numbers.append(float(value))
+    return " ".join(words), numbers
+
+
+def decode_objective(words: str, numbers: list[float]) -> Objective:
+    """The inverse of `encode_objective`, for registered objectives."""
+    name, *pairs = words.split(" ")
+    cls = _REGISTRY[name]
+    values = {key: value or None for key, value in (pair.split("=") for pair in pairs)}
+    rest = iter(numbers)
+    return cls(**{f.name: values[f.name] if f.name in values else next(rest) for f in dataclasses.fields(cls)})
+
+
+def is_registered(objective: Objective) -> bool:
+    return _REGISTRY.get(type(objective).__name__) is type(objective)
+
+
+def _require_positive(objective: Objective, *names: str, optional: bool = False) -> None:
+    for name in names:
+        value = getattr(objective, name)
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{type(objective).__name__}: {name} must be a number, got {value!r}")
+        if not value > 0 or math.isinf(value):
+            raise ValueError(f"{type(objective).__name__}: {name} must be positive and finite, got {value}")
+
+
+# --- quadratic regularisers: DRPO, SPO --------------------------------------------------------------------------------
+
+
+@jit
+def drpo(logp, old, adv, hyper):
+    ratio, excess, slope = ratio_terms(logp, old)
+    shift = tl.exp(old) * excess
+    loss = tl.abs(adv) * shift * excess / (2 * hyper[0]) - adv * ratio
+    return loss, slope * (tl.abs(adv) * shift / hyper[0] - adv)
+
+
+@register_objective
+@dataclass(frozen=True)
+class DRPO(Objective):
+    """ℓ = -(r A - |A| μ (r - 1)² / (2δ)), so dℓ/dlogπ = -A r w with w = 1 - sign(A)(π - μ)/δ  (arXiv 2606.09821).
+
+    w is bounded in [1 - 1/δ, 1 + 1/δ], is 0 on DPPO's boundary |π - μ| = δ, and turns corrective beyond it.
+    The default δ = 12.5 is the paper's. Since |π - μ| <= 1, any δ >= 1 never reaches its boundary: 12.5 is a mild attenuation,
+    w in [0.92, 1.08]. Choose δ < 1 (DPPO uses 0.15 to 0.2) for an active boundary.
+    """
+
+    delta: float = 12.5
+    zero_if_no_advantage: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "delta")
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        penalty = tokens.advantages.abs() * tokens.old_probs * tokens.ratio_minus_one.square() / (2 * self.delta)
+        return penalty - tokens.advantages * tokens.ratio
+
+    @property
+    def twin(self):
+        return drpo
+
+
+@jit
+def spo(logp, old, adv, hyper):
+    ratio, excess, slope = ratio_terms(logp, old)
+    loss = tl.abs(adv) * excess * excess / (2 * hyper[0]) - adv * ratio
+    return loss, slope * (tl.abs(adv) * excess / hyper[0] - adv)
+
+
+@register_objective
+@dataclass(frozen=True)
+class SPO(Objective):
+    """ℓ = -(r A - |A| (r - 1)² / (2ε)), so w = 1 - sign(A)(r - 1)/ε, unbounded in r  (arXiv 2401.16025)."""
+
+    epsilon: float = 0.2
+    zero_if_no_advantage: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "epsilon")
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        penalty = tokens.advantages.abs() * tokens.ratio_minus_one.square() / (2 * self.epsilon)
+        return penalty - tokens.advantages * tokens.ratio
+
+    @property
+    def twin(self):
+        return spo
+
+
+# --- clipped surrogates: PPO, GSPO ------------------------------------------------------------------------------------
+
+
+@jit
+def ppo(logp, old, adv, hyper):
+    ratio, _, slope = ratio_terms(logp, old)
+    clipped = tl.minimum(tl.maximum(ratio, 1 - hyper[0]), 1 + hyper[1]) * adv
+    loss = -tl.minimum(ratio * adv, clipped)
+    dlogp = tl.where(ratio * adv <= clipped, -adv * slope, 0.0)
+    capped = (adv < 0) & (loss > -adv * hyper[2])
+    return tl.where(capped, -adv * hyper[2], loss), tl.where(capped, 0.0, dlogp)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+@register_objective
+@dataclass(frozen=True)
+class PPO(Objective):
+    """ℓ = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); GRPO's token loss too  (arXiv 1707.06347, 2402.03300).
+
+    `dual_clip` c > 1 bounds the loss of negative advantages by -c A (arXiv 1912.09729, as in verl).
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    zero_if_no_advantage: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "clip_low", "clip_high")
+        _require_positive(self, "dual_clip", optional=True)
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"PPO: dual_clip must be greater than 1, got {self.dual_clip}")
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        loss = clipped_surrogate(tokens.ratio, tokens.advantages, self.clip_low, self.clip_high)
+        if self.dual_clip is None:
+            return loss
+        bounded = torch.minimum(loss, -self.dual_clip * tokens.advantages)
+        return torch.where(tokens.advantages < 0, bounded, loss)
+
+    @property
+    def twin(self):
+        return ppo
+
+
+@register_objective
+@dataclass(frozen=True)
+class GSPO(Objective):
+    """PPO on the sequence ratio s = exp(mean_t Δ_t), the gradient flowing through the mean  (arXiv 2507.18071)."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    zero_if_no_advantage: ClassVar[bool] = True
+    sequence_level: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "clip_low", "clip_high")
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        lengths = tokens.sequences.sum(tokens.valid.to(tokens.logprobs.dtype)).clamp(min=1)
+        log_ratio = torch.where(tokens.valid, tokens.log_ratio, 0)
+        ratio = tokens.sequences.expand((tokens.sequences.sum(log_ratio) / lengths).exp())
+        return clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high)
+
+
+# --- score-function forms -A · sg(c) · logπ: DPPO, CISPO, PolicyGradient ------------------------------------------------
+
+
+@jit
+def _masked_score(logp, ratio, adv, divergence, low, high, cap):
+    masked = ((adv > 0) & (ratio > 1) & (divergence > high)) | ((adv < 0) & (ratio < 1) & (divergence > low))
+    dlogp = tl.where(masked, 0.0, -adv * tl.minimum(ratio, cap))
+    return dlogp * logp, dlogp
+
+
+@jit
+def dppo_tv(logp, old, adv, hyper):
+    ratio, _, _ = ratio_terms(logp, old)
+    return _masked_score(logp, ratio, adv, tl.abs(prob_shift(logp, old)), hyper[0], hyper[1], hyper[2])
+
+
+@jit
+def dppo_kl(logp, old, adv, hyper):
+    ratio, _, _ = ratio_terms(logp, old)
+    mu, miss = tl.exp(old), -expm1(old)
+    hit_term = tl.where(mu > 0, mu * (old - logp), 0.0)
+    miss_term = miss * (tl.log(miss + 1e-8) - tl.log(1e-8 - expm1(logp)))
+    return _masked_score(logp, ratio, adv, hit_term + miss_term, hyper[0], hyper[1], hyper[2])
+
+
+@register_objective
+@dataclass(frozen=True)
+class DPPO(Objective):
+    """ℓ = -A · sg(min(r, C) M) · logπ, M = 0 beyond the trust region in the harmful direction  (arXiv 2602.04879).
+
+    M = 0 where A > 0, r > 1 and D > delta_high, or A < 0, r < 1 and D > delta_low. D is |π - μ| (`divergence="tv"`) or the binary
+    KL(μ‖π) (`"kl"`), with verl's 1e-8 inside both (1 - p) logarithms.
+    """
+
+    delta_low: float = 0.15
+    delta_high: float = 0.15
+    divergence: str = "tv"
+    ratio_cap: float = 20.0
+    zero_if_no_advantage: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "delta_low", "delta_high", "ratio_cap")
+        if self.divergence not in ("tv", "kl"):
+            raise ValueError(f"DPPO: divergence must be 'tv' or 'kl', got {self.divergence!r}")
+
+    def _divergence(self, tokens: Tokens) -> Tensor:
+        if self.divergence == "tv":
+            return tokens.prob_shift.abs()
+        mu, miss = tokens.old_probs, -tokens.old_logprobs.expm1()
+        hit_term = torch.where(mu > 0, mu * (tokens.old_logprobs - tokens.logprobs), 0)
+        return hit_term + miss * ((miss + 1e-8).log() - (1e-8 - tokens.logprobs.expm1()).log())
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        adv, ratio, divergence = tokens.advantages, tokens.ratio, self._divergence(tokens)
+        too_high = (adv > 0) & (ratio > 1) & (divergence > self.delta_high)
+        too_low = (adv < 0) & (ratio < 1) & (divergence > self.delta_low)
+        weight = torch.where(too_high | too_low, 0, ratio.clamp(max=self.ratio_cap)).detach()
+        return -adv * weight * tokens.logprobs
+
+    @property
+    def twin(self):
+        return dppo_tv if self.divergence == "tv" else dppo_kl
+
+
+@jit
+def cispo(logp, old, adv, hyper):
+    ratio, _, _ = ratio_terms(logp, old)
+    dlogp = -adv * tl.minimum(ratio, hyper[0])
+    return dlogp * logp, dlogp
+
+
+def capped_score(tokens: Tokens, cap: float) -> Tensor:
+    """-A · sg(min(r, C)) · logπ."""
+    return -tokens.advantages * tokens.ratio.clamp(max=cap).detach() * tokens.logprobs
+
+
+@register_objective
+@dataclass(frozen=True)
+class CISPO(Objective):
+    """ℓ = -sg(min(r, C)) A logπ: the cap bounds the weight, and no token loses its gradient  (arXiv 2506.13585)."""
+
+    ratio_cap: float = 5.0
+    zero_if_no_advantage: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "ratio_cap")
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        return capped_score(tokens, self.ratio_cap)
+
+    @property
+    def twin(self):
+        return cispo
+
+
+@jit
+def policy_gradient(logp, old, adv, hyper):
+    ratio, _, slope = ratio_terms(logp, old)
+    return -adv * ratio, -adv * slope
+
+
+@register_objective
+@dataclass(frozen=True)
+class PolicyGradient(Objective):
+    """ℓ = -A r, the unregularised surrogate; with `ratio_cap` C: -A · sg(min(r, C)) · logπ."""
+
+    ratio_cap: float | None = None
+    zero_if_no_advantage: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _require_positive(self, "ratio_cap", optional=True)
+
+    @property
+    def clips(self) -> bool:
+        return self.ratio_cap is not None
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)
+
+    @property
+    def twin(self):
+        return policy_gradient if self.ratio_cap is None else cispo

@@ -1,0 +1,210 @@
+"""The policy losses: `linear_policy_loss` from hidden states and the head's weight, `policy_loss` from logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
+from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.metrics import policy_metrics
+from drpo_kernels.objectives import DRPO, is_registered
+from drpo_kernels.options import PolicyOptions, takes
+from drpo_kernels.tokens import Tokens
+
+
+class PolicyLossOutput(NamedTuple):
+    """loss        0-d float32 (float64 for float64 inputs), the only field that carries a gradient
+    logprobs    log π of each target, shaped like targets; 0 where not computed
+    entropy     of each row's distribution in nats, shaped like targets; 0 where not computed
+    computed    bool, shaped like targets: which rows were computed
+    metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    computed: Tensor
+    metrics: dict[str, Tensor]
+
+
+@takes(PolicyOptions)
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options,
+) -> PolicyLossOutput:
+    """RL policy loss of a language-model head, in 6·T·V·H FLOP and without the [T, V] logits.
+
+    hidden        [..., H] float, the backbone's last hidden states
+    weight        [V, H], the head's weight as in `nn.Linear`; bias [V] or None
+    targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted inside
+    old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached log-prob. A NaN on a valid
+                  row is treated as masked (and counted in metrics["drpo/unscorable"])
+    advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens`
+    mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
+
+    loss = Σ_t [c_t · token_weight_t · ℓ_t + kl_coef · c_t · KL_t - entropy_coef · c_t · H_t] with c_t from `reduction`
+    (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be backpropagated once. Logits are float32 whatever the
+    inputs; under autocast, products take autocast's dtype.
+
+    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot run.
+    """
+    source = LinearSource(hidden, weight, bias)
+    return _policy_loss(source, targets, old_logprobs, advantages, mask, PolicyOptions(**options))
+
+
+@takes(PolicyOptions, omit=("workspace_bytes", "logits_dtype"))
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    **options,
+) -> PolicyLossOutput:
+    """The same loss from logits [..., V] (any float dtype, any strides; statistics in float32, or float64 for float64 logits).
+
+    inplace       True: the gradient may be written over `logits`, which saves their size in memory; they must not be used afterwards
+
+    The other arguments are those of `linear_policy_loss`.
+    """
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be True or False, got {inplace!r}")
+    for name in ("workspace_bytes", "logits_dtype"):
+        if name in options:
+            raise TypeError(f"policy_loss() got an unexpected keyword argument {name!r}: the logits exist already")
+    return _policy_loss(ReadySource(logits, inplace), targets, old_logprobs, advantages, mask, PolicyOptions(**options))
+
+
+@takes(PolicyOptions, omit=("objective",))
+def linear_drpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    delta: float = 12.5,
+    bias: Tensor | None = None,
+    **options,
+) -> PolicyLossOutput:
+    """`linear_policy_loss` with `objective=DRPO(delta)`."""
+    return linear_policy_loss(
+        hidden, weight, targets, old_logprobs, advantages, mask, bias=bias, objective=DRPO(delta), **options
+    )
+
+
+@takes(PolicyOptions, omit=("objective", "workspace_bytes", "logits_dtype"))
+def drpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    delta: float = 12.5,
+    inplace: bool = False,
+    **options,
+) -> PolicyLossOutput:
+    """`policy_loss` with `objective=DRPO(delta)`."""
+    return policy_loss(logits, targets, old_logprobs, advantages, mask, inplace=inplace, objective=DRPO(delta), **options)
+
+
+def _policy_loss(
+    source: Source, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor | None, options: PolicyOptions
+) -> PolicyLossOutput:
+    problem = Problem.checked(source, targets, mask, options)
+    inputs = policy_inputs(problem, old_logprobs, advantages)
+    loss, outcome = _route(inputs)
+    old = inputs.rows[Row.OLD_LOGPROB]
+    logprobs, entropy = outcome[Outcome.LOGPROB], outcome[Outcome.ENTROPY]
+    with torch.no_grad():
+        metrics = policy_metrics(
+            options.objective, logprobs, entropy, outcome[Outcome.SLOPE], logprobs if old_logprobs is None else old,
+            inputs.rows[Row.ADVANTAGE], inputs.computed, inputs.valid, inputs.unscorable,
+        )  # fmt: skip
+    shape = targets.shape
+    return PolicyLossOutput(loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics)
+
+
+def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    """-> (loss, outcome [len(Outcome), N]) by the cheapest route that is right."""
+    if inputs.problem.backend == "reference":
+        return _reference_route(inputs)
+    if inputs.terms.objective.sequence_level:
+        return _recompute_route(inputs)
+    if torch.compiler.is_compiling() and not is_registered(inputs.terms.objective):
+        return _outside_graph(_fused_route, inputs)
+    return _fused_route(inputs)
+
+
+@torch.compiler.disable
+def _outside_graph(route, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    """An objective that is not registered cannot travel through an op's schema: a graph break, or `register_objective`."""
+    return route(inputs)
+
+
+def _fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    problem = inputs.problem
+    spec = problem.spec(inputs.terms, every_row=problem.options.compact == "none")
+    return problem.source.policy_loss(problem.targets.reshape(-1), inputs.rows, spec)
+
+
+def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    """8F: differentiable log-probs first, then the loss on [N] in PyTorch, for what depends on other tokens' log-probs."""
+    problem = inputs.problem
+    spec = problem.spec(every_row=problem.options.compact == "none")
+    logprobs, entropy = problem.source.logprobs(problem.targets.reshape(-1), inputs.rows, spec)
+    return _loss_from_logprobs(inputs, logprobs, entropy)
+
+
+def _reference_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    return _loss_from_logprobs(inputs, *reference_logprobs_of(inputs.problem, inputs.rows, inputs.computed))
+
+
+def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor]:
+    """Naive log-probs and entropy of the computed rows, 0 elsewhere, [N] and differentiable."""
+    from drpo_kernels.reference import reference_logprobs, transformed
+
+    x = problem.source.selected_logits(computed, problem.vocab, rows.dtype)
+    z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE][computed])
+    index = computed.nonzero()[:, 0]
+    zeros = rows.new_zeros(rows.shape[1])
+    return tuple(zeros.index_put((index,), part) for part in reference_logprobs(z, problem.targets.reshape(-1)[computed]))
+
+
+def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss from differentiable log-probs and entropy, [N]: the formula without any of the fused machinery."""
+    rows, terms, computed = inputs.rows, inputs.terms, inputs.computed
+    old = rows[Row.OLD_LOGPROB]
+    old = torch.where(old.isnan(), logprobs.detach(), old)
+    leaf = logprobs.detach().requires_grad_()
+
+    def objective(logp: Tensor) -> Tensor:
+        tokens = Tokens(logp, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
+        return terms.objective.token_loss(tokens)
+
+    with torch.enable_grad():
+        again = objective(leaf).sum()
+        slope = torch.autograd.grad(again, leaf)[0] if again.requires_grad else torch.zeros_like(leaf)
+    loss = rows[Row.POLICY] * objective(logprobs)
+    if terms.kl_estimator is not None:
+        loss = loss + rows[Row.KL] * KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
+    if terms.entropy_bonus:
+        loss = loss - rows[Row.ENTROPY] * entropy
+    loss = torch.where(computed, loss, 0)
+    outcome = torch.stack([logprobs, entropy, loss, slope]).detach()
+    return loss.sum(), outcome
+
+

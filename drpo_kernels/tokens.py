@@ -1,0 +1,162 @@
+"""What an objective sees of a batch of tokens, and the numerically careful quantities every objective is made of.
+
+Each quantity is written once in PyTorch (`Tokens`) and once, beside it, as its Triton twin. Source: DESIGN of the family, arXiv 2606.09821.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.triton_support import jit, tl
+
+LOG_RATIO_LIMIT = 20.0
+
+
+class Sequences:
+    """How the N flattened tokens of a batch group into S sequences.
+
+    Built from a leading shape [..., L] (each last-axis run is a sequence) or from `cu_seqlens` [S + 1] of a packed batch.
+    """
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
+        self.offsets = cu_seqlens
+        self.length = shape[-1] if cu_seqlens is None else None
+        self.count = shape[:-1].numel() if cu_seqlens is None else cu_seqlens.numel() - 1
+        self._tokens = shape.numel()
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The sequence of each packed token, [N] int64."""
+        positions = torch.arange(self._tokens, device=self.offsets.device)
+        return torch.searchsorted(self.offsets[1:], positions, right=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum per sequence, [N] -> [S], in a fixed order (differentiable)."""
+        if self.offsets is None:
+            return values.reshape(self.count, self.length).sum(1)
+        return _SegmentSum.apply(values, self)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Each sequence's value at each of its tokens, [S] -> [N] (differentiable)."""
+        if self.offsets is None:
+            return values[:, None].expand(self.count, self.length).reshape(-1)
+        return _SegmentExpand.apply(values, self)
+
+    def _segment_sum(self, values: Tensor) -> Tensor:
+        # segment_reduce adds in order; index_add would use atomics on a GPU
+        if values.dtype in (torch.float32, torch.float64):
+            return torch.segment_reduce(values, "sum", offsets=self.offsets.to(torch.int64), initial=0.0)
+        zeros = torch.zeros(self.count, dtype=values.dtype, device=values.device)
+        return zeros.index_add_(0, self.ids, values)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, sequences):
+        ctx.sequences = sequences
+        return sequences._segment_sum(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.sequences.ids], None
+
+
+class _SegmentExpand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, sequences):
+        ctx.sequences = sequences
+        return values[sequences.ids]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.sequences._segment_sum(grad.contiguous()), None
+
+
+class Tokens:
+    """Per-token inputs of an objective and the quantities derived from them; all [N], float32 or float64, flattened.
+
+    logprobs      log π of the sampled token under the current policy (carries the gradient)
+    old_logprobs  log μ under the behaviour policy, a constant
+    advantages    A
+    valid         bool, False where a token must not count (only set for sequence-level objectives)
+    sequences     how the tokens group into sequences (only set for sequence-level objectives)
+    """
+
+    def __init__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        *,
+        valid: Tensor | None = None,
+        sequences: Sequences | None = None,
+    ):
+        self.logprobs = logprobs
+        self.old_logprobs = old_logprobs
+        self.advantages = advantages
+        self.valid = valid
+        self.sequences = sequences
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """Δ = clamp(log π - log μ, ±20)."""
+        return (self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """r = exp(Δ)."""
+        return self.log_ratio.exp()
+
+    @cached_property
+    def ratio_minus_one(self) -> Tensor:
+        """r - 1 = expm1(Δ), exact where r is close to 1."""
+        return self.log_ratio.expm1()
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """π."""
+        return self.logprobs.exp()
+
+    @cached_property
+    def old_probs(self) -> Tensor:
+        """μ."""
+        return self.old_logprobs.exp()
+
+    @cached_property
+    def prob_shift(self) -> Tensor:
+        """π - μ from the unclamped difference, without cancellation and without overflow where μ is tiny or 0."""
+        difference = self.logprobs - self.old_logprobs
+        larger = torch.where(difference > 0, self.probs, self.old_probs)
+        return -larger * torch.expm1(-difference.abs()) * torch.sign(difference)
+
+
+@jit
+def expm1(x):
+    """exp(x) - 1 to fp32 accuracy: a series near 0, where exp(x) - 1 would cancel."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(tl.abs(x) < 0.4, series, tl.exp(x) - 1)
+
+
+@jit
+def log1p(x):
+    """log(1 + x) to fp32 accuracy for x >= 0 (Kahan's correction of the rounding of 1 + x)."""
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
+
+
+@jit
+def ratio_terms(logp, old):
+    """-> (r, r - 1, dr/dlogπ): the derivative is 0 beyond the clamp."""
+    difference = logp - old
+    excess = expm1(tl.minimum(tl.maximum(difference, -20.0), 20.0))
+    ratio = excess + 1
+    return ratio, excess, tl.where(tl.abs(difference) <= 20.0, ratio, 0.0)
+
+
+@jit
+def prob_shift(logp, old):
+    """-> π - μ, the twin of `Tokens.prob_shift`."""
+    difference = logp - old
+    magnitude = -tl.exp(tl.maximum(logp, old)) * expm1(-tl.abs(difference))
+    return tl.where(difference > 0, magnitude, -magnitude)

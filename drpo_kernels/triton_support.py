@@ -1,0 +1,26 @@
+"""Triton, where the platform has it.
+
+Objectives keep their Triton twin beside their PyTorch formula, so `objectives.py` must import on machines without Triton too (macOS, Windows).
+There `jit` leaves the function as it is: it is never called, because the Triton backend refuses to run.
+"""
+
+import os
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    jit = triton.jit
+except ImportError:
+    triton = tl = None
+    HAS_TRITON = False
+
+    def jit(function):
+        return function
+
+
+# Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+__all__ = ["HAS_TRITON", "INTERPRETING", "jit", "tl", "triton"]

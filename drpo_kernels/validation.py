@@ -1,0 +1,248 @@
+"""Every argument check, in one place and one voice: "<argument> must ..., got ...".
+
+Shape and type checks always run. Value checks read the data, so they run on the CPU by default and elsewhere only with `validate=True`.
+"""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.aggregation import REDUCTIONS, TokenCoefficients
+from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.objectives import Objective
+from drpo_kernels.options import LogprobOptions, PolicyOptions
+
+COMPACT = ("active", "mask", "none")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# what rounding to bf16 may add to a log-prob of 0
+POSITIVE_LOGPROB = 1e-2
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if floating is True and value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if floating is False and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+
+
+def check_number(name: str, value: object, *, positive: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
+
+
+def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.shape != targets.shape:
+        raise ValueError(f"{name} must be shaped like targets {_shape(targets)}, got {_shape(value)}")
+    _check_device(name, value, targets.device)
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+
+
+def _check_choice(name: str, value: object, choices) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
+    check_tensor("hidden", hidden, floating=True)
+    check_tensor("weight", weight, floating=True)
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must be [..., H] with at least one leading dimension, got shape {_shape(hidden)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [V, H], got shape {_shape(weight)}")
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight must be [V, H] with V and H at least 1, got shape {_shape(weight)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight must be [V, H] with H = {hidden.shape[-1]} like hidden, got shape {_shape(weight)}")
+    _check_device("weight", weight, hidden.device)
+    if autocast is None and hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"weight must have the dtype of hidden ({hidden.dtype}) outside autocast, got {weight.dtype}: "
+            "cast one of them, or run under torch.autocast"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, floating=True)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got shape {_shape(bias)}")
+        _check_device("bias", bias, hidden.device)
+
+
+def check_logits(logits: Tensor) -> None:
+    check_tensor("logits", logits, floating=True)
+    if logits.dim() < 2 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be [..., V] with a leading dimension and V at least 1, got shape {_shape(logits)}")
+
+
+def check_logprob_options(options: LogprobOptions, targets: Tensor, lead: torch.Size, source: Tensor, vocab: int) -> None:
+    """Everything about targets and `LogprobOptions`; `source` is hidden or logits, `vocab` its full V."""
+    check_tensor("targets", targets, floating=False)
+    if targets.shape != lead:
+        raise ValueError(f"targets must have the leading shape {tuple(lead)} of hidden or logits, got {_shape(targets)}")
+    _check_device("targets", targets, source.device)
+    if isinstance(options.temperature, Tensor):
+        check_tensor("temperature", options.temperature, floating=True)
+        if options.temperature.dim():
+            _check_like_targets("temperature", options.temperature, targets)
+    else:
+        check_number("temperature", options.temperature)
+    check_number("logit_scale", options.logit_scale)
+    if options.softcap is not None:
+        check_number("softcap", options.softcap)
+    if options.vocab_size is not None:
+        if isinstance(options.vocab_size, bool) or not isinstance(options.vocab_size, int):
+            raise TypeError(f"vocab_size must be an int, got {type(options.vocab_size).__name__}")
+        if not 1 <= options.vocab_size <= vocab:
+            raise ValueError(f"vocab_size must be in [1, {vocab}], got {options.vocab_size}")
+    if options.workspace_bytes is not None:
+        check_number("workspace_bytes", options.workspace_bytes)
+    if options.logits_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be None, torch.float32 or torch.bfloat16, got {options.logits_dtype}")
+    if options.logits_dtype is not None and source.dtype == torch.float64:
+        raise ValueError(f"logits_dtype must be None for float64 inputs, got {options.logits_dtype}")
+    if options.validate not in (None, True, False):
+        raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
+
+
+def check_mask(mask: Tensor | None, targets: Tensor) -> None:
+    if mask is not None:
+        _check_like_targets("mask", mask, targets)
+
+
+def check_policy_options(
+    options: PolicyOptions, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor | None
+) -> None:
+    """Everything about `PolicyOptions` and the per-token inputs that needs no data."""
+    if not isinstance(options.objective, Objective):
+        raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {options.objective!r}")
+    check_mask(mask, targets)
+    if old_logprobs is not None:
+        _check_like_targets("old_logprobs", old_logprobs, targets)
+        check_tensor("old_logprobs", old_logprobs, floating=True)
+    for name in ("ref_logprobs", "token_weights"):
+        if getattr(options, name) is not None:
+            _check_like_targets(name, getattr(options, name), targets)
+    _check_sequences(options, targets)
+    _check_advantages(advantages, targets, options.cu_seqlens)
+    _check_reduction(options, targets)
+    check_number("kl_coef", options.kl_coef, positive=False)
+    check_number("entropy_coef", options.entropy_coef, positive=False)
+    _check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
+    _check_choice("compact", options.compact, COMPACT)
+    if options.kl_coef and options.ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given with kl_coef = {options.kl_coef}, got None")
+
+
+def _check_advantages(advantages: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
+    check_tensor("advantages", advantages)
+    if advantages.dtype.is_complex:
+        raise TypeError(f"advantages must be real, got {advantages.dtype}")
+    _check_device("advantages", advantages, targets.device)
+    shapes = [_shape(targets)]
+    if targets.dim() > 1:
+        shapes += [_shape(targets)[:-1], (*_shape(targets)[:-1], 1)]
+    if cu_seqlens is not None:
+        shapes.append((cu_seqlens.numel() - 1,))
+    if _shape(advantages) not in shapes:
+        raise ValueError(f"advantages must have one of the shapes {', '.join(map(str, shapes))}, got {_shape(advantages)}")
+
+
+def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
+    cu_seqlens = options.cu_seqlens
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, floating=False)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}")
+        if targets.shape[:-1].numel() != 1:
+            raise ValueError(f"cu_seqlens must come with packed targets [T] or [1, T], got targets {_shape(targets)}")
+        _check_device("cu_seqlens", cu_seqlens, targets.device)
+    elif targets.dim() < 2:
+        for name, needed in (("reduction", str(options.reduction).startswith("seq-")), ("objective", options.objective.sequence_level)):
+            if needed:
+                value = getattr(options, name)
+                raise ValueError(f"cu_seqlens must be given with {name} {value!r} and targets of shape {_shape(targets)}")
+
+
+def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
+    if isinstance(options.reduction, TokenCoefficients):
+        for field, value in options.reduction._asdict().items():
+            if value is not None:
+                _check_like_targets(f"reduction.{field}", value, targets)
+        if options.normalizer is not None:
+            raise ValueError("normalizer must be None with TokenCoefficients: divide the coefficients instead")
+    else:
+        _check_choice("reduction", options.reduction, REDUCTIONS)
+    if options.reduction == "seq-mean-token-sum-norm" and options.horizon is None:
+        raise ValueError("horizon must be given with reduction 'seq-mean-token-sum-norm', got None")
+    if options.horizon is not None:
+        check_number("horizon", options.horizon)
+    if isinstance(options.normalizer, Tensor):
+        if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {_shape(options.normalizer)}")
+    elif options.normalizer is not None:
+        check_number("normalizer", options.normalizer)
+
+
+def wants_values(options: LogprobOptions, device: torch.device) -> bool:
+    """Whether to read the data: by default only where that does not synchronise; never while tracing a graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" if options.validate is None else options.validate
+
+
+def _require(name: str, requirement: str, values: Tensor, good: Tensor) -> None:
+    bad = ~good
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be {requirement}, got {values[index].item()} at index {index}")
+
+
+def check_mask_values(mask: Tensor | None) -> None:
+    if mask is not None and mask.dtype != torch.bool:
+        _require("mask", "bool or 0 and 1 (use token_weights for other factors)", mask, (mask == 0) | (mask == 1))
+
+
+def check_logprob_values(options: LogprobOptions, targets: Tensor, valid: Tensor, vocab: int) -> None:
+    """`valid` is the mask, shaped like targets: masked positions may carry anything."""
+    _require("targets", f"in [0, {vocab})", targets, ~valid | ((targets >= 0) & (targets < vocab)))
+    if isinstance(options.temperature, Tensor):
+        temperature = options.temperature.expand(targets.shape)
+        _require("temperature", "positive and finite", temperature, ~valid | ((temperature > 0) & temperature.isfinite()))
+
+
+def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
+    """`valid` is the mask, shaped like targets."""
+    if old_logprobs is not None:
+        # NaN passes: a rollout engine's unscorable token is treated as masked
+        _require("old_logprobs", "log-probabilities <= 0", old_logprobs, ~valid | ~(old_logprobs > POSITIVE_LOGPROB))
+    if options.token_weights is not None:
+        _require("token_weights", "finite", options.token_weights, ~valid | options.token_weights.isfinite())
+    if options.ref_logprobs is not None and options.kl_coef:
+        _require("ref_logprobs", "log-probabilities <= 0", options.ref_logprobs, ~valid | (options.ref_logprobs <= POSITIVE_LOGPROB))
+    if isinstance(options.normalizer, Tensor):
+        _require("normalizer", "positive and finite", options.normalizer, (options.normalizer > 0) & options.normalizer.isfinite())
+    if options.cu_seqlens is not None:
+        steps = options.cu_seqlens.diff()
+        ends_match = options.cu_seqlens[0] == 0 and options.cu_seqlens[-1] == valid.numel()
+        if not ends_match or (steps < 0).any():
+            raise ValueError(f"cu_seqlens must rise from 0 to {valid.numel()}, got {options.cu_seqlens.tolist()}")
+
+
+def check_advantage_values(advantages: Tensor, valid: Tensor) -> None:
+    """Both shaped like targets."""
+    _require("advantages", "finite", advantages, ~valid | advantages.isfinite())
