@@ -186,6 +186,8 @@ def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor · gradient in `dtype`, rounded once; in place where nobody can see it."""
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(dtype)
+    if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
+        return gradient.to(dtype)
     # a 1-d factor takes part in type promotion: a 0-d one would first be rounded to bf16
     factor = factor.reshape(1)
     for block in gradient.view(-1).split(SCALE_BLOCK):

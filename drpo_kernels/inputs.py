@@ -1,8 +1,6 @@
 """From what a caller passes to what the sweeps take: flattened rows, packed per-row inputs, and where the logits come from."""
 
 from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -87,15 +85,19 @@ class Problem:
     targets: Tensor
     mask: Tensor | None
     options: LogprobOptions
+    unmasked: Tensor  # bool, shaped like targets
+    backend: str
 
     @staticmethod
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
         validation.check_logprob_options(options, targets, source.lead, source.tensor, source.vocab)
         validation.check_mask(mask, targets)
-        problem = Problem(source, targets, mask, options)
+        unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+        backend = choose_backend(options.backend, source.tensor.device, source.compute_dtype).name
+        problem = Problem(source, targets, mask, options, unmasked, backend)
         if validation.wants_values(options, targets.device):
             validation.check_mask_values(mask)
-            validation.check_logprob_values(options, targets, problem.unmasked, problem.vocab)
+            validation.check_logprob_values(options, targets, unmasked, problem.vocab)
         return problem
 
     @property
@@ -106,15 +108,6 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """float32, or float64 for float64 inputs: what statistics and losses are computed in."""
         return statistics_dtype(self.source.compute_dtype)
-
-    @cached_property
-    def unmasked(self) -> Tensor:
-        """bool, shaped like targets."""
-        return torch.ones_like(self.targets, dtype=torch.bool) if self.mask is None else self.mask != 0
-
-    @cached_property
-    def backend(self) -> str:
-        return choose_backend(self.options.backend, self.source.tensor.device, self.source.compute_dtype).name
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
         options = self.options
@@ -139,7 +132,7 @@ class Problem:
     def logprob_rows(self) -> Tensor:
         """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
         valid = self.unmasked.reshape(-1)
-        fields = {Row.INV_TEMPERATURE: self.inv_temperature(valid), Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE}
+        fields = {Row.INV_TEMPERATURE: self.inv_temperature(valid), Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value}
         zeros = torch.zeros_like(fields[Row.KIND])
         return torch.stack([fields.get(row, zeros) for row in Row])
 
@@ -157,7 +150,7 @@ class PolicyInputs:
 
     @property
     def computed(self) -> Tensor:
-        return self.rows[Row.KIND] > RowKind.SKIPPED
+        return self.rows[Row.KIND] > RowKind.SKIPPED.value
 
 
 def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
@@ -229,4 +222,4 @@ def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, seq
             needed = needed | (fields[Row.ENTROPY] != 0)
         contributes = valid & needed
     floor = RowKind.FORWARD if options.compact == "mask" else RowKind.SKIPPED
-    return torch.where(contributes, int(RowKind.ACTIVE), valid.to(torch.int64) * int(floor))
+    return torch.where(contributes, RowKind.ACTIVE.value, valid.to(torch.int64) * floor.value)

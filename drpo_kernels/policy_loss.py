@@ -145,17 +145,14 @@ def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     if inputs.terms.objective.sequence_level:
         return _recompute_route(inputs)
     if torch.compiler.is_compiling() and not is_registered(inputs.terms.objective):
-        return _outside_graph(_fused_route, inputs)
-    return _fused_route(inputs)
+        # imported here: torch.compiler.disable loads all of torch._dynamo
+        from drpo_kernels.uncompiled import outside_graph
+
+        return outside_graph(fused_route, inputs)
+    return fused_route(inputs)
 
 
-@torch.compiler.disable
-def _outside_graph(route, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """An objective that is not registered cannot travel through an op's schema: a graph break, or `register_objective`."""
-    return route(inputs)
-
-
-def _fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     problem = inputs.problem
     spec = problem.spec(inputs.terms, every_row=problem.options.compact == "none")
     return problem.source.policy_loss(problem.targets.reshape(-1), inputs.rows, spec)

@@ -3,8 +3,6 @@
 Each quantity is written once in PyTorch (`Tokens`) and once, beside it, as its Triton twin. Source: DESIGN of the family, arXiv 2606.09821.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class Sequences:
         self.count = shape[:-1].numel() if cu_seqlens is None else cu_seqlens.numel() - 1
         self._tokens = shape.numel()
 
-    @cached_property
+    @property
     def ids(self) -> Tensor:
         """The sequence of each packed token, [N] int64."""
         positions = torch.arange(self._tokens, device=self.offsets.device)
@@ -98,32 +96,32 @@ class Tokens:
         self.valid = valid
         self.sequences = sequences
 
-    @cached_property
+    @property
     def log_ratio(self) -> Tensor:
         """Δ = clamp(log π - log μ, ±20)."""
         return (self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
-    @cached_property
+    @property
     def ratio(self) -> Tensor:
         """r = exp(Δ)."""
         return self.log_ratio.exp()
 
-    @cached_property
+    @property
     def ratio_minus_one(self) -> Tensor:
         """r - 1 = expm1(Δ), exact where r is close to 1."""
         return self.log_ratio.expm1()
 
-    @cached_property
+    @property
     def probs(self) -> Tensor:
         """π."""
         return self.logprobs.exp()
 
-    @cached_property
+    @property
     def old_probs(self) -> Tensor:
         """μ."""
         return self.old_logprobs.exp()
 
-    @cached_property
+    @property
     def prob_shift(self) -> Tensor:
         """π - μ from the unclamped difference, without cancellation and without overflow where μ is tiny or 0."""
         difference = self.logprobs - self.old_logprobs

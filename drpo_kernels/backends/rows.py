@@ -35,12 +35,12 @@ class RowKind(IntEnum):
 
 
 class Stat(IntEnum):
-    """Statistics of a row's transformed logits z, packed [len(Stat), N]."""
+    """Statistics of a row, packed [len(Stat), N]; z and base logits as in `Transform`."""
 
     LOGPROB = 0
     ENTROPY = 1
-    MAX = 2  # max z
-    SUM = 3  # Σ exp(z - max)
+    MAX = 2  # the largest base logit
+    SUM = 3  # Σ exp(z - max z)
     MISS = 4  # 1 - p_y, summed over the other tokens and so exact when p_y is close to 1
 
 
@@ -55,10 +55,17 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class Transform:
-    """How raw logits x become z = softcap(logit_scale · (x + bias)) / temperature, softcap(u) = cap · tanh(u / cap)."""
+    """How raw logits x become z = factor · b, the base logits being b = x + bias, or b = tanh(logit_scale · (x + bias) / softcap).
+
+    That is z = logit_scale · (x + bias) / temperature, or z = softcap · tanh(logit_scale · (x + bias) / softcap) / temperature.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    def factor(self, inv_temperature: Tensor) -> Tensor:
+        """dz/db > 0, shaped like `inv_temperature`."""
+        return (self.logit_scale if self.softcap is None else self.softcap) * inv_temperature
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
-"""Row operations in PyTorch, for any device: two passes over the logits, in blocks of rows small enough to stay in a CPU's cache."""
+"""Row operations in PyTorch, for any device: two passes over the logits, in blocks of rows small enough to stay in a CPU's cache.
+
+A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), so that p = 2^q / Σ 2^q: exp2 is the cheapest exponential,
+and subtracting before scaling keeps q exact for logits far from 0.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
 from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
 
-# exp(-1e5) is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
+LOG2E = 1 / math.log(2)
+# 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
 LOWEST_SHIFT = -1e5
-# logits per block: on a CPU two float32 copies stay in the L2 cache; on an accelerator a block is one good launch
+# logits per block: on a CPU two float32 copies stay in the L2 and L3 caches; on an accelerator a block is one good launch
 CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 26
 
@@ -20,9 +27,10 @@ class TorchRows:
     ) -> Tensor:
         statistics = rows.new_zeros(len(Stat), logits.shape[0])
         scratch = _Scratch(logits, rows.dtype)
+        factor = transform.factor(rows[Row.INV_TEMPERATURE])
         for block in scratch.blocks(rows, RowKind.FORWARD):
-            z = scratch.transformed(block, rows, transform, bias)
-            statistics[:, block] = _block_statistics(z, scratch.second(z), targets[block])
+            base, buffers = scratch.base(block, transform, bias)
+            statistics[:, block] = _block_statistics(base, buffers, targets[block], factor[block, None])
         return statistics.masked_fill_(rows[Row.KIND] < RowKind.FORWARD, 0)
 
     def write_gradient(
@@ -38,14 +46,19 @@ class TorchRows:
     ) -> None:
         vocab = logits.shape[1]
         scratch = _Scratch(logits, rows.dtype)
+        factor = transform.factor(rows[Row.INV_TEMPERATURE])
         slopes = slopes * (transform.logit_scale * rows[Row.INV_TEMPERATURE])
         for block in scratch.blocks(rows, RowKind.ACTIVE):
-            z = scratch.transformed(block, rows, transform, bias)
-            capped = None if transform.softcap is None else _softcap_slope(z, rows[:, block], transform)
-            gradient = _block_gradient(z, scratch.second(z), targets[block], statistics[:, block], slopes[:, block])
+            base, buffers = scratch.base(block, transform, bias)
+            capped = None if transform.softcap is None else base.square().neg_().add_(1)
+            gradient = _block_gradient(
+                base, buffers, targets[block], factor[block, None], statistics[:, block], slopes[:, block]
+            )
             out[block, :vocab] = gradient if capped is None else gradient.mul_(capped)
         out[:, vocab:] = 0
-        out.masked_fill_((rows[Row.KIND] < RowKind.ACTIVE)[:, None], 0)
+        inactive = rows[Row.KIND] < RowKind.ACTIVE
+        if not scratch.on_cpu or inactive.any():
+            out.masked_fill_(inactive[:, None], 0)
 
     def fuses(self, terms: Terms) -> bool:
         return False
@@ -69,20 +82,15 @@ class _Scratch:
             return list(wanted.nonzero()[:, 0].split(self.block)) if wanted.any() else []
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
-    def transformed(self, block: slice | Tensor, rows: Tensor, transform: Transform, bias: Tensor | None) -> Tensor:
-        """z of a block of rows, [n, V], in the first buffer."""
+    def base(self, block: slice | Tensor, transform: Transform, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block's base logits [n, V] (the logits themselves where nothing is done to them) and two buffers [2, n, V]."""
         x = self.logits[block]
-        z = self._buffers[0, : x.shape[0]]
-        inv_temperature = rows[Row.INV_TEMPERATURE, block, None]
+        buffers = self._buffers[:, : x.shape[0]]
         if bias is not None:
-            x = torch.add(x, bias, out=z)
-        if transform.softcap is None:
-            return torch.mul(x, transform.logit_scale * inv_temperature, out=z)
-        scale = torch.full_like(inv_temperature, transform.logit_scale / transform.softcap)
-        return torch.mul(x, scale, out=z).tanh_().mul_(transform.softcap * inv_temperature)
-
-    def second(self, z: Tensor) -> Tensor:
-        return self._buffers[1, : z.shape[0]]
+            x = torch.add(x, bias, out=buffers[0])
+        if transform.softcap is not None:
+            x = torch.mul(x, x.new_tensor([transform.logit_scale / transform.softcap], dtype=buffers.dtype), out=buffers[0]).tanh_()
+        return x, buffers
 
 
 def _safe(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -91,40 +99,41 @@ def _safe(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
 
 
-def _block_statistics(z: Tensor, scratch: Tensor, targets: Tensor) -> Tensor:
-    """[len(Stat), n] of z [n, V], which is overwritten."""
-    index, outside = _safe(targets, z.shape[1])
-    row_max = z.amax(1, keepdim=True)
-    q = z.sub_(row_max)
+def _block_statistics(base: Tensor, buffers: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
+    """[len(Stat), n] of a block's base logits; factor [n, 1]."""
+    index, outside = _safe(targets, base.shape[1])
+    row_max = base.amax(1, keepdim=True).to(buffers.dtype)
+    q = torch.sub(base, row_max, out=buffers[0]).mul_(factor * LOG2E)
     target = q.gather(1, index).masked_fill_(outside, torch.nan)
-    q.clamp_(min=LOWEST_SHIFT)
-    e = torch.exp(q, out=scratch).scatter_(1, index, 0)
+    e = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0)
     others = e.sum(1, keepdim=True)
-    total = others + target.exp()
+    moment = e.mul_(q).sum(1, keepdim=True)
+    if base.device.type != "cpu" or moment.isnan().any():  # 0 · -inf: some token is banned
+        q.clamp_(min=LOWEST_SHIFT)
+        moment = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
+    at_target = target.exp2()
+    total = others + at_target
     log_total = torch.where(target == 0, others.log1p(), total.log())
-    target_moment = target.exp() * target.clamp(min=LOWEST_SHIFT)
-    entropy = log_total - (e.mul_(q).sum(1, keepdim=True) + target_moment) / total
+    moment = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E
     # rounding may leave -1e-8 where all mass is on one token
-    return torch.cat([target - log_total, entropy.clamp_(min=0), row_max, total, others / total], dim=1).T
+    entropy = (log_total - moment / total).clamp_(min=0)
+    return torch.cat([target / LOG2E - log_total, entropy, row_max, total, others / total], dim=1).T
 
 
-def _block_gradient(z: Tensor, scratch: Tensor, targets: Tensor, statistics: Tensor, slopes: Tensor) -> Tensor:
-    """slopes[0] · (onehot - p) - slopes[1] · p (log p + H) of z [n, V], which is overwritten."""
-    index, outside = _safe(targets, z.shape[1])
+def _block_gradient(
+    base: Tensor, buffers: Tensor, targets: Tensor, factor: Tensor, statistics: Tensor, slopes: Tensor
+) -> Tensor:
+    """slopes[0] · (onehot - p) - slopes[1] · p (log p + H), [n, V] in a buffer."""
+    index, outside = _safe(targets, base.shape[1])
     logprob, entropy, row_max, total, miss = statistics[:, :, None]
     slope = slopes[0, :, None]
-    q = z.sub_(row_max)
+    q = torch.sub(base, row_max, out=buffers[0]).mul_(factor * LOG2E)
     at_target = slope * miss
     if slopes.shape[0] == 1:
-        gradient = q.exp_().mul_(-slope / total)
+        gradient = q.exp2_().mul_(-slope / total)
     else:
-        p = torch.exp(q, out=scratch).mul_(1 / total)
-        gradient = q.clamp_(min=LOWEST_SHIFT).add_(entropy - total.log()).mul_(-slopes[1, :, None]).sub_(slope).mul_(p)
+        p = torch.exp2(q, out=buffers[1]).mul_(1 / total)
+        log_p = q.clamp_(min=LOWEST_SHIFT).mul_(1 / LOG2E).sub_(total.log())
+        gradient = log_p.add_(entropy).mul_(-slopes[1, :, None]).sub_(slope).mul_(p)
         at_target = at_target - slopes[1, :, None] * logprob.exp() * (logprob.clamp(min=LOWEST_SHIFT) + entropy)
     return gradient.scatter_(1, index, at_target.masked_fill(outside, torch.nan))
-
-
-def _softcap_slope(z: Tensor, rows: Tensor, transform: Transform) -> Tensor:
-    """1 - tanh² from z = cap · tanh / temperature."""
-    tanh = z * (1 / (transform.softcap * rows[Row.INV_TEMPERATURE, :, None]))
-    return tanh.square_().neg_().add_(1)

@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from drpo_kernels.backends.triton import kernels
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
+from drpo_kernels.backends.triton.tiles import row_tile
+from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
 
 # What `triton.compiler.ASTSource` calls an argument's type: "*fp32", "i64", "fp32", "constexpr", or a tuple of these.
 ArgumentType = str | tuple["ArgumentType", ...]
@@ -43,22 +49,63 @@ class KernelCase:
         """The case as Triton's compiler takes it; the same call from Triton 3.4 to 3.9."""
         from triton.compiler import ASTSource
 
-        paths = (path for name in self.divisible for path in self._leaves(name))
-        attributes = {path: [["tt.divisibility", 16]] for path in paths}
+        positions = {name: position for position, name in enumerate(self.signature)}
+        attributes = {(positions[name],): [["tt.divisibility", 16]] for name in self.divisible}
         return ASTSource(self.kernel, dict(self.signature), constexprs=dict(self.constexprs), attrs=attributes)
 
     def launch_options(self) -> dict[str, object]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
 
-    def _leaves(self, name: str) -> Iterator[tuple[int, ...]]:
-        """Paths of an argument's pointers and integers: itself, or the members of a tuple that can have a divisor."""
-        position, kind = list(self.signature).index(name), self.signature[name]
-        if isinstance(kind, str):
-            yield (position,)
-        else:
-            yield from ((position, i) for i, member in enumerate(kind) if member[0] in "*i")
+
+VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
+
+STRIDES = {"row_stride": "i64", "out_stride": "i64", "rows_stride": "i64", "outcome_stride": "i64"}
+STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride": "constexpr"}
+PACKED = ("rows", "outcome", "statistics", "slopes")
+
+
+def _case(label: str, kernel: Any, logits: str, out: str, hyper: int = 0, bias: str | None = None, **flags: object) -> KernelCase:
+    """A launch on contiguous rows, typed as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
+    tile = row_tile(VOCAB, 4 if logits == "fp32" else 2)
+    types = STRIDES | dict.fromkeys(PACKED, "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
+    types |= {"logits": f"*{logits}", "out": f"*{out}", "targets": "*i64", "vocab": "i32", "padded": "i32"}
+    types |= {"hyper": ("fp32",) * hyper, "bias": f"*{bias}" if bias else "constexpr"}
+    constexprs = {"column_stride": 1, "BLOCK": tile.block, **flags} | ({} if bias else {"bias": None})
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
+    divisible = ("logits", "out", "bias", "row_stride", "out_stride", "vocab", "padded", "targets")
+    return KernelCase(
+        name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
+        kernel=kernel,
+        signature=signature,
+        constexprs={name: constexprs[name] for name in names if name in constexprs},
+        divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
+        num_warps=tile.num_warps,
+        options=LAUNCH_OPTIONS,
+    )
 
 
 def kernel_cases() -> list[KernelCase]:
     """Every kernel of this backend, in the specialisations its launchers ask for."""
-    raise NotImplementedError
+    plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
+    full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
+    objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
+    cases = []
+    for objective in objectives:
+        flags = {"OBJECTIVE": objective.twin, "KL": None, "HAS_ENTROPY": False, "WRITE": True} | plain
+        label = f"{objective.twin.__name__} fp32>bf16"
+        cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
+    drpo = {"OBJECTIVE": DRPO().twin, "KL": None, "HAS_ENTROPY": False, "WRITE": True}
+    for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
+        cases.append(_case(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
+    cases.append(_case("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False}))
+    for name, estimator in KL_ESTIMATORS.items():
+        flags = drpo | full | {"KL": estimator.twin, "HAS_ENTROPY": True}
+        label = f"drpo {name} entropy bias softcap"
+        cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
+    for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
+        cases.append(_case(logits, kernels.statistics_kernel, logits, out, **plain))
+        cases.append(_case(f"{logits}>{out}", kernels.gradient_kernel, logits, out, HAS_ENTROPY=True, **plain))
+    cases.append(_case("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
+    cases.append(_case("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full))
+    return cases

@@ -1,8 +1,7 @@
 """Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it.
 
-For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32):
-    z = softcap(scale · (x + bias)) / temperature                 softcap(u) = cap · tanh(u / cap)
-    q_j = z_j - max z,   Σ = Σ_j exp(q_j),   logp = q_y - log Σ,   H = log Σ - Σ_j exp(q_j) q_j / Σ
+For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of `Transform`:
+    z_j = factor · b_j,   q_j = factor · (b_j - max b),   Σ = Σ_j exp(q_j),   logp = q_y - log Σ,   H = log Σ - Σ_j exp(q_j) q_j / Σ
     dx_j = chain_j · (slope · (onehot_y - p)_j - slope_H · p_j (log p_j + H))
 The sum runs over the tokens other than the target, which gives 1 - p_y = others / Σ and logp = -log1p(others) without cancellation.
 The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
@@ -13,85 +12,93 @@ from drpo_kernels.triton_support import jit, tl
 
 
 @jit
-def transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """-> (z, dz/dx)."""
+def base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """b = x + bias, or tanh(scale · (x + bias) / softcap)."""
     if HAS_BIAS:
         x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
-    u = x * scale
     if HAS_SOFTCAP:
-        # tanh(|v|) = -expm1(-2|v|) / (1 + exp(-2|v|)), without cancellation near 0
-        v = u / softcap
+        # tanh(|v|) = -expm1(-2|v|) / (2 + expm1(-2|v|)), without cancellation near 0
+        v = x * (scale / softcap)
         decay = expm1(-2 * tl.abs(v))
-        tanh = tl.where(v < 0, decay, -decay) / (2 + decay)
-        return tanh * (softcap * inv_temperature), (1 - tanh * tanh) * (scale * inv_temperature)
-    else:
-        return u * inv_temperature, scale * inv_temperature
+        x = tl.where(v < 0, decay, -decay) / (2 + decay)
+    return x
 
 
 @jit
 def reduce_row(
-    row, column_stride, bias, target, vocab, scale, softcap, inv_temperature,
+    row, column_stride, bias, target, vocab, scale, softcap, factor,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, max z, Σ, 1 - p_y). Each lane keeps a running maximum: one exp per element, no barrier per block."""
-    lowest = -1.0e30  # finite, so that a lane that has seen only banned logits stays free of inf - inf
+    """One read of the row -> (logp, H, max b, Σ, 1 - p_y). Each lane keeps a running maximum: one exp per element, no barrier per block."""
+    LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
+    LN2: tl.constexpr = 0.6931471805599453
+    factor2 = factor / LN2
     lanes = tl.arange(0, BLOCK)
-    lane_max = tl.full([BLOCK], lowest, tl.float32)
+    lane_max = tl.full([BLOCK], LOWEST, tl.float32)
     lane_sum = tl.zeros([BLOCK], tl.float32)
-    lane_moment = tl.zeros([BLOCK], tl.float32)  # Σ exp(z - lane_max) (z - lane_max)
+    lane_moment = tl.zeros([BLOCK], tl.float32)  # Σ 2^q q with q = factor2 · (b - lane_max)
     for start in range(0, vocab, BLOCK):
         cols = start + lanes
         inside = cols < vocab
         x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        z, _ = transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-        z = tl.where((z < lowest) | (cols == target) | (cols >= vocab), lowest, z)  # a NaN passes
-        step = z - lane_max
-        decay = tl.exp(-tl.abs(step))
+        b = base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        b = tl.where((b < LOWEST) | (cols == target) | (cols >= vocab), LOWEST, b)  # a NaN passes
+        step = (b - lane_max) * factor2
+        decay = tl.exp2(-tl.abs(step))
         rises = step > 0
         lane_moment = tl.where(rises, (lane_moment - lane_sum * step) * decay, lane_moment + decay * step)
         lane_sum = tl.where(rises, lane_sum * decay + 1, lane_sum + decay)
-        lane_max = tl.where(rises, z, lane_max)
+        lane_max = tl.where(rises, b, lane_max)
 
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    z_y, _ = transform(x_y, bias, target, in_range, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-    row_max = tl.maximum(tl.max(lane_max, 0), z_y)
-    row_max = tl.where(row_max > lowest, row_max, float("nan"))  # every token banned
-    fade = tl.exp(lane_max - row_max)
+    b_y = base_logit(x_y, bias, target, in_range, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    row_max = tl.maximum(tl.max(lane_max, 0), b_y)
+    row_max = tl.where(row_max > LOWEST, row_max, float("nan"))  # every token banned
+    shift = (lane_max - row_max) * factor2
+    fade = tl.exp2(shift)
     others = tl.sum(lane_sum * fade, 0)
-    q_y = z_y - row_max
+    q_y = (b_y - row_max) * factor
     e_y = tl.exp(q_y)
     total = others + e_y
     log_total = tl.where(q_y == 0, log1p(others), tl.log(total))
-    moment = tl.sum((lane_moment + lane_sum * (lane_max - row_max)) * fade, 0) + e_y * tl.maximum(q_y, lowest)
-    return q_y - log_total, tl.maximum(log_total - moment / total, 0.0), row_max, total, others / total
+    moment = tl.sum((lane_moment + lane_sum * shift) * fade, 0) * LN2 + e_y * tl.maximum(q_y, LOWEST)
+    entropy = log_total - moment / total
+    entropy = tl.where(entropy < 0, 0.0, entropy)  # rounding may leave -1e-8; a NaN passes
+    return q_y - log_total, entropy, row_max, total, others / total
 
 
 @jit
 def write_gradient(
-    row, column_stride, out, bias, target, vocab, padded, scale, softcap, inv_temperature,
+    row, column_stride, out, bias, target, vocab, padded, scale, softcap, inv_temperature, factor,
     logp, entropy, row_max, total, miss, slope, entropy_slope,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second read and the only write: out may be the row itself where element sizes agree."""
-    lowest = -1.0e30
+    LOWEST: tl.constexpr = -1.0e20
+    LN2: tl.constexpr = 0.6931471805599453
+    factor2 = factor / LN2
     lanes = tl.arange(0, BLOCK)
+    slope *= scale * inv_temperature  # dz/dx, up to softcap's 1 - tanh²
+    entropy_slope *= scale * inv_temperature
     inv_total = 1 / total
     log_total = tl.log(total)
     at_target = slope * miss
     if HAS_ENTROPY:
-        at_target -= entropy_slope * tl.exp(logp) * (tl.maximum(logp, lowest) + entropy)
+        at_target -= entropy_slope * tl.exp(logp) * (tl.maximum(logp, LOWEST) + entropy)
     for start in range(0, padded, BLOCK):
         cols = start + lanes
         inside = cols < vocab
         x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        z, chain = transform(x, bias, cols, inside, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
-        q = z - row_max
-        p = tl.exp(q) * inv_total
+        b = base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        q = (b - row_max) * factor2
+        p = tl.exp2(q) * inv_total
         gradient = -slope * p
         if HAS_ENTROPY:
-            gradient -= entropy_slope * p * (tl.maximum(q, lowest) - log_total + entropy)
-        gradient = tl.where(cols == target, at_target, gradient) * chain
+            gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - log_total + entropy)
+        gradient = tl.where(cols == target, at_target, gradient)
+        if HAS_SOFTCAP:
+            gradient *= 1 - b * b
         tl.store(out + cols, tl.where(inside, gradient, 0.0).to(out.dtype.element_ty), mask=cols < padded)
 
 
@@ -116,9 +123,10 @@ def statistics_kernel(
         for field in tl.static_range(5):
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
+        factor = (softcap if HAS_SOFTCAP else scale) * tl.load(rows + 6 * rows_stride + t)
         logp, entropy, row_max, total, miss = reduce_row(
-            logits + t * row_stride, column_stride, bias, tl.load(targets + t), vocab, scale, softcap,
-            tl.load(rows + 6 * rows_stride + t), HAS_BIAS, HAS_SOFTCAP, BLOCK,
+            logits + t * row_stride, column_stride, bias, tl.load(targets + t), vocab, scale, softcap, factor,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK,
         )  # fmt: skip
         tl.store(statistics, logp)
         tl.store(statistics + statistics_stride, entropy)
@@ -142,9 +150,10 @@ def gradient_kernel(
         entropy_slope = 0.0
         if HAS_ENTROPY:
             entropy_slope = tl.load(slopes + slopes_stride + t)
+        inv_temperature = tl.load(rows + 6 * rows_stride + t)
         write_gradient(
             logits + t * row_stride, column_stride, out + t * out_stride, bias, tl.load(targets + t), vocab, padded,
-            scale, softcap, tl.load(rows + 6 * rows_stride + t),
+            scale, softcap, inv_temperature, (softcap if HAS_SOFTCAP else scale) * inv_temperature,
             tl.load(statistics), tl.load(statistics + statistics_stride), tl.load(statistics + 2 * statistics_stride),
             tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
             tl.load(slopes + t), entropy_slope, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
@@ -174,8 +183,9 @@ def policy_kernel(
     else:
         target = tl.load(targets + t)
         inv_temperature = tl.load(rows + 6 * rows_stride)
+        factor = (softcap if HAS_SOFTCAP else scale) * inv_temperature
         logp, entropy, row_max, total, miss = reduce_row(
-            logits + t * row_stride, column_stride, bias, target, vocab, scale, softcap, inv_temperature,
+            logits + t * row_stride, column_stride, bias, target, vocab, scale, softcap, factor,
             HAS_BIAS, HAS_SOFTCAP, BLOCK,
         )  # fmt: skip
         old = tl.load(rows)
@@ -203,6 +213,7 @@ def policy_kernel(
             else:
                 write_gradient(
                     logits + t * row_stride, column_stride, out + t * out_stride, bias, target, vocab, padded,
-                    scale, softcap, inv_temperature, logp, entropy, row_max, total, miss, slope, entropy_slope,
+                    scale, softcap, inv_temperature, factor,
+                    logp, entropy, row_max, total, miss, slope, entropy_slope,
                     HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
                 )  # fmt: skip

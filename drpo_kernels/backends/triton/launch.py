@@ -10,6 +10,9 @@ from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.kl import KL_ESTIMATORS
 
+# fused multiply-adds, whatever the default of the installed Triton
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
 
 class TritonRows:
     """`RowOps` in Triton. `tile` overrides the tile choice (tests)."""
@@ -84,6 +87,7 @@ class TritonRows:
             "HAS_SOFTCAP": transform.softcap is not None,
             "BLOCK": tile.block,
             "num_warps": tile.num_warps,
+            **LAUNCH_OPTIONS,
         }
 
 

@@ -1,0 +1,66 @@
+# make demo     train a small transformer with the fused loss, on whatever this machine has
+# make test     the whole suite; without a GPU the kernels run in Triton's interpreter
+# make lint     ruff
+# make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
+# make doctor   what this machine has, which backend will run, and a self-check
+# make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
+# make clean    remove what the above made, except the virtual environment; make distclean removes that too
+#
+# Everything runs in a virtual environment, made on first use and renewed when setup.py changes:
+#   make test VENV=/elsewhere PYTHON=python3.12 PYTEST_ARGS="-x -k gspo"
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+DIST ?= dist
+
+# Without a GPU: one exact version of each, because a range resolves to the newest CUDA build, and Triton by name, because
+# the CPU build of PyTorch does not depend on it (3.9 is also the first whose interpreter runs on NumPy 2.4).
+# With one: any supported PyTorch and the Triton that it brings. Override TORCH for a build from elsewhere (ROCm).
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)$(wildcard /dev/kfd)
+TORCH ?= $(if $(strip $(GPU)),"torch>=2.8","torch==2.13.0" "triton==3.9.0")
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test lint compile doctor wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+compile: $(STAMP)
+	$(BIN)/python -m drpo_kernels compile
+
+doctor: $(STAMP)
+	$(BIN)/python -m drpo_kernels doctor
+
+wheel: $(STAMP)
+	rm -rf build  # setuptools would pack modules that have been deleted since
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(DIST) .
+	rm -rf build
+
+clean:
+	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find drpo_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

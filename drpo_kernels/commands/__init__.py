@@ -1,0 +1,1 @@
+"""The subcommands of `python -m drpo_kernels`, one module each."""

@@ -1,0 +1,119 @@
+"""`python -m drpo_kernels compile`: every kernel, ahead of time, for every target, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drpo_kernels.commands.binaries import TARGETS, CompiledKernel, compile_case
+from drpo_kernels.commands.table import TextTable
+from drpo_kernels.triton_support import HAS_TRITON
+from drpo_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from drpo_kernels.backends.triton.aot import KernelCase
+
+NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "seconds")
+DEFAULT_CASES = "drpo_kernels.backends.triton.aot:kernel_cases"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compile, print the table, and return 1 if a kernel spills to local memory or does not compile."""
+    options = _parse(argv)
+    if "TRITON_INTERPRET" in os.environ:
+        return _run_without_interpreter(argv)
+    if not HAS_TRITON:
+        print("error: Triton is not installed", file=sys.stderr)
+        return 2
+    cases = [case for case in load_cases(options.cases) if options.kernels in case.name]
+    if not cases:
+        print(f"error: no kernel's name contains {options.kernels!r}", file=sys.stderr)
+        return 2
+
+    start = time.perf_counter()
+    compiled = list(_print_rows(cases, options.targets))
+    if options.json:
+        options.json.write_text(json.dumps(as_json(compiled), indent=2) + "\n")
+    return _summarise(compiled, time.perf_counter() - start)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m drpo_kernels compile", description=__doc__)
+    parser.add_argument(
+        "--targets",
+        default=",".join(TARGETS),
+        type=lambda text: text.split(","),
+        help="GPU architectures, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument("--kernels", default="", metavar="TEXT", help="only the kernels whose name contains TEXT")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument(
+        "--cases",
+        default=DEFAULT_CASES,
+        metavar="MODULE:FUNCTION",
+        help="a function that returns KernelCases, for kernels or objectives of your own (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def load_cases(path: str) -> list[KernelCase]:
+    """Call the function that "module:function" names."""
+    module, _, function = path.partition(":")
+    make: Callable[[], list[KernelCase]] = getattr(importlib.import_module(module), function)
+    return make()
+
+
+def as_json(compiled: Iterable[CompiledKernel]) -> dict[str, object]:
+    import triton
+
+    kernels = [{**dataclasses.asdict(kernel), "status": kernel.status} for kernel in compiled]
+    versions = {"drpo_kernels": __version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"versions": versions, "kernels": kernels}
+
+
+def _run_without_interpreter(argv: Sequence[str]) -> int:
+    """Kernels decorated under TRITON_INTERPRET cannot be compiled any more: start again without it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", "drpo_kernels", "compile", *argv], env=environment).returncode
+
+
+def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator[CompiledKernel]:
+    """Compile one by one and print each row when it is known: a whole table takes minutes."""
+    widths = (max(len(case.name) for case in cases), max(map(len, targets)), len("FAILED"), 4, 7, 11, 8, 9, 10, 7)
+    table = TextTable(("kernel", "target", "status", *NUMBERS), widths, left=3)
+    print(table.header())
+    for case in cases:
+        for target in targets:
+            kernel = compile_case(case, target)
+            print(table.row(_cells(kernel)), flush=True)
+            yield kernel
+
+
+def _cells(kernel: CompiledKernel) -> tuple[object, ...]:
+    use, seconds = kernel.usage, f"{kernel.seconds:.1f}"
+    if kernel.error:
+        return (kernel.name, kernel.target, kernel.status, *["-"] * 6, seconds)
+    spills = f"{use.spill_loads}/{use.spill_stores}"
+    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, use.load_bits, use.store_bits)
+    return (kernel.name, kernel.target, kernel.status, *numbers, seconds)
+
+
+def _summarise(compiled: Sequence[CompiledKernel], seconds: float) -> int:
+    failed = [kernel for kernel in compiled if kernel.error]
+    spilling = [kernel for kernel in compiled if not kernel.error and kernel.usage.spills]
+    for kernel in failed:
+        print(f"\n{kernel.name} for {kernel.target}:\n{kernel.error}")
+    for kernel in spilling:
+        print(f"\n{kernel.name} for {kernel.target} spills to local memory: a smaller block or more warps would help")
+    print(f"\n{len(compiled)} kernels in {seconds:.0f} s: {len(failed)} failed, {len(spilling)} spill to local memory")
+    return 1 if failed or spilling else 0
