@@ -6,10 +6,11 @@ from torch import Tensor
 
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
-from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss, Spec
+from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform
 from drpo_kernels.backends.sweep import Execution
+from drpo_kernels.ops import Spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences
 

@@ -26,7 +26,8 @@ def policy_metrics(
 ) -> dict[str, Tensor]:
     """Means and extremes over computed rows, all inputs [N]; 0 where no row qualifies.
 
-    Weights are over computed rows with A ≠ 0. `beyond_trust_region`: their share with w <= 0, moved too far in the harmful direction.
+    Weights are over computed rows with A ≠ 0. `beyond_trust_region`: their share with w <= 0 that moved in
+    the harmful direction, up with A > 0 or down with A < 0.
     `clip_share`: their share whose gradient a clipping objective cut (0 for others). `active_share`: computed rows over valid ones.
     `unscorable`: tokens in the mask whose old log-prob was NaN, treated as masked.
     """
@@ -34,6 +35,7 @@ def policy_metrics(
     weighted = computed & (advantages != 0)
     weight = -slope / torch.where(weighted, advantages * tokens.ratio, 1)
     shift = tokens.prob_shift.abs()
+    beyond = (weight <= 0) & (advantages * tokens.log_ratio > 0)
     clipped = (weight < UNCLIPPED) if objective.clips else torch.zeros_like(weighted)
     values = {
         "ratio_mean": _mean(tokens.ratio, computed),
@@ -45,7 +47,7 @@ def policy_metrics(
         "weight_mean": _mean(weight, weighted),
         "weight_min": _extreme(weight, weighted, largest=False),
         "weight_max": _extreme(weight, weighted, largest=True),
-        "beyond_trust_region": _mean((weight <= 0).to(weight.dtype), weighted),
+        "beyond_trust_region": _mean(beyond.to(weight.dtype), weighted),
         "clip_share": _mean(clipped.to(weight.dtype), weighted),
         "entropy_mean": _mean(entropy, computed),
         "active_share": computed.sum() / valid.sum().clamp(min=1),

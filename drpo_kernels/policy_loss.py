@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drpo_kernels import ops
 from drpo_kernels.backends.rows import Outcome, Row
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kl import KL_ESTIMATORS
@@ -186,22 +187,15 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     rows, terms, computed = inputs.rows, inputs.terms, inputs.computed
     old = rows[Row.OLD_LOGPROB]
     old = torch.where(old.isnan(), logprobs.detach(), old)
-    leaf = logprobs.detach().requires_grad_()
-
-    def objective(logp: Tensor) -> Tensor:
-        tokens = Tokens(logp, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
-        return terms.objective.token_loss(tokens)
-
-    with torch.enable_grad():
-        again = objective(leaf).sum()
-        slope = torch.autograd.grad(again, leaf)[0] if again.requires_grad else torch.zeros_like(leaf)
-    loss = rows[Row.POLICY] * objective(logprobs)
+    tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
+    loss = rows[Row.POLICY] * terms.objective.token_loss(tokens)
     if terms.kl_estimator is not None:
         loss = loss + rows[Row.KL] * KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
     loss = torch.where(computed, loss, 0)
-    outcome = torch.stack([logprobs, entropy, loss, slope]).detach()
-    return loss.sum(), outcome
-
-
+    options, shape = inputs.problem.options, inputs.problem.targets.shape
+    slope = ops.sequence_slope(
+        logprobs.detach(), old, rows[Row.ADVANTAGE], computed, options.cu_seqlens, inputs.problem.spec(terms), list(shape)
+    )
+    return loss.sum(), torch.stack([logprobs, entropy, loss, slope]).detach()

@@ -123,13 +123,13 @@ def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) ->
         logprobs = logprobs.detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))
-        slope = _derivative(policy, logprobs)
+        slope = derivative(policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
             kl = KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
             has_kl = rows[Row.KL] != 0
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
-            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * _derivative(kl, logprobs), 0)
+            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * derivative(kl, logprobs), 0)
     slopes = [total_slope]
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
@@ -137,8 +137,11 @@ def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) ->
     return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
 
 
-def _derivative(values: Tensor, logprobs: Tensor) -> Tensor:
-    if not values.requires_grad:  # a user's objective may be constant in logprobs
+def derivative(values: Tensor, logprobs: Tensor) -> Tensor:
+    """∂(Σ values)/∂logprobs, [N]; zero for a user's objective that is constant in its log-probs."""
+    if not values.requires_grad:
+        if not (logprobs + 0).requires_grad:
+            raise RuntimeError("autograd is off where the objective is differentiated")
         return torch.zeros_like(logprobs)
     return torch.autograd.grad(values.sum(), logprobs, allow_unused=True, materialize_grads=True)[0]
 

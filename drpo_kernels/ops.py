@@ -1,0 +1,216 @@
+"""The computations behind the autograd functions, each also a custom op that stands in for it inside compiled graphs.
+
+Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` cannot trace: there each computation is one opaque op. A
+schema carries no object, so a `Spec` travels as words and numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends import row_ops
+from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
+from drpo_kernels.backends.rows import Outcome, Stat, Terms, Transform, derivative
+from drpo_kernels.backends.sweep import (
+    Execution,
+    Gradients,
+    Head,
+    Wanted,
+    policy_sweep,
+    recompute_sweep,
+    statistics_sweep,
+    stored_gradient_dtype,
+)
+from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
+from drpo_kernels.tokens import Sequences, Tokens
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a call that is not a tensor. `terms` is None for the log-prob functions."""
+
+    vocab: int
+    transform: Transform
+    execution: Execution
+    terms: Terms | None = None
+
+    def encode(self) -> tuple[list[str], list[float]]:
+        """The spec as (words, numbers) of a custom op's schema."""
+        run, terms = self.execution, self.terms or Terms(PolicyGradient())
+        objective, numbers = encode_objective(terms.objective)
+        words = [
+            objective, terms.kl_estimator or "", str(terms.entropy_bonus), run.backend, _dtype_name(run.compute_dtype),
+            _dtype_name(run.logits_dtype), str(run.workspace_bytes or ""), str(run.every_row), str(self.vocab),
+        ]  # fmt: skip
+        softcap = math.nan if self.transform.softcap is None else self.transform.softcap
+        return words, [float(self.transform.logit_scale), float(softcap), *numbers]
+
+    @staticmethod
+    def decode(words: list[str], numbers: list[float]) -> "Spec":
+        objective, kl, bonus, backend, compute, logits, workspace, every_row, vocab = words
+        scale, softcap, *hyper = numbers
+        terms = Terms(decode_objective(objective, hyper), kl or None, bonus == "True")
+        execution = Execution(
+            backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True"
+        )
+        return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _dtype_of(name: str) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+# --- the computations, with tensors in and tensors out ---------------------------------------------------------------
+
+
+def _linear_policy(hidden, weight, bias, targets, rows, spec: Spec, wanted: list[bool]) -> tuple[Tensor, ...]:
+    head = Head(weight, bias, spec.vocab, spec.transform)
+    outcome, gradients = policy_sweep(hidden, head, targets, rows, spec.terms, spec.execution, Wanted(*wanted))
+    return outcome, *_present(gradients, hidden)
+
+
+def _linear_statistics(hidden, weight, bias, targets, rows, spec: Spec) -> Tensor:
+    return statistics_sweep(hidden, Head(weight, bias, spec.vocab, spec.transform), targets, rows, spec.execution)
+
+
+def _linear_recompute(hidden, weight, bias, targets, rows, statistics, slopes, spec: Spec, wanted: list[bool]):
+    head = Head(weight, bias, spec.vocab, spec.transform)
+    gradients = recompute_sweep(hidden, head, targets, rows, statistics, slopes, spec.execution, Wanted(*wanted))
+    return _present(gradients, hidden)
+
+
+def _ready_policy(logits, targets, rows, spec: Spec, with_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (outcome, gradient, 0-d factor on the gradient)."""
+    out = None
+    if with_gradient:
+        out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ops = row_ops(spec.execution.backend)
+    outcome, undo = policy_rows(ops, logits, targets, rows, spec.terms, spec.transform, None, spec.vocab, out)
+    if inplace and with_gradient:
+        torch.autograd.graph.increment_version(logits)
+    gradient = logits.new_empty(0) if out is None else out.detach()
+    return outcome, gradient, rows.new_ones(()) if undo is None else undo
+
+
+def _ready_statistics(logits, targets, rows, spec: Spec) -> Tensor:
+    ops = row_ops(spec.execution.backend)
+    return statistics_rows(ops, logits, targets, rows, spec.transform, None, spec.vocab)
+
+
+def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ops = row_ops(spec.execution.backend)
+    undo = gradient_rows(ops, logits, targets, rows, statistics, slopes, spec.transform, None, spec.vocab, out)
+    return out, rows.new_ones(()) if undo is None else undo
+
+
+def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
+    """∂(Σ ℓ)/∂logπ of each token under a sequence-level objective, [N]; `shape` is that of the targets."""
+    sequences = Sequences(torch.Size(shape), cu_seqlens)
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        tokens = Tokens(leaf, old, advantages, valid=valid, sequences=sequences)
+        return derivative(spec.terms.objective.token_loss(tokens), leaf)
+
+
+def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    """An op returns tensors, so a gradient nobody asked for is an empty one."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+# --- custom ops -------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("drpo_kernels", "DEF")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor rows"
+_READY = "Tensor logits, Tensor targets, Tensor rows"
+_SPEC = "str[] words, float[] numbers"
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype)) if want else hidden.new_empty(0)
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    )
+
+
+def _recording_autograd():
+    """A compiled graph runs its ops with autograd's dispatch keys excluded; the objectives differentiate themselves on [N] inside."""
+    keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set() - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _define(name: str, arguments: str, returns: str, function, fake):
+    """Register `function(*tensors, spec, *rest)` as an op `(tensors, words, numbers, rest)` with the shapes `fake` gives.
+
+    -> the same function, which calls itself through the op while a graph is being traced.
+    """
+    _library.define(f"{name}({arguments}) -> {returns}")
+    tensors = arguments.split(", str[] words")[0].count(",") + 1
+
+    def implementation(*args):
+        words, numbers = args[tensors], args[tensors + 1]
+        with _recording_autograd():
+            return function(*args[:tensors], Spec.decode(words, numbers), *args[tensors + 2 :])
+
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"drpo_kernels::{name}", fake, lib=_library)
+    op = getattr(torch.ops.drpo_kernels, name)
+
+    def call(*args):
+        if not torch.compiler.is_compiling():
+            return function(*args)
+        words, numbers = args[tensors].encode()
+        return op(*args[:tensors], words, numbers, *args[tensors + 1 :])
+
+    return call
+
+
+linear_policy = _define(
+    "linear_policy", f"{_HEAD}, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
+    lambda hidden, weight, bias, targets, rows, words, numbers, wanted: (
+        rows.new_empty(len(Outcome), rows.shape[1]), *_empty_gradients(hidden, weight, bias, wanted)
+    ),
+)  # fmt: skip
+linear_statistics = _define(
+    "linear_statistics", f"{_HEAD}, {_SPEC}", "Tensor", _linear_statistics,
+    lambda hidden, weight, bias, targets, rows, words, numbers: rows.new_empty(len(Stat), rows.shape[1]),
+)  # fmt: skip
+linear_recompute = _define(
+    "linear_recompute", f"{_HEAD}, Tensor statistics, Tensor slopes, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor)",
+    _linear_recompute,
+    lambda hidden, weight, bias, targets, rows, statistics, slopes, words, numbers, wanted: (
+        _empty_gradients(hidden, weight, bias, wanted)
+    ),
+)  # fmt: skip
+ready_policy = _define(
+    "ready_policy", f"{_READY}, {_SPEC}, bool with_gradient, bool inplace", "(Tensor, Tensor, Tensor)",
+    # a graph owns its buffers: inplace, a permission, is not used there
+    lambda logits, targets, rows, spec, with_gradient, inplace: _ready_policy(
+        logits, targets, rows, spec, with_gradient, inplace and not torch.compiler.is_compiling()
+    ),
+    lambda logits, targets, rows, words, numbers, with_gradient, inplace: (
+        rows.new_empty(len(Outcome), rows.shape[1]), logits.new_empty(logits.shape if with_gradient else 0), rows.new_empty(())
+    ),
+)  # fmt: skip
+ready_statistics = _define(
+    "ready_statistics", f"{_READY}, {_SPEC}", "Tensor", _ready_statistics,
+    lambda logits, targets, rows, words, numbers: rows.new_empty(len(Stat), rows.shape[1]),
+)  # fmt: skip
+ready_gradient = _define(
+    "ready_gradient", f"{_READY}, Tensor statistics, Tensor slopes, {_SPEC}", "(Tensor, Tensor)", _ready_gradient,
+    lambda logits, targets, rows, statistics, slopes, words, numbers: (logits.new_empty(logits.shape), rows.new_empty(())),
+)  # fmt: skip
+
+
+sequence_slope = _define(
+    "sequence_slope", f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, int[] shape",
+    "Tensor", _sequence_slope,
+    lambda logprobs, old, advantages, valid, cu_seqlens, words, numbers, shape: torch.empty_like(logprobs),
+)  # fmt: skip
