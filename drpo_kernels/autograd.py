@@ -42,8 +42,10 @@ def _spend(ctx, name: str) -> None:
         ctx.spent = True
 
 
-def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tensor:
-    """[1, N], or [2, N] where the entropy is used."""
+def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tensor | None:
+    """[1, N], or [2, N] where the entropy is used, or None where neither is."""
+    if logprob_slope is None and entropy_slope is None:
+        return None
     if entropy_slope is None:
         return logprob_slope[None]
     return torch.stack([torch.zeros_like(entropy_slope) if logprob_slope is None else logprob_slope, entropy_slope])
@@ -87,6 +89,8 @@ class LinearLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, logprob_slope, entropy_slope):
         slopes = _slopes(logprob_slope, entropy_slope)
+        if slopes is None:
+            return (None,) * 7
         gradients = ops.linear_recompute(*ctx.saved_tensors, slopes, ctx.spec, ctx.wanted)
         inputs = ctx.saved_tensors[:3]
         gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted, strict=True)]
@@ -126,5 +130,7 @@ class ReadyLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, logprob_slope, entropy_slope):
         slopes = _slopes(logprob_slope, entropy_slope)
+        if slopes is None:
+            return (None,) * 4
         gradient, undo = ops.ready_gradient(*ctx.saved_tensors, slopes, ctx.spec)
         return _finished(gradient, undo, gradient.dtype), None, None, None

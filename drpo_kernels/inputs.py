@@ -46,14 +46,14 @@ class LinearSource:
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         return LinearLogprobs.apply(*self._inputs, targets, rows, spec, self.wanted)
 
-    def selected_logits(self, selected: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-        """The naive logits of the selected rows (bool [N]), for the reference."""
+    def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        """The naive logits of the indexed rows, for the reference."""
         from drpo_kernels.reference import head_logits
 
         hidden, weight, bias = self._inputs
         if self.compute_dtype != hidden.dtype or self.compute_dtype != weight.dtype:
             hidden, weight = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
-        return head_logits(hidden[selected], weight[:vocab], None if bias is None else bias[:vocab], dtype)
+        return head_logits(hidden[index], weight[:vocab], None if bias is None else bias[:vocab], dtype)
 
 
 class ReadySource:
@@ -71,8 +71,8 @@ class ReadySource:
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         return ReadyLogprobs.apply(self.tensor, targets, rows, spec)
 
-    def selected_logits(self, selected: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-        return self.tensor.reshape(-1, self.vocab)[selected, :vocab].to(dtype)
+    def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        return self.tensor.reshape(-1, self.vocab)[index, :vocab].to(dtype)
 
 
 Source = LinearSource | ReadySource
@@ -109,6 +109,11 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """float32, or float64 for float64 inputs: what statistics and losses are computed in."""
         return statistics_dtype(self.source.compute_dtype)
+
+    @property
+    def flat_targets(self) -> Tensor:
+        """[N] int64."""
+        return self.targets.reshape(-1).to(torch.int64)
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
         options = self.options

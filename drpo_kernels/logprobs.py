@@ -38,7 +38,7 @@ def _token_logprobs(source: Source, targets: Tensor, mask: Tensor | None, option
         results = reference_logprobs_of(problem, rows, rows[Row.KIND] > RowKind.SKIPPED)
     else:
         # without a mask every row is computed: nothing to compact, nothing to ask the device
-        results = source.logprobs(targets.reshape(-1), rows, problem.spec(every_row=mask is None))
+        results = source.logprobs(problem.flat_targets, rows, problem.spec(every_row=mask is None))
     return results[0].reshape(targets.shape), results[1].reshape(targets.shape)
 
 

@@ -156,14 +156,14 @@ def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
 def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     problem = inputs.problem
     spec = problem.spec(inputs.terms, every_row=problem.options.compact == "none")
-    return problem.source.policy_loss(problem.targets.reshape(-1), inputs.rows, spec)
+    return problem.source.policy_loss(problem.flat_targets, inputs.rows, spec)
 
 
 def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     """8F: differentiable log-probs first, then the loss on [N] in PyTorch, for what depends on other tokens' log-probs."""
     problem = inputs.problem
     spec = problem.spec(every_row=problem.options.compact == "none")
-    logprobs, entropy = problem.source.logprobs(problem.targets.reshape(-1), inputs.rows, spec)
+    logprobs, entropy = problem.source.logprobs(problem.flat_targets, inputs.rows, spec)
     return _loss_from_logprobs(inputs, logprobs, entropy)
 
 
@@ -175,11 +175,13 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     """Naive log-probs and entropy of the computed rows, 0 elsewhere, [N] and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
-    x = problem.source.selected_logits(computed, problem.vocab, rows.dtype)
-    z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE][computed])
     index = computed.nonzero()[:, 0]
+    with torch.autocast(rows.device.type, enabled=False):
+        x = problem.source.selected_logits(index, problem.vocab, rows.dtype)
+        z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE, index])
+        parts = reference_logprobs(z, problem.flat_targets[index])
     zeros = rows.new_zeros(rows.shape[1])
-    return tuple(zeros.index_put((index,), part) for part in reference_logprobs(z, problem.targets.reshape(-1)[computed]))
+    return tuple(zeros.index_put((index,), part) for part in parts)
 
 
 def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,8 +108,8 @@ class Tokens:
 
     @property
     def ratio_minus_one(self) -> Tensor:
-        """r - 1 = expm1(Δ), exact where r is close to 1."""
-        return self.log_ratio.expm1()
+        """r - 1 = expm1(Δ), exact where r is close to 1; its derivative is r (autograd's own, expm1 + 1, loses a small r)."""
+        return _with_gradient_of(self.log_ratio.expm1(), self.ratio)
 
     @property
     def probs(self) -> Tensor:
@@ -126,7 +126,12 @@ class Tokens:
         """π - μ from the unclamped difference, without cancellation and without overflow where μ is tiny or 0."""
         difference = self.logprobs - self.old_logprobs
         larger = torch.where(difference > 0, self.probs, self.old_probs)
-        return -larger * torch.expm1(-difference.abs()) * torch.sign(difference)
+        return _with_gradient_of(-larger * torch.expm1(-difference.abs()) * torch.sign(difference), self.probs)
+
+
+def _with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
+    """`value`, exactly, with the derivative of `source`."""
+    return value.detach() + (source - source.detach())
 
 
 @jit
@@ -147,9 +152,9 @@ def log1p(x):
 def ratio_terms(logp, old):
     """-> (r, r - 1, dr/dlogπ): the derivative is 0 beyond the clamp."""
     difference = logp - old
-    excess = expm1(tl.minimum(tl.maximum(difference, -20.0), 20.0))
-    ratio = excess + 1
-    return ratio, excess, tl.where(tl.abs(difference) <= 20.0, ratio, 0.0)
+    log_ratio = tl.minimum(tl.maximum(difference, -20.0), 20.0)
+    ratio = tl.exp(log_ratio)
+    return ratio, expm1(log_ratio), tl.where(tl.abs(difference) <= 20.0, ratio, 0.0)
 
 
 @jit

@@ -119,8 +119,8 @@ class RowOps(Protocol):
 
 def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """The loss on [N] log-probs through PyTorch's autograd: -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""
-    with torch.enable_grad():
-        logprobs = logprobs.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))
         slope = derivative(policy, logprobs)
@@ -135,6 +135,11 @@ def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) ->
         loss = loss - rows[Row.ENTROPY] * entropy
         slopes.append(-rows[Row.ENTROPY])
     return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may record of one made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def derivative(values: Tensor, logprobs: Tensor) -> Tensor:

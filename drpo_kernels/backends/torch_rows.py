@@ -54,7 +54,8 @@ class TorchRows:
             gradient = _block_gradient(
                 base, buffers, targets[block], factor[block, None], statistics[:, block], slopes[:, block]
             )
-            out[block, :vocab] = gradient if capped is None else gradient.mul_(capped)
+            gradient = gradient if capped is None else gradient.mul_(capped)
+            out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
         inactive = rows[Row.KIND] < RowKind.ACTIVE
         if not scratch.on_cpu or inactive.any():
