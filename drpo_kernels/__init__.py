@@ -1,4 +1,4 @@
-"""Fused Triton kernels for LLM reinforcement learning: DRPO and the losses it is measured against, in 6F and without the logits."""
+"""Fused kernels for LLM RL: DRPO and the losses it is measured against, in 6F without the logits."""
 
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.logprobs import linear_token_logprobs, token_logprobs

@@ -1,4 +1,4 @@
-"""Aggregations are coefficients: every reduction is loss = Σ_t c_t ℓ_t with c_t known from the mask before the forward pass."""
+"""Aggregations are coefficients: loss = Σ_t c_t ℓ_t with c_t known from the mask before the forward pass."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-
 class TokenCoefficients(NamedTuple):
     """Per-token coefficients of the terms, each shaped like targets, for callers with their own aggregation.
 
-    loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t]; `kl` and `entropy` default to
-    `policy`. Masked tokens do not count whatever their coefficient.
+    loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t]; `kl` and
+    `entropy` default to `policy`. Masked tokens do not count whatever their coefficient.
     """
 
     policy: Tensor

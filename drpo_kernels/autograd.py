@@ -1,6 +1,7 @@
 """The autograd boundary: four `torch.autograd.Function`s over the computations of ops.py.
 
-The policy losses compute their gradients in the forward and only scale them in the backward; the log-probs recompute the logits there.
+The policy losses compute their gradients in the forward and only scale them in the backward; the log-probs recompute
+the logits there.
 """
 
 import torch
@@ -36,8 +37,8 @@ def _spend(ctx, name: str) -> None:
     if not torch.compiler.is_compiling():
         if getattr(ctx, "spent", False):
             raise RuntimeError(
-                f"{name}: second backward through the same loss. Its gradients are computed in the forward and given away by the first "
-                "backward; call the loss again, or use the token log-probs functions, which recompute"
+                f"{name}: second backward through the same loss. Its gradients are computed in the forward and given "
+                "away by the first backward; call the loss again, or use the token log-probs functions, which recompute"
             )
         ctx.spent = True
 
@@ -75,7 +76,7 @@ class LinearPolicyLoss(torch.autograd.Function):
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], bias) -> (logprobs [N], entropy [N]), both differentiable: the logits are recomputed in backward."""
+    """(hidden [N, H], weight [V, H], bias) -> (logprobs [N], entropy [N]); the backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, spec, wanted):

@@ -1,6 +1,7 @@
-"""From what a caller passes to what the sweeps take: flattened rows, packed per-row inputs, and where the logits come from."""
+"""From what a caller passes to what the sweeps take: flattened rows, packed inputs, and a source of logits."""
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -123,7 +124,7 @@ class Problem:
         return Spec(self.vocab, Transform(options.logit_scale, options.softcap), execution, terms)
 
     def flat(self, values: Tensor | None, valid: Tensor, otherwise: float = 0.0) -> Tensor:
-        """Per-token values as [N] in the statistics dtype, with masked positions, which may carry anything, replaced."""
+        """Per-token values as [N] in the statistics dtype; masked positions, which may carry anything, replaced."""
         if values is None:
             return torch.full(valid.shape, otherwise, dtype=self.dtype, device=valid.device)
         return torch.where(valid, values.detach().reshape(-1).to(self.dtype), otherwise)
@@ -138,7 +139,10 @@ class Problem:
     def logprob_rows(self) -> Tensor:
         """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
         valid = self.unmasked.reshape(-1)
-        fields = {Row.INV_TEMPERATURE: self.inv_temperature(valid), Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value}
+        fields = {
+            Row.INV_TEMPERATURE: self.inv_temperature(valid),
+            Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value,
+        }
         zeros = torch.zeros_like(fields[Row.KIND])
         return torch.stack([fields.get(row, zeros) for row in Row])
 
@@ -175,7 +179,9 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     unscorable = torch.zeros_like(unmasked) if old_logprobs is None else unmasked & old_logprobs.reshape(-1).isnan()
     valid = unmasked & ~unscorable
     fields = _coefficients(problem, valid, sequences)
-    fields[Row.OLD_LOGPROB] = problem.flat(old_logprobs, valid) if old_logprobs is not None else problem.flat(None, valid, torch.nan)
+    fields[Row.OLD_LOGPROB] = (
+        problem.flat(old_logprobs, valid) if old_logprobs is not None else problem.flat(None, valid, torch.nan)
+    )
     fields[Row.ADVANTAGE] = problem.flat(advantages, valid)
     fields[Row.REF_LOGPROB] = problem.flat(options.ref_logprobs, valid)
     fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)

@@ -1,4 +1,5 @@
-"""Estimators of KL(π‖π_ref) from one sampled token (Schulman, "Approximating KL divergence", 2020): PyTorch and, beside it, the Triton twin.
+"""Estimators of KL(π‖π_ref) from one sampled token (Schulman, "Approximating KL divergence", 2020): PyTorch and, beside
+it, the Triton twin.
 
 d = log π - log π_ref;  k1 = d,  k2 = d²/2,  k3 = exp(-d) + d - 1. Twins return (kl, dkl/dlogπ).
 """

@@ -1,4 +1,6 @@
-"""Differentiable per-token log-probs and entropy, for trainers whose loss is their own: 2F forward, 6F backward, no [T, V] logits."""
+"""Differentiable per-token log-probs and entropy, for trainers whose loss is their own: 2F forward, 6F backward, no [T,
+V] logits.
+"""
 
 from torch import Tensor
 
@@ -10,14 +12,22 @@ from drpo_kernels.policy_loss import reference_logprobs_of
 
 @takes(LogprobOptions)
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, **options
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, Tensor]:
     """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable.
 
-    hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions (mask 0) may carry anything,
-    are not computed, and report 0. The logits of a chunk are recomputed in the backward, which may run more than once.
+    hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions
+    (mask 0) may carry anything, are not computed, and report 0. The logits of a chunk are recomputed in the backward,
+    which may run more than once.
 
-    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot run.
+    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
+    run.
     """
     return _token_logprobs(LinearSource(hidden, weight, bias), targets, mask, LogprobOptions(**options))
 
@@ -31,7 +41,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, mask: Tensor | None = Non
     return _token_logprobs(ReadySource(logits), targets, mask, LogprobOptions(**options))
 
 
-def _token_logprobs(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> tuple[Tensor, Tensor]:
+def _token_logprobs(
+    source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions
+) -> tuple[Tensor, Tensor]:
     problem = Problem.checked(source, targets, mask, options)
     rows = problem.logprob_rows()
     if problem.backend == "reference":
@@ -40,5 +52,3 @@ def _token_logprobs(source: Source, targets: Tensor, mask: Tensor | None, option
         # without a mask every row is computed: nothing to compact, nothing to ask the device
         results = source.logprobs(problem.flat_targets, rows, problem.spec(every_row=mask is None))
     return results[0].reshape(targets.shape), results[1].reshape(targets.shape)
-
-

@@ -1,6 +1,8 @@
-"""What a dashboard needs to see trouble coming: 0-d detached tensors computed from the per-row outcome, for any objective.
+"""What a dashboard needs to see trouble coming: 0-d detached tensors computed from the per-row outcome, for any
+objective.
 
-The gradient weight is w = (dℓ/dlogπ) / (-A r): 1 for an unregularised surrogate, 0 where a loss drops a token, negative where it pushes back.
+The gradient weight is w = (dℓ/dlogπ) / (-A r): 1 for an unregularised surrogate, 0 where a loss drops a token, negative
+where it pushes back.
 """
 
 import torch
@@ -28,8 +30,8 @@ def policy_metrics(
 
     Weights are over computed rows with A ≠ 0. `beyond_trust_region`: their share with w <= 0 that moved in
     the harmful direction, up with A > 0 or down with A < 0.
-    `clip_share`: their share whose gradient a clipping objective cut (0 for others). `active_share`: computed rows over valid ones.
-    `unscorable`: tokens in the mask whose old log-prob was NaN, treated as masked.
+    `clip_share`: their share whose gradient a clipping objective cut (0 for others). `active_share`: computed rows over
+    valid ones. `unscorable`: tokens in the mask whose old log-prob was NaN, treated as masked.
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
     weighted = computed & (advantages != 0)

@@ -1,7 +1,8 @@
 """The policy objectives, each once: the formula in PyTorch and, beside it, its Triton twin returning (ℓ, dℓ/dlogπ).
 
-Notation: μ = exp(old_logprobs), π = exp(logprobs), r = exp(clamp(log π - log μ, ±20)), A the advantage, sg = stop-gradient.
-A new objective is a frozen dataclass with a `token_loss`; the twin is optional, without one the same 6F route runs through PyTorch's autograd on [N].
+Notation: μ = exp(old_logprobs), π = exp(logprobs), r = exp(clamp(log π - log μ, ±20)), A the advantage, sg =
+stop-gradient. A new objective is a frozen dataclass with a `token_loss`; the twin is optional, without one the same 6F
+route runs through PyTorch's autograd on [N].
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ class Objective:
     """A per-token loss. Subclass as a frozen dataclass and write `token_loss`; that is all a new objective needs.
 
     zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed.
-    sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute route.
+    sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute
+                          route.
     clips                 True where tokens lose their gradient by clipping or masking (reported as `drpo/clip_share`).
     """
 
@@ -50,7 +52,8 @@ class Objective:
 def register_objective(cls: type[Objective]) -> type[Objective]:
     """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
 
-    The class must be a frozen dataclass whose fields are numbers, None or strings. Raises ValueError if the name is taken.
+    The class must be a frozen dataclass whose fields are numbers, None or strings. Raises ValueError if the name is
+    taken.
     """
     if _REGISTRY.setdefault(cls.__name__, cls) is not cls:
         raise ValueError(f"an objective named {cls.__name__!r} is already registered")
@@ -110,8 +113,8 @@ class DRPO(Objective):
     """ℓ = -(r A - |A| μ (r - 1)² / (2δ)), so dℓ/dlogπ = -A r w with w = 1 - sign(A)(π - μ)/δ  (arXiv 2606.09821).
 
     w is bounded in [1 - 1/δ, 1 + 1/δ], is 0 on DPPO's boundary |π - μ| = δ, and turns corrective beyond it.
-    The default δ = 12.5 is the paper's. Since |π - μ| <= 1, any δ >= 1 never reaches its boundary: 12.5 is a mild attenuation,
-    w in [0.92, 1.08]. Choose δ < 1 (DPPO uses 0.15 to 0.2) for an active boundary.
+    The default δ = 12.5 is the paper's. Since |π - μ| <= 1, any δ >= 1 never reaches its boundary: 12.5 is a mild
+    attenuation, w in [0.92, 1.08]. Choose δ < 1 (DPPO uses 0.15 to 0.2) for an active boundary.
     """
 
     delta: float = 12.5
@@ -227,7 +230,8 @@ class GSPO(Objective):
         return clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high)
 
 
-# --- score-function forms -A · sg(c) · logπ: DPPO, CISPO, PolicyGradient ------------------------------------------------
+# --- score-function forms -A · sg(c) · logπ: DPPO, CISPO, PolicyGradient
+# ------------------------------------------------
 
 
 @jit
@@ -257,8 +261,8 @@ def dppo_kl(logp, old, adv, hyper):
 class DPPO(Objective):
     """ℓ = -A · sg(min(r, C) M) · logπ, M = 0 beyond the trust region in the harmful direction  (arXiv 2602.04879).
 
-    M = 0 where A > 0, r > 1 and D > delta_high, or A < 0, r < 1 and D > delta_low. D is |π - μ| (`divergence="tv"`) or the binary
-    KL(μ‖π) (`"kl"`), with verl's 1e-8 inside both (1 - p) logarithms.
+    M = 0 where A > 0, r > 1 and D > delta_high, or A < 0, r < 1 and D > delta_low. D is |π - μ| (`divergence="tv"`) or
+    the binary KL(μ‖π) (`"kl"`), with verl's 1e-8 inside both (1 - p) logarithms.
     """
 
     delta_low: float = 0.15

@@ -1,7 +1,7 @@
 """The computations behind the autograd functions, each also a custom op that stands in for it inside compiled graphs.
 
-Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` cannot trace: there each computation is one opaque op. A
-schema carries no object, so a `Spec` travels as words and numbers.
+Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` cannot trace: there each computation is
+one opaque op. A schema carries no object, so a `Spec` travels as words and numbers.
 """
 
 import math
@@ -85,7 +85,9 @@ def _linear_recompute(hidden, weight, bias, targets, rows, statistics, slopes, s
     return _present(gradients, hidden)
 
 
-def _ready_policy(logits, targets, rows, spec: Spec, with_gradient: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _ready_policy(
+    logits, targets, rows, spec: Spec, with_gradient: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> (outcome, gradient, 0-d factor on the gradient)."""
     out = None
     if with_gradient:
@@ -140,14 +142,14 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted
 
 
 def _recording_autograd():
-    """A compiled graph runs its ops with autograd's dispatch keys excluded; the objectives differentiate themselves on [N] inside."""
+    """A compiled graph excludes autograd's dispatch keys from its ops; inside, objectives differentiate themselves."""
     keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set() - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _define(name: str, arguments: str, returns: str, function, fake):
-    """Register `function(*tensors, spec, *rest)` as an op `(tensors, words, numbers, rest)` with the shapes `fake` gives.
+    """Register `function(*tensors, spec, *rest)` as an op `(tensors, words, numbers, rest)` shaped by `fake`.
 
     -> the same function, which calls itself through the op while a graph is being traced.
     """
@@ -183,7 +185,8 @@ linear_statistics = _define(
     lambda hidden, weight, bias, targets, rows, words, numbers: rows.new_empty(len(Stat), rows.shape[1]),
 )  # fmt: skip
 linear_recompute = _define(
-    "linear_recompute", f"{_HEAD}, Tensor statistics, Tensor slopes, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor)",
+    "linear_recompute",
+    f"{_HEAD}, Tensor statistics, Tensor slopes, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor)",
     _linear_recompute,
     lambda hidden, weight, bias, targets, rows, statistics, slopes, words, numbers, wanted: (
         _empty_gradients(hidden, weight, bias, wanted)
@@ -196,7 +199,9 @@ ready_policy = _define(
         logits, targets, rows, spec, with_gradient, inplace and not torch.compiler.is_compiling()
     ),
     lambda logits, targets, rows, words, numbers, with_gradient, inplace: (
-        rows.new_empty(len(Outcome), rows.shape[1]), logits.new_empty(logits.shape if with_gradient else 0), rows.new_empty(())
+        rows.new_empty(len(Outcome), rows.shape[1]),
+        logits.new_empty(logits.shape if with_gradient else 0),
+        rows.new_empty(()),
     ),
 )  # fmt: skip
 ready_statistics = _define(
@@ -205,12 +210,15 @@ ready_statistics = _define(
 )  # fmt: skip
 ready_gradient = _define(
     "ready_gradient", f"{_READY}, Tensor statistics, Tensor slopes, {_SPEC}", "(Tensor, Tensor)", _ready_gradient,
-    lambda logits, targets, rows, statistics, slopes, words, numbers: (logits.new_empty(logits.shape), rows.new_empty(())),
+    lambda logits, targets, rows, statistics, slopes, words, numbers: (
+        logits.new_empty(logits.shape), rows.new_empty(())
+    ),
 )  # fmt: skip
 
 
 sequence_slope = _define(
-    "sequence_slope", f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, int[] shape",
-    "Tensor", _sequence_slope,
+    "sequence_slope",
+    f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, int[] shape", "Tensor",
+    _sequence_slope,
     lambda logprobs, old, advantages, valid, cu_seqlens, words, numbers, shape: torch.empty_like(logprobs),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """The keywords of the public functions, written once.
 
-`LogprobOptions` are what `token_logprobs` and `linear_token_logprobs` take; `PolicyOptions` adds what a policy loss takes.
-`@takes(Options)` gives a function declared with `**options` its full signature and documentation.
+`LogprobOptions` are what `token_logprobs` and `linear_token_logprobs` take; `PolicyOptions` adds what a policy loss
+takes. `@takes(Options)` gives a function declared with `**options` its full signature and documentation.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ class LogprobOptions:
     softcap           number > 0 or None: cap · tanh(· / cap) on the scaled logits (Gemma)
     vocab_size        number of real entries of a padded vocabulary; the columns beyond do not exist for the softmax
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
-    validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it does not synchronise
+    validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it
+                      does not synchronise
     workspace_bytes   bytes for a chunk of logits of the linear functions; None: 128 MiB on a CPU, 1 GiB on a GPU
-    logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds a logit of 16 to 32
-                      by ±0.06, that is ±6 % on the ratio
+    logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds
+                      a logit of 16 to 32 by ±0.06, that is ±6 % on the ratio
     """
 
     temperature: float | Tensor = 1.0
@@ -42,18 +43,21 @@ class LogprobOptions:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyOptions(LogprobOptions):
     """objective         the per-token loss, e.g. `DRPO(delta=0.2)`, `PPO()`, or your own `Objective`
-    reduction         "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" or `TokenCoefficients`
-    normalizer        number or 0-d tensor > 0 in place of the reduction's own count (tokens, or non-empty sequences): the global count
-                      over ranks and accumulation steps
+    reduction         "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+                      or `TokenCoefficients`
+    normalizer        number or 0-d tensor > 0 in place of the reduction's own count (tokens, or non-empty sequences):
+                      the global count over ranks and accumulation steps
     horizon           number > 0, the constant length that "seq-mean-token-sum-norm" divides by (Dr. GRPO)
     cu_seqlens        [S + 1] integer offsets of the sequences of a packed batch
     ref_logprobs      log-probs under a reference policy, shaped like targets, for the KL term
-    kl_coef           coefficient of the KL term; kl_estimator is "k1", "k2" or "k3" (d = log π - log π_ref: d, d²/2, exp(-d) + d - 1)
+    kl_coef           coefficient of the KL term
+    kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
     entropy_coef      coefficient of the entropy bonus (differentiable)
     token_weights     factor per token on the policy term alone, shaped like targets (importance correction)
-    compact           "active": rows that cannot contribute (masked; or A = 0 without KL, entropy or an objective that needs them) are dropped
-                      before any product. "mask": only masked rows; A = 0 rows cost a forward and are reported. "none": every row is
-                      computed and no count is read back from the device
+    compact           "active": rows that cannot contribute are dropped before any product: masked ones, and those with
+                      A = 0 unless a KL term, an entropy bonus or the objective needs them. "mask": only masked rows;
+                      A = 0 rows cost a forward and are reported. "none": every row is computed, and no count is read
+                      back from the device
     """
 
     objective: Objective = DRPO()
@@ -80,7 +84,10 @@ def takes(options: type, omit: tuple[str, ...] = ()) -> Callable[[Callable], Cal
     def decorate(function: Callable) -> Callable:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         fields = [f for f in dataclasses.fields(options) if f.name not in omit]
-        keywords = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields]
+        keywords = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields
+        ]
         function.__signature__ = inspect.signature(function).replace(parameters=own + keywords)
         function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions\n    {_documentation(options)}\n"
         return function

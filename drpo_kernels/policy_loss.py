@@ -46,17 +46,19 @@ def linear_policy_loss(
 
     hidden        [..., H] float, the backbone's last hidden states
     weight        [V, H], the head's weight as in `nn.Linear`; bias [V] or None
-    targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted inside
-    old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached log-prob. A NaN on a valid
-                  row is treated as masked (and counted in metrics["drpo/unscorable"])
+    targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted
+                  inside
+    old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached
+                  log-prob. A NaN on a valid row is treated as masked (and counted in metrics["drpo/unscorable"])
     advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens`
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
 
     loss = Σ_t [c_t · token_weight_t · ℓ_t + kl_coef · c_t · KL_t - entropy_coef · c_t · H_t] with c_t from `reduction`
-    (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be backpropagated once. Logits are float32 whatever the
-    inputs; under autocast, products take autocast's dtype.
+    (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be backpropagated once. Logits
+    are float32 whatever the inputs; under autocast, products take autocast's dtype.
 
-    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot run.
+    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
+    run.
     """
     source = LinearSource(hidden, weight, bias)
     return _policy_loss(source, targets, old_logprobs, advantages, mask, PolicyOptions(**options))
@@ -73,9 +75,11 @@ def policy_loss(
     inplace: bool = False,
     **options,
 ) -> PolicyLossOutput:
-    """The same loss from logits [..., V] (any float dtype, any strides; statistics in float32, or float64 for float64 logits).
+    """The same loss from logits [..., V] (any float dtype, any strides; statistics in float32, or float64 for float64
+    logits).
 
-    inplace       True: the gradient may be written over `logits`, which saves their size in memory; they must not be used afterwards
+    inplace       True: the gradient may be written over `logits`, which saves their size in memory; they must not be
+                  used afterwards
 
     The other arguments are those of `linear_policy_loss`.
     """
@@ -119,11 +123,18 @@ def drpo_loss(
     **options,
 ) -> PolicyLossOutput:
     """`policy_loss` with `objective=DRPO(delta)`."""
-    return policy_loss(logits, targets, old_logprobs, advantages, mask, inplace=inplace, objective=DRPO(delta), **options)
+    return policy_loss(
+        logits, targets, old_logprobs, advantages, mask, inplace=inplace, objective=DRPO(delta), **options
+    )
 
 
 def _policy_loss(
-    source: Source, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor | None, options: PolicyOptions
+    source: Source,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    options: PolicyOptions,
 ) -> PolicyLossOutput:
     problem = Problem.checked(source, targets, mask, options)
     inputs = policy_inputs(problem, old_logprobs, advantages)
@@ -136,7 +147,9 @@ def _policy_loss(
             inputs.rows[Row.ADVANTAGE], inputs.computed, inputs.valid, inputs.unscorable,
         )  # fmt: skip
     shape = targets.shape
-    return PolicyLossOutput(loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics)
+    return PolicyLossOutput(
+        loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics
+    )
 
 
 def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
@@ -160,7 +173,7 @@ def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
 
 
 def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """8F: differentiable log-probs first, then the loss on [N] in PyTorch, for what depends on other tokens' log-probs."""
+    """8F: differentiable log-probs, then the loss on [N] in PyTorch: for what depends on other tokens' log-probs."""
     problem = inputs.problem
     spec = problem.spec(every_row=problem.options.compact == "none")
     logprobs, entropy = problem.source.logprobs(problem.flat_targets, inputs.rows, spec)
@@ -198,6 +211,12 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     loss = torch.where(computed, loss, 0)
     options, shape = inputs.problem.options, inputs.problem.targets.shape
     slope = ops.sequence_slope(
-        logprobs.detach(), old, rows[Row.ADVANTAGE], computed, options.cu_seqlens, inputs.problem.spec(terms), list(shape)
+        logprobs.detach(),
+        old,
+        rows[Row.ADVANTAGE],
+        computed,
+        options.cu_seqlens,
+        inputs.problem.spec(terms),
+        list(shape),
     )
     return loss.sum(), torch.stack([logprobs, entropy, loss, slope]).detach()

@@ -1,6 +1,7 @@
 """What an objective sees of a batch of tokens, and the numerically careful quantities every objective is made of.
 
-Each quantity is written once in PyTorch (`Tokens`) and once, beside it, as its Triton twin. Source: DESIGN of the family, arXiv 2606.09821.
+Each quantity is written once in PyTorch (`Tokens`) and once, beside it, as its Triton twin. Source: DESIGN of the
+family, arXiv 2606.09821.
 """
 
 import torch
@@ -14,7 +15,8 @@ LOG_RATIO_LIMIT = 20.0
 class Sequences:
     """How the N flattened tokens of a batch group into S sequences.
 
-    Built from a leading shape [..., L] (each last-axis run is a sequence) or from `cu_seqlens` [S + 1] of a packed batch.
+    Built from a leading shape [..., L] (each last-axis run is a sequence) or from `cu_seqlens` [S + 1] of a packed
+    batch.
     """
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
@@ -108,7 +110,9 @@ class Tokens:
 
     @property
     def ratio_minus_one(self) -> Tensor:
-        """r - 1 = expm1(Δ), exact where r is close to 1; its derivative is r (autograd's own, expm1 + 1, loses a small r)."""
+        """r - 1 = expm1(Δ), exact where r is close to 1; its derivative is r (autograd's own, expm1 + 1, loses a small
+        r).
+        """
         return _with_gradient_of(self.log_ratio.expm1(), self.ratio)
 
     @property

@@ -1,7 +1,8 @@
 """Triton, where the platform has it.
 
-Objectives keep their Triton twin beside their PyTorch formula, so `objectives.py` must import on machines without Triton too (macOS, Windows).
-There `jit` leaves the function as it is: it is never called, because the Triton backend refuses to run.
+Objectives keep their Triton twin beside their PyTorch formula, so `objectives.py` must import on machines without
+Triton too (macOS, Windows). There `jit` leaves the function as it is: it is never called, because the Triton backend
+refuses to run.
 """
 
 import os

@@ -5,5 +5,7 @@ import torch
 
 @torch.compiler.disable
 def outside_graph(function, *args):
-    """Call `function` outside the graph: an unregistered objective cannot travel through an op's schema (see `register_objective`)."""
+    """Call `function` outside the graph: an unregistered objective cannot travel through an op's schema (see
+    `register_objective`).
+    """
     return function(*args)

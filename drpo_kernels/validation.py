@@ -1,6 +1,7 @@
 """Every argument check, in one place and one voice: "<argument> must ..., got ...".
 
-Shape and type checks always run. Value checks read the data, so they run on the CPU by default and elsewhere only with `validate=True`.
+Shape and type checks always run. Value checks read the data, so they run on the CPU by default and elsewhere only with
+`validate=True`.
 """
 
 import math
@@ -86,14 +87,20 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: to
 def check_logits(logits: Tensor) -> None:
     check_tensor("logits", logits, floating=True)
     if logits.dim() < 2 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be [..., V] with a leading dimension and V at least 1, got shape {_shape(logits)}")
+        raise ValueError(
+            f"logits must be [..., V] with a leading dimension and V at least 1, got shape {_shape(logits)}"
+        )
 
 
-def check_logprob_options(options: LogprobOptions, targets: Tensor, lead: torch.Size, source: Tensor, vocab: int) -> None:
+def check_logprob_options(
+    options: LogprobOptions, targets: Tensor, lead: torch.Size, source: Tensor, vocab: int
+) -> None:
     """Everything about targets and `LogprobOptions`; `source` is hidden or logits, `vocab` its full V."""
     check_tensor("targets", targets, floating=False)
     if targets.shape != lead:
-        raise ValueError(f"targets must have the leading shape {tuple(lead)} of hidden or logits, got {_shape(targets)}")
+        raise ValueError(
+            f"targets must have the leading shape {tuple(lead)} of hidden or logits, got {_shape(targets)}"
+        )
     _check_device("targets", targets, source.device)
     if isinstance(options.temperature, Tensor):
         check_tensor("temperature", options.temperature, floating=True)
@@ -159,7 +166,9 @@ def _check_advantages(advantages: Tensor, targets: Tensor, cu_seqlens: Tensor | 
     if cu_seqlens is not None:
         shapes.append((cu_seqlens.numel() - 1,))
     if _shape(advantages) not in shapes:
-        raise ValueError(f"advantages must have one of the shapes {', '.join(map(str, shapes))}, got {_shape(advantages)}")
+        raise ValueError(
+            f"advantages must have one of the shapes {', '.join(map(str, shapes))}, got {_shape(advantages)}"
+        )
 
 
 def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
@@ -167,15 +176,22 @@ def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, floating=False)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}")
+            raise ValueError(
+                f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}"
+            )
         if targets.shape[:-1].numel() != 1:
             raise ValueError(f"cu_seqlens must come with packed targets [T] or [1, T], got targets {_shape(targets)}")
         _check_device("cu_seqlens", cu_seqlens, targets.device)
     elif targets.dim() < 2:
-        for name, needed in (("reduction", str(options.reduction).startswith("seq-")), ("objective", options.objective.sequence_level)):
+        for name, needed in (
+            ("reduction", str(options.reduction).startswith("seq-")),
+            ("objective", options.objective.sequence_level),
+        ):
             if needed:
                 value = getattr(options, name)
-                raise ValueError(f"cu_seqlens must be given with {name} {value!r} and targets of shape {_shape(targets)}")
+                raise ValueError(
+                    f"cu_seqlens must be given with {name} {value!r} and targets of shape {_shape(targets)}"
+                )
 
 
 def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
@@ -222,7 +238,9 @@ def check_logprob_values(options: LogprobOptions, targets: Tensor, valid: Tensor
     _require("targets", f"in [0, {vocab})", targets, ~valid | ((targets >= 0) & (targets < vocab)))
     if isinstance(options.temperature, Tensor):
         temperature = options.temperature.expand(targets.shape)
-        _require("temperature", "positive and finite", temperature, ~valid | ((temperature > 0) & temperature.isfinite()))
+        _require(
+            "temperature", "positive and finite", temperature, ~valid | ((temperature > 0) & temperature.isfinite())
+        )
 
 
 def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
@@ -233,9 +251,19 @@ def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, val
     if options.token_weights is not None:
         _require("token_weights", "finite", options.token_weights, ~valid | options.token_weights.isfinite())
     if options.ref_logprobs is not None and options.kl_coef:
-        _require("ref_logprobs", "log-probabilities <= 0", options.ref_logprobs, ~valid | (options.ref_logprobs <= POSITIVE_LOGPROB))
+        _require(
+            "ref_logprobs",
+            "log-probabilities <= 0",
+            options.ref_logprobs,
+            ~valid | (options.ref_logprobs <= POSITIVE_LOGPROB),
+        )
     if isinstance(options.normalizer, Tensor):
-        _require("normalizer", "positive and finite", options.normalizer, (options.normalizer > 0) & options.normalizer.isfinite())
+        _require(
+            "normalizer",
+            "positive and finite",
+            options.normalizer,
+            (options.normalizer > 0) & options.normalizer.isfinite(),
+        )
     if options.cu_seqlens is not None:
         steps = options.cu_seqlens.diff()
         ends_match = options.cu_seqlens[0] == 0 and options.cu_seqlens[-1] == valid.numel()

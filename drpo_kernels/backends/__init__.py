@@ -27,15 +27,17 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return "TRITON_INTERPRET=1 runs kernels on CPU tensors only" if INTERPRETING else None
     if device.type == "cpu":
-        return None if INTERPRETING else "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
+        return (
+            None if INTERPRETING else "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the import"
+        )
     return f"the Triton kernels do not support device type {device.type!r}"
 
 
 def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> BackendChoice:
     """The backend for tensors on `device` of compute dtype `dtype`.
 
-    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere. An explicit request is honoured or refused, never replaced.
-    Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
+    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere. An explicit request is honoured or refused,
+    never replaced. Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
     """
     device = torch.device(device)
     if requested is None:

@@ -1,7 +1,7 @@
 """The three matrix products of the head, with float32 accumulation and without ever copying the whole weight.
 
-On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsewhere 16-bit operands are upcast one block of the
-vocabulary at a time, as are float32 master weights under autocast.
+On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsewhere 16-bit operands are upcast one
+block of the vocabulary at a time, as are float32 master weights under autocast.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ CAST_BLOCK = 1 << 21
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products are float32: no TF32 on CUDA, no bf16 in oneDNN, whatever the process has set; restored on exit."""
+    """float32 products are float32: no TF32 on CUDA, no bf16 in oneDNN, whatever the process has set."""
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn]
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
         backends[1] = torch.backends.mkldnn.matmul
@@ -88,7 +88,9 @@ class HeadMatmul:
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
         return out
 
-    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
+    def add_weight_gradient(
+        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
+    ) -> None:
         """out [V, H] += undo · dlogits.T @ hidden, or = for the first chunk; `undo` is a 0-d factor or None for 1."""
         if undo is None:
             product(dlogits.T, hidden, out, accumulate=not first)

@@ -14,7 +14,7 @@ ROW_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Consecutive chunks of `chunk_rows` rows; `retain` keeps every row's dlogits for a single dW product at the end."""
+    """Consecutive chunks of `chunk_rows` rows."""
 
     rows: int
     chunk_rows: int
@@ -34,7 +34,7 @@ def plan_chunks(rows: int, vocab: int, bytes_per_logit: int, workspace_bytes: in
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:
-    """Whether one dW product over retained bf16 dlogits (2·T·V bytes) beats re-reading a float32 dW (4·V·H bytes) per chunk."""
+    """One dW product over retained bf16 dlogits (2·T·V bytes), or re-read a float32 dW (4·V·H bytes) per chunk?"""
     return rows <= 2 * hidden
 
 

@@ -1,4 +1,4 @@
-"""Row operations on logits that are ready: a chunk of the linear sweep, or the caller's own wherever its strides put it."""
+"""Row operations on logits that are ready: a chunk of the linear sweep, or the caller's own whatever its strides."""
 
 from collections.abc import Iterator
 
@@ -50,7 +50,10 @@ def gradient_rows(
     vocab: int,
     out: Tensor,
 ) -> Tensor | None:
-    """Write the gradient into `out` (shaped like `logits`, perhaps `logits`) -> the 0-d factor that undoes a float16 scale, or None."""
+    """Write the gradient into `out`, shaped like `logits` and perhaps `logits` itself.
+
+    -> the 0-d factor that undoes a float16 scale, or None.
+    """
     undo = None
     if out.dtype == torch.float16:
         # a SKIPPED row's slopes may be anything

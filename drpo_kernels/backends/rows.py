@@ -1,6 +1,7 @@
-"""The contract between the sweeps and a backend's row operations: what a row carries in, what it gives back, and who computes it.
+"""The contract between the sweeps and a backend's row operations: what a row carries in, what it gives back.
 
-A *row* is one token's logits [V]. Everything per row travels in three packed tensors, so that a kernel takes three pointers, not twenty.
+A *row* is one token's logits [V]. Everything per row travels in three packed tensors, so that a kernel takes three
+pointers, not twenty.
 """
 
 from dataclasses import dataclass
@@ -55,9 +56,10 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class Transform:
-    """How raw logits x become z = factor · b, the base logits being b = x + bias, or b = tanh(logit_scale · (x + bias) / softcap).
+    """How raw logits x become z = factor · b.
 
-    That is z = logit_scale · (x + bias) / temperature, or z = softcap · tanh(logit_scale · (x + bias) / softcap) / temperature.
+    Without a softcap the base logits are b = x + bias and the factor is logit_scale / temperature; with one,
+    b = tanh(logit_scale · (x + bias) / softcap) and the factor is softcap / temperature.
     """
 
     logit_scale: float = 1.0
@@ -80,7 +82,8 @@ class Terms:
 class RowOps(Protocol):
     """A backend. `logits` is [N, V] with unit stride along V; statistics are float32, or float64 for float64 logits.
 
-    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are set to zero.
+    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are set
+    to zero.
     """
 
     def statistics(
@@ -99,7 +102,7 @@ class RowOps(Protocol):
         bias: Tensor | None,
         out: Tensor,
     ) -> None:
-        """out = the gradient with respect to the raw logits of Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [2, N]."""
+        """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [1 or 2, N]."""
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
@@ -156,7 +159,8 @@ def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
 
     float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late.
     """
-    # |dlogits| <= |slope| + |entropy slope| · max p|log p + H|, the latter below max(H, 1/e) < 16 for any vocabulary under e^16
+    # |dlogits| <= |slope| + |entropy slope| · max p|log p + H|, the latter below max(H, 1/e) < 16 for any vocabulary
+    # under e^16
     bound = slopes[0].abs() + (16 * slopes[1].abs() if slopes.shape[0] > 1 else 0)
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())

@@ -1,7 +1,7 @@
 """The chunked linear path: 6F with the gradient in the forward, or 2F + 6F by recomputation.
 
-F = T·V·H. Per chunk of rows: logits GEMM -> row operations (gradient written over the logits) -> dX and dW GEMMs. No [T, V] tensor exists
-unless the plan retains 16-bit dlogits on purpose. Nothing here knows an objective or a kernel.
+F = T·V·H. Per chunk of rows: logits GEMM -> row operations (gradient written over the logits) -> dX and dW GEMMs. No
+[T, V] tensor exists unless the plan retains 16-bit dlogits on purpose. Nothing here knows an objective or a kernel.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 
 def stored_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 gradients wait in float32 for the upstream scale: a GradScaler acts after the forward has written them."""
+    """float16 gradients wait in float32 for the upstream scale: a GradScaler acts only in the backward."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -77,7 +77,9 @@ class LinearSweep:
             self.active, self.swept = (count if with_gradient else 0), count
         else:
             kinds = rows[Row.KIND]
-            active, forward = torch.stack([(kinds == kind).sum() for kind in (RowKind.ACTIVE, RowKind.FORWARD)]).tolist()
+            active, forward = torch.stack(
+                [(kinds == kind).sum() for kind in (RowKind.ACTIVE, RowKind.FORWARD)]
+            ).tolist()
             self.swept = active + forward
             self.active = active if with_gradient else 0
             if max(active, forward) < count:
@@ -96,7 +98,10 @@ class LinearSweep:
         budget = planning.workspace_bytes(device, self.execution.workspace_bytes)
         self.active_plan = planning.plan_chunks(self.active, vocab, per_logit, budget)
         self.forward_plan = planning.plan_chunks(self.swept - self.active, vocab, logits_dtype.itemsize, budget)
-        largest = max(self.active_plan.chunk_rows if self.active else 0, self.forward_plan.chunk_rows if self.swept > self.active else 0)
+        largest = max(
+            self.active_plan.chunk_rows if self.active else 0,
+            self.forward_plan.chunk_rows if self.swept > self.active else 0,
+        )
         self._logits = self._rows_buffer(largest, logits_dtype)
         kept = self.active if self.retain else min(self.active_plan.chunk_rows, self.active)
         self._dlogits = self._rows_buffer(kept, self.matmul.operand_dtype) if separate else self._logits
@@ -132,7 +137,7 @@ class LinearSweep:
             yield slice(self.active + chunk.start, self.active + chunk.stop), False
 
     def hidden_rows(self, chunk: slice) -> Tensor:
-        """The chunk's hidden states as GEMM operands, [n, H]; a SKIPPED row becomes zero, for 0 · NaN would reach dW."""
+        """The chunk's hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
         x = self.hidden[chunk] if self.index is None else self.hidden[self.index[chunk]]
         x = self.matmul.operand(x)
         if self.execution.every_row:
@@ -187,8 +192,9 @@ class LinearSweep:
 def policy_sweep(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
 ) -> tuple[Tensor, Gradients]:
-    """The fused route. hidden [N, H], targets [N], rows [len(Row), N] -> (outcome [len(Outcome), N], gradients of the summed loss).
+    """The fused route -> (outcome [len(Outcome), N], gradients of the summed loss).
 
+    hidden [N, H], targets [N], rows [len(Row), N].
     6F with both gradients, 4F with a frozen head, 2F with none.
     """
     sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
@@ -229,7 +235,7 @@ def recompute_sweep(
     execution: Execution,
     wanted: Wanted,
 ) -> Gradients:
-    """The recompute route's backward, 6F: gradients of Σ (slopes[0] · logprob + slopes[1] · entropy), slopes [1 or 2, N]."""
+    """The recompute route's backward, 6F: gradients of Σ slopes[0] · logprob + slopes[1] · entropy."""
     sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
     if sweep.index is not None:
         statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]

@@ -1,7 +1,7 @@
-"""Row operations in PyTorch, for any device: two passes over the logits, in blocks of rows small enough to stay in a CPU's cache.
+"""Row operations in PyTorch, for any device: two passes over the logits, in blocks of rows that stay in a CPU's cache.
 
-A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), so that p = 2^q / Σ 2^q: exp2 is the cheapest exponential,
-and subtracting before scaling keeps q exact for logits far from 0.
+A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), so that p = 2^q / Σ 2^q: exp2 is the
+cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0.
 """
 
 import math
@@ -14,7 +14,8 @@ from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
 LOWEST_SHIFT = -1e5
-# logits per block: on a CPU two float32 copies stay in the L2 and L3 caches; on an accelerator a block is one good launch
+# logits per block: on a CPU two float32 copies stay in the L2 and L3 caches; on an accelerator a block is one good
+# launch
 CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 26
 
@@ -84,13 +85,15 @@ class _Scratch:
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
     def base(self, block: slice | Tensor, transform: Transform, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The block's base logits [n, V] (the logits themselves where nothing is done to them) and two buffers [2, n, V]."""
+        """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
         x = self.logits[block]
         buffers = self._buffers[:, : x.shape[0]]
         if bias is not None:
             x = torch.add(x, bias, out=buffers[0])
         if transform.softcap is not None:
-            x = torch.mul(x, x.new_tensor([transform.logit_scale / transform.softcap], dtype=buffers.dtype), out=buffers[0]).tanh_()
+            x = torch.mul(
+                x, x.new_tensor([transform.logit_scale / transform.softcap], dtype=buffers.dtype), out=buffers[0]
+            ).tanh_()
         return x, buffers
 
 

@@ -64,8 +64,10 @@ STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride":
 PACKED = ("rows", "outcome", "statistics", "slopes")
 
 
-def _case(label: str, kernel: Any, logits: str, out: str, hyper: int = 0, bias: str | None = None, **flags: object) -> KernelCase:
-    """A launch on contiguous rows, typed as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
+def _case(
+    label: str, kernel: Any, logits: str, out: str, hyper: int = 0, bias: str | None = None, **flags: object
+) -> KernelCase:
+    """A launch on contiguous rows, as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
     tile = row_tile(VOCAB, 4 if logits == "fp32" else 2)
     types = STRIDES | dict.fromkeys(PACKED, "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
     types |= {"logits": f"*{logits}", "out": f"*{out}", "targets": "*i64", "vocab": "i32", "padded": "i32"}

@@ -1,9 +1,12 @@
 """Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it.
 
-For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of `Transform`:
-    z_j = factor · b_j,   q_j = factor · (b_j - max b),   Σ = Σ_j exp(q_j),   logp = q_y - log Σ,   H = log Σ - Σ_j exp(q_j) q_j / Σ
-    dx_j = chain_j · (slope · (onehot_y - p)_j - slope_H · p_j (log p_j + H))
-The sum runs over the tokens other than the target, which gives 1 - p_y = others / Σ and logp = -log1p(others) without cancellation.
+For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of
+`Transform`:
+    z_j = factor · b_j    q_j = factor · (b_j - max b)    Σ = Σ_j exp(q_j)
+    logp = q_y - log Σ    H = log Σ - Σ_j exp(q_j) q_j / Σ
+    dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (log p_j + H))
+The sum runs over the tokens other than the target first, which gives 1 - p_y = others / Σ and, where the target is the
+maximum, logp = -log1p(others) without cancellation.
 The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
 """
 
@@ -29,7 +32,7 @@ def reduce_row(
     row, column_stride, bias, target, vocab, scale, softcap, factor,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, max b, Σ, 1 - p_y). Each lane keeps a running maximum: one exp per element, no barrier per block."""
+    """One read of the row -> (logp, H, max b, Σ, 1 - p_y). A maximum per lane: one exp per element, no barrier."""
     LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
     LN2: tl.constexpr = 0.6931471805599453
     factor2 = factor / LN2
@@ -141,7 +144,7 @@ def gradient_kernel(
     statistics, statistics_stride, slopes, slopes_stride, vocab, padded, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded] in its own dtype; zeros where a row is not ACTIVE."""
+    """logits [N, V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE."""
     t = tl.program_id(0).to(tl.int64)
     if tl.load(rows + 7 * rows_stride + t) < 2:
         write_zeros(out + t * out_stride, padded, BLOCK)
@@ -167,9 +170,10 @@ def policy_kernel(
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] fp32 (`Outcome`) and, with WRITE, out [N, padded].
+    """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] (`Outcome`), with WRITE out [N, padded].
 
-    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ) are the twins; KL may be None.
+    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ) are the twins; KL may be
+    None.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
