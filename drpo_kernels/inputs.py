@@ -67,7 +67,9 @@ class ReadySource:
 
     def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
-        return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, self.inplace)
+        # a permission, not used in a graph: its op may not write to what it was given
+        inplace = self.inplace and not torch.compiler.is_compiling()
+        return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, inplace)
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         return ReadyLogprobs.apply(self.tensor, targets, rows, spec)

@@ -194,10 +194,7 @@ linear_recompute = _define(
 )  # fmt: skip
 ready_policy = _define(
     "ready_policy", f"{_READY}, {_SPEC}, bool with_gradient, bool inplace", "(Tensor, Tensor, Tensor)",
-    # a graph owns its buffers: inplace, a permission, is not used there
-    lambda logits, targets, rows, spec, with_gradient, inplace: _ready_policy(
-        logits, targets, rows, spec, with_gradient, inplace and not torch.compiler.is_compiling()
-    ),
+    _ready_policy,
     lambda logits, targets, rows, words, numbers, with_gradient, inplace: (
         rows.new_empty(len(Outcome), rows.shape[1]),
         logits.new_empty(logits.shape if with_gradient else 0),

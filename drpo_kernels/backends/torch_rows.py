@@ -5,33 +5,35 @@ cheapest exponential, and subtracting before scaling keeps q exact for logits fa
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
+from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
 LOWEST_SHIFT = -1e5
-# logits per block: on a CPU two float32 copies stay in the L2 and L3 caches; on an accelerator a block is one good
-# launch
-CPU_BLOCK = 1 << 18
+# logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
+CPU_BLOCK = 1 << 19
 DEVICE_BLOCK = 1 << 26
 
 
 class TorchRows:
-    """`RowOps` in PyTorch."""
+    """`RowOps` in PyTorch. What is per row is computed once for all rows; a block only runs what touches its logits."""
 
     def statistics(
         self, logits: Tensor, targets: Tensor, rows: Tensor, transform: Transform, bias: Tensor | None
     ) -> Tensor:
-        statistics = rows.new_zeros(len(Stat), logits.shape[0])
         scratch = _Scratch(logits, rows.dtype)
-        factor = transform.factor(rows[Row.INV_TEMPERATURE])
+        index, outside = _safe(targets, logits.shape[1])
+        factor = transform.factor(rows[Row.INV_TEMPERATURE]) * LOG2E
+        sums = rows.new_ones(4, logits.shape[0])
         for block in scratch.blocks(rows, RowKind.FORWARD):
             base, buffers = scratch.base(block, transform, bias)
-            statistics[:, block] = _block_statistics(base, buffers, targets[block], factor[block, None])
+            sums[:, block] = _block_sums(base, buffers, index[block], factor[block, None])
+        statistics = _from_sums(*sums, outside)
         return statistics.masked_fill_(rows[Row.KIND] < RowKind.FORWARD, 0)
 
     def write_gradient(
@@ -47,14 +49,11 @@ class TorchRows:
     ) -> None:
         vocab = logits.shape[1]
         scratch = _Scratch(logits, rows.dtype)
-        factor = transform.factor(rows[Row.INV_TEMPERATURE])
-        slopes = slopes * (transform.logit_scale * rows[Row.INV_TEMPERATURE])
+        per_row = _GradientRows.of(targets, rows, statistics, slopes, transform, vocab)
         for block in scratch.blocks(rows, RowKind.ACTIVE):
             base, buffers = scratch.base(block, transform, bias)
             capped = None if transform.softcap is None else base.square().neg_().add_(1)
-            gradient = _block_gradient(
-                base, buffers, targets[block], factor[block, None], statistics[:, block], slopes[:, block]
-            )
+            gradient = _block_gradient(base, buffers, per_row.at(block))
             gradient = gradient if capped is None else gradient.mul_(capped)
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
@@ -103,41 +102,72 @@ def _safe(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
 
 
-def _block_statistics(base: Tensor, buffers: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
-    """[len(Stat), n] of a block's base logits; factor [n, 1]."""
-    index, outside = _safe(targets, base.shape[1])
+def _block_sums(base: Tensor, buffers: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+    """[4, n] of a block: max b, q of the target, Σ 2^q and Σ 2^q q over the other tokens; q = (b - max b) · factor."""
     row_max = base.amax(1, keepdim=True).to(buffers.dtype)
-    q = torch.sub(base, row_max, out=buffers[0]).mul_(factor * LOG2E)
-    target = q.gather(1, index).masked_fill_(outside, torch.nan)
+    q = torch.sub(base, row_max, out=buffers[0]).mul_(factor)
+    target = q.gather(1, index)
     e = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0)
     others = e.sum(1, keepdim=True)
     moment = e.mul_(q).sum(1, keepdim=True)
     if base.device.type != "cpu" or moment.isnan().any():  # 0 · -inf: some token is banned
         q.clamp_(min=LOWEST_SHIFT)
         moment = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
+    return torch.cat([row_max, target, others, moment], dim=1).T
+
+
+def _from_sums(row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, outside: Tensor) -> Tensor:
+    """[len(Stat), N] from the [N] sums of `_block_sums`; NaN where the target is outside the vocabulary."""
+    target = target.masked_fill(outside[:, 0], torch.nan)
     at_target = target.exp2()
     total = others + at_target
     log_total = torch.where(target == 0, others.log1p(), total.log())
     moment = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E
     # rounding may leave -1e-8 where all mass is on one token
     entropy = (log_total - moment / total).clamp_(min=0)
-    return torch.cat([target / LOG2E - log_total, entropy, row_max, total, others / total], dim=1).T
+    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total])
 
 
-def _block_gradient(
-    base: Tensor, buffers: Tensor, targets: Tensor, factor: Tensor, statistics: Tensor, slopes: Tensor
-) -> Tensor:
-    """slopes[0] · (onehot - p) - slopes[1] · p (log p + H), [n, V] in a buffer."""
-    index, outside = _safe(targets, base.shape[1])
-    logprob, entropy, row_max, total, miss = statistics[:, :, None]
-    slope = slopes[0, :, None]
-    q = torch.sub(base, row_max, out=buffers[0]).mul_(factor * LOG2E)
-    at_target = slope * miss
-    if slopes.shape[0] == 1:
-        gradient = q.exp2_().mul_(-slope / total)
+class _GradientRows(NamedTuple):
+    """What a row's gradient needs, [N, 1] each.
+
+    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term.
+    """
+
+    row_max: Tensor
+    factor: Tensor  # of q
+    scale: Tensor  # of 2^q, -slope / Σ without an entropy term, 1 / Σ with one
+    per_q: Tensor | None  # coefficient of q in dx / p, or None without an entropy term
+    constant: Tensor | None  # and what does not depend on the token
+    index: Tensor  # of the target
+    at_target: Tensor  # dx there
+
+    @staticmethod
+    def of(
+        targets: Tensor, rows: Tensor, statistics: Tensor, slopes: Tensor, transform: Transform, vocab: int
+    ) -> "_GradientRows":
+        index, outside = _safe(targets, vocab)
+        logprob, entropy, row_max, total, miss = statistics[:, :, None]
+        inv_temperature = rows[Row.INV_TEMPERATURE, :, None]
+        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to softcap's 1 - tanh²
+        at_target, scale, per_q, constant = slopes[0] * miss, -slopes[0] / total, None, None
+        if len(slopes) > 1:
+            at_target = at_target - slopes[1] * logprob.exp() * (logprob.clamp(min=LOWEST_SHIFT) + entropy)
+            scale, per_q = 1 / total, -slopes[1] / LOG2E
+            constant = slopes[1] * (total.log() - entropy) - slopes[0]
+        factor = transform.factor(inv_temperature) * LOG2E
+        return _GradientRows(row_max, factor, scale, per_q, constant, index, at_target.masked_fill(outside, torch.nan))
+
+    def at(self, block: slice | Tensor) -> "_GradientRows":
+        return _GradientRows(*(None if x is None else x[block] for x in self))
+
+
+def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor:
+    """slope · (onehot - p) - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a buffer."""
+    q = torch.sub(base, row.row_max, out=buffers[0]).mul_(row.factor)
+    if row.per_q is None:
+        gradient = q.exp2_().mul_(row.scale)
     else:
-        p = torch.exp2(q, out=buffers[1]).mul_(1 / total)
-        log_p = q.clamp_(min=LOWEST_SHIFT).mul_(1 / LOG2E).sub_(total.log())
-        gradient = log_p.add_(entropy).mul_(-slopes[1, :, None]).sub_(slope).mul_(p)
-        at_target = at_target - slopes[1, :, None] * logprob.exp() * (logprob.clamp(min=LOWEST_SHIFT) + entropy)
-    return gradient.scatter_(1, index, at_target.masked_fill(outside, torch.nan))
+        p = torch.exp2(q, out=buffers[1]).mul_(row.scale)
+        gradient = q.clamp_(min=LOWEST_SHIFT).mul_(row.per_q).add_(row.constant).mul_(p)
+    return gradient.scatter_(1, row.index, row.at_target)

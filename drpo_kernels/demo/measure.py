@@ -1,0 +1,63 @@
+"""Time and memory of a function, on the CPU or a CUDA device."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def median_times(functions: Sequence[Callable], device: torch.device, repeats: int) -> tuple[float, ...]:
+    """Median seconds of each function over `repeats` interleaved calls, after one call each to warm up."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, times in zip(functions, seconds, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            function()
+            _synchronize(device)
+            if repeat:
+                times.append(time.perf_counter() - start)
+    return tuple(statistics.median(times) for times in seconds)
+
+
+def peak_extra_bytes(function: Callable, device: torch.device) -> int:
+    """The most memory PyTorch held at any time during a call beyond what it held before; results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    return max(_held_bytes(function), default=0)
+
+
+def _held_bytes(function: Callable) -> list[int]:
+    """Bytes held after each allocation and release by PyTorch's CPU allocator during a call, from the profiler's trace.
+
+    Unlike the process's resident size it knows nothing of malloc's caching, and is the same in every run.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop on stderr otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    held, total = [], 0
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        total += change["args"]["Bytes"]
+        held.append(total)
+    return held
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

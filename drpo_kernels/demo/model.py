@@ -1,0 +1,37 @@
+"""The policy: a Qwen3 architecture from `transformers`, a few hundred thousand random weights, no download."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from drpo_kernels.demo.settings import Settings
+from drpo_kernels.demo.task import ALPHABET, COMPLETION_LENGTH, END_ID, PAD_ID, PROMPT_LENGTH
+
+
+def build_model(settings: Settings, device: torch.device) -> PreTrainedModel:
+    """A seeded, randomly initialised policy. The same weights on every device: they are drawn on the CPU."""
+    torch.manual_seed(settings.seed)
+    config = Qwen3Config(
+        vocab_size=len(ALPHABET),
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=settings.hidden_size // settings.heads,
+        max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+        attn_implementation="eager",  # the fused attentions' backward is not deterministic on every GPU
+    )
+    return Qwen3ForCausalLM(config).to(device)
+
+
+def completion_hidden(model: PreTrainedModel, tokens: Tensor, prompt_length: int) -> Tensor:
+    """Backbone states that predict the completion: tokens [N, P + C] -> [N, C, H].
+
+    Completions are padded on the right and attention is causal: no real token sees the padding, so no mask is needed.
+    """
+    return model.model(tokens, use_cache=False).last_hidden_state[:, prompt_length - 1 : -1]

@@ -1,0 +1,99 @@
+"""Rollouts: sampled completions, the log-probabilities they were sampled with, rewards and group advantages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drpo_kernels.demo.task import COMPLETION_LENGTH, PROMPT_LENGTH, Problem, encode, rewards, until_end
+
+
+@dataclass(frozen=True)
+class Completions:
+    """N sampled completions of up to C tokens.
+
+    tokens    [N, C] the sampled ids; what follows the end of a completion is noise
+    logprobs  [N, C] log μ, recorded while sampling: the behaviour policy that the loss is later told about
+    entropy   [N, C] of the distribution each token was drawn from
+    mask      [N, C] bool, True up to and including the end
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the updates need of N = prompts x group completions; every field's first axis is N.
+
+    tokens [N, P + C], targets [N, C], old_logprobs [N, C], mask [N, C], advantages [N]
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    old_logprobs: Tensor
+    mask: Tensor
+    advantages: Tensor
+
+    def select(self, rows: Tensor) -> "Rollout":
+        return Rollout(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    length: int = COMPLETION_LENGTH,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Completions:
+    """Draw one completion per prompt [N, P], with a key-value cache; temperature 0 takes the most probable token."""
+    tokens, logprobs, entropies = [], [], []
+    inputs, cache = prompts, None
+    for _ in range(length):
+        output = model.model(inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = model.lm_head(output.last_hidden_state[:, -1]).float()
+        distribution = torch.log_softmax(logits / (temperature or 1.0), -1)
+        probabilities = distribution.exp()
+        if temperature:
+            inputs = torch.multinomial(probabilities, 1, generator=generator)
+        else:
+            inputs = distribution.argmax(-1, keepdim=True)
+        tokens.append(inputs)
+        logprobs.append(distribution.gather(-1, inputs))
+        entropies.append(-(probabilities * distribution).sum(-1, keepdim=True))
+    completion = torch.cat(tokens, -1)
+    return Completions(completion, torch.cat(logprobs, -1), torch.cat(entropies, -1), until_end(completion))
+
+
+def group_advantages(reward: Tensor, group: int) -> Tensor:
+    """GRPO: (reward - mean) / standard deviation within each group of completions of one prompt, [N] -> [N].
+
+    A group whose rewards are all equal teaches nothing: its advantages are exactly 0, and the loss drops its rows.
+    """
+    grouped = reward.reshape(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    return (centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)).reshape(-1)
+
+
+def roll_out(
+    model: PreTrainedModel, problems: Sequence[Problem], group: int, temperature: float, generator: torch.Generator
+) -> tuple[Rollout, dict[str, float]]:
+    """Sample `group` completions per problem and grade them -> (rollout, {"reward", "entropy"} averaged over it)."""
+    repeated = [problem for problem in problems for _ in range(group)]
+    prompts = encode([problem.prompt for problem in repeated], PROMPT_LENGTH).to(generator.device)
+    drawn = sample(model, prompts, temperature=temperature, generator=generator)
+    reward = rewards(repeated, drawn.tokens).to(prompts.device)
+    rollout = Rollout(
+        tokens=torch.cat([prompts, drawn.tokens], 1),
+        targets=drawn.tokens,
+        old_logprobs=drawn.logprobs,
+        mask=drawn.mask,
+        advantages=group_advantages(reward, group),
+    )
+    return rollout, {"reward": reward.mean().item(), "entropy": drawn.entropy[drawn.mask].mean().item()}
