@@ -5,41 +5,66 @@ block of the vocabulary at a time, as are float32 master weights under autocast.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# float32 entries of the weight that are cast at a time: 8 MiB
-CAST_BLOCK = 1 << 21
+# entries of the weight that are cast at a time: 8 MiB of float32 on a CPU, enough for a full GEMM elsewhere
+CPU_CAST_BLOCK, DEVICE_CAST_BLOCK = 1 << 21, 1 << 26
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 products are float32: no TF32 on CUDA, no bf16 in oneDNN, whatever the process has set."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-        backends[1] = torch.backends.mkldnn.matmul
-        name, exact = "fp32_precision", "ieee"
-    else:
-        backends, name, exact = backends[:1], "allow_tf32", False
-    before = [getattr(backend, name) for backend in backends]
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            setattr(backend, name, exact)
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+@functools.cache
+def accumulates_in_float32(device: torch.device) -> bool:
+    """Whether addmm adds 16-bit products to a float32 matrix here; the first versions of `out_dtype` refuse."""
+    operand, out = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
+
+
+def cast_rows(matrix: Tensor) -> int:
+    """How many rows of a matrix to hold in a temporary."""
+    return max((CPU_CAST_BLOCK if matrix.device.type == "cpu" else DEVICE_CAST_BLOCK) // max(matrix.shape[1], 1), 1)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b; a float32 `out` of 16-bit operands is accumulated and written in float32."""
     if a.dtype == out.dtype:
-        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    if accumulate:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif accumulates_in_float32(out.device):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        step = cast_rows(out)
+        for rows in (slice(start, start + step) for start in range(0, out.shape[0], step)):
+            out[rows].add_(torch.mm(a[rows], b, out_dtype=out.dtype))
 
 
 class HeadMatmul:
@@ -66,8 +91,8 @@ class HeadMatmul:
 
     def _blocks(self, always: bool = False) -> Iterator[slice]:
         """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed."""
-        vocab, width = self.weight.shape
-        step = max(CAST_BLOCK // max(width, 1), 1) if self.casts or always else max(vocab, 1)
+        vocab = self.weight.shape[0]
+        step = cast_rows(self.weight) if self.casts or always else vocab
         return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
