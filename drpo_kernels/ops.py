@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
-from drpo_kernels.backends.rows import Outcome, Stat, Terms, Transform, derivative, recordable
+from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
 from drpo_kernels.backends.sweep import (
     Execution,
     Gradients,
@@ -93,7 +93,7 @@ def _ready_policy(
     if with_gradient:
         out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     ops = row_ops(spec.execution.backend)
-    outcome, undo = policy_rows(ops, logits, targets, rows, spec.terms, spec.transform, None, spec.vocab, out)
+    outcome, undo = policy_rows(ops, RowBatch(logits, targets, rows, spec.transform), spec.vocab, spec.terms, out)
     if inplace and with_gradient:
         torch.autograd.graph.increment_version(logits)
     gradient = logits.new_empty(0) if out is None else out.detach()
@@ -102,13 +102,13 @@ def _ready_policy(
 
 def _ready_statistics(logits, targets, rows, spec: Spec) -> Tensor:
     ops = row_ops(spec.execution.backend)
-    return statistics_rows(ops, logits, targets, rows, spec.transform, None, spec.vocab)
+    return statistics_rows(ops, RowBatch(logits, targets, rows, spec.transform), spec.vocab)
 
 
 def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     ops = row_ops(spec.execution.backend)
-    undo = gradient_rows(ops, logits, targets, rows, statistics, slopes, spec.transform, None, spec.vocab, out)
+    undo = gradient_rows(ops, RowBatch(logits, targets, rows, spec.transform), spec.vocab, statistics, slopes, out)
     return out, rows.new_ones(()) if undo is None else undo
 
 

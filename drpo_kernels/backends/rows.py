@@ -6,7 +6,7 @@ pointers, not twenty.
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,44 +79,32 @@ class Terms:
     entropy_bonus: bool = False
 
 
-class RowOps(Protocol):
-    """A backend. `logits` is [N, V] with unit stride along V; statistics are float32, or float64 for float64 logits.
+class RowBatch(NamedTuple):
+    """Rows whose logits are ready, with what they carry in."""
 
-    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are set
-    to zero.
+    logits: Tensor  # [N, V]; [..., V] with any strides where a function says so
+    targets: Tensor  # [N] int64
+    rows: Tensor  # [len(Row), N]
+    transform: Transform
+    bias: Tensor | None = None  # [V]
+
+
+class RowOps(Protocol):
+    """A backend. Statistics are float32, or float64 for float64 logits.
+
+    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are 0.
     """
 
-    def statistics(
-        self, logits: Tensor, targets: Tensor, rows: Tensor, transform: Transform, bias: Tensor | None
-    ) -> Tensor:
+    def statistics(self, batch: RowBatch) -> Tensor:
         """-> [len(Stat), N]; zeros where the row is SKIPPED."""
 
-    def write_gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor,
-        statistics: Tensor,
-        slopes: Tensor,
-        transform: Transform,
-        bias: Tensor | None,
-        out: Tensor,
-    ) -> None:
+    def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [1 or 2, N]."""
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
 
-    def policy(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor,
-        terms: Terms,
-        transform: Transform,
-        bias: Tensor | None,
-        out: Tensor | None,
-    ) -> Tensor:
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N]."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from drpo_kernels.backends import planning, row_ops
 from drpo_kernels.backends.matmul import HeadMatmul, exact_float32
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import Outcome, Row, RowKind, RowOps, Stat, Terms, Transform
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
@@ -144,8 +144,10 @@ class LinearSweep:
             x = torch.where((self.rows[Row.KIND, chunk] > RowKind.SKIPPED)[:, None], x, 0)
         return x
 
-    def logits(self, hidden_rows: Tensor) -> Tensor:
-        return self.matmul.logits(hidden_rows, self._logits[: hidden_rows.shape[0]])
+    def batch(self, chunk: slice, hidden_rows: Tensor) -> RowBatch:
+        """The chunk's logits, in the shared buffer, with what its rows carry in."""
+        logits = self.matmul.logits(hidden_rows, self._logits[: hidden_rows.shape[0]])
+        return RowBatch(logits, self.targets[chunk], self.rows[:, chunk], self.head.transform, self.bias)
 
     def dlogits(self, chunk: slice) -> Tensor:
         start = chunk.start if self.retain else 0
@@ -202,11 +204,8 @@ def policy_sweep(
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
         for chunk, with_gradient in sweep.chunks():
             x = sweep.hidden_rows(chunk)
-            logits, dlogits = sweep.logits(x), sweep.dlogits(chunk) if with_gradient else None
-            outcome[:, chunk], undo = policy_rows(
-                sweep.ops, logits, sweep.targets[chunk], sweep.rows[:, chunk], terms, head.transform, sweep.bias,
-                head.vocab, dlogits,
-            )  # fmt: skip
+            batch, dlogits = sweep.batch(chunk, x), sweep.dlogits(chunk) if with_gradient else None
+            outcome[:, chunk], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
             if with_gradient:
                 sweep.accumulate(chunk, x, dlogits, undo)
         return sweep.scatter(outcome), sweep.gradients()
@@ -218,10 +217,7 @@ def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, 
     statistics = rows.new_empty(len(Stat), sweep.swept)
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
         for chunk, _ in sweep.chunks():
-            logits = sweep.logits(sweep.hidden_rows(chunk))
-            statistics[:, chunk] = sweep.ops.statistics(
-                logits, sweep.targets[chunk], sweep.rows[:, chunk], head.transform, sweep.bias
-            )
+            statistics[:, chunk] = sweep.ops.statistics(sweep.batch(chunk, sweep.hidden_rows(chunk)))
         return sweep.scatter(statistics)
 
 
@@ -244,10 +240,7 @@ def recompute_sweep(
             if not with_gradient:
                 continue
             x = sweep.hidden_rows(chunk)
-            dlogits = sweep.dlogits(chunk)
-            undo = gradient_rows(
-                sweep.ops, sweep.logits(x), sweep.targets[chunk], sweep.rows[:, chunk], statistics[:, chunk],
-                slopes[:, chunk], head.transform, sweep.bias, head.vocab, dlogits,
-            )  # fmt: skip
+            batch, dlogits = sweep.batch(chunk, x), sweep.dlogits(chunk)
+            undo = gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
             sweep.accumulate(chunk, x, dlogits, undo)
         return sweep.gradients()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Terms
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
@@ -23,41 +23,29 @@ DEVICE_BLOCK = 1 << 26
 class TorchRows:
     """`RowOps` in PyTorch. What is per row is computed once for all rows; a block only runs what touches its logits."""
 
-    def statistics(
-        self, logits: Tensor, targets: Tensor, rows: Tensor, transform: Transform, bias: Tensor | None
-    ) -> Tensor:
-        scratch = _Scratch(logits, rows.dtype)
-        index, outside = _safe(targets, logits.shape[1])
-        factor = transform.factor(rows[Row.INV_TEMPERATURE]) * LOG2E
-        sums = rows.new_ones(4, logits.shape[0])
-        for block in scratch.blocks(rows, RowKind.FORWARD):
-            base, buffers = scratch.base(block, transform, bias)
+    def statistics(self, batch: RowBatch) -> Tensor:
+        scratch = _Scratch(batch)
+        index, outside = _safe(batch)
+        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
+        sums = batch.rows.new_ones(4, batch.rows.shape[1])
+        for block in scratch.blocks(RowKind.FORWARD):
+            base, buffers = scratch.base(block)
             sums[:, block] = _block_sums(base, buffers, index[block], factor[block, None])
         statistics = _from_sums(*sums, outside)
-        return statistics.masked_fill_(rows[Row.KIND] < RowKind.FORWARD, 0)
+        return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
-    def write_gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor,
-        statistics: Tensor,
-        slopes: Tensor,
-        transform: Transform,
-        bias: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        vocab = logits.shape[1]
-        scratch = _Scratch(logits, rows.dtype)
-        per_row = _GradientRows.of(targets, rows, statistics, slopes, transform, vocab)
-        for block in scratch.blocks(rows, RowKind.ACTIVE):
-            base, buffers = scratch.base(block, transform, bias)
-            capped = None if transform.softcap is None else base.square().neg_().add_(1)
+    def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        vocab = batch.logits.shape[1]
+        scratch = _Scratch(batch)
+        per_row = _GradientRows.of(batch, statistics, slopes)
+        for block in scratch.blocks(RowKind.ACTIVE):
+            base, buffers = scratch.base(block)
+            capped = None if batch.transform.softcap is None else base.square().neg_().add_(1)
             gradient = _block_gradient(base, buffers, per_row.at(block))
             gradient = gradient if capped is None else gradient.mul_(capped)
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
-        inactive = rows[Row.KIND] < RowKind.ACTIVE
+        inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
         if not scratch.on_cpu or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
 
@@ -68,37 +56,37 @@ class TorchRows:
 class _Scratch:
     """Two reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
 
-    def __init__(self, logits: Tensor, dtype: torch.dtype):
-        self.logits = logits
-        self.on_cpu = logits.device.type == "cpu"
-        count, vocab = logits.shape
+    def __init__(self, batch: RowBatch):
+        self.batch = batch
+        self.on_cpu = batch.logits.device.type == "cpu"
+        count, vocab = batch.logits.shape
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
-        self._buffers = torch.empty(2, self.block, vocab, dtype=dtype, device=logits.device)
+        self._buffers = batch.rows.new_empty(2, self.block, vocab)
 
-    def blocks(self, rows: Tensor, least: RowKind) -> list[slice | Tensor]:
+    def blocks(self, least: RowKind) -> list[slice | Tensor]:
         """Blocks of the rows of at least this kind; away from the CPU, where asking would synchronise, of all rows."""
-        count = self.logits.shape[0]
-        wanted = rows[Row.KIND] >= least
+        count = self.batch.logits.shape[0]
+        wanted = self.batch.rows[Row.KIND] >= least
         if self.on_cpu and not wanted.all():
             return list(wanted.nonzero()[:, 0].split(self.block)) if wanted.any() else []
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
-    def base(self, block: slice | Tensor, transform: Transform, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
         """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
-        x = self.logits[block]
+        x, transform = self.batch.logits[block], self.batch.transform
         buffers = self._buffers[:, : x.shape[0]]
-        if bias is not None:
-            x = torch.add(x, bias, out=buffers[0])
+        if self.batch.bias is not None:
+            x = torch.add(x, self.batch.bias, out=buffers[0])
         if transform.softcap is not None:
-            x = torch.mul(
-                x, x.new_tensor([transform.logit_scale / transform.softcap], dtype=buffers.dtype), out=buffers[0]
-            ).tanh_()
+            # a tensor of the statistics dtype, so that 16-bit logits are promoted before they are scaled
+            scale = buffers.new_full((1,), transform.logit_scale / transform.softcap)
+            x = torch.mul(x, scale, out=buffers[0]).tanh_()
         return x, buffers
 
 
-def _safe(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Targets as a gather index [n, 1] that is never out of bounds, and which of them were."""
-    index = targets[:, None]
+def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:
+    """Targets as a gather index [N, 1] that is never out of bounds, and which of them were."""
+    index, vocab = batch.targets[:, None], batch.logits.shape[1]
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
 
 
@@ -143,12 +131,10 @@ class _GradientRows(NamedTuple):
     at_target: Tensor  # dx there
 
     @staticmethod
-    def of(
-        targets: Tensor, rows: Tensor, statistics: Tensor, slopes: Tensor, transform: Transform, vocab: int
-    ) -> "_GradientRows":
-        index, outside = _safe(targets, vocab)
+    def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
+        index, outside = _safe(batch)
         logprob, entropy, row_max, total, miss = statistics[:, :, None]
-        inv_temperature = rows[Row.INV_TEMPERATURE, :, None]
+        transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to softcap's 1 - tanh²
         at_target, scale, per_q, constant = slopes[0] * miss, -slopes[0] / total, None, None
         if len(slopes) > 1:

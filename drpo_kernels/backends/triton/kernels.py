@@ -15,13 +15,22 @@ from drpo_kernels.triton_support import jit, tl
 
 
 @jit
-def base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """b = x + bias, or tanh(scale · (x + bias) / softcap)."""
+def head_of(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """-> (scale / softcap inside the tanh, factor = dz/db, dz/dx up to softcap's 1 - tanh²)."""
+    if HAS_SOFTCAP:
+        return scale / softcap, softcap * inv_temperature, scale * inv_temperature
+    else:
+        return scale, scale * inv_temperature, scale * inv_temperature
+
+
+@jit
+def base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """b = x + bias, or tanh(inner_scale · (x + bias))."""
     if HAS_BIAS:
         x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         # tanh(|v|) = -expm1(-2|v|) / (2 + expm1(-2|v|)), without cancellation near 0
-        v = x * (scale / softcap)
+        v = x * inner_scale
         decay = expm1(-2 * tl.abs(v))
         x = tl.where(v < 0, decay, -decay) / (2 + decay)
     return x
@@ -29,12 +38,13 @@ def base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS: tl.constexpr, HA
 
 @jit
 def reduce_row(
-    row, column_stride, bias, target, vocab, scale, softcap, factor,
+    row, column_stride, vocab, bias, target, head,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One read of the row -> (logp, H, max b, Σ, 1 - p_y). A maximum per lane: one exp per element, no barrier."""
     LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
     LN2: tl.constexpr = 0.6931471805599453
+    inner_scale, factor, _ = head
     factor2 = factor / LN2
     lanes = tl.arange(0, BLOCK)
     lane_max = tl.full([BLOCK], LOWEST, tl.float32)
@@ -44,7 +54,7 @@ def reduce_row(
         cols = start + lanes
         inside = cols < vocab
         x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        b = base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        b = base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS, HAS_SOFTCAP)
         b = tl.where((b < LOWEST) | (cols == target) | (cols >= vocab), LOWEST, b)  # a NaN passes
         step = (b - lane_max) * factor2
         decay = tl.exp2(-tl.abs(step))
@@ -55,7 +65,7 @@ def reduce_row(
 
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    b_y = base_logit(x_y, bias, target, in_range, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    b_y = base_logit(x_y, bias, target, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
     row_max = tl.maximum(tl.max(lane_max, 0), b_y)
     row_max = tl.where(row_max > LOWEST, row_max, float("nan"))  # every token banned
     shift = (lane_max - row_max) * factor2
@@ -73,17 +83,18 @@ def reduce_row(
 
 @jit
 def write_gradient(
-    row, column_stride, out, bias, target, vocab, padded, scale, softcap, inv_temperature, factor,
-    logp, entropy, row_max, total, miss, slope, entropy_slope,
+    row, column_stride, vocab, bias, target, head, statistics, slope, entropy_slope, out, padded,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second read and the only write: out may be the row itself where element sizes agree."""
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
+    inner_scale, factor, chain = head
+    logp, entropy, row_max, total, miss = statistics
     factor2 = factor / LN2
     lanes = tl.arange(0, BLOCK)
-    slope *= scale * inv_temperature  # dz/dx, up to softcap's 1 - tanh²
-    entropy_slope *= scale * inv_temperature
+    slope *= chain
+    entropy_slope *= chain
     inv_total = 1 / total
     log_total = tl.log(total)
     at_target = slope * miss
@@ -93,7 +104,7 @@ def write_gradient(
         cols = start + lanes
         inside = cols < vocab
         x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        b = base_logit(x, bias, cols, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        b = base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS, HAS_SOFTCAP)
         q = (b - row_max) * factor2
         p = tl.exp2(q) * inv_total
         gradient = -slope * p
@@ -115,20 +126,21 @@ def write_zeros(out, padded, BLOCK: tl.constexpr):
 
 @jit
 def statistics_kernel(
-    logits, row_stride, column_stride, bias, targets, rows, rows_stride, statistics, statistics_stride,
-    vocab, scale, softcap,
+    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
+    statistics, statistics_stride,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """logits [N, V] -> statistics [5, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
     t = tl.program_id(0).to(tl.int64)
+    rows += t
     statistics += t
-    if tl.load(rows + 7 * rows_stride + t) < 1:
+    if tl.load(rows + 7 * rows_stride) < 1:
         for field in tl.static_range(5):
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
-        factor = (softcap if HAS_SOFTCAP else scale) * tl.load(rows + 6 * rows_stride + t)
+        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         logp, entropy, row_max, total, miss = reduce_row(
-            logits + t * row_stride, column_stride, bias, tl.load(targets + t), vocab, scale, softcap, factor,
+            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head,
             HAS_BIAS, HAS_SOFTCAP, BLOCK,
         )  # fmt: skip
         tl.store(statistics, logp)
@@ -140,33 +152,36 @@ def statistics_kernel(
 
 @jit
 def gradient_kernel(
-    logits, row_stride, column_stride, out, out_stride, bias, targets, rows, rows_stride,
-    statistics, statistics_stride, slopes, slopes_stride, vocab, padded, scale, softcap,
+    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
+    statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """logits [N, V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE."""
     t = tl.program_id(0).to(tl.int64)
-    if tl.load(rows + 7 * rows_stride + t) < 2:
+    rows += t
+    if tl.load(rows + 7 * rows_stride) < 2:
         write_zeros(out + t * out_stride, padded, BLOCK)
     else:
         statistics += t
+        known = (
+            tl.load(statistics), tl.load(statistics + statistics_stride), tl.load(statistics + 2 * statistics_stride),
+            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
+        )  # fmt: skip
         entropy_slope = 0.0
         if HAS_ENTROPY:
             entropy_slope = tl.load(slopes + slopes_stride + t)
-        inv_temperature = tl.load(rows + 6 * rows_stride + t)
+        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         write_gradient(
-            logits + t * row_stride, column_stride, out + t * out_stride, bias, tl.load(targets + t), vocab, padded,
-            scale, softcap, inv_temperature, (softcap if HAS_SOFTCAP else scale) * inv_temperature,
-            tl.load(statistics), tl.load(statistics + statistics_stride), tl.load(statistics + 2 * statistics_stride),
-            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
-            tl.load(slopes + t), entropy_slope, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
+            tl.load(slopes + t), entropy_slope, out + t * out_stride, padded,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
         )  # fmt: skip
 
 
 @jit
 def policy_kernel(
-    logits, row_stride, column_stride, out, out_stride, bias, targets, rows, rows_stride, outcome, outcome_stride,
-    hyper, vocab, padded, scale, softcap,
+    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
+    outcome, outcome_stride, out, out_stride, padded, hyper,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -186,12 +201,11 @@ def policy_kernel(
             write_zeros(out + t * out_stride, padded, BLOCK)
     else:
         target = tl.load(targets + t)
-        inv_temperature = tl.load(rows + 6 * rows_stride)
-        factor = (softcap if HAS_SOFTCAP else scale) * inv_temperature
-        logp, entropy, row_max, total, miss = reduce_row(
-            logits + t * row_stride, column_stride, bias, target, vocab, scale, softcap, factor,
-            HAS_BIAS, HAS_SOFTCAP, BLOCK,
+        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
+        known = reduce_row(
+            logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
         )  # fmt: skip
+        logp, entropy, _, _, _ = known
         old = tl.load(rows)
         old = tl.where(old != old, logp, old)  # NaN: on-policy
         coefficient = tl.load(rows + 2 * rows_stride)
@@ -216,8 +230,6 @@ def policy_kernel(
                 write_zeros(out + t * out_stride, padded, BLOCK)
             else:
                 write_gradient(
-                    logits + t * row_stride, column_stride, out + t * out_stride, bias, target, vocab, padded,
-                    scale, softcap, inv_temperature, factor,
-                    logp, entropy, row_max, total, miss, slope, entropy_slope,
-                    HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+                    logits + t * row_stride, column_stride, vocab, bias, target, head, known, slope, entropy_slope,
+                    out + t * out_stride, padded, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
                 )  # fmt: skip

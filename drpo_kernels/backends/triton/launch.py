@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Outcome, Stat, Terms, Transform
+from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms
 from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.kl import KL_ESTIMATORS
@@ -20,81 +20,42 @@ class TritonRows:
     def __init__(self, tile: RowTile | None = None):
         self.tile = tile
 
-    def statistics(
-        self, logits: Tensor, targets: Tensor, rows: Tensor, transform: Transform, bias: Tensor | None
-    ) -> Tensor:
-        statistics = rows.new_empty(len(Stat), logits.shape[0])
-        if logits.shape[0]:
-            with _device_of(logits):
-                kernels.statistics_kernel[(logits.shape[0],)](
-                    logits, *logits.stride(), bias, targets, rows, rows.stride(0), statistics, statistics.stride(0),
-                    logits.shape[1], *_transform_arguments(transform),
-                    **self._flags(logits, transform, bias),
-                )  # fmt: skip
+    def statistics(self, batch: RowBatch) -> Tensor:
+        statistics = batch.rows.new_empty(len(Stat), batch.rows.shape[1])
+        self._launch(kernels.statistics_kernel, batch, statistics, statistics.stride(0))
         return statistics
 
-    def write_gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor,
-        statistics: Tensor,
-        slopes: Tensor,
-        transform: Transform,
-        bias: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        if not logits.shape[0]:
-            return
-        with _device_of(logits):
-            kernels.gradient_kernel[(logits.shape[0],)](
-                logits, *logits.stride(), out, out.stride(0), bias, targets, rows, rows.stride(0),
-                statistics, statistics.stride(0), slopes, slopes.stride(0), logits.shape[1], out.shape[1],
-                *_transform_arguments(transform), HAS_ENTROPY=slopes.shape[0] > 1,
-                **self._flags(logits, transform, bias),
-            )  # fmt: skip
+    def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        self._launch(
+            kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
+            out, out.stride(0), out.shape[1], HAS_ENTROPY=slopes.shape[0] > 1,
+        )  # fmt: skip
 
     def fuses(self, terms: Terms) -> bool:
         return terms.objective.twin is not None
 
-    def policy(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor,
-        terms: Terms,
-        transform: Transform,
-        bias: Tensor | None,
-        out: Tensor | None,
-    ) -> Tensor:
-        outcome = rows.new_empty(len(Outcome), logits.shape[0])
-        if logits.shape[0]:
-            written = logits if out is None else out
-            with _device_of(logits):
-                kernels.policy_kernel[(logits.shape[0],)](
-                    logits, *logits.stride(), written, written.stride(0), bias, targets, rows, rows.stride(0),
-                    outcome, outcome.stride(0), terms.objective.hyper, logits.shape[1], written.shape[1],
-                    *_transform_arguments(transform), OBJECTIVE=terms.objective.twin,
-                    KL=None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
-                    HAS_ENTROPY=terms.entropy_bonus, WRITE=out is not None, **self._flags(logits, transform, bias),
-                )  # fmt: skip
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
+        outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
+        written = batch.logits if out is None else out
+        self._launch(
+            kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
+            terms.objective.hyper, OBJECTIVE=terms.objective.twin,
+            KL=None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
+            HAS_ENTROPY=terms.entropy_bonus, WRITE=out is not None,
+        )  # fmt: skip
         return outcome
 
-    def _flags(self, logits: Tensor, transform: Transform, bias: Tensor | None) -> dict:
-        tile = self.tile or row_tile(logits.shape[1], logits.element_size())
-        return {
-            "HAS_BIAS": bias is not None,
-            "HAS_SOFTCAP": transform.softcap is not None,
-            "BLOCK": tile.block,
-            "num_warps": tile.num_warps,
-            **LAUNCH_OPTIONS,
-        }
-
-
-def _transform_arguments(transform: Transform) -> tuple[float, float]:
-    return float(transform.logit_scale), float(transform.softcap or 1.0)
-
-
-def _device_of(tensor: Tensor):
-    """Triton launches on the current device; make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    def _launch(self, kernel, batch: RowBatch, *arguments, **flags) -> None:
+        """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
+        logits, targets, rows, transform, bias = batch
+        count, vocab = logits.shape
+        if not count:
+            return
+        tile = self.tile or row_tile(vocab, logits.element_size())
+        # Triton launches on the current device; make it the tensor's
+        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+            kernel[(count,)](
+                logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),
+                targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+            )  # fmt: skip
