@@ -92,7 +92,7 @@ def _require_positive(objective: Objective, *names: str, optional: bool = False)
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{type(objective).__name__}: {name} must be a number, got {value!r}")
-        if not value > 0 or math.isinf(value):
+        if not 0 < value < math.inf:  # math.isfinite cannot be traced in a graph
             raise ValueError(f"{type(objective).__name__}: {name} must be positive and finite, got {value}")
 
 

@@ -42,15 +42,16 @@ class Spec:
         objective, numbers = encode_objective(terms.objective)
         words = [
             objective, terms.kl_estimator or "", str(terms.entropy_bonus), run.backend, _dtype_name(run.compute_dtype),
-            _dtype_name(run.logits_dtype), str(run.workspace_bytes or ""), str(run.every_row), str(self.vocab),
+            _dtype_name(run.logits_dtype), str(run.workspace_bytes or ""), str(run.every_row),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
-        return words, [float(self.transform.logit_scale), float(softcap), *numbers]
+        # the vocabulary may be symbolic in a graph: a number, not a word
+        return words, [float(self.vocab), float(self.transform.logit_scale), float(softcap), *numbers]
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, bonus, backend, compute, logits, workspace, every_row, vocab = words
-        scale, softcap, *hyper = numbers
+        objective, kl, bonus, backend, compute, logits, workspace, every_row = words
+        vocab, scale, softcap, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, bonus == "True")
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True"

@@ -37,7 +37,7 @@ def check_tensor(name: str, value: object, *, floating: bool | None = None) -> N
 def check_number(name: str, value: object, *, positive: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not (0 if positive else -math.inf) < value < math.inf:  # math.isfinite cannot be traced in a graph
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
 
 

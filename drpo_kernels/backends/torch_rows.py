@@ -95,10 +95,13 @@ def _block_sums(base: Tensor, buffers: Tensor, index: Tensor, factor: Tensor) ->
     row_max = base.amax(1, keepdim=True).to(buffers.dtype)
     q = torch.sub(base, row_max, out=buffers[0]).mul_(factor)
     target = q.gather(1, index)
+    on_cpu = base.device.type == "cpu"
+    if not on_cpu:
+        q.clamp_(min=LOWEST_SHIFT)
     e = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0)
     others = e.sum(1, keepdim=True)
     moment = e.mul_(q).sum(1, keepdim=True)
-    if base.device.type != "cpu" or moment.isnan().any():  # 0 · -inf: some token is banned
+    if on_cpu and moment.isnan().any():  # 0 · -inf: some token is banned, too rare to pay for on every row
         q.clamp_(min=LOWEST_SHIFT)
         moment = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
     return torch.cat([row_max, target, others, moment], dim=1).T
