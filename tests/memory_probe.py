@@ -1,0 +1,67 @@
+"""Peak extra memory, in MiB, of one forward and backward. Run as a program: ``memory_probe.py CASE``."""
+
+import sys
+
+import torch
+
+import drpo_kernels
+
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak():
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")
+
+
+def tensors(rows, size, vocab, dtype, frozen):
+    hidden = torch.randn(rows, size, dtype=dtype).requires_grad_()
+    weight = torch.empty(vocab, size, dtype=dtype).normal_().requires_grad_(not frozen)
+    return hidden, weight, torch.randint(vocab, (rows,)), torch.full((rows,), -4.0), torch.randn(rows)
+
+
+def step(case, rows, size, vocab):
+    """Returns the function to measure, with its inputs already made."""
+    frozen = case.startswith("frozen")
+    hidden, weight, targets, old, advantages = tensors(
+        rows, size, vocab, torch.bfloat16 if frozen else torch.float32, frozen
+    )
+    options = {"backend": "torch"}
+    if frozen:
+        options["workspace_bytes"] = 16 * 2**20
+    if case == "gspo":
+        options |= {"objective": drpo_kernels.GSPO(), "cu_seqlens": torch.arange(0, rows + 1, rows // 4)}
+
+    def measure():
+        if case == "logprobs":
+            logprobs, entropy = drpo_kernels.linear_token_logprobs(hidden, weight, targets, backend="torch")
+            (logprobs.sum() + entropy.sum()).backward()
+        else:
+            drpo_kernels.linear_policy_loss(hidden, weight, targets, old, advantages, **options).loss.backward()
+
+    return measure
+
+
+SIZES = {  # rows, hidden size, vocabulary
+    "policy": (16_384, 64, 20_000),  # logits of 1.2 GiB
+    "logprobs": (4_096, 64, 20_000),  # 0.31 GiB
+    "gspo": (4_096, 64, 20_000),
+    "frozen-bf16": (64, 512, 131_072),  # a head of 128 MiB
+}
+
+
+def main(case):
+    rows, size, vocab = SIZES[case]
+    step(case, 64, 8, 64)()  # libraries, thread pools
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    measure = step(case, rows, size, vocab)
+    reset_peak()
+    before = status("VmRSS")
+    measure()
+    print(status("VmHWM") - before)
+
+
+main(sys.argv[1])

@@ -1,0 +1,361 @@
+"""An fp64 oracle for every loss of the package, written from the formulas of the specification alone.
+
+It shares no code with ``drpo_kernels``: plain PyTorch in float64 with autograd over the full logits. It is slow and
+says every formula the long way on purpose. A *spec* is ``(name, hyper-parameters)`` -- the name of a public
+objective and its keyword arguments -- or ``(callable, {})`` for an objective a user writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULTS = {
+    "DRPO": {"delta": 12.5},
+    "DPPO": {"delta_low": 0.15, "delta_high": 0.15, "divergence": "tv", "ratio_cap": 20.0},
+    "SPO": {"epsilon": 0.2},
+    "PPO": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
+    "CISPO": {"ratio_cap": 5.0},
+    "PolicyGradient": {"ratio_cap": None},
+    "GSPO": {"clip_low": 3e-4, "clip_high": 4e-4},
+}
+LOG_RATIO_LIMIT = 20.0
+SEQUENCE_OBJECTIVES = ("GSPO",)
+KEEPS_ZERO_ADVANTAGE_ROWS = ("GSPO",)
+
+
+@dataclass
+class OracleOutput:
+    """`loss` carries a gradient; everything else is detached and has the leading shape of the targets."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    valid: Tensor
+    scale: Tensor  # sum of the absolute values of the terms of the loss: its conditioning
+    metrics: dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# logits and statistics
+
+
+def as_f64(value, device="cpu"):
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=torch.float64)
+    return None if value is None else torch.as_tensor(value, dtype=torch.float64)
+
+
+def transform(raw: Tensor, temperature, *, logit_scale=1.0, softcap=None, vocab_size=None) -> Tensor:
+    """softcap(logit_scale * raw) / temperature over the real entries of the vocabulary."""
+    z = raw if vocab_size is None else raw[..., :vocab_size]
+    z = logit_scale * z
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logprob of the target, entropy) of each row of z [N, V]; banned tokens (-inf) count nothing."""
+    logp_all = torch.log_softmax(z, dim=-1)
+    logp = logp_all.gather(-1, targets.reshape(-1, 1)).squeeze(-1)
+    banned = torch.isneginf(logp_all)
+    finite = logp_all.masked_fill(banned, 0.0)
+    entropy = -(finite.exp().masked_fill(banned, 0.0) * finite).sum(-1)
+    return logp, entropy
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# objectives: per-token loss
+
+
+@dataclass
+class Rows:
+    """What an objective sees: one entry per valid token."""
+
+    logp: Tensor
+    old: Tensor
+    adv: Tensor
+    seq: Tensor | None  # sequence index of each row
+    n_seq: int = 0
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return (self.logp - self.old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @property
+    def ratio(self) -> Tensor:
+        return self.log_ratio.exp()
+
+    @property
+    def shift(self) -> Tensor:
+        return self.logp.exp() - self.old.exp()
+
+
+def _clipped_surrogate(ratio, adv, low, high):
+    return -torch.minimum(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
+
+
+def drpo(x: Rows, delta):
+    r = x.ratio
+    return -(r * x.adv - x.adv.abs() * x.old.exp() * (r - 1) ** 2 / (2 * delta))
+
+
+def dppo_divergence(x: Rows, divergence):
+    logp = x.logp.detach()
+    pi, mu = logp.exp(), x.old.exp()
+    if divergence == "tv":
+        return (pi - mu).abs()
+    other = (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - pi + 1e-8))
+    return torch.where(mu > 0, mu * (x.old - logp), torch.zeros_like(mu)) + other
+
+
+def dppo_dropped(x: Rows, delta_low, delta_high, divergence):
+    d, r = dppo_divergence(x, divergence), x.ratio.detach()
+    return ((x.adv > 0) & (r > 1) & (d > delta_high)) | ((x.adv < 0) & (r < 1) & (d > delta_low))
+
+
+def dppo(x: Rows, delta_low, delta_high, divergence, ratio_cap):
+    keep = (~dppo_dropped(x, delta_low, delta_high, divergence)).double()
+    return -x.adv * x.ratio.detach().clamp(max=ratio_cap) * x.logp * keep
+
+
+def spo(x: Rows, epsilon):
+    r = x.ratio
+    return -(r * x.adv - x.adv.abs() * (r - 1) ** 2 / (2 * epsilon))
+
+
+def ppo(x: Rows, clip_low, clip_high, dual_clip):
+    loss = _clipped_surrogate(x.ratio, x.adv, clip_low, clip_high)
+    if dual_clip is None:
+        return loss
+    return torch.where(x.adv < 0, torch.minimum(loss, -x.adv * dual_clip), loss)
+
+
+def cispo(x: Rows, ratio_cap):
+    return -x.ratio.detach().clamp(max=ratio_cap) * x.adv * x.logp
+
+
+def policy_gradient(x: Rows, ratio_cap):
+    return -x.adv * x.ratio if ratio_cap is None else cispo(x, ratio_cap)
+
+
+def gspo(x: Rows, clip_low, clip_high):
+    """PPO on exp(mean over the sequence of the log-ratio); the gradient flows through that mean."""
+    total = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, x.log_ratio)
+    count = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, torch.ones_like(x.logp))
+    ratio = (total / count.clamp(min=1)).exp()[x.seq]
+    return _clipped_surrogate(ratio, x.adv, clip_low, clip_high)
+
+
+FORMULAS = {
+    "DRPO": drpo,
+    "DPPO": dppo,
+    "SPO": spo,
+    "PPO": ppo,
+    "CISPO": cispo,
+    "PolicyGradient": policy_gradient,
+    "GSPO": gspo,
+}
+
+
+def token_loss(spec, x: Rows) -> Tensor:
+    name, params = spec
+    if callable(name):
+        return name(x, **params)
+    return FORMULAS[name](x, **{**DEFAULTS[name], **params})
+
+
+def kl_term(logp, ref, estimator):
+    if estimator == "k1":
+        return logp - ref
+    if estimator == "k2":
+        return (logp - ref) ** 2 / 2
+    return torch.exp(ref - logp) - (ref - logp) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# aggregation
+
+
+def sequence_ids(shape, cu_seqlens) -> Tensor | None:
+    """The sequence each token belongs to, flattened: from cu_seqlens for packed [T], else one per leading row."""
+    if cu_seqlens is not None:
+        lengths = torch.as_tensor(cu_seqlens).cpu().long().diff()
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    if len(shape) < 2:
+        return None
+    n = 1
+    for size in shape[:-1]:
+        n *= size
+    return torch.arange(n).repeat_interleave(shape[-1])
+
+
+def coefficients(valid: Tensor, seq, reduction: str, horizon=None, normalizer=None) -> Tensor:
+    """c_t, flattened, zero on invalid rows. `normalizer` replaces the count of tokens or of non-empty sequences."""
+    c = valid.double()
+    if reduction == "token-mean":
+        return c / (normalizer if normalizer is not None else max(int(valid.sum()), 1))
+    if reduction == "token-sum":
+        return c / (normalizer if normalizer is not None else 1)
+    lengths = torch.bincount(seq, weights=valid.double(), minlength=int(seq.max()) + 1 if len(seq) else 0)
+    count = normalizer if normalizer is not None else max(int((lengths > 0).sum()), 1)
+    if reduction == "seq-mean-token-mean":
+        return c / lengths.clamp(min=1)[seq] / count
+    if reduction == "seq-mean-token-sum":
+        return c / count
+    if reduction == "seq-mean-token-sum-norm":
+        return c / (count * horizon)
+    raise AssertionError(reduction)
+
+
+def term_coefficients(reduction, valid, seq, horizon, normalizer):
+    """Coefficients of the policy, KL and entropy terms: a name, or a (policy, kl, entropy) triple of tensors."""
+    if isinstance(reduction, str):
+        c = coefficients(valid, seq, reduction, horizon, None if normalizer is None else float(normalizer))
+        return c, c, c
+    policy, kl, entropy = reduction
+    triple = (policy, policy if kl is None else kl, policy if entropy is None else entropy)
+    return tuple(torch.where(valid, as_f64(c).reshape(-1), torch.zeros((), dtype=torch.float64)) for c in triple)
+
+
+def spread(value, shape) -> Tensor | None:
+    """A per-token or per-sequence tensor, flattened to one entry per token."""
+    value = as_f64(value)
+    if value is None:
+        return None
+    if value.dim() == len(shape) - 1 and tuple(value.shape) == tuple(shape[:-1]) and tuple(value.shape) != shape:
+        value = value.unsqueeze(-1)
+    return value.expand(shape).reshape(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+def policy_loss(
+    raw,
+    targets,
+    old_logprobs,
+    advantages,
+    mask=None,
+    *,
+    spec,
+    bias=None,
+    temperature=1.0,
+    reduction="token-mean",
+    normalizer=None,
+    horizon=None,
+    cu_seqlens=None,
+    ref_logprobs=None,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+    token_weights=None,
+    logit_scale=1.0,
+    softcap=None,
+    vocab_size=None,
+) -> OracleOutput:
+    """`raw` is the fp64 logits [..., V], or a pair (hidden [..., H], weight [V, H]), with requires_grad as wished."""
+    shape = tuple(targets.shape)
+    valid = torch.ones(shape) if mask is None else mask.detach().cpu()
+    valid = (valid != 0).reshape(-1)
+    if old_logprobs is not None:
+        valid = valid & ~torch.isnan(as_f64(old_logprobs).expand(shape).reshape(-1))
+    keep = valid.nonzero().squeeze(-1)
+    seq = sequence_ids(shape, cu_seqlens)
+
+    def rows(value):
+        value = spread(value, shape)
+        return None if value is None else value[keep]
+
+    if isinstance(raw, tuple):
+        hidden, weight = raw
+        logits = hidden.reshape(-1, hidden.shape[-1])[keep] @ weight.T
+        logits = logits if bias is None else logits + bias
+    else:
+        logits = raw.reshape(-1, raw.shape[-1])[keep]
+    heat = rows(temperature).unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
+    z = transform(logits, heat, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size)
+    logp, entropy = statistics(z, targets.detach().cpu().expand(shape).reshape(-1)[keep].long())
+
+    old = logp.detach() if old_logprobs is None else rows(old_logprobs)
+    n_seq = 0 if seq is None or not len(seq) else int(seq.max()) + 1
+    x = Rows(logp, old, rows(advantages), None if seq is None else seq[keep], n_seq)
+    c_pol, c_kl, c_ent = (c[keep] for c in term_coefficients(reduction, valid, seq, horizon, normalizer))
+    if token_weights is not None:
+        c_pol = c_pol * rows(token_weights)
+    terms = [c_pol * token_loss(spec, x)]
+    if kl_coef:
+        terms.append(kl_coef * c_kl * kl_term(logp, rows(ref_logprobs), kl_estimator))
+    if entropy_coef:
+        terms.append(-entropy_coef * c_ent * entropy)
+    loss = sum(term.sum() for term in terms)
+    loss = loss + logits[:0].sum()  # an empty selection still belongs to the graph
+
+    def scatter(value):
+        return torch.zeros(shape, dtype=torch.float64).reshape(-1).index_copy(0, keep, value.detach()).reshape(shape)
+
+    return OracleOutput(
+        loss=loss,
+        logprobs=scatter(logp),
+        entropy=scatter(entropy),
+        valid=valid.reshape(shape),
+        scale=sum(term.detach().abs().sum() for term in terms),
+        metrics=metrics(spec, x, entropy),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# metrics, over the rows given
+
+
+def beyond_trust_region(spec, x: Rows) -> Tensor | None:
+    """Rows past the objective's boundary on the side the advantage pushes to; None where there is no boundary."""
+    name, params = spec
+    if callable(name):
+        return None
+    p = {**DEFAULTS[name], **params}
+    if name == "DRPO":
+        return x.adv.sign() * x.shift > p["delta"]
+    if name == "DPPO":
+        return dppo_dropped(x, p["delta_low"], p["delta_high"], p["divergence"])
+    if name == "SPO":
+        return x.adv.sign() * (x.ratio - 1) > p["epsilon"]
+    if name == "PPO":
+        return ((x.adv > 0) & (x.ratio > 1 + p["clip_high"])) | ((x.adv < 0) & (x.ratio < 1 - p["clip_low"]))
+    return None
+
+
+def metrics(spec, x: Rows, entropy: Tensor) -> dict[str, Tensor]:
+    """Values over the rows of x; the weight (dl/dlogp) / (-A r) and the shares over those with A != 0."""
+    if x.logp.numel() == 0:
+        return {}
+    with torch.enable_grad():
+        leaf = x.logp.detach().clone().requires_grad_()
+        y = Rows(leaf, x.old, x.adv, x.seq, x.n_seq)
+        (slope,) = torch.autograd.grad(token_loss(spec, y).sum(), leaf)
+    ratio, shift = y.ratio.detach(), y.shift.detach().abs()
+    moving = x.adv != 0
+    out = {
+        "drpo/ratio_mean": ratio.mean(),
+        "drpo/ratio_max": ratio.max(),
+        "drpo/kl_k1": (x.old - leaf.detach()).mean(),
+        "drpo/kl_k3": (ratio - 1 - y.log_ratio.detach()).mean(),
+        "drpo/prob_shift_mean": shift.mean(),
+        "drpo/prob_shift_max": shift.max(),
+        "drpo/entropy_mean": entropy.detach().mean(),
+    }
+    if bool(moving.any()) and not (isinstance(spec[0], str) and spec[0] in SEQUENCE_OBJECTIVES):
+        weight = (slope / (-x.adv * ratio))[moving]
+        out |= {
+            "drpo/weight_mean": weight.mean(),
+            "drpo/weight_min": weight.min(),
+            "drpo/weight_max": weight.max(),
+        }
+    beyond = beyond_trust_region(spec, y)
+    if beyond is not None and bool(moving.any()):
+        out["drpo/beyond_trust_region"] = beyond[moving].double().mean()
+    return out

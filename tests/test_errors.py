@@ -1,0 +1,297 @@
+"""Bad arguments: each raises ValueError or TypeError with the argument's name in the message; none gives a number."""
+
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import drpo_kernels as dk
+from problems import BACKENDS
+
+B, L, H, V = 2, 3, 4, 7
+if torch.cuda.is_available():  # the tensors here are on the CPU, where compiled Triton cannot run
+    BACKENDS = ("reference", "torch")
+
+
+def arguments():
+    g = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(B, L, H, generator=g),
+        "weight": torch.randn(V, H, generator=g),
+        "targets": torch.randint(V, (B, L), generator=g),
+        "old_logprobs": -torch.rand(B, L, generator=g) - 0.1,
+        "advantages": torch.randn(B, L, generator=g),
+        "mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+
+
+def changed(tensor, value, where=(0, 0)):
+    tensor = tensor.clone()
+    tensor[where] = value
+    return tensor
+
+
+A = arguments()
+LOGITS = A["hidden"] @ A["weight"].T
+PACKED = {name: A[name].reshape(B * L, *A[name].shape[2:]) for name in A if name != "weight"}
+ROWS = torch.rand(B, L)
+
+# (name in the message, changed arguments): for linear_policy_loss, on every backend
+COMMON = [
+    ("reduction", {"reduction": "mean"}),
+    ("reduction", {"reduction": 3}),
+    ("compact", {"compact": "all"}),
+    ("kl_estimator", {"kl_estimator": "k4", "kl_coef": 0.1, "ref_logprobs": A["old_logprobs"]}),
+    ("targets", {"targets": A["targets"].float()}),
+    ("targets", {"targets": A["targets"].bool()}),
+    ("targets", {"targets": A["targets"][:, :2]}),
+    ("targets", {"targets": A["targets"].T}),
+    ("targets", {"targets": A["targets"].reshape(-1)}),
+    ("targets", {"targets": A["targets"].tolist()}),
+    ("targets", {"targets": changed(A["targets"], V)}),
+    ("targets", {"targets": changed(A["targets"], -1)}),
+    ("targets", {"targets": changed(A["targets"], -100)}),
+    ("targets", {"targets": changed(A["targets"], 2**40)}),
+    ("old_logprobs", {"old_logprobs": changed(A["old_logprobs"], 0.5)}),
+    ("old_logprobs", {"old_logprobs": changed(A["old_logprobs"], math.inf)}),
+    ("old_logprobs", {"old_logprobs": A["old_logprobs"][:, :2]}),
+    ("old_logprobs", {"old_logprobs": A["old_logprobs"][:1]}),
+    ("old_logprobs", {"old_logprobs": A["targets"]}),
+    ("old_logprobs", {"old_logprobs": -1.0}),
+    ("advantages", {"advantages": torch.randn(L)}),
+    ("advantages", {"advantages": torch.randn(B, L + 1)}),
+    ("advantages", {"advantages": torch.randn(B, L, 1)}),
+    ("advantages", {"advantages": changed(A["advantages"], math.nan)}),
+    ("advantages", {"advantages": changed(A["advantages"], -math.inf)}),
+    ("advantages", {"advantages": None}),
+    ("mask", {"mask": A["mask"][:, :2]}),
+    ("mask", {"mask": changed(A["mask"], 2)}),
+    ("mask", {"mask": changed(A["mask"].float(), 0.5)}),
+    ("mask", {"mask": changed(A["mask"].float(), math.nan)}),
+    ("mask", {"mask": [[1, 1, 1], [1, 1, 0]]}),
+    ("temperature", {"temperature": 0.0}),
+    ("temperature", {"temperature": -1.0}),
+    ("temperature", {"temperature": math.nan}),
+    ("temperature", {"temperature": math.inf}),
+    ("temperature", {"temperature": "1"}),
+    ("temperature", {"temperature": changed(torch.ones(B, L), 0.0)}),
+    ("temperature", {"temperature": torch.ones(B, L + 1)}),
+    ("softcap", {"softcap": 0.0}),
+    ("softcap", {"softcap": -3.0}),
+    ("softcap", {"softcap": math.nan}),
+    ("logit_scale", {"logit_scale": math.nan}),
+    ("kl_coef", {"kl_coef": math.nan, "ref_logprobs": A["old_logprobs"]}),
+    ("ref_logprobs", {"kl_coef": 0.1}),
+    ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": A["old_logprobs"][:, :2]}),
+    ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": A["targets"]}),
+    ("entropy_coef", {"entropy_coef": math.inf}),
+    ("token_weights", {"token_weights": torch.ones(B, L + 1)}),
+    ("horizon", {"reduction": "seq-mean-token-sum-norm"}),
+    ("horizon", {"reduction": "seq-mean-token-sum-norm", "horizon": 0}),
+    ("horizon", {"reduction": "seq-mean-token-sum-norm", "horizon": -5}),
+    ("vocab_size", {"vocab_size": V + 1}),
+    ("vocab_size", {"vocab_size": 0}),
+    ("targets", {"vocab_size": 3, "targets": changed(A["targets"], 3)}),
+    ("normalizer", {"normalizer": torch.tensor([4.0, 5.0])}),
+    ("normalizer", {"normalizer": 0}),
+    ("normalizer", {"normalizer": -2.0}),
+    ("normalizer", {"normalizer": math.nan}),
+    ("normalizer", {"normalizer": torch.tensor(0.0)}),
+    ("policy", {"reduction": dk.TokenCoefficients(torch.ones(B, L + 1))}),
+    ("kl", {"reduction": dk.TokenCoefficients(ROWS, kl=torch.ones(B)), "kl_coef": 0.1, "ref_logprobs": -ROWS}),
+    ("normalizer", {"reduction": dk.TokenCoefficients(ROWS), "normalizer": 3.0}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 2, 6])}),
+    ("objective", {"objective": "drpo"}),
+    ("objective", {"objective": dk.DRPO}),
+    ("objective", {"objective": None}),
+    ("workspace_bytes", {"workspace_bytes": 0}),
+    ("workspace_bytes", {"workspace_bytes": -4096}),
+    ("logits_dtype", {"logits_dtype": torch.int32}),
+    ("clip_range", {"clip_range": 0.2}),
+    ("delta", {"delta": 0.2}),
+]
+
+# for linear_policy_loss alone
+LINEAR = [
+    ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.int64)}),
+    ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.complex64)}),
+    ("hidden", {"hidden": torch.tensor(1.0)}),
+    ("hidden", {"hidden": A["hidden"].tolist()}),
+    ("hidden|weight", {"hidden": torch.ones(B, L, H + 1)}),
+    ("hidden|weight", {"hidden": A["hidden"].bfloat16()}),
+    ("hidden|weight", {"weight": A["weight"].bfloat16()}),
+    ("weight", {"weight": torch.ones(V)}),
+    ("weight", {"weight": torch.ones(1, V, H)}),
+    ("weight", {"weight": A["weight"].T}),
+    ("weight", {"weight": torch.ones(V, H, dtype=torch.int32)}),
+    ("weight", {"weight": torch.ones(0, H)}),
+    ("weight", {"weight": A["weight"].to("meta")}),
+    ("bias", {"bias": torch.zeros(V + 1)}),
+    ("bias", {"bias": torch.zeros(V, 1)}),
+    ("bias", {"bias": torch.zeros(V, dtype=torch.int64)}),
+    ("bias", {"bias": 0.5}),
+]
+
+# packed [T] input
+PACKED_ROWS = [
+    ("cu_seqlens", {"reduction": "seq-mean-token-mean"}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum"}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum-norm", "horizon": 4}),
+    ("cu_seqlens", {"objective": dk.GSPO()}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([1, 3, 6])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 5])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 7])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 4, 3, 6])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0.0, 3.0, 6.0])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([[0, 3, 6]])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([], dtype=torch.int32)}),
+    ("cu_seqlens", {"objective": dk.GSPO(), "cu_seqlens": torch.tensor([0, 3, 5])}),
+]
+
+OBJECTIVES = [
+    ("delta", lambda: dk.DRPO(delta=0.0)),
+    ("delta", lambda: dk.DRPO(delta=-1.0)),
+    ("delta", lambda: dk.DRPO(delta=math.nan)),
+    ("delta", lambda: dk.DRPO(delta="1")),
+    ("delta_low", lambda: dk.DPPO(delta_low=-0.1)),
+    ("delta_high", lambda: dk.DPPO(delta_high=math.nan)),
+    ("divergence", lambda: dk.DPPO(divergence="js")),
+    ("ratio_cap", lambda: dk.DPPO(ratio_cap=0.0)),
+    ("epsilon", lambda: dk.SPO(epsilon=0.0)),
+    ("clip_low", lambda: dk.PPO(clip_low=-0.2)),
+    ("clip_high", lambda: dk.PPO(clip_high=-0.2)),
+    ("dual_clip", lambda: dk.PPO(dual_clip=0.5)),
+    ("ratio_cap", lambda: dk.CISPO(ratio_cap=-1.0)),
+    ("ratio_cap", lambda: dk.PolicyGradient(ratio_cap=0.0)),
+    ("clip_low", lambda: dk.GSPO(clip_low=-1e-4)),
+    ("clip_high", lambda: dk.GSPO(clip_high=math.nan)),
+]
+
+LOGPROBS = [
+    ("targets", {"targets": changed(A["targets"], V)}),
+    ("targets", {"targets": changed(A["targets"], -1)}),
+    ("targets", {"targets": A["targets"].float()}),
+    ("targets", {"targets": A["targets"][:, :2]}),
+    ("temperature", {"temperature": 0.0}),
+    ("temperature", {"temperature": torch.ones(B + 1, L)}),
+    ("softcap", {"softcap": -1.0}),
+    ("vocab_size", {"vocab_size": V + 1}),
+    ("backend", {"backend": "cuda"}),
+    ("reduction", {"reduction": "token-mean"}),
+]
+
+
+def expect(name, function, *args, **kwargs):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        function(*args, **kwargs)
+    assert re.search(rf"\b({name})\b", str(caught.value)), f"{name!r} is not named in: {caught.value}"
+
+
+def label(rows):
+    return [f"{i}-{row[0]}" for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name, change", COMMON + LINEAR, ids=label(COMMON + LINEAR))
+def test_linear_policy_loss(name, change, backend):
+    expect(name, dk.linear_policy_loss, **{**arguments(), "backend": backend, **change})
+
+
+@pytest.mark.parametrize("name, change", COMMON, ids=label(COMMON))
+def test_policy_loss(name, change):
+    given = {**arguments(), **change}
+    given = {key: value for key, value in given.items() if key not in ("hidden", "weight")}
+    expect(name, dk.policy_loss, LOGITS, **given)
+
+
+@pytest.mark.parametrize("name, change", PACKED_ROWS, ids=label(PACKED_ROWS))
+def test_packed(name, change):
+    expect(name, dk.linear_policy_loss, weight=A["weight"], **{**PACKED, **change})
+    given = {key: value for key, value in {**PACKED, **change}.items() if key != "hidden"}
+    expect(name, dk.policy_loss, LOGITS.reshape(B * L, V), **given)
+
+
+@pytest.mark.parametrize("name, make", OBJECTIVES, ids=label(OBJECTIVES))
+def test_objectives(name, make):
+    expect(name, lambda: dk.linear_policy_loss(**arguments(), objective=make()))
+
+
+@pytest.mark.parametrize("name, change", LOGPROBS, ids=label(LOGPROBS))
+def test_logprobs(name, change):
+    targets = change.get("targets", A["targets"])
+    options = {key: value for key, value in change.items() if key != "targets"}
+    expect(name, dk.linear_token_logprobs, A["hidden"], A["weight"], targets, **options)
+    expect(name, dk.token_logprobs, LOGITS, targets, **options)
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf * 0])
+def test_drpo_shortcuts(delta):
+    given = arguments()
+    expect("delta", dk.linear_drpo_loss, **given, delta=delta)
+    given = {key: value for key, value in given.items() if key not in ("hidden", "weight")}
+    expect("delta", dk.drpo_loss, LOGITS, **given, delta=delta)
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.ones(B, L, V, dtype=torch.int64), torch.tensor(1.0), torch.ones(B, L, 0), None]
+)
+def test_logits(logits):
+    given = {key: value for key, value in arguments().items() if key not in ("hidden", "weight")}
+    expect("logits", dk.policy_loss, logits, **given)
+
+
+@pytest.mark.parametrize("function", [dk.linear_policy_loss, dk.policy_loss])
+@pytest.mark.parametrize("backend", ["cuda", "Torch", "", 1])
+def test_unknown_backend(backend, function):
+    given = arguments()
+    if function is dk.policy_loss:
+        given = {"logits": LOGITS, **{k: v for k, v in given.items() if k not in ("hidden", "weight")}}
+    expect("backend", function, **given, backend=backend)
+
+
+def test_good_arguments_pass():
+    """The base of the table is itself fine, and so are values at the edge of what is allowed."""
+    for change in (
+        {},
+        {"old_logprobs": changed(A["old_logprobs"], 1e-6)},
+        {"targets": changed(A["targets"], -100, (1, 2)), "advantages": changed(A["advantages"], math.nan, (1, 2))},
+        {"old_logprobs": changed(A["old_logprobs"], 0.5, (1, 2))},
+        {"vocab_size": V},
+        {"normalizer": torch.tensor(3)},
+    ):
+        assert math.isfinite(dk.linear_policy_loss(**{**arguments(), **change}).loss.item())
+
+
+def test_double_precision_is_refused_by_triton():
+    given = {**arguments(), "hidden": A["hidden"].double(), "weight": A["weight"].double()}
+    with pytest.raises((ValueError, TypeError, RuntimeError), match="float64"):
+        dk.linear_policy_loss(**given, backend="triton")
+
+
+def test_unavailable_backend_is_an_error_not_a_fallback():
+    """Triton asked for on CPU tensors, in a process where its interpreter is off."""
+    code = (
+        "import torch, drpo_kernels as dk\n"
+        "try:\n"
+        "    dk.linear_policy_loss(torch.ones(2, 4), torch.ones(3, 4), torch.zeros(2, dtype=torch.long),"
+        " -torch.ones(2), torch.ones(2), backend='triton')\n"
+        "except (ValueError, TypeError, RuntimeError) as error:\n"
+        "    assert 'backend' in str(error), error\n"
+        "    print('refused')\n"
+    )
+    root = pathlib.Path(__file__).parent.parent
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=120,
+        env={**env, "PYTHONPATH": str(root)},
+    )
+    assert result.stdout.strip() == "refused", result.stderr
