@@ -1,6 +1,7 @@
 # make demo     train a small transformer with the fused loss, on whatever this machine has
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make lint     ruff
+# make bench    measure on this CPU and rewrite the README's table (pip install trl into the environment to compare)
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
@@ -24,7 +25,7 @@ TORCH ?= $(if $(strip $(GPU)),"torch>=2.8","torch==2.13.0" "triton==3.9.0")
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint compile doctor wheel clean distclean
+.PHONY: help venv demo test lint bench compile doctor wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,10 +43,13 @@ demo: $(STAMP)
 	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu && $(BIN)/python -m benchmarks.report
 
 compile: $(STAMP)
 	$(BIN)/python -m drpo_kernels compile
@@ -60,7 +64,7 @@ wheel: $(STAMP)
 
 clean:
 	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find drpo_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find drpo_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

@@ -14,7 +14,7 @@ TRITON_PLATFORMS = "platform_system == 'Linux' and (platform_machine == 'x86_64'
 
 DEMO = ["transformers>=4.51", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"]  # 4.51: the first with Qwen3
 # NumPy: Triton's interpreter, in which the kernels are tested on a CPU, needs it.
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "numpy>=1.26", *DEMO]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "numpy>=1.26", *DEMO]
 LINT = ["ruff>=0.12"]
 
 setup(

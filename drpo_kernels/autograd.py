@@ -48,7 +48,7 @@ def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tenso
     if logprob_slope is None and entropy_slope is None:
         return None
     if entropy_slope is None:
-        return logprob_slope[None]
+        return logprob_slope[None].contiguous()
     return torch.stack([torch.zeros_like(entropy_slope) if logprob_slope is None else logprob_slope, entropy_slope])
 
 
@@ -134,4 +134,6 @@ class ReadyLogprobs(torch.autograd.Function):
         if slopes is None:
             return (None,) * 4
         gradient, undo = ops.ready_gradient(*ctx.saved_tensors, slopes, ctx.spec)
-        return _finished(gradient, undo, gradient.dtype), None, None, None
+        if gradient.dtype == torch.float16:
+            gradient = _finished(gradient, undo, gradient.dtype)
+        return gradient, None, None, None

@@ -9,7 +9,7 @@ from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
 from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
-from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
 from drpo_kernels.ops import Spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
@@ -67,8 +67,8 @@ class ReadySource:
 
     def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
-        # a permission, not used in a graph: its op may not write to what it was given
-        inplace = self.inplace and not torch.compiler.is_compiling()
+        # a permission: not used on strided rows, nor in a graph, whose ops may not write to what they were given
+        inplace = self.inplace and self.tensor.is_contiguous() and not torch.compiler.is_compiling()
         return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, inplace)
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class Problem:
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
         validation.check_logprob_options(options, targets, source.lead, source.tensor, source.vocab)
         validation.check_mask(mask, targets)
-        unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+        unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask != 0) & (mask == mask)
         backend = choose_backend(options.backend, source.tensor.device, source.compute_dtype).name
         problem = Problem(source, targets, mask, options, unmasked, backend)
         if validation.wants_values(options, targets.device):
@@ -115,8 +115,8 @@ class Problem:
 
     @property
     def flat_targets(self) -> Tensor:
-        """[N] int64."""
-        return self.targets.reshape(-1).to(torch.int64)
+        """[N] int64, contiguous."""
+        return recordable(self.targets.reshape(-1).to(torch.int64).contiguous())
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
         options = self.options

@@ -28,17 +28,21 @@ def policy_metrics(
 ) -> dict[str, Tensor]:
     """Means and extremes over computed rows, all inputs [N]; 0 where no row qualifies.
 
-    Weights are over computed rows with A ≠ 0. `beyond_trust_region`: their share with w <= 0 that moved in
-    the harmful direction, up with A > 0 or down with A < 0.
-    `clip_share`: their share whose gradient a clipping objective cut (0 for others). `active_share`: computed rows over
-    valid ones. `unscorable`: tokens in the mask whose old log-prob was NaN, treated as masked.
+    Weights are over computed rows with A ≠ 0, under a sequence-level objective relative to the token's own ratio.
+    beyond_trust_region  their share with w <= 0 that moved in the harmful direction: up with A > 0, down with A < 0
+    clip_share           their share whose gradient a clipping objective cut; 0 for other objectives
+    active_share         computed rows over valid ones
+    unscorable           tokens in the mask whose old log-prob was NaN, treated as masked
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
     weighted = computed & (advantages != 0)
     weight = -slope / torch.where(weighted, advantages * tokens.ratio, 1)
     shift = tokens.prob_shift.abs()
     beyond = (weight <= 0) & (advantages * tokens.log_ratio > 0)
-    clipped = (weight < UNCLIPPED) if objective.clips else torch.zeros_like(weighted)
+    clipped = torch.zeros_like(weighted)
+    if objective.clips:
+        # a sequence's ratio is not its tokens', so only a gradient of exactly 0 tells
+        clipped = slope == 0 if objective.sequence_level else weight < UNCLIPPED
     values = {
         "ratio_mean": _mean(tokens.ratio, computed),
         "ratio_max": _extreme(tokens.ratio, computed, largest=True),

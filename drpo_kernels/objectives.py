@@ -66,6 +66,8 @@ def encode_objective(objective: Objective) -> tuple[str, list[float]]:
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
         if value is None or isinstance(value, str):
+            if value is not None and not value.isidentifier():
+                raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
             words.append(f"{field.name}={'' if value is None else value}")
         else:
             numbers.append(float(value))
@@ -235,10 +237,20 @@ class GSPO(Objective):
 
 
 @jit
+def _score(logp, dlogp):
+    return tl.where(dlogp == 0, 0.0, dlogp * logp), dlogp  # 0 · -inf, a banned target, is 0
+
+
+def score(coefficient: Tensor, logprobs: Tensor) -> Tensor:
+    """sg(coefficient) · logπ, 0 where the coefficient is 0 even for a banned target (logπ = -inf)."""
+    coefficient = coefficient.detach()
+    return torch.where(coefficient == 0, 0, coefficient * logprobs)
+
+
+@jit
 def _masked_score(logp, ratio, adv, divergence, low, high, cap):
     masked = ((adv > 0) & (ratio > 1) & (divergence > high)) | ((adv < 0) & (ratio < 1) & (divergence > low))
-    dlogp = tl.where(masked, 0.0, -adv * tl.minimum(ratio, cap))
-    return dlogp * logp, dlogp
+    return _score(logp, tl.where(masked, 0.0, -adv * tl.minimum(ratio, cap)))
 
 
 @jit
@@ -288,8 +300,7 @@ class DPPO(Objective):
         adv, ratio, divergence = tokens.advantages, tokens.ratio, self._divergence(tokens)
         too_high = (adv > 0) & (ratio > 1) & (divergence > self.delta_high)
         too_low = (adv < 0) & (ratio < 1) & (divergence > self.delta_low)
-        weight = torch.where(too_high | too_low, 0, ratio.clamp(max=self.ratio_cap)).detach()
-        return -adv * weight * tokens.logprobs
+        return score(torch.where(too_high | too_low, 0, -adv * ratio.clamp(max=self.ratio_cap)), tokens.logprobs)
 
     @property
     def twin(self):
@@ -299,13 +310,12 @@ class DPPO(Objective):
 @jit
 def cispo(logp, old, adv, hyper):
     ratio, _, _ = ratio_terms(logp, old)
-    dlogp = -adv * tl.minimum(ratio, hyper[0])
-    return dlogp * logp, dlogp
+    return _score(logp, -adv * tl.minimum(ratio, hyper[0]))
 
 
 def capped_score(tokens: Tokens, cap: float) -> Tensor:
     """-A · sg(min(r, C)) · logπ."""
-    return -tokens.advantages * tokens.ratio.clamp(max=cap).detach() * tokens.logprobs
+    return score(-tokens.advantages * tokens.ratio.clamp(max=cap), tokens.logprobs)
 
 
 @register_objective

@@ -216,7 +216,8 @@ ready_gradient = _define(
 
 sequence_slope = _define(
     "sequence_slope",
-    f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, int[] shape", "Tensor",
+    f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, SymInt[] shape",
+    "Tensor",
     _sequence_slope,
     lambda logprobs, old, advantages, valid, cu_seqlens, words, numbers, shape: torch.empty_like(logprobs),
 )  # fmt: skip

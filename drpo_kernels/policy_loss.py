@@ -30,6 +30,15 @@ class PolicyLossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+# a graph cannot trace a dataclass's default that is itself an object; it can trace a module's
+DEFAULT_OBJECTIVE = DRPO()
+
+
+def _options(keywords: dict) -> PolicyOptions:
+    keywords.setdefault("objective", DEFAULT_OBJECTIVE)
+    return PolicyOptions(**keywords)
+
+
 @takes(PolicyOptions)
 def linear_policy_loss(
     hidden: Tensor,
@@ -61,7 +70,7 @@ def linear_policy_loss(
     run.
     """
     source = LinearSource(hidden, weight, bias)
-    return _policy_loss(source, targets, old_logprobs, advantages, mask, PolicyOptions(**options))
+    return _policy_loss(source, targets, old_logprobs, advantages, mask, _options(options))
 
 
 @takes(PolicyOptions, omit=("workspace_bytes", "logits_dtype"))
@@ -88,7 +97,7 @@ def policy_loss(
     for name in ("workspace_bytes", "logits_dtype"):
         if name in options:
             raise TypeError(f"policy_loss() got an unexpected keyword argument {name!r}: the logits exist already")
-    return _policy_loss(ReadySource(logits, inplace), targets, old_logprobs, advantages, mask, PolicyOptions(**options))
+    return _policy_loss(ReadySource(logits, inplace), targets, old_logprobs, advantages, mask, _options(options))
 
 
 @takes(PolicyOptions, omit=("objective",))

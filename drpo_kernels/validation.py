@@ -41,6 +41,11 @@ def check_number(name: str, value: object, *, positive: bool = True) -> None:
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
     check_tensor(name, value)
     if value.dtype.is_complex:
@@ -104,6 +109,7 @@ def check_logprob_options(
     _check_device("targets", targets, source.device)
     if isinstance(options.temperature, Tensor):
         check_tensor("temperature", options.temperature, floating=True)
+        _check_device("temperature", options.temperature, targets.device)
         if options.temperature.dim():
             _check_like_targets("temperature", options.temperature, targets)
     else:
@@ -112,11 +118,11 @@ def check_logprob_options(
     if options.softcap is not None:
         check_number("softcap", options.softcap)
     if options.vocab_size is not None:
-        if isinstance(options.vocab_size, bool) or not isinstance(options.vocab_size, int):
-            raise TypeError(f"vocab_size must be an int, got {type(options.vocab_size).__name__}")
+        _check_integer("vocab_size", options.vocab_size)
         if not 1 <= options.vocab_size <= vocab:
             raise ValueError(f"vocab_size must be in [1, {vocab}], got {options.vocab_size}")
     if options.workspace_bytes is not None:
+        _check_integer("workspace_bytes", options.workspace_bytes)
         check_number("workspace_bytes", options.workspace_bytes)
     if options.logits_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be None, torch.float32 or torch.bfloat16, got {options.logits_dtype}")
@@ -183,10 +189,8 @@ def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
             raise ValueError(f"cu_seqlens must come with packed targets [T] or [1, T], got targets {_shape(targets)}")
         _check_device("cu_seqlens", cu_seqlens, targets.device)
     elif targets.dim() < 2:
-        for name, needed in (
-            ("reduction", str(options.reduction).startswith("seq-")),
-            ("objective", options.objective.sequence_level),
-        ):
+        by_sequence = isinstance(options.reduction, str) and options.reduction.startswith("seq-")
+        for name, needed in (("reduction", by_sequence), ("objective", options.objective.sequence_level)):
             if needed:
                 value = getattr(options, name)
                 raise ValueError(

@@ -96,13 +96,15 @@ def test_no_token_and_one_token(shape, reduction, form, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("masked", [False, True])
 @every_form
-def test_more_rows_than_a_grid_dimension(form, backend, device):
-    shape = (65_600,)
+def test_more_rows_than_a_grid_dimension(form, masked, backend, device):
+    shape = (75_000,)
     hidden, weight, _, targets = problems.trained_looking(4, shape, 2, 5)
     g = generator(4)
     old = -3.0 * torch.rand(shape, generator=g)
-    problem = Problem(targets, old, torch.randn(shape, generator=g), None, hidden, weight)
+    mask = torch.rand(shape, generator=g) < 0.9 if masked else None
+    problem = Problem(targets, old, torch.randn(shape, generator=g), mask, hidden, weight)
     problem = problem if form == "linear" else problem.as_logits()
     assert_agrees(problem, ("DRPO", {}), backend, device, **FP32)
 
@@ -167,12 +169,15 @@ def confident_logits(vocab, targets):
 
 @every_backend
 @pytest.mark.parametrize("vocab", [2, 5, 200])
-@pytest.mark.parametrize("name", ["drpo-active", "ppo", "cispo"])
-def test_confident_rows(name, vocab, backend, device):
+@pytest.mark.parametrize("name, entropy_coef", [("drpo-active", 0.0), ("ppo", 0.0), ("cispo", 0.0), ("ppo", 0.5)])
+def test_confident_rows(name, entropy_coef, vocab, backend, device):
     """p = 1 - tail. The row's gradient is s (onehot - p), whose two halves are both of size `tail`: taking the
-    target's half from a rounded 1 - p loses it. Row by row within the contract's 1e-4."""
+    target's half from a rounded 1 - p loses it, and the entropy's in the same way. Row by row within 1e-4."""
     targets = torch.randint(vocab, (len(TAILS),), generator=generator(6))
-    problem = logits_problem(confident_logits(vocab, targets), targets, seed=8, reduction="token-sum")
+    options = {"reduction": "token-sum", "entropy_coef": entropy_coef}
+    problem = logits_problem(confident_logits(vocab, targets), targets, seed=8, **options)
+    if entropy_coef:
+        problem = problems.replace(problem, advantages=torch.zeros(len(TAILS)))
     problem = exact(problem, backend)
     _, want = problems.solve(problem, SPECS[name])
     _, got = problems.run(problem, problems.build(SPECS[name]), backend, device)
@@ -205,6 +210,20 @@ def test_confident_behaviour_policy(old, backend, device):
         _, want = problems.solve(problem, SPECS[name])
         _, got = problems.run(problem, problems.build(SPECS[name]), backend, device)
         assert row_relative(got["logits"], want["logits"]) <= 1e-4, name
+
+
+@every_backend
+@pytest.mark.parametrize("delta, kept", [(9.5, True), (8.0, False)])
+def test_divergence_of_a_certain_token(delta, kept, backend, device):
+    """pi = 1 - 1e-10 and mu = 1/2: the binary KL is 8.5 with verl's 1e-8 inside its logarithms, 10.8 without."""
+    logits = torch.tensor([[0.0, 10 * math.log(10.0)]])
+    problem = exact(logits_problem(logits, torch.tensor([1]), old=torch.tensor([-math.log(2.0)])), backend)
+    problem = problems.replace(problem, advantages=torch.ones(1))
+    spec = ("DPPO", {"divergence": "kl", "delta_high": delta})
+    _, want = problems.solve(problem, spec)
+    _, got = problems.run(problem, problems.build(spec), backend, device)
+    assert (want["logits"].norm() > 0) == kept
+    assert relative(got["logits"], want["logits"]) <= 1e-4
 
 
 EXTREME_LOG_RATIOS = [-60.0, -21.0, -15.0, -3.0, -1e-3, 1e-3, 3.0, 15.0, 21.0, 60.0, 150.0, 400.0]

@@ -18,6 +18,7 @@ from problems import (
     BACKENDS,
     FORMS,
     REDUCTIONS,
+    SMALL_WORKSPACE,
     SPECS,
     assert_agrees,
     full_problem,
@@ -53,7 +54,7 @@ def with_reduction(problem, reduction, seed):
 
 def variety(seed):
     """Options that must not change the result, cycled so that the sweep meets them all."""
-    return {"compact": ("active", "mask", "none")[seed % 3], "workspace_bytes": (None, 4096)[seed % 2]}
+    return {"compact": ("active", "mask", "none")[seed % 3], "workspace_bytes": (None, SMALL_WORKSPACE)[seed % 2]}
 
 
 CASES = list(itertools.product(SPECS, (*REDUCTIONS, "coefficients")))
@@ -108,10 +109,10 @@ def test_packed(name, reduction, form, backend, device):
 @pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_packed_ragged(name, reduction, backend, device):
-    """Sequences of unequal length, one of them of length zero."""
-    problem = problems.packed(random_problem(31)).with_options(
-        reduction=reduction, cu_seqlens=torch.tensor([0, 3, 3, 14, 24])
-    )
+    """Sequences of unequal length, one of them of length zero and one of a single token."""
+    problem = problems.packed(random_problem(31))
+    problem.mask[-1], problem.advantages[-1] = True, 1.5
+    problem = problem.with_options(reduction=reduction, cu_seqlens=torch.tensor([0, 3, 3, 14, 23, 24]))
     assert_agrees(problem, SPECS[name], backend, device, **FP32)
 
 
@@ -168,7 +169,7 @@ HALVES = [torch.bfloat16, torch.float16]
 def test_half_precision_inputs(name, dtype, form, backend, device):
     problem = full_problem(71, hidden_size=16, vocab=67, dtype=dtype)
     problem = problem if form == "linear" else problem.as_logits()
-    assert_agrees(problem, SPECS[name], backend, device, upstream=UPSTREAM, **HALF, workspace_bytes=4096)
+    assert_agrees(problem, SPECS[name], backend, device, upstream=UPSTREAM, **HALF, workspace_bytes=SMALL_WORKSPACE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -208,7 +209,7 @@ def check_token_logprobs(problem, form, backend, device, bound):
     options = {**problem.options, "backend": backend}
     if form == "linear":
         got = drpo_kernels.linear_token_logprobs(
-            leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], workspace_bytes=4096, **options
+            leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], workspace_bytes=SMALL_WORKSPACE, **options
         )
     else:
         got = drpo_kernels.token_logprobs(leaves["logits"], targets, **options)

@@ -12,7 +12,7 @@ from torch import nn
 
 import drpo_kernels
 import problems
-from problems import BACKENDS, SPECS, assert_agrees, full_problem, grid, random_problem, relative
+from problems import BACKENDS, SMALL_WORKSPACE, SPECS, assert_agrees, full_problem, grid, random_problem, relative
 
 FP32 = {"grad_bound": 5e-5, "loss_bound": 1e-4}
 DRPO = SPECS["drpo-active"]
@@ -120,7 +120,10 @@ def test_compaction_changes_nothing(name, form, backend, device):
 @every_form
 def test_twice_the_same_bits(form, backend, device):
     problem = in_form(full_problem(5, SHAPE), form)
-    runs = [problems.run(problem, problems.build(DRPO), backend, device, 3.7, workspace_bytes=4096) for _ in range(2)]
+    runs = [
+        problems.run(problem, problems.build(DRPO), backend, device, 3.7, workspace_bytes=SMALL_WORKSPACE)
+        for _ in range(2)
+    ]
     assert_same(*runs)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import drpo_kernels as dk
 import problems
 from drpo_kernels.objectives import Objective
-from problems import BACKENDS, SPECS, Problem, full_problem, random_problem, relative
+from problems import BACKENDS, SMALL_WORKSPACE, SPECS, Problem, full_problem, random_problem, relative
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_form = pytest.mark.parametrize("form", ["linear", "logits"])
@@ -144,7 +144,7 @@ def test_own_objective(make, objective, spec, form, backend, device):
     problem = make(3)
     problem = problem if form == "linear" else problem.as_logits()
     want, want_grads = problems.solve(problem, spec, 3.7)
-    out, grads = problems.run(problem, objective, backend, device, 3.7, workspace_bytes=4096)
+    out, grads = problems.run(problem, objective, backend, device, 3.7, workspace_bytes=SMALL_WORKSPACE)
     assert out.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
     for name in grads:
         assert relative(grads[name], want_grads[name]) <= 5e-5, name

@@ -26,26 +26,36 @@ def exact_float32() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
+    changed = []
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            if backend.fp32_precision not in ("ieee", "none"):
+                changed.append((backend, backend.fp32_precision))
+                backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for backend, precision in changed:
+            backend.fp32_precision = "none"  # which reads as the parent's setting where there is one
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 @functools.cache
-def accumulates_in_float32(device: torch.device) -> bool:
-    """Whether addmm adds 16-bit products to a float32 matrix here; the first versions of `out_dtype` refuse."""
-    operand, out = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
-    try:
-        torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)
-    except RuntimeError:
-        return False
-    return True
+def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether mm and addmm multiply this 16-bit dtype into float32 here: not in every build, nor on a CPU."""
+    operand, out = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (dtype, torch.float32))
+
+    def works(multiply) -> bool:
+        try:
+            multiply()
+        except RuntimeError:
+            return False
+        return True
+
+    return (
+        works(lambda: torch.mm(operand, operand, out_dtype=torch.float32, out=out)),
+        works(lambda: torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)),
+    )
 
 
 def cast_rows(matrix: Tensor) -> int:
@@ -59,7 +69,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif not accumulate:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif accumulates_in_float32(out.device):
+    elif float32_outputs(out.device, a.dtype)[1]:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         step = cast_rows(out)
@@ -79,8 +89,8 @@ class HeadMatmul:
         self.weight = weight
         self.compute_dtype = compute_dtype
         self.accumulator = torch.float64 if compute_dtype == torch.float64 else torch.float32
-        on_tensor_cores = weight.device.type == "cuda"
-        self.operand_dtype = compute_dtype if on_tensor_cores else self.accumulator
+        narrow = compute_dtype.itemsize < 4 and float32_outputs(weight.device, compute_dtype)[0]
+        self.operand_dtype = compute_dtype if narrow else self.accumulator
 
     @property
     def casts(self) -> bool:
@@ -98,17 +108,17 @@ class HeadMatmul:
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
         direct = out.dtype in (self.accumulator, self.operand_dtype)
-        for block in self._blocks():
+        for block in self._blocks(always=not direct):
             operand = self.operand(self.weight[block]).T
-            if direct:
-                product(hidden, operand, out[:, block])
-            else:
-                out[:, block] = hidden @ operand
+            part = out[:, block] if direct else out.new_empty(len(hidden), operand.shape[1], dtype=self.accumulator)
+            product(hidden, operand, part)
+            if not direct:
+                out[:, block] = part
         return out
 
     def hidden_gradient(self, dlogits: Tensor) -> Tensor:
         """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
-        out = torch.zeros(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+        out = torch.empty(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
         for i, block in enumerate(self._blocks()):
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
         return out

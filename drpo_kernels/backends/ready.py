@@ -46,8 +46,9 @@ def gradient_rows(
     """
     undo = None
     if out.dtype == torch.float16:
-        # a SKIPPED row's slopes may be anything
-        scale, undo = float16_scale(torch.where(batch.rows[Row.KIND] == RowKind.ACTIVE, slopes, 0))
+        # with dz/dx; a SKIPPED row's slopes may be anything
+        chained = slopes * (batch.transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])
+        scale, undo = float16_scale(torch.where(batch.rows[Row.KIND] == RowKind.ACTIVE, chained, 0))
         slopes = slopes * scale
     for part, piece, gradient in _parts(batch, vocab, out):
         ops.write_gradient(piece, statistics[:, part], slopes[:, part], gradient)

@@ -125,12 +125,15 @@ def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) ->
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
         slopes.append(-rows[Row.ENTROPY])
+    loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
     return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
 
 
 def recordable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd may record of one made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
 
 def derivative(values: Tensor, logprobs: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def derivative(values: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, 1 / scale), 0-d: the power of two that brings the largest possible |dlogits| to about 2^14.
+    """(scale, 1 / scale), 0-d: a power of two; it brings the largest possible |dlogits| to about 2^14.
 
     float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late.
     """

@@ -208,6 +208,7 @@ def policy_sweep(
             outcome[:, chunk], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
             if with_gradient:
                 sweep.accumulate(chunk, x, dlogits, undo)
+        x = batch = dlogits = None  # the last chunk's buffers must not outlive the loop
         return sweep.scatter(outcome), sweep.gradients()
 
 
@@ -243,4 +244,5 @@ def recompute_sweep(
             batch, dlogits = sweep.batch(chunk, x), sweep.dlogits(chunk)
             undo = gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
             sweep.accumulate(chunk, x, dlogits, undo)
+        x = batch = dlogits = None  # the last chunk's buffers must not outlive the loop
         return sweep.gradients()

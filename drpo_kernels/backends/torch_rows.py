@@ -17,7 +17,7 @@ LOG2E = 1 / math.log(2)
 LOWEST_SHIFT = -1e5
 # logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
 CPU_BLOCK = 1 << 19
-DEVICE_BLOCK = 1 << 26
+DEVICE_BLOCK = 1 << 24
 
 
 class TorchRows:

@@ -65,7 +65,14 @@ PACKED = ("rows", "outcome", "statistics", "slopes")
 
 
 def _case(
-    label: str, kernel: Any, logits: str, out: str, hyper: int = 0, bias: str | None = None, **flags: object
+    label: str,
+    kernel: Any,
+    logits: str,
+    out: str,
+    hyper: int = 0,
+    bias: str | None = None,
+    even: bool = True,
+    **flags: object,
 ) -> KernelCase:
     """A launch on contiguous rows, as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
     tile = row_tile(VOCAB, 4 if logits == "fp32" else 2)
@@ -75,7 +82,8 @@ def _case(
     constexprs = {"column_stride": 1, "BLOCK": tile.block, **flags} | ({} if bias else {"bias": None})
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
-    divisible = ("logits", "out", "bias", "row_stride", "out_stride", "vocab", "padded", "targets")
+    divisible = ["logits", "out", "bias", "row_stride", "out_stride", "targets"]
+    divisible += ["vocab", "padded"] if even else []
     return KernelCase(
         name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
         kernel=kernel,
@@ -100,6 +108,7 @@ def kernel_cases() -> list[KernelCase]:
     drpo = {"OBJECTIVE": DRPO().twin, "KL": None, "HAS_ENTROPY": False, "WRITE": True}
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
         cases.append(_case(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
+    cases.append(_case("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain))
     cases.append(_case("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False}))
     for name, estimator in KL_ESTIMATORS.items():
         flags = drpo | full | {"KL": estimator.twin, "HAS_ENTROPY": True}

@@ -24,16 +24,52 @@ def head_of(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @jit
-def base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """b = x + bias, or tanh(inner_scale · (x + bias))."""
     if HAS_BIAS:
-        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(bias + cols, mask=inside, other=other).to(tl.float32)
     if HAS_SOFTCAP:
         # tanh(|v|) = -expm1(-2|v|) / (2 + expm1(-2|v|)), without cancellation near 0
         v = x * inner_scale
         decay = expm1(-2 * tl.abs(v))
         x = tl.where(v < 0, decay, -decay) / (2 + decay)
     return x
+
+
+@jit
+def load_base(
+    row, column_stride, vocab, bias, inner_scale, cols,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The base logits of a block of columns, in fp32; MASKED where some lie beyond the vocabulary."""
+    inside = None
+    other = None
+    if MASKED:
+        inside = cols < vocab
+        other = 0.0
+    x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=other).to(tl.float32)
+    return base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@jit
+def reduce_block(
+    row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, start, LOWEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add a block of columns to the lanes' (max b, Σ 2^q, Σ 2^q q)."""
+    lane_max, lane_sum, lane_moment = lanes
+    cols = start + tl.arange(0, BLOCK)
+    b = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    left_out = (b < LOWEST) | (cols == target)  # a NaN passes
+    if MASKED:
+        left_out |= cols >= vocab
+    b = tl.where(left_out, LOWEST, b)
+    step = (b - lane_max) * factor2
+    decay = tl.exp2(-tl.abs(step))
+    rises = step > 0
+    lane_moment = tl.where(rises, (lane_moment - lane_sum * step) * decay, lane_moment + decay * step)
+    lane_sum = tl.where(rises, lane_sum * decay + 1, lane_sum + decay)
+    return tl.where(rises, b, lane_max), lane_sum, lane_moment
 
 
 @jit
@@ -46,26 +82,26 @@ def reduce_row(
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
     factor2 = factor / LN2
-    lanes = tl.arange(0, BLOCK)
     lane_max = tl.full([BLOCK], LOWEST, tl.float32)
     lane_sum = tl.zeros([BLOCK], tl.float32)
     lane_moment = tl.zeros([BLOCK], tl.float32)  # Σ 2^q q with q = factor2 · (b - lane_max)
-    for start in range(0, vocab, BLOCK):
-        cols = start + lanes
-        inside = cols < vocab
-        x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        b = base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS, HAS_SOFTCAP)
-        b = tl.where((b < LOWEST) | (cols == target) | (cols >= vocab), LOWEST, b)  # a NaN passes
-        step = (b - lane_max) * factor2
-        decay = tl.exp2(-tl.abs(step))
-        rises = step > 0
-        lane_moment = tl.where(rises, (lane_moment - lane_sum * step) * decay, lane_moment + decay * step)
-        lane_sum = tl.where(rises, lane_sum * decay + 1, lane_sum + decay)
-        lane_max = tl.where(rises, b, lane_max)
+    whole = vocab // BLOCK * BLOCK  # unmasked, so that loads are 16 bytes wide for any vocabulary
+    lanes = (lane_max, lane_sum, lane_moment)
+    for start in range(0, whole, BLOCK):
+        lanes = reduce_block(
+            row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, start, LOWEST,
+            HAS_BIAS, HAS_SOFTCAP, False, BLOCK,
+        )  # fmt: skip
+    if whole < vocab:
+        lanes = reduce_block(
+            row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, whole, LOWEST,
+            HAS_BIAS, HAS_SOFTCAP, True, BLOCK,
+        )  # fmt: skip
+    lane_max, lane_sum, lane_moment = lanes
 
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    b_y = base_logit(x_y, bias, target, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    b_y = base_logit(x_y, bias, target, in_range, 0.0, inner_scale, HAS_BIAS, HAS_SOFTCAP)
     row_max = tl.maximum(tl.max(lane_max, 0), b_y)
     row_max = tl.where(row_max > LOWEST, row_max, float("nan"))  # every token banned
     shift = (lane_max - row_max) * factor2
@@ -82,6 +118,32 @@ def reduce_row(
 
 
 @jit
+def write_block(
+    row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of columns; zeros in [vocab, padded)."""
+    LN2: tl.constexpr = 0.6931471805599453
+    inner_scale, factor2, row_max, inv_total, log_total_minus_entropy, slope, entropy_slope, at_target = per_row
+    cols = start + tl.arange(0, BLOCK)
+    b = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    q = (b - row_max) * factor2
+    p = tl.exp2(q) * inv_total
+    gradient = -slope * p
+    if HAS_ENTROPY:
+        gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - log_total_minus_entropy)
+    gradient = tl.where(cols == target, at_target, gradient)
+    if HAS_SOFTCAP:
+        gradient *= 1 - b * b
+    if MASKED:
+        gradient = tl.where(cols < vocab, gradient, 0.0)
+        tl.store(out + cols, gradient.to(out.dtype.element_ty), mask=cols < padded)
+    else:
+        tl.store(out + cols, gradient.to(out.dtype.element_ty))
+
+
+@jit
 def write_gradient(
     row, column_stride, vocab, bias, target, head, statistics, slope, entropy_slope, out, padded,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,7 +154,6 @@ def write_gradient(
     inner_scale, factor, chain = head
     logp, entropy, row_max, total, miss = statistics
     factor2 = factor / LN2
-    lanes = tl.arange(0, BLOCK)
     slope *= chain
     entropy_slope *= chain
     inv_total = 1 / total
@@ -100,20 +161,18 @@ def write_gradient(
     at_target = slope * miss
     if HAS_ENTROPY:
         at_target -= entropy_slope * tl.exp(logp) * (tl.maximum(logp, LOWEST) + entropy)
-    for start in range(0, padded, BLOCK):
-        cols = start + lanes
-        inside = cols < vocab
-        x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
-        b = base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS, HAS_SOFTCAP)
-        q = (b - row_max) * factor2
-        p = tl.exp2(q) * inv_total
-        gradient = -slope * p
-        if HAS_ENTROPY:
-            gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - log_total + entropy)
-        gradient = tl.where(cols == target, at_target, gradient)
-        if HAS_SOFTCAP:
-            gradient *= 1 - b * b
-        tl.store(out + cols, tl.where(inside, gradient, 0.0).to(out.dtype.element_ty), mask=cols < padded)
+    per_row = (inner_scale, factor2, row_max, inv_total, log_total - entropy, slope, entropy_slope, at_target)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        write_block(
+            row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, False, BLOCK,
+        )  # fmt: skip
+    for start in range(whole, padded, BLOCK):
+        write_block(
+            row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, True, BLOCK,
+        )  # fmt: skip
 
 
 @jit
@@ -210,6 +269,9 @@ def policy_kernel(
         old = tl.where(old != old, logp, old)  # NaN: on-policy
         coefficient = tl.load(rows + 2 * rows_stride)
         policy_loss, policy_slope = OBJECTIVE(logp, old, tl.load(rows + rows_stride), hyper)
+        # tl.minimum and tl.maximum drop a NaN; a bad row must not look like a good one
+        policy_loss = tl.where(logp == logp, policy_loss, logp)
+        policy_slope = tl.where(logp == logp, policy_slope, logp)
         loss = coefficient * policy_loss
         slope = coefficient * policy_slope
         if KL is not None:

@@ -51,6 +51,10 @@ class TritonRows:
         count, vocab = logits.shape
         if not count:
             return
+        if any(x.stride(-1) != 1 for x in (targets, rows, *arguments) if isinstance(x, Tensor)):
+            raise ValueError(
+                "the kernels take logits of any strides; everything else must be contiguous along its last axis"
+            )
         tile = self.tile or row_tile(vocab, logits.element_size())
         # Triton launches on the current device; make it the tensor's
         with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():

@@ -1,0 +1,216 @@
+"""Views, dtypes and values at the edges of the contract between the public functions, the sweeps and the kernels."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import drpo_kernels as dk
+from drpo_kernels.backends.matmul import exact_float32
+
+BACKENDS = ["torch", "triton"]
+VOCAB = 37
+
+
+def logits_of(rows=12, seed=0, dtype=torch.float32):
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(rows=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(VOCAB, (rows,), generator=generator)
+    return targets, -3 * torch.rand(rows, generator=generator), torch.randn(rows, generator=generator)
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["logits", "linear"])
+def test_gradient_expanded_from_a_sum(form, backend, device):
+    """`logprobs.sum().backward()` hands over a gradient of stride 0."""
+    grads = {}
+    for name in (backend, "reference"):
+        x = logits_of().to(device).requires_grad_()
+        targets = inputs()[0].to(device)
+        if form == "logits":
+            logprobs, _ = dk.token_logprobs(x, targets, backend=name)
+        else:
+            head = torch.eye(VOCAB, device=device)
+            logprobs, _ = dk.linear_token_logprobs(x, head, targets, backend=name)
+        logprobs.sum().backward()
+        grads[name] = x.grad
+    assert relative(grads[backend], grads["reference"]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", ["every other", "column", "expanded"])
+def test_strided_targets(view, backend, device):
+    targets, _, _ = inputs(24)
+    targets = targets.to(device)
+    targets = {"every other": targets[::2], "column": targets.view(12, 2)[:, 1], "expanded": targets[:1].expand(12)}[
+        view
+    ]
+    got, _ = dk.token_logprobs(logits_of().to(device), targets, backend=backend)
+    want, _ = dk.token_logprobs(logits_of().to(device), targets.clone(), backend="reference")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
+def test_inplace_on_views(view, backend, device):
+    """`inplace` is a permission: on rows that are not contiguous the gradient is right all the same."""
+    targets, old, advantages = (x.to(device) for x in inputs())
+    base = {
+        "transposed": lambda: logits_of().T.contiguous().T,
+        "sliced": lambda: torch.cat([logits_of(), logits_of()], 1).view(12, 2, VOCAB)[:, 0],
+        "expanded": lambda: logits_of()[:1].expand(12, VOCAB),
+    }[view]
+    grads = {}
+    for name, inplace in ((backend, True), ("reference", False)):
+        leaf = base().to(device).requires_grad_()
+        out = dk.policy_loss(
+            leaf * 1 if view == "sliced" else leaf, targets, old, advantages, inplace=inplace, backend=name
+        )
+        (3.7 * out.loss).backward()
+        grads[name] = leaf.grad
+    assert relative(grads[backend], grads["reference"]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradient_with_a_low_temperature(backend, device):
+    """dz/dx = 1/temperature belongs to the size of a gradient: without it the scaled one overflows to inf."""
+    targets, old, advantages = (x.to(device) for x in inputs())
+    x = logits_of(dtype=torch.float16).to(device).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    for leaf, name in ((x, backend), (wide, "reference")):
+        dk.policy_loss(leaf, targets, old, advantages, temperature=0.1, backend=name).loss.backward()
+    assert x.grad.isfinite().all()
+    assert relative(x.grad.double(), wide.grad) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", [dk.DRPO(), dk.PPO(), dk.CISPO(), dk.DPPO()])
+@pytest.mark.parametrize("bad", ["nan logit", "target"])
+def test_a_bad_row_is_never_a_number(bad, objective, backend, device):
+    x, (targets, old, advantages) = logits_of(), inputs()
+    if bad == "target":
+        targets[3] = VOCAB + 5
+    else:
+        x[3, 7] = math.nan
+    arguments = (t.to(device) for t in (x, targets, old, advantages))
+    with torch.no_grad():
+        out = dk.policy_loss(*arguments, objective=objective, backend=backend, validate=False)
+    assert out.loss.isnan()
+    assert out.logprobs.isnan().tolist() == [i == 3 for i in range(12)]
+
+
+@dataclass(frozen=True)
+class InfiniteAtCertainty(dk.Objective):
+    def token_loss(self, tokens):
+        return tokens.advantages * torch.log(-tokens.logprobs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compact", ["active", "mask", "none"])
+def test_skipped_rows_do_not_reach_a_user_objective(compact, backend, device):
+    """A skipped row reports logprob 0, where this objective is infinite."""
+    targets, old, advantages = (x.to(device) for x in inputs())
+    mask = torch.arange(12, device=device) % 3 > 0
+    out = dk.policy_loss(
+        logits_of().to(device), targets, old, advantages, mask,
+        objective=InfiniteAtCertainty(), compact=compact, backend=backend,
+    )  # fmt: skip
+    want = (advantages * torch.log(-out.logprobs))[mask].mean()
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compact", ["active", "mask", "none"])
+@pytest.mark.parametrize("objective", [dk.CISPO(), dk.DPPO(), dk.PolicyGradient(2.0)])
+def test_a_banned_target_without_advantage_costs_nothing(objective, compact, backend, device):
+    x, (targets, old, advantages) = logits_of(), inputs()
+    x[2, targets[2]] = -math.inf
+    advantages[2] = 0
+    arguments = (t.to(device) for t in (x, targets, old, advantages))
+    assert dk.policy_loss(*arguments, objective=objective, compact=compact, backend=backend).loss.isfinite()
+
+
+def test_fullgraph_with_the_default_objective(device):
+    targets, old, advantages = (x.to(device) for x in inputs())
+    weight = torch.eye(VOCAB, device=device)
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        x = logits_of().to(device).requires_grad_()
+        loss = wrap(lambda x: dk.linear_policy_loss(x, weight, targets, old, advantages).loss)(x)
+        loss.backward()
+        results.append((loss.item(), x.grad))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_coefficients_are_not_printed(monkeypatch, device):
+    """Formatting a tensor synchronises with a GPU."""
+    targets, old, advantages = (x.to(device) for x in inputs())
+
+    def fail(self, **_):
+        raise AssertionError("a tensor was formatted")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", fail)
+    coefficients = dk.TokenCoefficients(torch.ones(12, device=device))
+    dk.policy_loss(logits_of().to(device), targets, old, advantages, reduction=coefficients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rollouts_made_in_inference_mode(backend, device):
+    with torch.inference_mode():
+        targets, old, advantages = (x.to(device).clone() for x in inputs())
+    x = logits_of().to(device).requires_grad_()
+    dk.token_logprobs(x, targets, backend=backend)[0].sum().backward()
+    dk.policy_loss(x.view(3, 4, VOCAB), targets.view(3, 4), old.view(3, 4), advantages.view(3, 4), objective=dk.GSPO(),
+                   backend=backend).loss.backward()  # fmt: skip
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_share_of_sequences(backend, device):
+    """Only sequences beyond the clip count, whatever their tokens' own ratios."""
+    targets, _, _ = inputs()
+    x = logits_of().view(3, 4, VOCAB).to(device)
+    targets = targets.view(3, 4).to(device)
+    logprobs, _ = dk.token_logprobs(x, targets)
+    wobble = torch.tensor([0.3, -0.3, 0.2, -0.2], device=device)  # mean 0: the sequence ratio is 1
+    shift = torch.tensor([[0.0], [-1.0], [0.0]], device=device)  # the second sequence's is e
+    out = dk.policy_loss(
+        x, targets, (logprobs + wobble + shift).clamp(max=0), torch.ones(3, device=device), objective=dk.GSPO(0.2, 0.2),
+        backend=backend,
+    )  # fmt: skip
+    assert out.metrics["drpo/clip_share"].item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch >= 2.9")
+def test_precision_settings_are_left_as_they_were():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        with exact_float32():
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+        settings.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with exact_float32():
+            assert settings.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert settings.fp32_precision == "ieee"  # still inherited
+    finally:
+        torch.backends.fp32_precision = "none"
+        settings.fp32_precision = before
+
+
+def test_workspace_is_a_whole_number_of_bytes():
+    targets, old, advantages = inputs()
+    with pytest.raises(TypeError, match="workspace_bytes"):
+        dk.linear_policy_loss(logits_of(), torch.eye(VOCAB), targets, old, advantages, workspace_bytes=1e6)
