@@ -25,7 +25,7 @@ class LogprobOptions:
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
     validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it
                       does not synchronise
-    workspace_bytes   bytes for a chunk of logits of the linear functions; None: 128 MiB on a CPU, 1 GiB on a GPU
+    workspace_bytes   bytes for a chunk of logits of the linear functions; None: 64 to 128 MiB on a CPU, 1 GiB on a GPU
     logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds
                       a logit of 16 to 32 by ±0.06, that is ±6 % on the ratio
     """

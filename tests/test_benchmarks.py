@@ -110,7 +110,8 @@ def recorded(quick):
     eager |= {"median_s": 2.5, "min_s": 2.25, "max_s": 3.0, "time_ratio": {"gemms": 1.667, "eager": 1.0}}
     eager |= {"peak_extra_bytes": 770 * 2**20, "peak_beyond_gradients_bytes": 702 * 2**20}
     absent = eager | {"method": "trl", "status": "trl not installed", "seconds": None, "median_s": None}
-    return [floor, eager, absent | {"peak_extra_bytes": None}]
+    records = [floor, eager, absent | {"peak_extra_bytes": None}]
+    return [record | {"command": "python -m benchmarks.cpu"} for record in records]
 
 
 def test_report_rewrites_its_block_alone(quick, tmp_path):
@@ -131,12 +132,14 @@ def test_report_rewrites_its_block_alone(quick, tmp_path):
     assert readme.read_text() == text
 
 
-def test_report_prints_where_there_are_no_markers(quick, tmp_path, capsys):
+@pytest.mark.parametrize("rehearsal, text", [(False, "# Title\n"), (True, f"{report.START}\n{report.END}\n")])
+def test_report_prints_without_markers_or_from_a_quick_run(quick, tmp_path, capsys, rehearsal, text):
     results, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
-    results.write_text("".join(json.dumps(record) + "\n" for record in quick[1]))
-    readme.write_text("# Title\n")
+    records = quick[1] if rehearsal else recorded(quick)
+    results.write_text("".join(json.dumps(record) + "\n" for record in records))
+    readme.write_text(text)
     assert report.main(["--results", str(results), "--readme", str(readme)]) == 0
-    assert readme.read_text() == "# Title\n"
+    assert readme.read_text() == text
     assert "| eager PyTorch |" in capsys.readouterr().out
 
 

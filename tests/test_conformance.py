@@ -90,6 +90,16 @@ def test_bare(name, form, backend, device):
         assert not out.computed.cpu()[dropped].any(), "compact='active' keeps rows that cannot contribute"
 
 
+@pytest.mark.parametrize("name, term, form, backend", grid(["drpo-active", "gspo"], ["kl_coef", "entropy_coef"]))
+def test_one_optional_term(name, term, form, backend, device):
+    """The KL term alone, or the entropy bonus alone, keeps the rows without an advantage."""
+    problem = full_problem(110).with_options(kl_coef=0.0, entropy_coef=0.0)
+    problem = problem.with_options(**{term: 0.3})
+    problem = problem if form == "linear" else problem.as_logits()
+    out, _ = assert_agrees(problem, SPECS[name], backend, device, **FP32)
+    assert torch.equal(out.computed.cpu(), problem.mask)
+
+
 @pytest.mark.parametrize("name, form, backend", grid(SPECS))
 def test_on_policy(name, form, backend, device):
     """old_logprobs=None: the row's own detached logprob, so r = 1 and mu = pi without a gradient."""

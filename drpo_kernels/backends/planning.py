@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
-# enough rows to keep the GEMMs near their peak at V ~ 150k, little enough to be forgotten beside the model
-DEFAULT_WORKSPACE = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
+# enough rows to keep the GEMMs near their peak, little enough to be forgotten beside the model
+DEVICE_WORKSPACE = 1024 * MIB
+CPU_WORKSPACE, CPU_WORKSPACE_MOST, CPU_ROWS = 64 * MIB, 128 * MIB, 256
 # a GEMM tile: full tiles waste nothing
 ROW_MULTIPLE = 128
 
@@ -38,5 +39,10 @@ def retain_dlogits(rows: int, hidden: int) -> bool:
     return rows <= 2 * hidden
 
 
-def workspace_bytes(device: torch.device, requested: int | None) -> int:
-    return requested if requested is not None else DEFAULT_WORKSPACE.get(device.type, 256 * MIB)
+def workspace_bytes(device: torch.device, vocab: int, bytes_per_logit: int, requested: int | None) -> int:
+    """What was asked for, or 1 GiB on an accelerator, or on a CPU 64 MiB, up to 128 for 256 rows of a large vocabulary."""
+    if requested is not None:
+        return requested
+    if device.type != "cpu":
+        return DEVICE_WORKSPACE
+    return min(max(CPU_ROWS * vocab * bytes_per_logit, CPU_WORKSPACE), CPU_WORKSPACE_MOST)

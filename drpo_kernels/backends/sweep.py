@@ -95,7 +95,7 @@ class LinearSweep:
         shares_buffer = logits_dtype == self.matmul.operand_dtype and not self.retain
         separate = self.active and not shares_buffer
         per_logit = logits_dtype.itemsize + (self.matmul.operand_dtype.itemsize if separate and not self.retain else 0)
-        budget = planning.workspace_bytes(device, self.execution.workspace_bytes)
+        budget = planning.workspace_bytes(device, vocab, per_logit, self.execution.workspace_bytes)
         self.active_plan = planning.plan_chunks(self.active, vocab, per_logit, budget)
         self.forward_plan = planning.plan_chunks(self.swept - self.active, vocab, logits_dtype.itemsize, budget)
         largest = max(

@@ -13,16 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def median_times(functions: Sequence[Callable], device: torch.device, repeats: int) -> tuple[float, ...]:
-    """Median seconds of each function over `repeats` interleaved calls, after one call each to warm up."""
+    """Median seconds of each function, warm already, over `repeats` interleaved calls."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for function, times in zip(functions, seconds, strict=True):
             _synchronize(device)
             start = time.perf_counter()
             function()
             _synchronize(device)
-            if repeat:
-                times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
     return tuple(statistics.median(times) for times in seconds)
 
 

@@ -27,12 +27,12 @@ class Settings:
     warmup_lr: float = 1e-3
     warmup_target: float = 0.25  # the warm-up ends once a sampled answer is right with this probability
 
-    steps: int = 200
+    steps: int = 150
     prompts: int = 64  # per RL step
     group: int = 8  # completions per prompt
     epochs: int = 1  # passes over each rollout
     minibatches: int = 4  # updates per pass
-    lr: float = 3e-4
+    lr: float = 8e-4
     grad_clip: float = 1.0
     temperature: float = 1.0
     min_gain: float = 0.1  # the run fails unless the sampled reward on held-out problems rises by this

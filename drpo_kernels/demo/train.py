@@ -45,10 +45,17 @@ def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Setti
             break
 
 
-def _optimizer(model: PreTrainedModel, lr: float):
-    """AdamW with a linear start: its first normalised steps would otherwise undo what the model already knows."""
+def _optimizer(model: PreTrainedModel, lr: float, steps: int | None = None):
+    """AdamW with its learning rate schedule: a linear start, then constant, or falling linearly to 0 at `steps`.
+
+    Without the start, Adam's first steps, which are of full size whatever the gradient, would undo what the model knows.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / 20, 1.0 if steps is None else 1 - step / steps)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def update(
@@ -80,7 +87,7 @@ def reinforce(
     Each rollout serves several updates, so the policy π moves away from the behaviour policy μ that sampled it.
     """
     rng = random.Random(settings.seed + 1)
-    optimizer, schedule = _optimizer(model, settings.lr)
+    optimizer, schedule = _optimizer(model, settings.lr, settings.steps)
     history: History = []
     progress = tqdm(range(settings.steps), desc=settings.objective.upper())
     for _ in progress:

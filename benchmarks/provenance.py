@@ -1,0 +1,66 @@
+"""Where a number comes from: device, versions, commit. Nothing about paths or host names."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import drpo_kernels
+from drpo_kernels.triton_support import triton
+
+ROOT = Path(__file__).resolve().parent.parent
+# a change elsewhere (README, results) does not change what is measured
+MEASURED = ("drpo_kernels", "benchmarks")
+
+
+def provenance(command: str) -> dict[str, object]:
+    """The fields every line of results carries."""
+    changes = _git("status", "--porcelain", "--", *MEASURED)
+    return {
+        "device": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else changes != "",
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """None for what is not installed."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),
+        "drpo_kernels": drpo_kernels.__version__,
+        "trl": _installed("trl"),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    """None outside a repository, or without git."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
