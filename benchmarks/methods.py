@@ -94,7 +94,7 @@ def gemms(inputs: Inputs) -> Step:
     """The three products alone, in the chunks that `linear_policy_loss` takes, into buffers that exist already."""
     hidden, weight = inputs.hidden, inputs.weight
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    budget = planning.workspace_bytes(hidden.device, None)
+    budget = planning.workspace_bytes(hidden.device, vocab, hidden.element_size(), None)
     plan = planning.plan_chunks(rows, vocab, hidden.element_size(), budget)
     logits = hidden.new_empty(min(plan.chunk_rows, rows), vocab)
     hidden_gradient, weight_gradient = hidden.new_empty(rows, width), weight.new_empty(vocab, width)

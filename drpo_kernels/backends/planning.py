@@ -40,7 +40,7 @@ def retain_dlogits(rows: int, hidden: int) -> bool:
 
 
 def workspace_bytes(device: torch.device, vocab: int, bytes_per_logit: int, requested: int | None) -> int:
-    """What was asked for, or 1 GiB on an accelerator, or on a CPU 64 MiB, up to 128 for 256 rows of a large vocabulary."""
+    """What was asked for, or 1 GiB on an accelerator; on a CPU 64 MiB, and up to 128 to hold 256 rows."""
     if requested is not None:
         return requested
     if device.type != "cpu":
