@@ -1,19 +1,20 @@
-"""Estimators of KL(π‖π_ref) from one sampled token (Schulman, "Approximating KL divergence", 2020): PyTorch and, beside
-it, the Triton twin.
+"""Estimators of KL(π‖π_ref) from one sampled token: PyTorch and, beside it, the Triton twin.
 
 d = log π - log π_ref;  k1 = d,  k2 = d²/2,  k3 = exp(-d) + d - 1. Twins return (kl, dkl/dlogπ).
+Source: J. Schulman, "Approximating KL divergence", 2020.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from drpo_kernels.tokens import expm1
 from drpo_kernels.triton_support import jit, tl
 
-# exp(80) is the largest round power that stays finite in fp32 after weighting: k3 never overflows to inf and then NaN
-EXPONENT_LIMIT = 80.0
+# beyond this many nats below the reference k3 keeps its value and its slope: exp(80) is finite in fp32 after weighting
+EXPONENT_LIMITS = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 @jit
@@ -37,14 +38,17 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @jit
 def k3_twin(logp, ref):
-    d = logp - ref
-    excess = expm1(tl.minimum(-d, 80.0))
-    return excess + d, tl.where(-d <= 80.0, -excess, 1.0)
+    d = tl.where(logp - ref < -80.0, -80.0, logp - ref)
+    excess = expm1(-d)
+    return excess + d, -excess
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    d = logprobs - ref_logprobs
-    return (-d).clamp(max=EXPONENT_LIMIT).expm1() + d
+    d = (logprobs - ref_logprobs).clamp(min=-EXPONENT_LIMITS[logprobs.dtype])
+    excess = d.neg().expm1()
+    # the derivative, -excess, written out: autograd's would be 0 beyond the limit
+    finite = logprobs.nan_to_num()  # inf - inf is not 0
+    return (excess + d).detach() - excess.detach() * (finite - finite.detach())
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,13 @@ def check_number(name: str, value: object, *, positive: bool = True) -> None:
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
 
 
+def _check_scale(name: str, value: object) -> None:
+    """A positive number no fp32 computation of a softmax loses."""
+    check_number(name, value)
+    if not 1e-6 <= value <= 1e6:
+        raise ValueError(f"{name} must be in [1e-6, 1e6], got {value}")
+
+
 def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -113,10 +120,10 @@ def check_logprob_options(
         if options.temperature.dim():
             _check_like_targets("temperature", options.temperature, targets)
     else:
-        check_number("temperature", options.temperature)
-    check_number("logit_scale", options.logit_scale)
+        _check_scale("temperature", options.temperature)
+    _check_scale("logit_scale", options.logit_scale)
     if options.softcap is not None:
-        check_number("softcap", options.softcap)
+        _check_scale("softcap", options.softcap)
     if options.vocab_size is not None:
         _check_integer("vocab_size", options.vocab_size)
         if not 1 <= options.vocab_size <= vocab:

@@ -121,7 +121,9 @@ def test_packed(name, reduction, form, backend, device):
 def test_packed_ragged(name, reduction, backend, device):
     """Sequences of unequal length, one of them of length zero and one of a single token."""
     problem = problems.packed(random_problem(31))
-    problem.mask[-1], problem.advantages[-1] = True, 1.5
+    logp = problems.current_logprobs(problem.hidden, problem.weight, None, problem.targets, {})
+    problem.old_logprobs[-1] = logp[-1] - 0.5  # unclipped for A < 0
+    problem.mask[-1], problem.advantages[-1] = True, -1.5
     problem = problem.with_options(reduction=reduction, cu_seqlens=torch.tensor([0, 3, 3, 14, 23, 24]))
     assert_agrees(problem, SPECS[name], backend, device, **FP32)
 

@@ -112,7 +112,7 @@ def fused_loss(batch: Batch, hidden: Tensor, weight: Tensor, objective: Objectiv
 
 
 def compare(batch: Batch, objective: Objective, repeats: int) -> Comparison:
-    """Loss and gradients first, then the peak extra memory and, now that all is warm, the time of forward and backward."""
+    """Loss and gradients, then the peak extra memory and, now that all is warm, the time of forward and backward."""
     eager, fused = (_forward_backward(batch, loss, objective) for loss in (eager_loss, fused_loss))
     (loss, *gradients), (expected, *expected_gradients) = fused(), eager()
     differences = [_relative(*pair) for pair in zip(gradients, expected_gradients, strict=True)]

@@ -48,7 +48,7 @@ def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Setti
 def _optimizer(model: PreTrainedModel, lr: float, steps: int | None = None):
     """AdamW with its learning rate schedule: a linear start, then constant, or falling linearly to 0 at `steps`.
 
-    Without the start, Adam's first steps, which are of full size whatever the gradient, would undo what the model knows.
+    Adam's first steps are of full size whatever the gradient: without the slow start they undo what the model knows.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
 
