@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Terms
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Stat, Terms, row_losses
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
 LOWEST_SHIFT = -1e5
 # logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
-CPU_BLOCK = 1 << 19
+CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
 
 
@@ -24,13 +24,18 @@ class TorchRows:
     """`RowOps` in PyTorch. What is per row is computed once for all rows; a block only runs what touches its logits."""
 
     def statistics(self, batch: RowBatch) -> Tensor:
+        return self._statistics(batch, keep=False)
+
+    def _statistics(self, batch: RowBatch, keep: bool) -> Tensor:
+        """With `keep`, 2^q (0 at the target) overwrites the logits: the gradient needs no second exponential."""
         scratch = _Scratch(batch)
         index, outside = _safe(batch)
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
         sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
-            sums[:, block] = _block_sums(base, buffers, index[block], factor[block, None])
+            e = batch.logits[block] if keep else buffers[1]
+            sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None])
         statistics = _from_sums(*sums, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
@@ -50,7 +55,33 @@ class TorchRows:
             out.masked_fill_(inactive[:, None], 0)
 
     def fuses(self, terms: Terms) -> bool:
-        return False
+        return not terms.entropy_bonus
+
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
+        in_place = out is not None and _may_keep_exponentials(batch, out)
+        statistics = self._statistics(batch, keep=in_place)
+        outcome, slopes = row_losses(statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms)
+        if in_place:
+            per_row = _GradientRows.of(batch, statistics, slopes)
+            for block in _Scratch(batch).blocks(RowKind.ACTIVE):
+                out[block].mul_(per_row.scale[block]).scatter_(1, per_row.index[block], per_row.at_target[block])
+        elif out is not None:
+            self.write_gradient(batch, statistics, slopes, out)
+        return outcome
+
+
+def _may_keep_exponentials(batch: RowBatch, out: Tensor) -> bool:
+    """Whether the gradient overwrites the logits, in their precision and on every row, and is a multiple of p."""
+    logits = batch.logits
+    return (
+        out.data_ptr() == logits.data_ptr()
+        and out.shape == logits.shape
+        and out.stride() == logits.stride()
+        and out.dtype == batch.rows.dtype
+        and batch.transform.softcap is None
+        and logits.device.type == "cpu"
+        and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
+    )
 
 
 class _Scratch:
@@ -90,20 +121,24 @@ def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
 
 
-def _block_sums(base: Tensor, buffers: Tensor, index: Tensor, factor: Tensor) -> Tensor:
-    """[4, n] of a block: max b, q of the target, Σ 2^q and Σ 2^q q over the other tokens; q = (b - max b) · factor."""
+def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+    """[4, n] of a block: max b, q of the target, Σ 2^q and Σ 2^q q over the other tokens; q = (b - max b) · factor.
+
+    Those 2^q are left in `e`, which may be `base` or the second buffer.
+    """
     row_max = base.amax(1, keepdim=True).to(buffers.dtype)
     q = torch.sub(base, row_max, out=buffers[0]).mul_(factor)
     target = q.gather(1, index)
     on_cpu = base.device.type == "cpu"
     if not on_cpu:
         q.clamp_(min=LOWEST_SHIFT)
-    e = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0)
+    torch.exp2(q, out=e).scatter_(1, index, 0)
     others = e.sum(1, keepdim=True)
-    moment = e.mul_(q).sum(1, keepdim=True)
+    moment = torch.mul(e, q, out=buffers[1]).sum(1, keepdim=True)
     if on_cpu and moment.isnan().any():  # 0 · -inf: some token is banned, too rare to pay for on every row
-        q.clamp_(min=LOWEST_SHIFT)
-        moment = torch.exp2(q, out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
+        moment = (
+            torch.exp2(q.clamp_(min=LOWEST_SHIFT), out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
+        )
     return torch.cat([row_max, target, others, moment], dim=1).T
 
 

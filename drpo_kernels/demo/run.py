@@ -1,7 +1,9 @@
 """The demo from start to end: warm up, evaluate, reinforce, evaluate, compare with the eager loss, plot."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +16,17 @@ from drpo_kernels.demo.plots import plot_run, plot_weights
 from drpo_kernels.demo.settings import OBJECTIVES, Settings
 from drpo_kernels.demo.task import split_problems
 from drpo_kernels.demo.train import evaluate, reinforce, warm_up
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A model this small gains nothing from a second thread, and on a busy machine waits for it at every operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(settings: Settings, device_name: str | None, out: Path) -> int:
@@ -30,10 +43,11 @@ def run(settings: Settings, device_name: str | None, out: Path) -> int:
         f"Qwen3 architecture, {model.num_parameters():,} parameters, random weights, on {device}."
     )
 
-    warm_up(model, training, settings)
-    before = evaluate(model, held_out, settings, generator)
-    history, rollout = reinforce(model, training, settings, generator)
-    after = evaluate(model, held_out, settings, generator)
+    with one_thread():
+        warm_up(model, training, settings)
+        before = evaluate(model, held_out, settings, generator)
+        history, rollout = reinforce(model, training, settings, generator)
+        after = evaluate(model, held_out, settings, generator)
     console.print(_reward_table(before, after, settings))
 
     batches = run_batch(model, rollout), large_head_batch(*settings.large_head, generator)
