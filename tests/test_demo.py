@@ -159,7 +159,7 @@ def test_a_rollout_repeats_each_prompt_for_its_group(model):
 def test_reinforcement_raises_an_easy_reward_and_is_reproducible(monkeypatch):
     """From random weights: completions that begin with 7 are rewarded. A loss of the wrong sign would end near 0."""
     monkeypatch.setattr(rolling, "rewards", lambda _, completions: (completions[:, 0] == IDS["7"]).float())
-    settings = replace(TINY, steps=15, prompts=16, lr=5e-3)
+    settings = replace(TINY, steps=30, prompts=16, lr=5e-3)
     runs = [reinforce(build_model(settings, CPU), problems(100), settings, generator())[0] for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0][0]["reward"] < 0.3
