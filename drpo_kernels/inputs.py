@@ -189,7 +189,8 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
     fields[Row.KIND] = _kinds(options, fields, valid, sequences).to(problem.dtype)
     rows = torch.stack([fields[row] for row in Row])
-    terms = Terms(options.objective, options.kl_estimator if options.kl_coef else None, options.entropy_coef != 0)
+    kl_estimator = options.kl_estimator if options.kl_coef else None
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
     return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)
 
 

@@ -1,7 +1,8 @@
 """Estimators of KL(π‖π_ref) from one sampled token: PyTorch and, beside it, the Triton twin.
 
-d = log π - log π_ref;  k1 = d,  k2 = d²/2,  k3 = exp(-d) + d - 1. Twins return (kl, dkl/dlogπ).
-Source: J. Schulman, "Approximating KL divergence", 2020.
+d = log π - log π_ref;  k1 = d,  k2 = d²/2,  k3 = exp(-d) + d - 1. Each gives (kl, dkl/dlogπ, kl + dkl/dlogπ): the sum,
+written out, is the slope of r·kl over r, in which the exponentials of k3 would cancel.
+Source: J. Schulman, "Approximating KL divergence", 2020; r·kl: DeepSeek-V3.2, arXiv 2512.02556.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drpo_kernels.tokens import expm1
+from drpo_kernels.tokens import LOG_RATIO_LIMIT, expm1, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
 # beyond this many nats below the reference k3 keeps its value and its slope: exp(80) is finite in fp32 after weighting
@@ -19,44 +20,72 @@ EXPONENT_LIMITS = {torch.float32: 80.0, torch.float64: 700.0}
 
 @jit
 def k1_twin(logp, ref):
-    return logp - ref, logp * 0 + 1
+    d = logp - ref
+    return d, logp * 0 + 1, d + 1
 
 
-def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return logprobs - ref_logprobs
+def k1(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return d, torch.ones_like(d), d + 1
 
 
 @jit
 def k2_twin(logp, ref):
     d = logp - ref
-    return d * d / 2, d
+    return d * d / 2, d, d * d / 2 + d
 
 
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return (logprobs - ref_logprobs).square() / 2
+def k2(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return d.square() / 2, d, d.square() / 2 + d
 
 
 @jit
 def k3_twin(logp, ref):
     d = tl.where(logp - ref < -80.0, -80.0, logp - ref)
     excess = expm1(-d)
-    return excess + d, -excess
+    return excess + d, -excess, d
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    d = (logprobs - ref_logprobs).clamp(min=-EXPONENT_LIMITS[logprobs.dtype])
+def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d = d.clamp(min=-EXPONENT_LIMITS[d.dtype])
     excess = d.neg().expm1()
-    # the derivative, -excess, written out: autograd's would be 0 beyond the limit
-    finite = logprobs.nan_to_num()  # inf - inf is not 0
-    return (excess + d).detach() - excess.detach() * (finite - finite.detach())
+    return excess + d, -excess, d
+
+
+@jit
+def importance_weighted(kl, slope, total, logp, old):
+    """-> (r·kl, d(r·kl)/dlogπ); the derivative of r is 0 beyond its clamp."""
+    ratio, _, ratio_slope = ratio_terms(logp, old)
+    return ratio * kl, ratio * tl.where(ratio_slope > 0, total, slope)
 
 
 @dataclass(frozen=True)
 class KLEstimator:
-    """One estimator: `loss(logprobs, ref_logprobs) -> [N]` and its Triton twin."""
+    """One estimator: `terms(d) -> (kl, dkl/dlogπ, their sum)`, [N] each, and its Triton twin on (logp, ref)."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    terms: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     twin: Callable
 
 
 KL_ESTIMATORS = {"k1": KLEstimator(k1, k1_twin), "k2": KLEstimator(k2, k2_twin), "k3": KLEstimator(k3, k3_twin)}
+
+
+def kl_term(
+    estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool
+) -> tuple[Tensor, Tensor]:
+    """(kl, dkl/dlogπ), or of r·kl with `importance`, [N] and detached."""
+    logprobs = logprobs.detach()
+    kl, slope, total = KL_ESTIMATORS[estimator].terms(logprobs - ref_logprobs)
+    if not importance:
+        return kl, slope
+    difference = logprobs - old_logprobs
+    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return ratio * kl, ratio * torch.where(difference.abs() <= LOG_RATIO_LIMIT, total, slope)
+
+
+def kl_loss(
+    estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool
+) -> Tensor:
+    """The same as a loss [N] that autograd differentiates, with the slope above."""
+    kl, slope = kl_term(estimator, logprobs, old_logprobs, ref_logprobs, importance)
+    finite = logprobs.nan_to_num()  # inf - inf is not 0
+    return kl + slope * (finite - finite.detach())

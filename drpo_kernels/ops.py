@@ -41,8 +41,9 @@ class Spec:
         run, terms = self.execution, self.terms or Terms(PolicyGradient())
         objective, numbers = encode_objective(terms.objective)
         words = [
-            objective, terms.kl_estimator or "", str(terms.entropy_bonus), run.backend, _dtype_name(run.compute_dtype),
-            _dtype_name(run.logits_dtype), str(run.workspace_bytes or ""), str(run.every_row),
+            objective, terms.kl_estimator or "", str(terms.kl_importance), str(terms.entropy_bonus), run.backend,
+            _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
+            str(run.workspace_bytes or ""), str(run.every_row),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary may be symbolic in a graph: a number, not a word
@@ -50,9 +51,9 @@ class Spec:
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, bonus, backend, compute, logits, workspace, every_row = words
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row = words
         vocab, scale, softcap, *hyper = numbers
-        terms = Terms(decode_objective(objective, hyper), kl or None, bonus == "True")
+        terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True"
         )

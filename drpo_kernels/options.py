@@ -52,6 +52,8 @@ class PolicyOptions(LogprobOptions):
     ref_logprobs      log-probs under a reference policy, shaped like targets, for the KL term
     kl_coef           coefficient of the KL term
     kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
+    kl_importance     multiply the KL term by the ratio r, differentiably: under samples of μ an unbiased estimate of
+                      the KL and of its gradient (arXiv 2512.02556)
     entropy_coef      coefficient of the entropy bonus (differentiable)
     token_weights     factor per token on the policy term alone, shaped like targets (importance correction)
     compact           "active": rows that cannot contribute are dropped before any product: masked ones, and those with
@@ -68,6 +70,7 @@ class PolicyOptions(LogprobOptions):
     ref_logprobs: Tensor | None = None
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_importance: bool = False
     entropy_coef: float = 0.0
     token_weights: Tensor | None = None
     compact: str = "active"

@@ -8,7 +8,7 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends.rows import Outcome, Row
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
-from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.kl import kl_loss
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import PolicyOptions, takes
@@ -214,7 +214,8 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
     loss = rows[Row.POLICY] * terms.objective.token_loss(tokens)
     if terms.kl_estimator is not None:
-        loss = loss + rows[Row.KL] * KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
+        kl = kl_loss(terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance)
+        loss = loss + rows[Row.KL] * kl
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
     loss = torch.where(computed, loss, 0)

@@ -252,6 +252,7 @@ def policy_loss(
     ref_logprobs=None,
     kl_coef=0.0,
     kl_estimator="k3",
+    kl_importance=False,
     entropy_coef=0.0,
     token_weights=None,
     logit_scale=1.0,
@@ -289,7 +290,8 @@ def policy_loss(
         c_pol = c_pol * rows(token_weights)
     terms = [c_pol * token_loss(spec, x)]
     if kl_coef:
-        terms.append(kl_coef * c_kl * kl_term(logp, rows(ref_logprobs), kl_estimator))
+        ratio = (logp - old).clamp(-20, 20).exp() if kl_importance else 1
+        terms.append(kl_coef * c_kl * ratio * kl_term(logp, rows(ref_logprobs), kl_estimator))
     if entropy_coef:
         terms.append(-entropy_coef * c_ent * entropy)
     loss = sum(term.sum() for term in terms)

@@ -174,6 +174,15 @@ def test_coefficients_default_to_the_policy_ones(estimator, backend, device):
         assert_agrees(problem, SPECS["drpo-active"], backend, device, **FP32)
 
 
+@pytest.mark.parametrize("estimator, form, backend", grid(["k1", "k2", "k3"]))
+def test_kl_weighted_by_the_ratio(estimator, form, backend, device):
+    """r·kl, whose slope has a term of the ratio too; far below the reference that sum must not cancel."""
+    problem = full_problem(62, kl_estimator=estimator, kl_importance=True, kl_coef=0.4)
+    problem = problem.with_options(ref_logprobs=(problem.options["ref_logprobs"] + 12).clamp(max=0))
+    problem = problem if form == "linear" else problem.as_logits()
+    assert_agrees(problem, SPECS["drpo-active"], backend, device, **FP32)
+
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

@@ -46,6 +46,7 @@ COMMON = [
     ("reduction", {"reduction": "mean"}),
     ("reduction", {"reduction": 3}),
     ("compact", {"compact": "all"}),
+    ("kl_importance", {"kl_importance": 1, "kl_coef": 0.1, "ref_logprobs": A["old_logprobs"]}),
     ("kl_estimator", {"kl_estimator": "k4", "kl_coef": 0.1, "ref_logprobs": A["old_logprobs"]}),
     ("targets", {"targets": A["targets"].float()}),
     ("targets", {"targets": A["targets"].bool()}),

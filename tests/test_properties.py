@@ -68,6 +68,7 @@ def problems_of_any_kind(draw):
         "entropy_coef": draw(st.sampled_from([0.0, 0.2, -0.1])),
         "kl_coef": draw(st.sampled_from([0.0, 0.3])),
         "kl_estimator": draw(st.sampled_from(["k1", "k2", "k3"])),
+        "kl_importance": draw(st.booleans()),
         "normalizer": draw(st.sampled_from([None, 7, 2.5])),
         "softcap": draw(st.sampled_from([None, 5.0])),
         "horizon": 5,

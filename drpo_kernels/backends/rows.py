@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens
 
@@ -76,6 +76,7 @@ class Terms:
 
     objective: Objective
     kl_estimator: str | None = None
+    kl_importance: bool = False
     entropy_bonus: bool = False
 
 
@@ -117,10 +118,10 @@ def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) ->
         slope = derivative(policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
-            kl = KL_ESTIMATORS[terms.kl_estimator].loss(logprobs, rows[Row.REF_LOGPROB])
+            kl, kl_slope = kl_term(terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance)
             has_kl = rows[Row.KL] != 0
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
-            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * derivative(kl, logprobs), 0)
+            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)
     slopes = [total_slope]
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy

@@ -100,18 +100,19 @@ def kernel_cases() -> list[KernelCase]:
     plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
     full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
     objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
+    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "WRITE": True}
     cases = []
     for objective in objectives:
-        flags = {"OBJECTIVE": objective.twin, "KL": None, "HAS_ENTROPY": False, "WRITE": True} | plain
+        flags = {"OBJECTIVE": objective.twin} | bare | plain
         label = f"{objective.twin.__name__} fp32>bf16"
         cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
-    drpo = {"OBJECTIVE": DRPO().twin, "KL": None, "HAS_ENTROPY": False, "WRITE": True}
+    drpo = {"OBJECTIVE": DRPO().twin} | bare
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
         cases.append(_case(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
     cases.append(_case("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain))
     cases.append(_case("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False}))
     for name, estimator in KL_ESTIMATORS.items():
-        flags = drpo | full | {"KL": estimator.twin, "HAS_ENTROPY": True}
+        flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
         label = f"drpo {name} entropy bias softcap"
         cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):

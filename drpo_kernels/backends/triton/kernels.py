@@ -10,6 +10,7 @@ maximum, logp = -log1p(others) without cancellation.
 The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
 """
 
+from drpo_kernels.kl import importance_weighted
 from drpo_kernels.tokens import expm1, log1p
 from drpo_kernels.triton_support import jit, tl
 
@@ -241,13 +242,13 @@ def gradient_kernel(
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     outcome, outcome_stride, out, out_stride, padded, hyper,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] (`Outcome`), with WRITE out [N, padded].
 
-    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ) are the twins; KL may be
-    None.
+    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ, their sum) are the twins;
+    KL may be None, and KL_IMPORTANCE multiplies it by the ratio.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
@@ -276,7 +277,9 @@ def policy_kernel(
         slope = coefficient * policy_slope
         if KL is not None:
             kl_coefficient = tl.load(rows + 3 * rows_stride)
-            kl, kl_slope = KL(logp, tl.load(rows + 5 * rows_stride))
+            kl, kl_slope, kl_total = KL(logp, tl.load(rows + 5 * rows_stride))
+            if KL_IMPORTANCE:
+                kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
             loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
             slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
         entropy_slope = 0.0

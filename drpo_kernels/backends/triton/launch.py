@@ -41,6 +41,7 @@ class TritonRows:
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
             terms.objective.hyper, OBJECTIVE=terms.objective.twin,
             KL=None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
+            KL_IMPORTANCE=terms.kl_importance,
             HAS_ENTROPY=terms.entropy_bonus, WRITE=out is not None,
         )  # fmt: skip
         return outcome
