@@ -83,6 +83,13 @@ def decode_objective(words: str, numbers: list[float]) -> Objective:
     return cls(**{f.name: values[f.name] if f.name in values else next(rest) for f in dataclasses.fields(cls)})
 
 
+def registered_objective(name: str) -> type[Objective]:
+    """The objective class registered under this name. Raises ValueError, listing the known ones, if there is none."""
+    if name not in _REGISTRY:
+        raise ValueError(f"no objective is registered as {name!r}; there are {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
 def is_registered(objective: Objective) -> bool:
     return _REGISTRY.get(type(objective).__name__) is type(objective)
 

@@ -1,0 +1,1 @@
+"""Thin adapters to trainers; nothing here is imported until asked for."""

@@ -1,0 +1,338 @@
+"""DRPO, or any objective of this package, in TRL's GRPO trainer: `DRPOTrainer` and `DRPOConfig` (TRL >= 1.16).
+
+Everything but the loss is TRL's: generation, rewards, advantages, masks, metrics. TRL scores a batch through one call,
+`model(**inputs, labels=labels, fused_lm_head=True)`, which here goes to the head of
+`drpo_kernels.integrations.transformers`; during a training step that call also computes the loss, in 6F, and TRL's own
+formula runs on the resulting log-probs for its metrics alone.
+"""
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from drpo_kernels import CISPO, GSPO, PPO, Objective, TokenCoefficients, linear_policy_loss, linear_token_logprobs
+from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
+from drpo_kernels.objectives import registered_objective
+from drpo_kernels.policy_loss import PolicyLossOutput
+
+# loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
+AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# TRL's own options of the per-token formula, and what says the same here
+FORMULA_OPTIONS = {
+    "epsilon": "objective=PPO(clip_low=..., clip_high=...)",
+    "epsilon_high": "objective=PPO(clip_high=...), or objective=CISPO(ratio_cap=...)",
+    "delta": "objective=PPO(dual_clip=...)",
+}
+
+
+def parse_objective(text: str) -> Objective:
+    """`"DRPO(delta=0.2)"`, or `"DRPO"` with its defaults, to the objective; also for registered ones of your own.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        name, arguments = (node.func, node.keywords) if isinstance(node, ast.Call) and not node.args else (node, [])
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in arguments}
+        return registered_objective(name.id)(**keywords)
+    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"objective must read like 'DRPO(delta=0.2)', got {text!r}: {error}") from error
+
+
+@dataclass
+class DRPOConfig(GRPOConfig):
+    """`GRPOConfig` with the policy objective of this package.
+
+    objective   an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved config
+                hold). It takes the place of TRL's formula: `epsilon`, `epsilon_high` and `delta` must keep their
+                defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo", "luspo") chooses the aggregation, and a
+                sequence-level ratio is asked for with `objective=GSPO(...)`
+    compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in GRPOTrainer. "active": they
+                cost nothing, and logged entropies and ratios are those of the tokens with A ≠ 0
+
+    vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
+    one, so the ratio itself corrects the mismatch, and no pass recomputes old log-probs for it. True is TRL's decoupled
+    form: old log-probs recomputed by the trainer, and the policy term weighted by TRL's importance ratio. One or the
+    other, never both.
+    """
+
+    objective: Objective | str | None = field(
+        default="DRPO()", metadata={"help": "Policy objective, such as 'DRPO(delta=0.2)' or 'PPO(clip_high=0.28)'."}
+    )
+    compact: str = field(
+        default="mask",
+        metadata={"help": "'mask': tokens with zero advantage cost a forward; 'active': they cost nothing."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "False: the behaviour policy is the sampling engine's own log-probs. True: TRL's decoupled "
+            "correction, with recomputed old log-probs and a truncated importance weight."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.objective, str):
+            self.objective = parse_objective(self.objective)
+        if not isinstance(self.objective, Objective):
+            raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {self.objective!r}")
+        self._check_formula()
+        super().__post_init__()
+
+    def _check_formula(self) -> None:
+        """Refuse what TRL's formula would have honoured and an objective would not."""
+        defaults = GRPOConfig.__dataclass_fields__
+        for name, instead in FORMULA_OPTIONS.items():
+            value = getattr(self, name)
+            if value != defaults[name].default:
+                raise ValueError(f"{name}={value} belongs to TRL's own formula: say {instead}")
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} belongs to TRL's own formula: "
+                "say objective=GSPO(clip_low=..., clip_high=...)"
+            )
+        allowed = (*AGGREGATIONS, "cispo") if isinstance(self.objective, CISPO) else AGGREGATIONS
+        if self.loss_type not in allowed:
+            raise ValueError(
+                f"loss_type must be one of {', '.join(map(repr, allowed))} with objective={self.objective}, got "
+                f"{self.loss_type!r}: the objective is the formula and loss_type its aggregation"
+            )
+        if self.compact not in ("mask", "active"):
+            raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
+        if self.objective.sequence_level and self.beta and self.use_bias_correction_kl:
+            raise ValueError(
+                f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta: "
+                "the KL would carry the ratio of a whole sequence"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "objective": repr(self.objective)}
+
+
+class _Scored(NamedTuple):
+    """What TRL reads of a scored batch: [B, L - 1] or the last K of them, and 0-d."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    aux_loss: Tensor | None
+
+
+class _FusedLoss(NamedTuple):
+    out: PolicyLossOutput
+    mean_entropy: Tensor  # what the entropy bonus is a coefficient of, 0-d and detached
+
+
+@dataclass(frozen=True, eq=False)
+class _LossHead:
+    """A function for the model's head: the loss of the last K tokens of a batch, all tensors [B, K]."""
+
+    targets: Tensor
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    temperature: float
+    coefficients: Callable[[Callable[[], tuple[Tensor, Tensor]]], TokenCoefficients]
+    options: dict[str, Any]
+
+    def __call__(self, hidden: Tensor, weight: Tensor, **head) -> _FusedLoss:
+        hidden = hidden[:, -self.targets.shape[1] - 1 : -1]
+        head["temperature"] = self.temperature
+
+        @torch.no_grad()
+        def score() -> tuple[Tensor, Tensor]:
+            return linear_token_logprobs(hidden, weight, self.targets, mask=self.mask, **head)
+
+        coefficients = self.coefficients(score)
+        out = linear_policy_loss(
+            hidden, weight, self.targets, self.old_logprobs, self.advantages, self.mask,
+            reduction=coefficients, **self.options, **head,
+        )  # fmt: skip
+        return _FusedLoss(out, (coefficients.entropy * out.entropy).sum())
+
+
+class DRPOTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
+
+    Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
+    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/". `off_policy_mask_threshold` and
+    `top_entropy_quantile` need every token's log-prob or entropy first and cost one more forward of the head (8F).
+
+    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
+    """
+
+    _tag_names = ["trl", "grpo", "drpo"]
+    _name = "DRPO"
+    _paper = {
+        "title": "Divergence Regularized Policy Optimization",
+        "id": "2606.09821",
+        "citation": "@article{drpo2026,\n"
+        "    title  = {{Divergence Regularized Policy Optimization}},\n"
+        "    year   = 2026,\n"
+        "    eprint = {arXiv:2606.09821},\n"
+        "}",
+    }
+
+    def __init__(self, model, reward_funcs=None, args: DRPOConfig | None = None, *positional, **keywords):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DRPOConfig(f"{name.split('/')[-1]}-DRPO")
+        if not isinstance(args, DRPOConfig):
+            raise TypeError(f"args must be a DRPOConfig, got {type(args).__name__}")
+        # the one moment at which every model, the reference too, is there and not yet wrapped
+        with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
+            super().__init__(model, reward_funcs, args, *positional, **keywords)
+        self.objective = args.objective
+        self._set_metric_bounds()
+
+    def _set_metric_bounds(self) -> None:
+        """TRL's clip ratios count what lies beyond these: the objective's own where it has them, else TRL's default."""
+        if isinstance(self.objective, (PPO, GSPO)):
+            self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
+        if isinstance(self.objective, CISPO):
+            self.epsilon_high = self.objective.ratio_cap
+        if self.objective.sequence_level:
+            self.importance_sampling_level = "sequence"
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        scorer = partial(self._score, model) if isinstance(model, torch.nn.Module) else model
+        return super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
+
+    def _score(self, model, labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
+        """The answer to TRL's scoring call: log-probs and entropy of every label, 0 where it is -100."""
+
+        def head(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Tensor]:
+            targets = labels[:, 1:]
+            return linear_token_logprobs(
+                hidden[:, :-1], weight, targets, mask=targets != -100, temperature=self.temperature, **head
+            )
+
+        (logprobs, entropy), aux_loss = _parts(model(**model_inputs, fused_head=head))
+        return _Scored(logprobs, entropy, aux_loss)
+
+    def _compute_loss(self, model, inputs):
+        inputs = dict(inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        old_logprobs = self._behaviour_logprobs(inputs)
+        entropy_coef = self._applied_entropy_coef()
+        loss_head = _LossHead(
+            inputs["completion_ids"], old_logprobs, inputs["advantages"], mask, self.temperature,
+            partial(self._coefficients, inputs, mask), self._loss_options(inputs, entropy_coef),
+        )  # fmt: skip
+        results = []
+
+        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
+            fused, aux_loss = _parts(model(**model_inputs, fused_head=loss_head))
+            results.append((fused, aux_loss))
+            if old_logprobs is not None:  # TRL's metrics are about the same ratio as the loss
+                own = fused.out.logprobs
+                inputs["old_per_token_logps"] = torch.where(old_logprobs.isnan(), own, old_logprobs)
+            return _Scored(fused.out.logprobs, fused.out.entropy, None if aux_loss is None else aux_loss.detach())
+
+        # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
+        super()._compute_loss(score, inputs)
+        (fused, aux_loss), = results
+        mode = "train" if self.model.training else "eval"
+        loss = fused.out.loss
+        if self._entropy_bonus_enabled:
+            policy_loss = (loss.detach() + entropy_coef * fused.mean_entropy) * self._loss_scale(mode)
+            self._metrics[mode]["policy_loss"][-1] = self.accelerator.gather(policy_loss).nanmean().item()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation(mode)
+        self._log_objective(mode, fused.out.metrics)
+        return loss
+
+    def _behaviour_logprobs(self, inputs: dict) -> Tensor | None:
+        """log μ [B, K]: the sampling engine's where it gave them, unless TRL's importance ratio stands for them."""
+        old = inputs.get("old_per_token_logps")
+        if self.vllm_importance_sampling_correction and self.use_vllm:
+            return old
+        return inputs.get("sampling_per_token_logps", old)
+
+    def _applied_entropy_coef(self) -> float:
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return self.entropy_coef
+
+    def _loss_options(self, inputs: dict, entropy_coef: float) -> dict[str, Any]:
+        options = {"objective": self.objective, "compact": self.args.compact, "entropy_coef": entropy_coef}
+        if self.beta:
+            options |= {"kl_coef": self.beta, "ref_logprobs": inputs["ref_per_token_logps"]}
+            options["kl_importance"] = bool(self.args.use_bias_correction_kl)
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            options["token_weights"] = inputs["importance_sampling_ratio"].expand(inputs["completion_ids"].shape)
+        return options
+
+    def _accumulation(self, mode: str) -> float:
+        return self.current_gradient_accumulation_steps if mode == "train" else 1.0
+
+    def _loss_scale(self, mode: str) -> float:
+        """What TRL's logged policy loss is a multiple of the loss by."""
+        return 1.0 if self.loss_type in ("dapo", "cispo") else self._accumulation(mode)
+
+    def _coefficients(
+        self, inputs: dict, mask: Tensor, score: Callable[[], tuple[Tensor, Tensor]]
+    ) -> TokenCoefficients:
+        """TRL's aggregations as coefficients [B, K]; `score` gives (logprobs, entropy) for the selections below."""
+        mode = "train" if self.model.training else "eval"
+        base, selected = self._aggregation(inputs, mask.float(), mode), mask.float()
+        policy = base
+        if self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0:
+            logprobs, entropy = score()
+            policy = base * self._kept_sequences(inputs, mask, logprobs)
+            if self.top_entropy_quantile < 1.0:
+                selected = selected * self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+                policy = policy * selected
+        bonus = selected / selected.sum().clamp(min=1.0) / self._accumulation(mode)
+        return TokenCoefficients(policy, kl=base, entropy=bonus)
+
+    def _aggregation(self, inputs: dict, mask: Tensor, mode: str) -> Tensor:
+        accumulation = self._accumulation(mode)
+        if self.loss_type == "grpo":
+            return mask / mask.sum(-1, keepdim=True).clamp(min=1.0) / (len(mask) * accumulation)
+        if self.loss_type == "bnpo":
+            return mask / (mask.sum().clamp(min=1.0) * accumulation)
+        if self.loss_type == "dr_grpo":
+            return mask / (len(mask) * self.max_completion_length * accumulation)
+        if self.loss_type == "luspo":
+            return mask / (len(mask) * accumulation)
+        # dapo, cispo: tokens of the generation batch, rescaled to one accumulation window
+        normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            normalizer = normalizer * accumulation / self.args.steps_per_generation
+        return mask / normalizer
+
+    def _kept_sequences(self, inputs: dict, mask: Tensor, logprobs: Tensor) -> Tensor | float:
+        """[B, 1] factors of the off-policy sequence mask."""
+        if self.off_policy_mask_threshold is None:
+            return 1.0
+        old = inputs.get("old_per_token_logps")
+        advantages = inputs["advantages"]
+        return self.get_off_policy_mask(
+            advantages=advantages if advantages.dim() > 1 else advantages.unsqueeze(1),
+            per_token_logps=logprobs,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", logprobs if old is None else old),
+            mask=mask,
+            off_policy_threshold=self.off_policy_mask_threshold,
+        )
+
+    def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
+        names = list(metrics)
+        for name, value in zip(names, torch.stack([metrics[n].float() for n in names]).tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+
+def _parts(output) -> tuple[Any, Tensor | None]:
+    return output if isinstance(output, WithAuxiliaryLoss) else (output, None)
+
+
+def _add_head(model, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple = ()) -> None:
+    """In place of TRL's `add_fused_lm_head`; the temperature travels with each call."""
+    add_fused_head(model, float32=cast_lm_head_to_fp32)

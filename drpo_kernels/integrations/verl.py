@@ -1,0 +1,183 @@
+"""verl 0.9: `drpo` and `spo` among its policy losses, and a fused head in place of its `linear_cross_entropy`.
+
+Importing this module registers the losses; verl does so itself, through the entry point "verl.plugins" of setup.py. The
+head is put in place by `use_fused_head`, or by importing `drpo_kernels.integrations.verl_fused_head`.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
+from verl.utils.kernel import linear_cross_entropy as verl_kernel
+from verl.workers.config import ActorConfig, PolicyLossConfig
+
+from drpo_kernels.backends.rows import derivative
+from drpo_kernels.logprobs import linear_token_logprobs
+from drpo_kernels.metrics import policy_metrics
+from drpo_kernels.objectives import DRPO, SPO, Objective
+from drpo_kernels.tokens import Tokens
+
+VERL_HEAD = verl_kernel.linear_cross_entropy
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda logprobs: logprobs,
+    "sum": torch.sum,
+    "mean": torch.mean,
+}
+
+
+@dataclass
+class DRPOPolicyLossConfig(PolicyLossConfig):
+    """verl's `actor.policy_loss` with the hyper-parameters of our losses; choose it with `policy_loss._target_`.
+
+    drpo_delta   δ of `loss_mode: drpo`, see `drpo_kernels.DRPO`
+    spo_epsilon  ε of `loss_mode: spo`, see `drpo_kernels.SPO`
+
+    Raises TypeError or ValueError where one of them is not a positive number.
+    """
+
+    drpo_delta: float = DRPO.delta
+    spo_epsilon: float = SPO.epsilon
+
+    def __post_init__(self):
+        for objective_from in OBJECTIVES.values():
+            objective_from(self)
+
+
+# what each `loss_mode` minimises; verl's own PolicyLossConfig has neither hyper-parameter, so each has a default
+OBJECTIVES: dict[str, Callable[[Mapping], Objective]] = {
+    "drpo": lambda settings: DRPO(settings.get("drpo_delta", DRPO.delta)),
+    "spo": lambda settings: SPO(settings.get("spo_epsilon", SPO.epsilon)),
+}
+
+
+def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Callable:
+    """A policy loss for verl's registry from `objective_from(config.policy_loss)`, a token-level objective."""
+
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: ActorConfig | None = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The objective's loss, aggregated by verl's `agg_loss` with the normalisers in `config.global_batch_info`.
+
+        old_log_prob [B, L] is log μ, log_prob [B, L] log π and carries the gradient, advantages [B, L], response_mask
+        [B, L] bool or 0/1, rollout_is_weights [B, L] a factor per token or None. Masked positions may carry anything;
+        a token whose old log-prob is NaN is treated as masked. Computed in float32, or float64 for float64 log-probs.
+
+        -> (0-d loss, metrics: verl's "actor/..." where they have a meaning, and those of `drpo_kernels.metrics`, as
+        floats after one read from the device). Raises TypeError without a config.
+        """
+        if config is None:
+            raise TypeError("config must be verl's ActorConfig, got None")
+        objective = objective_from(config.policy_loss)
+        unmasked = response_mask.bool()
+        unscorable = unmasked & old_log_prob.isnan()
+        valid = unmasked & ~unscorable
+        dtype = torch.promote_types(log_prob.dtype, torch.float32)
+        # the gradient of `where` is exactly 0 at what it replaces
+        logprobs, old, adv = (torch.where(valid, x, 0).to(dtype) for x in (log_prob, old_log_prob, advantages))
+        losses = objective.token_loss(Tokens(logprobs, old, adv))
+        if rollout_is_weights is not None:
+            losses = losses * torch.where(valid, rollout_is_weights, 0)
+        loss = agg_loss(loss_mat=losses, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+        return loss, _metrics(objective, logprobs.detach(), old, adv, valid, unscorable)
+
+    return policy_loss
+
+
+def _metrics(
+    objective: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, valid: Tensor, unscorable: Tensor
+) -> dict[str, float]:
+    with torch.enable_grad():  # verl may evaluate a loss without gradients
+        leaf = logprobs.requires_grad_()
+        slope = derivative(objective.token_loss(Tokens(leaf, old, advantages)), leaf)
+    with torch.no_grad():
+        entropy = torch.zeros_like(old)
+        metrics = policy_metrics(objective, leaf.detach(), entropy, slope, old, advantages, valid, valid, unscorable)
+        # verl has these already, or they say nothing here: it computes every token
+        del metrics["drpo/entropy_mean"], metrics["drpo/active_share"]
+        # verl's shares are over every valid token, ours over those with A ≠ 0
+        weighted_share = (valid & (advantages != 0)).sum() / valid.sum().clamp(min=1)
+        metrics["actor/pg_clipfrac"] = metrics["drpo/beyond_trust_region"] * weighted_share
+        metrics["actor/ppo_kl"] = metrics["drpo/kl_k1"]
+        values = torch.stack([value.to(old.dtype) for value in metrics.values()])
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's `linear_cross_entropy` on `drpo_kernels.linear_token_logprobs`: any device, dtype and hidden size.
+
+    hidden [..., H], weight [V, H], labels [...] integer and aligned with hidden, temperature > 0, reduction of the
+    log-probs "none", "sum" or "mean".
+
+    -> (log-probs of the labels, [N] or 0-d after a reduction; entropy [N] in nats, never reduced), N the number of
+    labels, both float32 (float64 for float64 inputs) and differentiable. They are log-probs, not their negatives.
+
+    Raises ValueError for another reduction, NotImplementedError for a group of several ranks, and what
+    `linear_token_logprobs` raises.
+    """
+    if not isinstance(reduction, str) or reduction.lower() not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    logprobs, entropy = linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        **_vocabulary_shard(dist_process_group),
+    )
+    return REDUCTIONS[reduction.lower()](logprobs), entropy
+
+
+def _vocabulary_shard(group: "torch.distributed.ProcessGroup | None") -> dict:
+    """The keywords of `linear_token_logprobs` for a weight of which each rank of the group holds V / ranks rows."""
+    if group is None or (ranks := torch.distributed.get_world_size(group)) == 1:
+        return {}
+    raise NotImplementedError(f"dist_process_group must have one rank (no vocabulary-parallel head yet), got {ranks}")
+
+
+def use_fused_head() -> None:
+    """Put `linear_cross_entropy` in place of verl's in every verl module of this process, loaded or still to come.
+
+    verl calls it where `model.use_fused_kernels` is on and `model.fused_kernel_options.impl_backend` is "triton".
+    Calling this again changes nothing; `use_verl_head` undoes it.
+    """
+    _replace(VERL_HEAD, linear_cross_entropy)
+
+
+def use_verl_head() -> None:
+    """Undo `use_fused_head`."""
+    _replace(linear_cross_entropy, VERL_HEAD)
+
+
+def _replace(head: Callable, replacement: Callable) -> None:
+    # Megatron's modules copy the name when they are loaded, the others look it up in verl_kernel at each call
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is head:
+            module.linear_cross_entropy = replacement
+
+
+def _register() -> None:
+    for name, objective_from in OBJECTIVES.items():
+        if name in POLICY_LOSS_REGISTRY:
+            warnings.warn(f"verl has a policy loss {name!r} already: drpo_kernels leaves it in place", stacklevel=2)
+        else:
+            register_policy_loss(name)(policy_loss_function(objective_from))
+
+
+_register()
