@@ -52,7 +52,7 @@ def arguments(cls, output_dir, **changes):
     defaults = dict(
         output_dir=str(output_dir), per_device_train_batch_size=8, num_generations=4, max_completion_length=10,
         max_steps=4, learning_rate=2e-3, logging_steps=1, report_to="none", save_strategy="no", seed=3, use_cpu=True,
-        gradient_checkpointing=False, bf16=False, disable_tqdm=True,
+        bf16=False, disable_tqdm=True,
     )  # fmt: skip
     return cls(**{**defaults, **changes})
 

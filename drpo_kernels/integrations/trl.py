@@ -10,7 +10,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
@@ -34,17 +34,19 @@ FORMULA_OPTIONS = {
 
 
 def parse_objective(text: str) -> Objective:
-    """`"DRPO(delta=0.2)"`, or `"DRPO"` with its defaults, to the objective; also for registered ones of your own.
+    """`"DRPO(delta=0.2)"`, `"DRPO(0.2)"` or `"DRPO"` to the objective; also for registered ones of your own.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and what the objective itself raises for its values.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        name, arguments = (node.func, node.keywords) if isinstance(node, ast.Call) and not node.args else (node, [])
-        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in arguments}
-        return registered_objective(name.id)(**keywords)
-    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"objective must read like 'DRPO(delta=0.2)', got {text!r}: {error}") from error
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name = ast.unparse(call.func)
+        values = [ast.literal_eval(value) for value in call.args]
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"objective must read like 'DRPO(delta=0.2)', got {text!r}") from error
+    return registered_objective(name)(*values, **keywords)
 
 
 @dataclass
@@ -168,9 +170,9 @@ class DRPOTrainer(GRPOTrainer):
     Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
     """
 
-    _tag_names = ["trl", "grpo", "drpo"]
+    _tag_names: ClassVar = ["trl", "grpo", "drpo"]
     _name = "DRPO"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Divergence Regularized Policy Optimization",
         "id": "2606.09821",
         "citation": "@article{drpo2026,\n"
