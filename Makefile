@@ -1,5 +1,6 @@
 # make demo     train a small transformer with the fused loss, on whatever this machine has
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
+# make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
 # make bench    measure on this CPU and rewrite the README's table (pip install trl into the environment to compare)
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
@@ -24,8 +25,9 @@ TORCH ?= $(if $(strip $(GPU)),"torch>=2.8","torch==2.13.0" "triton==3.9.0")
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VERL := $(VENV)/verl
 
-.PHONY: help venv demo test lint bench compile doctor wheel clean distclean
+.PHONY: help venv verl-env demo test lint bench compile doctor wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,7 +44,16 @@ $(STAMP): setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
 
+# Apart from the environment, whose own versions of shared packages come first; a change of setup.py does not renew it.
+verl-env: $(VERL)/.installed
+
+$(VERL)/.installed: tests/requirements-verl.txt | $(STAMP)
+	rm -rf $(VERL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target $(VERL) -r $<
+	@touch $@
+
 test: $(STAMP)
+	@$(MAKE) --no-print-directory verl-env || echo "make verl-env failed: the tests against verl will be skipped"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)

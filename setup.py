@@ -39,4 +39,5 @@ setup(
     zip_safe=False,  # Triton reads the kernels' source from their files
     install_requires=["torch>=2.8", f"triton>=3.4; {TRITON_PLATFORMS}"],
     extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT]},
+    entry_points={"verl.plugins": ["drpo_kernels = drpo_kernels.integrations.verl"]},  # verl imports it with itself
 )

@@ -145,7 +145,11 @@ def linear_cross_entropy(
 
 
 def _vocabulary_shard(group: "torch.distributed.ProcessGroup | None") -> dict:
-    """The keywords of `linear_token_logprobs` for a weight of which each rank of the group holds V / ranks rows."""
+    """The keywords of `linear_token_logprobs` for a weight of which each rank of the group holds V / ranks rows.
+
+    verl's kernel leaves the gradient of hidden a partial sum on each rank: the backward of its callers' gather over the
+    sequence-parallel region adds them up, so a sharded head that had already done so would count it once per rank.
+    """
     if group is None or (ranks := torch.distributed.get_world_size(group)) == 1:
         return {}
     raise NotImplementedError(f"dist_process_group must have one rank (no vocabulary-parallel head yet), got {ranks}")
