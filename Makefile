@@ -2,7 +2,7 @@
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
-# make bench    measure on this CPU and rewrite the README's table (pip install trl into the environment to compare)
+# make bench    measure on this CPU, TRL beside it, and rewrite the tables of the README and docs/
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
@@ -60,7 +60,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu && $(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.cpu && $(BIN)/python -m benchmarks.trainers && $(BIN)/python -m benchmarks.report
 
 compile: $(STAMP)
 	$(BIN)/python -m drpo_kernels compile

@@ -13,8 +13,10 @@ README = ROOT / "README.md"
 TRITON_PLATFORMS = "platform_system == 'Linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 
 DEMO = ["transformers>=4.51", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"]  # 4.51: the first with Qwen3
+TRL = ["trl>=1.16", "accelerate>=1.4"]
 # NumPy: Triton's interpreter, in which the kernels are tested on a CPU, needs it.
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "numpy>=1.26", *DEMO]
+PYTEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+TEST = [*PYTEST, "numpy>=1.26", *DEMO, *TRL, "peft>=0.17"]
 LINT = ["ruff>=0.12"]
 
 setup(
@@ -38,6 +40,6 @@ setup(
     package_data={"drpo_kernels": ["py.typed"]},
     zip_safe=False,  # Triton reads the kernels' source from their files
     install_requires=["torch>=2.8", f"triton>=3.4; {TRITON_PLATFORMS}"],
-    extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT]},
+    extras_require={"demo": DEMO, "trl": TRL, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT]},
     entry_points={"verl.plugins": ["drpo_kernels = drpo_kernels.integrations.verl"]},  # verl imports it with itself
 )

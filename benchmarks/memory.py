@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,12 +31,16 @@ def peak_in_fresh_process(inputs: Path, method: str) -> int | None:
 
 def peak_here(inputs: Inputs, method: str) -> int | None:
     """The same in this process, whose allocator must not hold free pages yet."""
-    if not CLEAR.exists():
-        return None
     prepare = METHODS[method].prepare
     prepare(make_inputs("random", Shape(64, 8, 64)))()  # loads libraries and starts thread pools
     torch.ones(512, 512) @ torch.ones(512, 512)
-    step = prepare(inputs)
+    return peak_of(prepare(inputs))
+
+
+def peak_of(step: Callable[[], object]) -> int | None:
+    """Bytes of this process at the peak of `step()` beyond those before it; None without Linux's counters."""
+    if not CLEAR.exists():
+        return None
     CLEAR.write_text(RESET_PEAK)
     before = _status_bytes("VmRSS")
     result = step()

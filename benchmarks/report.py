@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: rewrites the README's block of CPU results from bench_results/, never by hand."""
+"""`python -m benchmarks.report`: rewrites the pages' blocks of results from bench_results/, never by hand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- benchmarks:cpu -->", "<!-- /benchmarks:cpu -->"
-BLOCK = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 HEADER = ("method", "median ms (min to max)", "relative to bare GEMMs", "relative to eager", "peak extra MiB")
+TRAINERS_HEADER = ("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB")
 NOTHING = "–"
 TITLES = {"random": "Random inputs", "trained": "Trained-looking inputs"}
 LABELS = {
@@ -25,36 +25,63 @@ LABELS = {
 Record = dict
 
 
+@dataclass(frozen=True)
+class Block:
+    """A part of a page, between two markers, and the results it is written from."""
+
+    name: str
+    results: str  # in bench_results/
+    page: str
+    module: str  # what measures it
+    render: Callable[[Sequence[Record]], str]
+
+    @property
+    def markers(self) -> tuple[str, str]:
+        return f"<!-- benchmarks:{self.name} -->", f"<!-- /benchmarks:{self.name} -->"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the block; print it where the README has no such block, or the run was a `--quick` one."""
+    """Rewrite the blocks; print one whose page has no such block, or whose run was a `--quick` one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench_results" / "cpu.jsonl")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--block", choices=BLOCKS, help="default: every block whose results are there")
+    parser.add_argument("--results", type=Path, help="JSON lines in place of the block's own; with --block")
+    parser.add_argument("--page", type=Path, help="a page in place of the block's own; with --block")
     options = parser.parse_args(argv)
-    if not options.results.exists():
-        print(f"error: {options.results.name} is missing: run `python -m benchmarks.cpu` first", file=sys.stderr)
-        return 2
-    records = read(options.results)
-    rehearsal = any("--quick" in record["command"] for record in records)  # tiny shapes say nothing to a reader
-    if rehearsal or not rewrite(options.readme, render(records)):
-        print(render(records))
+    if options.block is None and (options.results or options.page):
+        parser.error("--results and --page need --block")
+    for block in [BLOCKS[options.block]] if options.block else BLOCKS.values():
+        results = options.results or ROOT / "bench_results" / block.results
+        if results.exists():
+            _report(block, read(results), options.page or ROOT / block.page)
+        elif options.block or block.name == "cpu":
+            print(f"error: {results.name} is missing: run `python -m {block.module}` first", file=sys.stderr)
+            return 2
     return 0
+
+
+def _report(block: Block, records: Sequence[Record], page: Path) -> None:
+    rehearsal = any("--quick" in record["command"] for record in records)  # tiny shapes say nothing to a reader
+    text = block.render(records)
+    if rehearsal or not rewrite(page, block, text):
+        print(text)
 
 
 def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def rewrite(readme: Path, block: str) -> bool:
-    """Put the block between the markers; False where they are absent."""
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if not BLOCK.search(text):
+def rewrite(page: Path, block: Block, text: str) -> bool:
+    """Put the text between the block's markers; False where they are absent."""
+    start, end = block.markers
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    if not pattern.search(before):
         return False
-    readme.write_text(BLOCK.sub(lambda _: f"{START}\n{block}\n{END}", text), encoding="utf-8")
+    page.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", before), encoding="utf-8")
     return True
 
 
-def render(records: Sequence[Record]) -> str:
+def render_cpu(records: Sequence[Record]) -> str:
     """The Markdown of a run: a table per workload, then where the numbers come from."""
     workloads = dict.fromkeys(record["workload"] for record in records)
     parts = [part for name in workloads for part in _table([r for r in records if r["workload"] == name])]
@@ -84,9 +111,13 @@ def _cells(record: Record) -> tuple[str, ...]:
         label += f", {record['active_share']:.0%} of rows active"
     if record["median_s"] is None:
         return (label, record["status"], NOTHING, NOTHING, NOTHING)
-    times = [f"{record[key] * 1e3:.0f}" for key in ("median_s", "min_s", "max_s")]
     ratios = [_ratio(record, baseline) for baseline in ("gemms", "eager")]
-    return (label, f"{times[0]} ({times[1]} to {times[2]})", *ratios, _mebibytes(record))
+    return (label, _milliseconds(record), *ratios, _mebibytes(record))
+
+
+def _milliseconds(record: Record) -> str:
+    median, least, most = (f"{record[key] * 1e3:.0f}" for key in ("median_s", "min_s", "max_s"))
+    return f"{median} ({least} to {most})"
 
 
 def _ratio(record: Record, baseline: str) -> str:
@@ -101,6 +132,24 @@ def _mebibytes(record: Record) -> str:
     return f"{peak / 2**20:.0f} ({beyond / 2**20:.0f} beyond the gradients)"
 
 
+def render_trainers(records: Sequence[Record]) -> str:
+    """The Markdown of a comparison of trainers."""
+    size = records[0]["size"]
+    lines = [
+        "One training step on a batch of {batch} × ({prompt} + {completion}) tokens, a {layers}-layer Qwen3 with "
+        "H={hidden} and V={vocab},".format(**size),
+        f"{records[0]['dtype']}, the loss and its backward through the whole model:",
+        "",
+        _row(TRAINERS_HEADER),
+        _row(("---", *["---:"] * (len(TRAINERS_HEADER) - 1))),
+    ]
+    for record in records:
+        peak = record["peak_extra_bytes"]
+        memory = NOTHING if peak is None else f"{peak / 2**20:.0f}"
+        lines.append(_row((record["trainer"], _milliseconds(record), f"{record['time_ratio']:.2f}×", memory)))
+    return "\n".join([*lines, "", _origin(records[0], len(records[0]["seconds"]))])
+
+
 def _origin(record: Record, samples: int) -> str:
     device, versions = record["device"], record["versions"]
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
@@ -109,6 +158,15 @@ def _origin(record: Record, samples: int) -> str:
         f"Measured on {device['cpu']}, {device['cores']} cores, {device['threads']} threads; {software}; "
         f"commit {commit}; `{record['command']}`; {record['date'][:10]}; {samples} samples each."
     )
+
+
+BLOCKS = {
+    block.name: block
+    for block in (
+        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.cpu", render_cpu),
+        Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
+    )
+}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cpu, methods, report, workloads
+from benchmarks import cpu, methods, report, trainers, workloads
 from benchmarks.exact import TOLERANCE, agrees, exact_result, gradient_errors
 from benchmarks.timing import interleaved_seconds
 
@@ -117,12 +117,13 @@ def recorded(quick):
 def test_report_rewrites_its_block_alone(quick, tmp_path):
     results, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
     results.write_text("".join(json.dumps(record) + "\n" for record in recorded(quick)))
-    readme.write_text(f"# Title\n\n{report.START}\nold\n{report.END}\n\nAfter.\n")
-    arguments = ["--results", str(results), "--readme", str(readme)]
+    start, end = report.BLOCKS["cpu"].markers
+    readme.write_text(f"# Title\n\n{start}\nold\n{end}\n\nAfter.\n")
+    arguments = ["--results", str(results), "--page", str(readme), "--block", "cpu"]
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert text.startswith(f"# Title\n\n{report.START}\n")
-    assert text.endswith(f"{report.END}\n\nAfter.\n")
+    assert text.startswith(f"# Title\n\n{start}\n")
+    assert text.endswith(f"{end}\n\nAfter.\n")
     assert "old" not in text
     assert "| the three bare GEMMs, same chunks | 1500 (1400 to 1750) | 1.00× | 0.60× | – |" in text
     assert "| eager PyTorch | 2500 (2250 to 3000) | 1.67× | 1.00× | 770 (702 beyond the gradients) |" in text
@@ -132,17 +133,36 @@ def test_report_rewrites_its_block_alone(quick, tmp_path):
     assert readme.read_text() == text
 
 
-@pytest.mark.parametrize("rehearsal, text", [(False, "# Title\n"), (True, f"{report.START}\n{report.END}\n")])
+MARKED = "\n".join(report.BLOCKS["cpu"].markers)
+
+
+@pytest.mark.parametrize("rehearsal, text", [(False, "# Title\n"), (True, MARKED)])
 def test_report_prints_without_markers_or_from_a_quick_run(quick, tmp_path, capsys, rehearsal, text):
     results, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
     records = quick[1] if rehearsal else recorded(quick)
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
     readme.write_text(text)
-    assert report.main(["--results", str(results), "--readme", str(readme)]) == 0
+    assert report.main(["--results", str(results), "--page", str(readme), "--block", "cpu"]) == 0
     assert readme.read_text() == text
     assert "| eager PyTorch |" in capsys.readouterr().out
 
 
 def test_report_without_results_says_what_to_run(tmp_path, capsys):
-    assert report.main(["--results", str(tmp_path / "none.jsonl")]) == 2
+    assert report.main(["--block", "cpu", "--results", str(tmp_path / "none.jsonl")]) == 2
     assert "python -m benchmarks.cpu" in capsys.readouterr().err
+
+
+def test_trainers(tmp_path, capsys):
+    pytest.importorskip("trl", reason="trl is not installed")
+    out = tmp_path / "trainers.jsonl"
+    assert trainers.main(["--quick", "--out", str(out)]) == 0
+    records = report.read(out)
+    assert [record["trainer"] for record in records] == ["GRPOTrainer", "DRPOTrainer"]
+    assert all(record["gradient_error"] <= trainers.AGREEMENT and len(record["seconds"]) == 2 for record in records)
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(report.BLOCKS["trainers"].markers))
+    real = [record | {"command": "python -m benchmarks.trainers"} for record in records]
+    out.write_text("".join(json.dumps(record) + "\n" for record in real))
+    capsys.readouterr()
+    assert report.main(["--block", "trainers", "--results", str(out), "--page", str(page)]) == 0
+    assert "| DRPOTrainer | " in page.read_text() and not capsys.readouterr().out

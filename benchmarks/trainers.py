@@ -1,0 +1,181 @@
+"""`python -m benchmarks.trainers`: a step of TRL's GRPOTrainer and of DRPOTrainer with the same loss, on the CPU.
+
+Both trainers get the same weights and the same batch, and `objective=PPO()` is TRL's own formula: losses and gradients
+are compared first, then times interleaved in this process, then the peak memory of each in a process of its own. The
+step is `_compute_loss` and its backward, backbone and metrics included; generation is the same code in both.
+
+As `python -m benchmarks.trainers --peak TRAINER` it prints the peak extra bytes of one step as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory
+from benchmarks.provenance import ROOT, provenance
+from benchmarks.timing import interleaved_seconds
+
+RESULTS = ROOT / "bench_results" / "trainers.jsonl"
+TRAINERS = ("GRPOTrainer", "DRPOTrainer")
+# two correct fp32 heads: log-probs differ by about 1e-6
+AGREEMENT = 2e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """A batch of padded prompts and completions, and the backbone around the head."""
+
+    batch: int
+    prompt: int
+    completion: int
+    hidden: int
+    vocab: int
+    layers: int = 2
+
+
+FULL, QUICK = Size(8, 32, 256, 512, 32_768), Size(4, 4, 6, 32, 64)
+
+
+def make_trainer(name: str, size: Size):
+    """A trainer on seeded weights; its dataset and tokenizer are placeholders that no step reads."""
+    import transformers
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from trl import GRPOConfig, GRPOTrainer
+
+    from drpo_kernels import PPO
+    from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="<pad>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    policy = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=size.vocab, hidden_size=size.hidden, intermediate_size=2 * size.hidden,
+            num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=size.hidden // 4,
+            pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+    trainer, config, objective = (GRPOTrainer, GRPOConfig, {})
+    if name == "DRPOTrainer":
+        trainer, config, objective = DRPOTrainer, DRPOConfig, {"objective": PPO()}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = config(
+            folder, per_device_train_batch_size=size.batch, num_generations=size.batch, report_to="none", use_cpu=True,
+            bf16=False, max_completion_length=size.completion, disable_tqdm=True, **objective,
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": ["x"] * 8})
+        made = trainer(policy, lambda completions, **_: [0.0] * len(completions), args, data, None, tokenizer)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    return made
+
+
+def make_batch(size: Size) -> dict[str, torch.Tensor]:
+    """Completions of a quarter of the length to all of it, old log-probs of a slightly stale policy."""
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.linspace(size.completion / 4, size.completion, size.batch).long()
+    mask = (torch.arange(size.completion) < lengths[:, None]).long()
+    flat = -torch.log(torch.tensor(float(size.vocab)))
+    shape = (size.batch, size.completion)
+    return {
+        "prompt_ids": torch.randint(2, size.vocab, (size.batch, size.prompt), generator=g),
+        "prompt_mask": torch.ones(size.batch, size.prompt, dtype=torch.long),
+        "completion_ids": torch.randint(2, size.vocab, shape, generator=g),
+        "completion_mask": mask,
+        "advantages": torch.randn(size.batch, generator=g),
+        "old_per_token_logps": flat + 0.1 * torch.randn(shape, generator=g),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def step_of(name: str, size: Size):
+    """-> a function that runs one step and returns (loss, gradient of the head)."""
+    trainer, batch = make_trainer(name, size), make_batch(size)
+    head = trainer.model.get_output_embeddings().weight
+
+    def step() -> tuple[float, torch.Tensor]:
+        trainer.model.zero_grad(set_to_none=True)
+        loss = trainer._compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return loss.item(), head.grad
+
+    return step
+
+
+def peak_bytes(name: str, size: Size) -> int | None:
+    """Peak of one step over the memory before it, gradients of every parameter included."""
+    step_of(name, QUICK)()  # loads libraries and starts thread pools
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    return memory.peak_of(step_of(name, size))
+
+
+def peak_in_fresh_process(name: str, quick: bool) -> int | None:
+    command = [sys.executable, "-m", "benchmarks.trainers", "--peak", name, *(["--quick"] if quick else [])]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(size: Size, rounds: int, quick: bool) -> list[dict]:
+    """A record per trainer; AssertionError where the two do not compute the same."""
+    steps = {name: step_of(name, size) for name in TRAINERS}
+    (their_loss, theirs), (our_loss, ours) = (step() for step in steps.values())
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    if error > AGREEMENT or abs(our_loss - their_loss) > AGREEMENT * abs(their_loss):
+        raise AssertionError(f"losses {our_loss} and {their_loss}, head gradients {error} apart: nothing is timed")
+    seconds = interleaved_seconds(steps, rounds, after_each=lambda: None)
+    medians = {name: statistics.median(samples) for name, samples in seconds.items()}
+    peaks = {name: peak_in_fresh_process(name, quick) for name in TRAINERS}
+    return [
+        {
+            "benchmark": "trainers", "size": asdict(size), "dtype": "float32", "trainer": name, "gradient_error": error,
+            "seconds": [round(sample, 6) for sample in seconds[name]], "median_s": medians[name],
+            "min_s": min(seconds[name]), "max_s": max(seconds[name]),
+            "time_ratio": medians[name] / medians["GRPOTrainer"], "peak_extra_bytes": peaks[name],
+        }
+        for name in TRAINERS
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainers", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny batch; written only where --out says")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each trainer (default 7)")
+    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--peak", choices=TRAINERS, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    size = QUICK if options.quick else FULL
+    if options.peak:
+        print(json.dumps(peak_bytes(options.peak, size)))
+        return 0
+    command = "python -m benchmarks.trainers" + (f" --rounds {options.rounds}" if options.rounds != 7 else "")
+    source = provenance(command + (" --quick" if options.quick else ""))
+    records = [{**record, **source} for record in measure(size, 2 if options.quick else options.rounds, options.quick)]
+    out = options.out or (None if options.quick else RESULTS)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    for record in records:
+        peak = record["peak_extra_bytes"]
+        megabytes = "" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"{record['trainer']:<14} {record['median_s'] * 1e3:9.1f} ms {megabytes:>10}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Two processes of a TRL run (torchrun, gloo): DRPOTrainer and GRPOTrainer side by side. Prints one JSON line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import transformers
+
+import tiny_trl
+from drpo_kernels import PPO
+from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+
+def main(output_dir: str) -> None:
+    options = {"max_steps": 4, "num_iterations": 2, "entropy_coef": 0.01, "ddp_backend": "gloo"}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "dapo"}
+    runs = []
+    for cls, config, objective in ((GRPOTrainer, GRPOConfig, {}), (DRPOTrainer, DRPOConfig, {"objective": PPO()})):
+        trainer = tiny_trl.trainer(
+            cls, tiny_trl.arguments(config, output_dir, **options, **objective), tiny_trl.model()
+        )
+        runs.append((tiny_trl.run(trainer), tiny_trl.weights(trainer)))
+    (theirs, their_weights), (ours, our_weights) = runs
+    tokens = torch.tensor(ours["drpo/tokens"][-1])
+    group = [torch.zeros_like(our_weights) for _ in range(2)]
+    torch.distributed.all_gather(group, our_weights)
+    if torch.distributed.get_rank() == 0:
+        record = {
+            "theirs": theirs, "ours": ours, "tokens": tokens.item(),
+            "moved": (their_weights - torch.cat([p.reshape(-1) for p in tiny_trl.model().parameters()])).norm().item(),
+            "weights": ((our_weights - their_weights).norm() / their_weights.norm()).item(),
+            "ranks": (group[0] - group[1]).abs().max().item(),
+        }  # fmt: skip
+        print("RECORD " + json.dumps(record), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
