@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,3 +386,55 @@ def test_adapters_on_the_head_are_refused(tmp_path):
         tiny_trl.trainer(
             DRPOTrainer, tiny_trl.arguments(DRPOConfig, tmp_path), tiny_trl.model(), peft_config=lora
         )
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).resolve().parent
+RECIPES = TESTS.parent / "docs" / "recipes"
+
+
+def launch(command: list[str], timeout: int = 300) -> str:
+    """Run a launcher of several processes, all of which end with it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def test_two_processes(tmp_path):
+    """The same run as TRL's on two processes, and metrics of both ranks' tokens."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TESTS / "trl_worker.py")]
+    output = launch([*command, str(tmp_path)])
+    record = json.loads(next(line for line in output.splitlines() if line.startswith("RECORD "))[len("RECORD ") :])
+    theirs, ours = record["theirs"], record["ours"]
+    for name in set(theirs) - {"step_time", "epoch"}:
+        assert close(ours[name], theirs[name]), f"{name}: {ours[name]} instead of {theirs[name]}"
+    assert record["moved"] > 0 and record["ranks"] == 0
+    assert record["weights"] <= WEIGHT_BOUND
+    # a step's log is the mean over its two micro-batches, of counts over both ranks
+    counts = [sum(ranks) for ranks in zip(*record["tokens"], strict=True)]
+    assert ours["drpo/tokens"] == [(a + b) / 2 for a, b in zip(counts[::2], counts[1::2], strict=True)]
+    assert close(ours["drpo/entropy_mean"], theirs["entropy"])
+
+
+def test_recipe(tmp_path):
+    """The launch of docs/recipes on two CPU processes, as written there but for the number of steps."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    written = next(part for part in text.split("accelerate launch ")[1:] if "--use_cpu" in part).split("```")[0]
+    words = written.replace("\\\n", " ").split()
+    words[words.index("--max_steps") + 1] = "3"
+    words = [str(RECIPES / word) if (RECIPES / word).exists() else word for word in words]
+    output = launch(["accelerate.commands.launch", *words, "--output_dir", str(tmp_path / "out")])
+    assert "'drpo/weight_mean'" in output and "'train_loss'" in output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(p.isfinite().all() for p in saved.parameters())

@@ -7,14 +7,26 @@ import sys
 
 import torch
 import transformers
+from trl import GRPOConfig, GRPOTrainer
 
 import tiny_trl
 from drpo_kernels import PPO
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
-from trl import GRPOConfig, GRPOTrainer
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
+
+
+def count_tokens(trainer) -> list[int]:
+    """A list that fills with the completion tokens of each of this rank's micro-batches."""
+    counts, compute_loss = [], trainer._compute_loss
+
+    def counting(model, inputs):
+        counts.append(inputs["completion_mask"].sum().item())
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = counting
+    return counts
 
 
 def main(output_dir: str) -> None:
@@ -25,14 +37,16 @@ def main(output_dir: str) -> None:
         trainer = tiny_trl.trainer(
             cls, tiny_trl.arguments(config, output_dir, **options, **objective), tiny_trl.model()
         )
+        counts = count_tokens(trainer)
         runs.append((tiny_trl.run(trainer), tiny_trl.weights(trainer)))
     (theirs, their_weights), (ours, our_weights) = runs
-    tokens = torch.tensor(ours["drpo/tokens"][-1])
+    tokens = [None, None]
+    torch.distributed.all_gather_object(tokens, counts)
     group = [torch.zeros_like(our_weights) for _ in range(2)]
     torch.distributed.all_gather(group, our_weights)
     if torch.distributed.get_rank() == 0:
         record = {
-            "theirs": theirs, "ours": ours, "tokens": tokens.item(),
+            "theirs": theirs, "ours": ours, "tokens": tokens,
             "moved": (their_weights - torch.cat([p.reshape(-1) for p in tiny_trl.model().parameters()])).norm().item(),
             "weights": ((our_weights - their_weights).norm() / their_weights.norm()).item(),
             "ranks": (group[0] - group[1]).abs().max().item(),

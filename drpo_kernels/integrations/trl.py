@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from drpo_kernels import CISPO, GSPO, PPO, Objective, TokenCoefficients, linear_policy_loss, linear_token_logprobs
+from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.objectives import registered_objective
 from drpo_kernels.policy_loss import PolicyLossOutput
@@ -326,8 +327,8 @@ class DRPOTrainer(GRPOTrainer):
         )
 
     def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        names = list(metrics)
-        for name, value in zip(names, torch.stack([metrics[n].float() for n in names]).tolist(), strict=True):
+        reduced = reduce_metrics(metrics)  # over all processes, in one collective and one read
+        for name, value in zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True):
             self._metrics[mode][name].append(value)
 
 
