@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ from trl.trainer import utils as trl_utils
 
 import tiny_trl
 from drpo_kernels import CISPO, DRPO, GSPO, PPO, SPO, Tokens
+from drpo_kernels.integrations import trl as integration
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer, parse_objective
+from snippets import README, ROOT, run, snippet
 
 transformers.logging.set_verbosity_error()
 
@@ -371,6 +374,26 @@ def test_config_survives_the_command_line_and_json(tmp_path):
 def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_trl.arguments(DRPOConfig, tmp_path, **options)
+
+
+@dataclass
+class OnTheCPU(DRPOConfig):
+    """The snippets are for a GPU; this is what differs without one."""
+
+    use_cpu: bool = True
+    report_to: str = "none"
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "integrations" / "trl.md"], ids=["readme", "page"])
+def test_snippets_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(integration, "DRPOConfig", OnTheCPU)
+    tiny_trl.model().save_pretrained("policy")
+    tiny_trl.tokenizer().save_pretrained("policy")
+    names = {"model": "policy", "reward": tiny_trl.letter_share, "dataset": tiny_trl.dataset(2)}
+    trainer = run(snippet("DRPOTrainer", page), **names)["trainer"]
+    assert trainer.state.global_step > 0
+    assert trainer.args.objective == DRPO(delta=0.2)
 
 
 def test_wrong_types(tmp_path):

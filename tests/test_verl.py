@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import drpo_kernels
+from snippets import ROOT, run, snippet
 
-ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = (Path(sys.prefix) / "verl", ROOT / ".venv" / "verl")
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 GLOBAL = {"dp_size": 4, "batch_num_tokens": 57, "global_batch_size": 12, "loss_scale_factor": 31}
@@ -288,6 +288,19 @@ def test_configured_as_the_documentation_says(verl, restored_head):
     assert (actor.policy_loss.loss_mode, actor.policy_loss.drpo_delta) == ("drpo", 0.2)
     sys.modules.pop("drpo_kernels.integrations.verl_fused_head", None)
     import_external_libs(config.actor_rollout_ref.model.external_lib)
+    assert verl.kernel.linear_cross_entropy is verl.ours.linear_cross_entropy
+
+
+def test_the_readmes_snippet(verl, restored_head):
+    from hydra import compose, initialize_config_module
+    from verl.utils.config import omega_conf_to_dataclass
+
+    names = run(snippet("integrations.verl"))
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", [*names["overrides"], "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"])
+    policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
+    assert (policy_loss.loss_mode, policy_loss.drpo_delta) == ("drpo", 0.2)
+    assert verl.core.get_policy_loss_fn(policy_loss.loss_mode) is verl.core.POLICY_LOSS_REGISTRY["drpo"]
     assert verl.kernel.linear_cross_entropy is verl.ours.linear_cross_entropy
 
 
