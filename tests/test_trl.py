@@ -302,6 +302,9 @@ def test_skipping_tokens_without_advantage(tmp_path):
     loss_and_gradient(ours, batch(ours))
     assert ours._metrics["train"]["drpo/active_share"] == [1.0]
     assert lean._metrics["train"]["drpo/active_share"] == [pytest.approx(15 / 17)]
+    # of the computed tokens, not a mean in which the skipped ones count as 0
+    assert lean._metrics["train"]["entropy"] == lean._metrics["train"]["drpo/entropy_mean"]
+    assert lean._metrics["train"]["entropy"][0] == pytest.approx(ours._metrics["train"]["entropy"][0], rel=0.1)
 
 
 def test_all_masked(tmp_path):
@@ -369,6 +372,7 @@ def test_config_survives_the_command_line_and_json(tmp_path):
         ({"loss_type": "cispo"}, "loss_type"),
         ({"objective": GSPO(), "beta": 0.1}, "use_bias_correction_kl"),
         ({"compact": "none"}, "compact"),
+        ({"compact": "active", "use_adaptive_entropy": True}, "compact"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):

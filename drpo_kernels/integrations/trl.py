@@ -59,7 +59,7 @@ class DRPOConfig(GRPOConfig):
                 defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo", "luspo") chooses the aggregation, and a
                 sequence-level ratio is asked for with `objective=GSPO(...)`
     compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in GRPOTrainer. "active": they
-                cost nothing, and logged entropies and ratios are those of the tokens with A ≠ 0
+                cost nothing, and the logged entropy is that of the tokens with A ≠ 0
 
     vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
     one, so the ratio itself corrects the mismatch, and no pass recomputes old log-probs for it. True is TRL's decoupled
@@ -110,6 +110,8 @@ class DRPOConfig(GRPOConfig):
             )
         if self.compact not in ("mask", "active"):
             raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
+        if self.compact == "active" and self.use_adaptive_entropy:
+            raise ValueError("compact must be 'mask' with use_adaptive_entropy, which measures all tokens, got 'active'")
         if self.objective.sequence_level and self.beta and self.use_bias_correction_kl:
             raise ValueError(
                 f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta: "
@@ -330,6 +332,8 @@ class DRPOTrainer(GRPOTrainer):
         reduced = reduce_metrics(metrics)  # over all processes, in one collective and one read
         for name, value in zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True):
             self._metrics[mode][name].append(value)
+        if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
+            self._metrics[mode]["entropy"][-1] = self._metrics[mode]["drpo/entropy_mean"][-1]
 
 
 def _parts(output) -> tuple[Any, Tensor | None]:
