@@ -1,6 +1,7 @@
 """Fused kernels for LLM RL: DRPO and the losses it is measured against, in 6F without the logits."""
 
 from drpo_kernels.aggregation import TokenCoefficients
+from drpo_kernels.diagnosis import diagnose
 from drpo_kernels.logprobs import linear_token_logprobs, token_logprobs
 from drpo_kernels.objectives import (
     CISPO,
@@ -30,6 +31,7 @@ __all__ = [
     "TokenCoefficients",
     "Tokens",
     "__version__",
+    "diagnose",
     "drpo_loss",
     "linear_drpo_loss",
     "linear_policy_loss",

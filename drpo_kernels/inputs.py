@@ -13,7 +13,7 @@ from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform, recordabl
 from drpo_kernels.backends.sweep import Execution
 from drpo_kernels.ops import Spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
-from drpo_kernels.tokens import Sequences
+from drpo_kernels.tokens import Sequences, scorable
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,11 +49,11 @@ class LinearSource:
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The naive logits of the indexed rows, for the reference."""
-        from drpo_kernels.reference import head_logits
+        from drpo_kernels.reference import head_logits, rounded
 
         hidden, weight, bias = self._inputs
         if self.compute_dtype != hidden.dtype or self.compute_dtype != weight.dtype:
-            hidden, weight = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
+            hidden, weight = (rounded(x, self.compute_dtype, dtype) for x in (hidden, weight))
         return head_logits(hidden[index], weight[:vocab], None if bias is None else bias[:vocab], dtype)
 
 
@@ -91,22 +91,39 @@ class Problem:
     options: LogprobOptions
     unmasked: Tensor  # bool, shaped like targets
     backend: str
+    vocab: int  # real entries, of all shards
 
     @staticmethod
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
-        validation.check_logprob_options(options, targets, source.lead, source.tensor, source.vocab)
+        shard = options.vocab_shard
+        if shard is not None:
+            validation.check_vocab_shard(shard, source.weight, options.backend)
+        vocab = source.vocab if shard is None else shard.total
+        validation.check_logprob_options(options, targets, source.lead, source.tensor, vocab)
         validation.check_mask(mask, targets)
         unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask != 0) & (mask == mask)
         backend = choose_backend(options.backend, source.tensor.device, source.compute_dtype).name
-        problem = Problem(source, targets, mask, options, unmasked, backend)
+        problem = Problem(source, targets, mask, options, unmasked, backend, options.vocab_size or vocab)
         if validation.wants_values(options, targets.device):
             validation.check_mask_values(mask)
-            validation.check_logprob_values(options, targets, unmasked, problem.vocab)
+            if problem.sequences is not None and problem.sequences.offsets is not None:
+                validation.check_packing_values(problem.sequences.offsets, targets.numel())
+            validation.check_logprob_values(targets, problem.temperature, unmasked, problem.vocab)
         return problem
 
     @property
-    def vocab(self) -> int:
-        return self.options.vocab_size or self.source.vocab
+    def sequences(self) -> Sequences | None:
+        """How the tokens group into sequences, where they do."""
+        cu_seqlens = getattr(self.options, "cu_seqlens", None)
+        if cu_seqlens is None and self.targets.dim() < 2:
+            return None
+        return Sequences(self.targets.shape, cu_seqlens)
+
+    @property
+    def temperature(self) -> Tensor | None:
+        """Shaped like targets; None where it is a number."""
+        given = self.options.temperature
+        return _per_token(given, self.targets.shape, self.sequences) if isinstance(given, Tensor) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,10 +137,13 @@ class Problem:
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
         options = self.options
+        shard = options.vocab_shard
         execution = Execution(
-            self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row
-        )
-        return Spec(self.vocab, Transform(options.logit_scale, options.softcap), execution, terms)
+            self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row, shard,
+            options.head_dtype,
+        )  # fmt: skip
+        local_vocab = self.vocab if shard is None else shard.real_rows(self.vocab)
+        return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)
 
     def flat(self, values: Tensor | None, valid: Tensor, otherwise: float = 0.0) -> Tensor:
         """Per-token values as [N] in the statistics dtype; masked positions, which may carry anything, replaced."""
@@ -133,10 +153,9 @@ class Problem:
 
     def inv_temperature(self, valid: Tensor) -> Tensor:
         """1 / temperature, [N]."""
-        temperature = self.options.temperature
-        if not isinstance(temperature, Tensor):
-            return self.flat(None, valid, 1.0 / temperature)
-        return 1 / self.flat(temperature.expand(self.targets.shape), valid, 1.0)
+        if self.temperature is None:
+            return self.flat(None, valid, 1.0 / self.options.temperature)
+        return 1 / self.flat(self.temperature, valid, 1.0)
 
     def logprob_rows(self) -> Tensor:
         """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
@@ -157,7 +176,7 @@ class PolicyInputs:
     terms: Terms
     rows: Tensor
     valid: Tensor  # in the mask and scorable
-    unscorable: Tensor  # in the mask, but its old log-prob is NaN
+    unscorable: Tensor  # in the mask, but its old log-prob is NaN or -inf
     sequences: Sequences | None
 
     @property
@@ -169,16 +188,14 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     """Check, flatten and pack: targets' shape -> rows [len(Row), N]."""
     options: PolicyOptions = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages, problem.mask)
-    shape = problem.targets.shape
-    packed = options.cu_seqlens is not None
-    sequences = Sequences(shape, options.cu_seqlens) if packed or len(shape) > 1 else None
+    sequences = problem.sequences
     if validation.wants_values(options, problem.targets.device):
         validation.check_policy_values(options, old_logprobs, problem.unmasked)
-    advantages = _per_token(advantages, shape, sequences)
+    advantages = _per_token(advantages, problem.targets.shape, sequences)
     if validation.wants_values(options, problem.targets.device):
         validation.check_advantage_values(advantages, problem.unmasked)
     unmasked = problem.unmasked.reshape(-1)
-    unscorable = torch.zeros_like(unmasked) if old_logprobs is None else unmasked & old_logprobs.reshape(-1).isnan()
+    unscorable = torch.zeros_like(unmasked) if old_logprobs is None else unmasked & ~scorable(old_logprobs).reshape(-1)
     valid = unmasked & ~unscorable
     fields = _coefficients(problem, valid, sequences)
     fields[Row.OLD_LOGPROB] = (
@@ -194,15 +211,15 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)
 
 
-def _per_token(advantages: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:
-    """Advantages shaped like targets from per-token, [B], [B, 1] or packed per-sequence ones."""
-    if advantages.shape == shape:
-        return advantages
-    if sequences is not None and sequences.offsets is not None and advantages.shape == (sequences.count,):
-        return advantages[sequences.ids].reshape(shape)
-    if advantages.dim() == len(shape) - 1:
-        advantages = advantages.unsqueeze(-1)
-    return advantages.expand(shape)
+def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:
+    """Values shaped like targets from per-token, [B], [B, 1], packed per-sequence or 0-d ones."""
+    if values.shape == shape:
+        return values
+    if sequences is not None and sequences.offsets is not None and values.shape == (sequences.count,):
+        return values[sequences.ids].reshape(shape)
+    if values.dim() and values.dim() == len(shape) - 1:
+        values = values.unsqueeze(-1)
+    return values.expand(shape)
 
 
 def _coefficients(problem: Problem, valid: Tensor, sequences: Sequences | None) -> dict[Row, Tensor]:

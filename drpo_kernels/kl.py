@@ -14,8 +14,9 @@ from torch import Tensor
 from drpo_kernels.tokens import LOG_RATIO_LIMIT, expm1, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
-# beyond this many nats below the reference k3 keeps its value and its slope: exp(80) is finite in fp32 after weighting
-EXPONENT_LIMITS = {torch.float32: 80.0, torch.float64: 700.0}
+# beyond this many nats below the reference k3 keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32,
+# also after weighting
+EXPONENT_LIMITS = {torch.float32: 60.0, torch.float64: 680.0}
 
 
 @jit
@@ -40,7 +41,7 @@ def k2(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @jit
 def k3_twin(logp, ref):
-    d = tl.where(logp - ref < -80.0, -80.0, logp - ref)
+    d = tl.where(logp - ref < -60.0, -60.0, logp - ref)
     excess = expm1(-d)
     return excess + d, -excess, d
 

@@ -2,11 +2,12 @@
 V] logits.
 """
 
+import torch
 from torch import Tensor
 
 from drpo_kernels.backends.rows import Row, RowKind
 from drpo_kernels.inputs import LinearSource, Problem, ReadySource, Source
-from drpo_kernels.options import LogprobOptions, takes
+from drpo_kernels.options import LINEAR_ONLY, LogprobOptions, takes
 from drpo_kernels.policy_loss import reference_logprobs_of
 
 
@@ -32,10 +33,10 @@ def linear_token_logprobs(
     return _token_logprobs(LinearSource(hidden, weight, bias), targets, mask, LogprobOptions(**options))
 
 
-@takes(LogprobOptions, omit=("workspace_bytes", "logits_dtype"))
+@takes(LogprobOptions, omit=LINEAR_ONLY)
 def token_logprobs(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
     """The same from logits [..., V] of any float dtype and any strides."""
-    for name in ("workspace_bytes", "logits_dtype"):
+    for name in LINEAR_ONLY:
         if name in options:
             raise TypeError(f"token_logprobs() got an unexpected keyword argument {name!r}: the logits exist already")
     return _token_logprobs(ReadySource(logits), targets, mask, LogprobOptions(**options))
@@ -50,5 +51,12 @@ def _token_logprobs(
         results = reference_logprobs_of(problem, rows, rows[Row.KIND] > RowKind.SKIPPED)
     else:
         # without a mask every row is computed: nothing to compact, nothing to ask the device
-        results = source.logprobs(problem.flat_targets, rows, problem.spec(every_row=mask is None))
+        arguments = problem.flat_targets, rows, problem.spec(every_row=mask is None)
+        if torch.compiler.is_compiling() and options.vocab_shard is not None:
+            # imported here: torch.compiler.disable loads all of torch._dynamo
+            from drpo_kernels.uncompiled import outside_graph
+
+            results = outside_graph(source.logprobs, *arguments)
+        else:
+            results = source.logprobs(*arguments)
     return results[0].reshape(targets.shape), results[1].reshape(targets.shape)

@@ -5,6 +5,9 @@ The gradient weight is w = (dℓ/dlogπ) / (-A r): 1 for an unregularised surrog
 where it pushes back.
 """
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,64 @@ from drpo_kernels.tokens import Tokens
 
 # w of a token that an objective left alone differs from 1 by rounding only
 UNCLIPPED = 1 - 1e-5
+PREFIX = "drpo/"
+# nats: a token this far below its old log-prob was hardly scored on the text it was sampled from
+FAR_BELOW = 5.0
+
+
+class Metric(NamedTuple):
+    """How a metric is formed over rows, and from the same metric of several batches: by a function of REDUCE over the
+    rows (or the batches) that `count`, itself a metric, counts.
+    """
+
+    how: str
+    count: str
+
+
+METRICS = {
+    "ratio_mean": Metric("mean", "computed"),
+    "ratio_max": Metric("max", "computed"),
+    "kl_k1": Metric("mean", "computed"),
+    "kl_k3": Metric("mean", "computed"),
+    "prob_shift_mean": Metric("mean", "computed"),
+    "prob_shift_max": Metric("max", "computed"),
+    "weight_mean": Metric("mean", "weighted"),
+    "weight_min": Metric("min", "weighted"),
+    "weight_max": Metric("max", "weighted"),
+    "beyond_trust_region": Metric("mean", "weighted"),
+    "clip_share": Metric("mean", "weighted"),
+    "entropy_mean": Metric("mean", "computed"),
+    "logprob_mean": Metric("mean", "computed"),
+    "old_logprob_max": Metric("max", "computed"),
+    "far_below_share": Metric("mean", "computed"),
+    "active_share": Metric("mean", "tokens"),
+    "unscorable": Metric("sum", "unscorable"),
+    "nonfinite": Metric("sum", "nonfinite"),
+    "tokens": Metric("sum", "tokens"),
+    "computed": Metric("sum", "computed"),
+    "weighted": Metric("sum", "weighted"),
+}
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
+
+
+def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
+    if not values.numel():
+        return values.new_zeros(())
+    bound = torch.where(counts > 0, values, -torch.inf if largest else torch.inf)
+    bound = bound.amax() if largest else bound.amin()
+    return torch.where((counts > 0).any(), bound, 0)
+
+
+# (values [M], how many rows each stands for [M]) -> 0-d; what stands for no row may be anything
+REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean,
+    "max": lambda values, counts: _extreme(values, counts, largest=True),
+    "min": lambda values, counts: _extreme(values, counts, largest=False),
+    "sum": lambda values, counts: values.sum(),
+}
 
 
 def policy_metrics(
@@ -32,7 +93,12 @@ def policy_metrics(
     beyond_trust_region  their share with w <= 0 that moved in the harmful direction: up with A > 0, down with A < 0
     clip_share           their share whose gradient a clipping objective cut; 0 for other objectives
     active_share         computed rows over valid ones
-    unscorable           tokens in the mask whose old log-prob was NaN, treated as masked
+    logprob_mean, old_logprob_max  log π of the tokens; log μ above 0 is not a log-prob
+    far_below_share      computed rows with log π < log μ - 5: near 1 where targets are not aligned
+    unscorable           tokens in the mask whose old log-prob was NaN or -inf, treated as masked
+    nonfinite            computed rows whose log-prob or slope is NaN or infinite
+    tokens, computed, weighted  counts: valid tokens, computed rows, those with A ≠ 0. `METRICS` names the one that each
+                         mean and extreme is over, so that batches and ranks combine (`distributed.reduce_metrics`)
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
     weighted = computed & (advantages != 0)
@@ -43,32 +109,35 @@ def policy_metrics(
     if objective.clips:
         # a sequence's ratio is not its tokens', so only a gradient of exactly 0 tells
         clipped = slope == 0 if objective.sequence_level else weight < UNCLIPPED
-    values = {
-        "ratio_mean": _mean(tokens.ratio, computed),
-        "ratio_max": _extreme(tokens.ratio, computed, largest=True),
-        "kl_k1": _mean(-tokens.log_ratio, computed),
-        "kl_k3": _mean(tokens.ratio_minus_one - tokens.log_ratio, computed),
-        "prob_shift_mean": _mean(shift, computed),
-        "prob_shift_max": _extreme(shift, computed, largest=True),
-        "weight_mean": _mean(weight, weighted),
-        "weight_min": _extreme(weight, weighted, largest=False),
-        "weight_max": _extreme(weight, weighted, largest=True),
-        "beyond_trust_region": _mean(beyond.to(weight.dtype), weighted),
-        "clip_share": _mean(clipped.to(weight.dtype), weighted),
-        "entropy_mean": _mean(entropy, computed),
-        "active_share": computed.sum() / valid.sum().clamp(min=1),
-        "unscorable": unscorable.sum(),
+    nonfinite = computed & ~(logprobs.isfinite() & slope.isfinite())
+    flags = {"tokens": valid, "computed": computed, "weighted": weighted, "unscorable": unscorable}
+    flags["nonfinite"] = nonfinite
+    values = flags | {
+        "ratio_mean": tokens.ratio,
+        "ratio_max": tokens.ratio,
+        "kl_k1": -tokens.log_ratio,
+        "kl_k3": tokens.ratio_minus_one - tokens.log_ratio,
+        "prob_shift_mean": shift,
+        "prob_shift_max": shift,
+        "weight_mean": weight,
+        "weight_min": weight,
+        "weight_max": weight,
+        "beyond_trust_region": beyond.to(weight.dtype),
+        "clip_share": clipped.to(weight.dtype),
+        "entropy_mean": entropy,
+        "logprob_mean": logprobs,
+        "old_logprob_max": old_logprobs,
+        "far_below_share": (tokens.log_ratio < -FAR_BELOW).to(weight.dtype),
+        "active_share": computed.to(weight.dtype),
     }
-    return {f"drpo/{name}": value.detach() for name, value in values.items()}
+    return {
+        PREFIX + name: REDUCE[how](values[name], flags[count]).detach() for name, (how, count) in METRICS.items()
+    }
 
 
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
-
-
-def _extreme(values: Tensor, where: Tensor, largest: bool) -> Tensor:
-    if not values.numel():
-        return values.new_zeros(())
-    bound = torch.where(where, values, -torch.inf if largest else torch.inf)
-    bound = bound.amax() if largest else bound.amin()
-    return torch.where(where.any(), bound, 0)
+def combined_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of M batches, [M] under each name, as those of their union, 0-d."""
+    return {
+        PREFIX + name: REDUCE[how](metrics[PREFIX + name], metrics[PREFIX + count])
+        for name, (how, count) in METRICS.items()
+    }

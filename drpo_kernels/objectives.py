@@ -38,6 +38,11 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} must implement token_loss(tokens)")
 
     @property
+    def remark(self) -> str | None:
+        """What someone who chose these hyper-parameters should know (`drpo_kernels.diagnose`), or None."""
+        return None
+
+    @property
     def twin(self):
         """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None."""
         return None
@@ -135,6 +140,15 @@ class DRPO(Objective):
     def token_loss(self, tokens: Tokens) -> Tensor:
         penalty = tokens.advantages.abs() * tokens.old_probs * tokens.ratio_minus_one.square() / (2 * self.delta)
         return penalty - tokens.advantages * tokens.ratio
+
+    @property
+    def remark(self) -> str | None:
+        if self.delta < 1:
+            return None
+        return (
+            f"For information: |π - μ| is at most 1, so DRPO's boundary at δ = {self.delta:g} is never active and the weight "
+            f"stays within 1 ± {1 / self.delta:.2g}, a mild attenuation. Choose δ < 1 (0.15 to 0.2) for an active boundary."
+        )
 
     @property
     def twin(self):
@@ -269,7 +283,7 @@ def dppo_tv(logp, old, adv, hyper):
 @jit
 def dppo_kl(logp, old, adv, hyper):
     ratio, _, _ = ratio_terms(logp, old)
-    mu, miss = tl.exp(old), -expm1(old)
+    mu, miss = tl.exp(old), -expm1(tl.minimum(old, 0.0))  # rounding may put μ above 1
     hit_term = tl.where(mu > 0, mu * (old - logp), 0.0)
     miss_term = miss * (tl.log(miss + 1e-8) - tl.log(1e-8 - expm1(logp)))
     return _masked_score(logp, ratio, adv, hit_term + miss_term, hyper[0], hyper[1], hyper[2])
@@ -299,7 +313,7 @@ class DPPO(Objective):
     def _divergence(self, tokens: Tokens) -> Tensor:
         if self.divergence == "tv":
             return tokens.prob_shift.abs()
-        mu, miss = tokens.old_probs, -tokens.old_logprobs.expm1()
+        mu, miss = tokens.old_probs, -tokens.old_logprobs.clamp(max=0).expm1()  # rounding may put μ above 1
         hit_term = torch.where(mu > 0, mu * (tokens.old_logprobs - tokens.logprobs), 0)
         return hit_term + miss * ((miss + 1e-8).log() - (1e-8 - tokens.logprobs.expm1()).log())
 

@@ -37,13 +37,15 @@ class Spec:
     terms: Terms | None = None
 
     def encode(self) -> tuple[list[str], list[float]]:
-        """The spec as (words, numbers) of a custom op's schema."""
+        """The spec as (words, numbers) of a custom op's schema, which cannot carry a process group."""
+        if self.execution.shard is not None:
+            raise RuntimeError("vocab_shard cannot be used in one graph (fullgraph=True): it holds a process group")
         run, terms = self.execution, self.terms or Terms(PolicyGradient())
         objective, numbers = encode_objective(terms.objective)
         words = [
             objective, terms.kl_estimator or "", str(terms.kl_importance), str(terms.entropy_bonus), run.backend,
             _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
-            str(run.workspace_bytes or ""), str(run.every_row),
+            str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "",
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary may be symbolic in a graph: a number, not a word
@@ -51,12 +53,13 @@ class Spec:
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row = words
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head = words
         vocab, scale, softcap, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
         execution = Execution(
-            backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True"
-        )
+            backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
+            head_dtype=head or None,
+        )  # fmt: skip
         return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
 
 

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.aggregation import TokenCoefficients
+from drpo_kernels.collectives import VocabShard
 from drpo_kernels.objectives import DRPO, Objective
+
+# options that mean nothing where the logits exist already
+LINEAR_ONLY = ("workspace_bytes", "logits_dtype", "head_dtype", "vocab_shard")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogprobOptions:
-    """temperature       number > 0, or a tensor shaped like targets: z = softcap(logit_scale · x) / temperature
+    """temperature       number in [1e-6, 1e6], or a tensor of such: 0-d, per token or, as advantages, per sequence;
+                      z = softcap(logit_scale · x) / temperature
     logit_scale       number > 0 on the logits (Cohere, Granite)
     softcap           number > 0 or None: cap · tanh(· / cap) on the scaled logits (Gemma)
     vocab_size        number of real entries of a padded vocabulary; the columns beyond do not exist for the softmax
@@ -28,6 +33,12 @@ class LogprobOptions:
     workspace_bytes   bytes for a chunk of logits of the linear functions; None: 64 to 128 MiB on a CPU, 1 GiB on a GPU
     logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds
                       a logit of 16 to 32 by ±0.06, that is ±6 % on the ratio
+    head_dtype        HEADDOC
+    vocab_shard       of the linear functions, `drpo_kernels.distributed.VocabShard`: weight and bias are this rank's
+                      rows of a head split over a process group, and their gradients are local; targets and vocab_size
+                      stay those of the whole head. Every rank of the group makes the same call with the same other
+                      arguments and the same requires_grad, and gets the same results and the same, complete gradient
+                      of hidden
     """
 
     temperature: float | Tensor = 1.0
@@ -38,6 +49,8 @@ class LogprobOptions:
     validate: bool | None = None
     workspace_bytes: int | None = None
     logits_dtype: torch.dtype | None = None
+    head_dtype: str | None = None
+    vocab_shard: VocabShard | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +62,7 @@ class PolicyOptions(LogprobOptions):
                       the global count over ranks and accumulation steps
     horizon           number > 0, the constant length that "seq-mean-token-sum-norm" divides by (Dr. GRPO)
     cu_seqlens        [S + 1] integer offsets of the sequences of a packed batch
-    ref_logprobs      log-probs under a reference policy, shaped like targets, for the KL term
+    ref_logprobs      finite log-probs under a reference policy, shaped like targets, for the KL term
     kl_coef           coefficient of the KL term
     kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
     kl_importance     multiply the KL term by the ratio r, differentiably: under samples of μ an unbiased estimate of

@@ -11,7 +11,7 @@ from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource
 from drpo_kernels.kl import kl_loss
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, is_registered
-from drpo_kernels.options import PolicyOptions, takes
+from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.tokens import Tokens
 
 
@@ -58,13 +58,21 @@ def linear_policy_loss(
     targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted
                   inside
     old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached
-                  log-prob. A NaN on a valid row is treated as masked (and counted in metrics["drpo/unscorable"])
-    advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens`
+                  log-prob. A row whose value is NaN, or -inf (no sampled token has μ = 0), is treated as masked and
+                  counted in metrics["drpo/unscorable"]. Rounding may leave up to 0.01; what is above is an error
+    advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens` (where both fit,
+                  per token); at most 1e12 in size
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
 
     loss = Σ_t [c_t · token_weight_t · ℓ_t + kl_coef · c_t · KL_t - entropy_coef · c_t · H_t] with c_t from `reduction`
     (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be backpropagated once. Logits
     are float32 whatever the inputs; under autocast, products take autocast's dtype.
+
+    A logit of -inf bans its token: p = 0, no gradient, nothing in the entropy. Where the *target* of a valid row is
+    banned, log π = -inf and r = e^-20: losses in r stay finite, with a zero gradient beyond the clamp on Δ; objectives
+    in sg(·) log π (CISPO, DPPO, capped PolicyGradient) and k1, k2 are infinite, as their formulas say, unless A = 0.
+    Mask such tokens. A row with a NaN or +inf logit, or with every token banned, has no log π: it reports NaN and makes
+    the loss NaN, never a number.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
@@ -73,7 +81,7 @@ def linear_policy_loss(
     return _policy_loss(source, targets, old_logprobs, advantages, mask, _options(options))
 
 
-@takes(PolicyOptions, omit=("workspace_bytes", "logits_dtype"))
+@takes(PolicyOptions, omit=LINEAR_ONLY)
 def policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -94,7 +102,7 @@ def policy_loss(
     """
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
-    for name in ("workspace_bytes", "logits_dtype"):
+    for name in LINEAR_ONLY:
         if name in options:
             raise TypeError(f"policy_loss() got an unexpected keyword argument {name!r}: the logits exist already")
     return _policy_loss(ReadySource(logits, inplace), targets, old_logprobs, advantages, mask, _options(options))
@@ -119,7 +127,7 @@ def linear_drpo_loss(
     )
 
 
-@takes(PolicyOptions, omit=("objective", "workspace_bytes", "logits_dtype"))
+@takes(PolicyOptions, omit=("objective", *LINEAR_ONLY))
 def drpo_loss(
     logits: Tensor,
     targets: Tensor,
@@ -165,14 +173,14 @@ def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     """-> (loss, outcome [len(Outcome), N]) by the cheapest route that is right."""
     if inputs.problem.backend == "reference":
         return _reference_route(inputs)
-    if inputs.terms.objective.sequence_level:
-        return _recompute_route(inputs)
-    if torch.compiler.is_compiling() and not is_registered(inputs.terms.objective):
+    route = _recompute_route if inputs.terms.objective.sequence_level else fused_route
+    sharded = inputs.problem.options.vocab_shard is not None
+    if torch.compiler.is_compiling() and (sharded or not is_registered(inputs.terms.objective)):
         # imported here: torch.compiler.disable loads all of torch._dynamo
         from drpo_kernels.uncompiled import outside_graph
 
-        return outside_graph(fused_route, inputs)
-    return fused_route(inputs)
+        return outside_graph(route, inputs)
+    return route(inputs)
 
 
 def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,22 @@ def transformed(logits: Tensor, transform: Transform, inv_temperature: Tensor) -
     return z * inv_temperature[:, None]
 
 
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, narrow, wide):
+        ctx.dtype = x.dtype
+        return x.to(narrow).to(wide)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None, None
+
+
+def rounded(x: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
+    """x rounded to `narrow`, in `wide`. Its gradient is not: a float16 one could overflow or vanish."""
+    return _Rounded.apply(x, narrow, wide)
+
+
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """hidden [n, H] @ weight.T + bias in `dtype`: the inputs' values, none of their rounding."""
     logits = hidden.to(dtype) @ weight.to(dtype).T

@@ -12,6 +12,11 @@ from drpo_kernels.triton_support import jit, tl
 LOG_RATIO_LIMIT = 20.0
 
 
+def scorable(old_logprobs: Tensor) -> Tensor:
+    """False where the rollout engine has no log-prob: NaN, or -inf, which no token that was sampled can have."""
+    return old_logprobs > -torch.inf
+
+
 class Sequences:
     """How the N flattened tokens of a batch group into S sequences.
 
@@ -29,7 +34,7 @@ class Sequences:
     def ids(self) -> Tensor:
         """The sequence of each packed token, [N] int64."""
         positions = torch.arange(self._tokens, device=self.offsets.device)
-        return torch.searchsorted(self.offsets[1:], positions, right=True)
+        return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum per sequence, [N] -> [S], in a fixed order (differentiable)."""

@@ -5,7 +5,7 @@ import torch
 
 @torch.compiler.disable
 def outside_graph(function, *args):
-    """Call `function` outside the graph: an unregistered objective cannot travel through an op's schema (see
-    `register_objective`).
+    """Call `function` outside the graph: an unregistered objective (see `register_objective`) and the process group of
+    a vocabulary shard cannot travel through an op's schema.
     """
     return function(*args)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.aggregation import REDUCTIONS, TokenCoefficients
+from drpo_kernels.backends.quantize import FORMATS
+from drpo_kernels.collectives import VocabShard, group_rank, group_size
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import Objective
 from drpo_kernels.options import LogprobOptions, PolicyOptions
@@ -19,6 +21,10 @@ COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what rounding to bf16 may add to a log-prob of 0
 POSITIVE_LOGPROB = 1e-2
+# A (r - 1)² / (2 ε) with r = e^20 stays finite in float32; what is larger was never normalised, or never initialised
+LARGEST_ADVANTAGE = 1e12
+# no fp32 computation of a softmax loses a scale in this range
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -28,6 +34,12 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, where "
+            "its parameters are gathered (drpo_kernels.integrations.transformers.add_fused_head does), or hand over this "
+            "rank's rows of the head with vocab_shard"
+        )
     if floating is True and value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
     if floating is False and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
@@ -42,10 +54,9 @@ def check_number(name: str, value: object, *, positive: bool = True) -> None:
 
 
 def _check_scale(name: str, value: object) -> None:
-    """A positive number no fp32 computation of a softmax loses."""
     check_number(name, value)
-    if not 1e-6 <= value <= 1e6:
-        raise ValueError(f"{name} must be in [1e-6, 1e6], got {value}")
+    if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
+        raise ValueError(f"{name} must be in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}], got {value}")
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -114,11 +125,14 @@ def check_logprob_options(
             f"targets must have the leading shape {tuple(lead)} of hidden or logits, got {_shape(targets)}"
         )
     _check_device("targets", targets, source.device)
+    cu_seqlens = getattr(options, "cu_seqlens", None)
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, "targets", targets)
     if isinstance(options.temperature, Tensor):
         check_tensor("temperature", options.temperature, floating=True)
-        _check_device("temperature", options.temperature, targets.device)
         if options.temperature.dim():
-            _check_like_targets("temperature", options.temperature, targets)
+            _check_spread("temperature", options.temperature, targets, cu_seqlens)
+        _check_device("temperature", options.temperature, targets.device)
     else:
         _check_scale("temperature", options.temperature)
     _check_scale("logit_scale", options.logit_scale)
@@ -135,8 +149,36 @@ def check_logprob_options(
         raise ValueError(f"logits_dtype must be None, torch.float32 or torch.bfloat16, got {options.logits_dtype}")
     if options.logits_dtype is not None and source.dtype == torch.float64:
         raise ValueError(f"logits_dtype must be None for float64 inputs, got {options.logits_dtype}")
+    if options.head_dtype is not None:
+        _check_head_dtype(options, source)
     if options.validate not in (None, True, False):
         raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
+
+
+def _check_head_dtype(options: LogprobOptions, source: Tensor) -> None:
+    _check_choice("head_dtype", options.head_dtype, FORMATS)
+    if source.dtype == torch.float64:
+        raise ValueError(f"head_dtype must be None for float64 inputs, got {options.head_dtype!r}")
+    if options.backend == "reference":
+        raise ValueError("backend must be None, 'triton' or 'torch' with head_dtype, got 'reference'")
+
+
+def check_vocab_shard(shard: VocabShard, weight: Tensor, backend: str | None) -> None:
+    """`weight` holds this rank's rows."""
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"vocab_shard must be a drpo_kernels.distributed.VocabShard, got {type(shard).__name__}")
+    if backend == "reference":
+        raise ValueError("backend must be None, 'triton' or 'torch' with vocab_shard, got 'reference'")
+    size, rank = group_size(shard.group), group_rank(shard.group)
+    if rank < 0:
+        raise ValueError("vocab_shard.group must contain this process, got one of which it is not a member")
+    if len(shard.sizes) != size:
+        raise ValueError(f"vocab_shard.sizes must name the {size} ranks of its group, got {shard.sizes}")
+    if shard.sizes[rank] != weight.shape[0]:
+        raise ValueError(
+            f"weight must be the {shard.sizes[rank]} rows that vocab_shard.sizes {shard.sizes} gives rank {rank}, "
+            f"got shape {_shape(weight)}"
+        )
 
 
 def check_mask(mask: Tensor | None, targets: Tensor) -> None:
@@ -158,7 +200,7 @@ def check_policy_options(
         if getattr(options, name) is not None:
             _check_like_targets(name, getattr(options, name), targets)
     _check_sequences(options, targets)
-    _check_advantages(advantages, targets, options.cu_seqlens)
+    _check_spread("advantages", advantages, targets, options.cu_seqlens)
     _check_reduction(options, targets)
     check_number("kl_coef", options.kl_coef, positive=False)
     check_number("entropy_coef", options.entropy_coef, positive=False)
@@ -170,34 +212,33 @@ def check_policy_options(
         raise ValueError(f"ref_logprobs must be given with kl_coef = {options.kl_coef}, got None")
 
 
-def _check_advantages(advantages: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
-    check_tensor("advantages", advantages)
-    if advantages.dtype.is_complex:
-        raise TypeError(f"advantages must be real, got {advantages.dtype}")
-    _check_device("advantages", advantages, targets.device)
+def _check_spread(name: str, value: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
+    """One value per token or one per sequence."""
+    check_tensor(name, value)
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    _check_device(name, value, targets.device)
     shapes = [_shape(targets)]
     if targets.dim() > 1:
         shapes += [_shape(targets)[:-1], (*_shape(targets)[:-1], 1)]
     if cu_seqlens is not None:
         shapes.append((cu_seqlens.numel() - 1,))
-    if _shape(advantages) not in shapes:
-        raise ValueError(
-            f"advantages must have one of the shapes {', '.join(map(str, shapes))}, got {_shape(advantages)}"
-        )
+    if _shape(value) not in shapes:
+        raise ValueError(f"{name} must have one of the shapes {', '.join(map(str, shapes))}, got {_shape(value)}")
+
+
+def check_packing(cu_seqlens: Tensor, name: str, tokens: Tensor) -> None:
+    """`tokens`, called `name`, is shaped like the targets."""
+    check_tensor("cu_seqlens", cu_seqlens, floating=False)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}")
+    if tokens.shape[:-1].numel() != 1:
+        raise ValueError(f"cu_seqlens must come with packed {name} [T] or [1, T], got {name} {_shape(tokens)}")
+    _check_device("cu_seqlens", cu_seqlens, tokens.device)
 
 
 def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
-    cu_seqlens = options.cu_seqlens
-    if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, floating=False)
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(
-                f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}"
-            )
-        if targets.shape[:-1].numel() != 1:
-            raise ValueError(f"cu_seqlens must come with packed targets [T] or [1, T], got targets {_shape(targets)}")
-        _check_device("cu_seqlens", cu_seqlens, targets.device)
-    elif targets.dim() < 2:
+    if options.cu_seqlens is None and targets.dim() < 2:
         by_sequence = isinstance(options.reduction, str) and options.reduction.startswith("seq-")
         for name, needed in (("reduction", by_sequence), ("objective", options.objective.sequence_level)):
             if needed:
@@ -205,6 +246,17 @@ def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
                 raise ValueError(
                     f"cu_seqlens must be given with {name} {value!r} and targets of shape {_shape(targets)}"
                 )
+
+
+def check_named_reduction(reduction: object) -> None:
+    _check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_horizon(horizon: float | None, reduction: object) -> None:
+    if reduction == "seq-mean-token-sum-norm" and horizon is None:
+        raise ValueError("horizon must be given with reduction 'seq-mean-token-sum-norm', got None")
+    if horizon is not None:
+        check_number("horizon", horizon)
 
 
 def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
@@ -215,11 +267,8 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
         if options.normalizer is not None:
             raise ValueError("normalizer must be None with TokenCoefficients: divide the coefficients instead")
     else:
-        _check_choice("reduction", options.reduction, REDUCTIONS)
-    if options.reduction == "seq-mean-token-sum-norm" and options.horizon is None:
-        raise ValueError("horizon must be given with reduction 'seq-mean-token-sum-norm', got None")
-    if options.horizon is not None:
-        check_number("horizon", options.horizon)
+        check_named_reduction(options.reduction)
+    check_horizon(options.horizon, options.reduction)
     if isinstance(options.normalizer, Tensor):
         if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {_shape(options.normalizer)}")
@@ -246,44 +295,46 @@ def check_mask_values(mask: Tensor | None) -> None:
         _require("mask", "bool or 0 and 1 (use token_weights for other factors)", mask, (mask == 0) | (mask == 1))
 
 
-def check_logprob_values(options: LogprobOptions, targets: Tensor, valid: Tensor, vocab: int) -> None:
-    """`valid` is the mask, shaped like targets: masked positions may carry anything."""
+def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int) -> None:
+    """All shaped like targets; `valid` is the mask: masked positions may carry anything."""
     _require("targets", f"in [0, {vocab})", targets, ~valid | ((targets >= 0) & (targets < vocab)))
-    if isinstance(options.temperature, Tensor):
-        temperature = options.temperature.expand(targets.shape)
-        _require(
-            "temperature", "positive and finite", temperature, ~valid | ((temperature > 0) & temperature.isfinite())
-        )
+    if temperature is not None:
+        inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
+        _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)
+
+
+_NEGATED = " (are these probabilities, or negated?)"
 
 
 def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
     """`valid` is the mask, shaped like targets."""
     if old_logprobs is not None:
         # NaN passes: a rollout engine's unscorable token is treated as masked
-        _require("old_logprobs", "log-probabilities <= 0", old_logprobs, ~valid | ~(old_logprobs > POSITIVE_LOGPROB))
+        good = ~(old_logprobs > POSITIVE_LOGPROB)
+        _require("old_logprobs", f"log-probabilities <= 0{_NEGATED}", old_logprobs, ~valid | good)
     if options.token_weights is not None:
         _require("token_weights", "finite", options.token_weights, ~valid | options.token_weights.isfinite())
-    if options.ref_logprobs is not None and options.kl_coef:
-        _require(
-            "ref_logprobs",
-            "log-probabilities <= 0",
-            options.ref_logprobs,
-            ~valid | (options.ref_logprobs <= POSITIVE_LOGPROB),
-        )
-    if isinstance(options.normalizer, Tensor):
-        _require(
-            "normalizer",
-            "positive and finite",
-            options.normalizer,
-            (options.normalizer > 0) & options.normalizer.isfinite(),
-        )
-    if options.cu_seqlens is not None:
-        steps = options.cu_seqlens.diff()
-        ends_match = options.cu_seqlens[0] == 0 and options.cu_seqlens[-1] == valid.numel()
-        if not ends_match or (steps < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to {valid.numel()}, got {options.cu_seqlens.tolist()}")
+    ref = options.ref_logprobs
+    if ref is not None and options.kl_coef:
+        good = ref.isfinite() & (ref <= POSITIVE_LOGPROB)
+        _require("ref_logprobs", f"finite log-probabilities <= 0{_NEGATED}", ref, ~valid | good)
+    if isinstance(options.reduction, TokenCoefficients):
+        for field, value in options.reduction._asdict().items():
+            if value is not None:
+                _require(f"reduction.{field}", "finite", value, ~valid | value.isfinite())
+    normalizer = options.normalizer
+    if isinstance(normalizer, Tensor):
+        good = (normalizer > 0) & normalizer.isfinite()
+        hint = ": a batch without a single valid token counts as 1 (drpo_kernels.distributed.global_normalizer)"
+        _require("normalizer", f"positive and finite{hint}", normalizer, good)
+
+
+def check_packing_values(cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens.tolist()}")
 
 
 def check_advantage_values(advantages: Tensor, valid: Tensor) -> None:
     """Both shaped like targets."""
-    _require("advantages", "finite", advantages, ~valid | advantages.isfinite())
+    good = advantages.isfinite() & (advantages.abs() <= LARGEST_ADVANTAGE)  # in float16 the bound itself is inf
+    _require("advantages", f"finite and at most {LARGEST_ADVANTAGE:g} in size", advantages, ~valid | good)

@@ -108,7 +108,8 @@ def dppo_divergence(x: Rows, divergence):
     pi, mu = logp.exp(), x.old.exp()
     if divergence == "tv":
         return (pi - mu).abs()
-    other = (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - pi + 1e-8))
+    miss = (1 - mu).clamp(min=0)  # rounding may put mu above 1
+    other = miss * torch.log((miss + 1e-8) / (1 - pi + 1e-8))
     return torch.where(mu > 0, mu * (x.old - logp), torch.zeros_like(mu)) + other
 
 
@@ -117,9 +118,14 @@ def dppo_dropped(x: Rows, delta_low, delta_high, divergence):
     return ((x.adv > 0) & (r > 1) & (d > delta_high)) | ((x.adv < 0) & (r < 1) & (d > delta_low))
 
 
+def _score(coefficient, logp):
+    """coefficient * logp; nothing where the coefficient is nothing, also at logp = -inf."""
+    return torch.where(coefficient == 0, torch.zeros_like(logp), coefficient * logp)
+
+
 def dppo(x: Rows, delta_low, delta_high, divergence, ratio_cap):
     keep = (~dppo_dropped(x, delta_low, delta_high, divergence)).double()
-    return -x.adv * x.ratio.detach().clamp(max=ratio_cap) * x.logp * keep
+    return _score(-x.adv * x.ratio.detach().clamp(max=ratio_cap) * keep, x.logp)
 
 
 def spo(x: Rows, epsilon):
@@ -135,7 +141,7 @@ def ppo(x: Rows, clip_low, clip_high, dual_clip):
 
 
 def cispo(x: Rows, ratio_cap):
-    return -x.ratio.detach().clamp(max=ratio_cap) * x.adv * x.logp
+    return _score(-x.ratio.detach().clamp(max=ratio_cap) * x.adv, x.logp)
 
 
 def policy_gradient(x: Rows, ratio_cap):
@@ -264,7 +270,7 @@ def policy_loss(
     valid = torch.ones(shape) if mask is None else mask.detach().cpu()
     valid = (valid != 0).reshape(-1)
     if old_logprobs is not None:
-        valid = valid & ~torch.isnan(as_f64(old_logprobs).expand(shape).reshape(-1))
+        valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -torch.inf)  # neither NaN nor -inf
     keep = valid.nonzero().squeeze(-1)
     seq = sequence_ids(shape, cu_seqlens)
 
@@ -332,7 +338,7 @@ def beyond_trust_region(spec, x: Rows) -> Tensor | None:
 
 
 def metrics(spec, x: Rows, entropy: Tensor) -> dict[str, Tensor]:
-    """Values over the rows of x; the weight (dl/dlogp) / (-A r) and the shares over those with A != 0."""
+    """Values over the rows of x, all computed; the weight (dl/dlogp) / (-A r) and the shares over those with A != 0."""
     if x.logp.numel() == 0:
         return {}
     with torch.enable_grad():
@@ -349,6 +355,9 @@ def metrics(spec, x: Rows, entropy: Tensor) -> dict[str, Tensor]:
         "drpo/prob_shift_mean": shift.mean(),
         "drpo/prob_shift_max": shift.max(),
         "drpo/entropy_mean": entropy.detach().mean(),
+        "drpo/tokens": torch.tensor(len(ratio)),
+        "drpo/computed": torch.tensor(len(ratio)),
+        "drpo/weighted": moving.sum(),
     }
     if bool(moving.any()) and not (isinstance(spec[0], str) and spec[0] in SEQUENCE_OBJECTIVES):
         weight = (slope / (-x.adv * ratio))[moving]

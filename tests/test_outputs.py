@@ -17,6 +17,7 @@ every_form = pytest.mark.parametrize("form", ["linear", "logits"])
 
 OF_EVERY_OBJECTIVE = ("ratio_mean", "ratio_max", "kl_k1", "kl_k3", "prob_shift_mean", "prob_shift_max", "weight_mean")
 KEYS = {f"drpo/{name}" for name in (*OF_EVERY_OBJECTIVE, "weight_min", "weight_max", "entropy_mean", "active_share")}
+KEYS |= {f"drpo/{name}" for name in ("unscorable", "tokens", "computed", "weighted")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -66,6 +67,9 @@ def test_metrics_by_hand(compact, backend, device):
             # the samples are the behaviour policy's: KL(mu || pi) = E[-log r] = E[r - 1 - log r]
             "kl_k1": -sum(log_ratios) / 4,
             "kl_k3": (5.25 - 4 - sum(log_ratios)) / 4,
+            "tokens": 4,
+            "computed": 4,
+            "weighted": 3,
         },
     )
 
@@ -75,7 +79,7 @@ def test_metrics_of_active_rows(backend, device):
     """compact='active' leaves out the A = 0 row: r = 3/2, 3/4, 2; three of the four valid tokens are active."""
     out = problems.call(four_rows(), dk.DRPO(delta=0.2), backend, device)
     close(out.metrics, {"ratio_mean": 4.25 / 3, "beyond_trust_region": 2 / 3, "weight_mean": 2.375 / 3})
-    close(out.metrics, {"active_share": 3 / 4})
+    close(out.metrics, {"active_share": 3 / 4, "tokens": 4, "computed": 3, "weighted": 3})
 
 
 @every_backend

@@ -65,6 +65,8 @@ def cast_rows(matrix: Tensor) -> int:
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b; a float32 `out` of 16-bit operands is accumulated and written in float32."""
+    if not out.numel():
+        return  # a shard of nothing but padding
     if a.dtype == out.dtype:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif not accumulate:
@@ -102,7 +104,7 @@ class HeadMatmul:
     def _blocks(self, always: bool = False) -> Iterator[slice]:
         """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed."""
         vocab = self.weight.shape[0]
-        step = cast_rows(self.weight) if self.casts or always else vocab
+        step = cast_rows(self.weight) if self.casts or always else max(vocab, 1)
         return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ class HeadMatmul:
 
     def hidden_gradient(self, dlogits: Tensor) -> Tensor:
         """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
-        out = torch.empty(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+        make = torch.empty if self.weight.shape[0] else torch.zeros  # a shard of nothing but padding
+        out = make(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
         for i, block in enumerate(self._blocks()):
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
         return out

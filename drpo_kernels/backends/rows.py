@@ -88,6 +88,7 @@ class RowBatch(NamedTuple):
     rows: Tensor  # [len(Row), N]
     transform: Transform
     bias: Tensor | None = None  # [V]
+    sharded: bool = False  # a target outside [0, V) belongs to another shard: no bad one, in no column here
 
 
 class RowOps(Protocol):

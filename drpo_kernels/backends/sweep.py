@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends import planning, row_ops
+from drpo_kernels.backends.fp8_head import Fp8Logits
 from drpo_kernels.backends.matmul import HeadMatmul, exact_float32
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
+from drpo_kernels.backends.sharded import ShardedRows
+from drpo_kernels.collectives import VocabShard, start_sum
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
@@ -21,13 +24,19 @@ COLUMN_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Execution:
-    """How to run, none of which changes what is computed."""
+    """How to run: of these, only the dtypes change what is computed.
+
+    With a `shard` the head's weight and bias are this rank's rows of it. The ranks of its group must then call with the
+    same inputs, options and `Wanted`: every chunk is a collective, and so is its dX.
+    """
 
     backend: str
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype | None = None
     workspace_bytes: int | None = None
     every_row: bool = False  # compact="none": sweep SKIPPED rows too, with no count read back from the device
+    shard: VocabShard | None = None
+    head_dtype: str | None = None  # of the logits' product alone, which it does change: see fp8_head.py
 
 
 class Wanted(NamedTuple):
@@ -39,7 +48,10 @@ class Wanted(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The output head: weight [V, H], bias [V] or None, the real vocabulary (V' <= V), and the transform after it."""
+    """The output head: weight [V, H], bias [V] or None, the real vocabulary (V' <= V), and the transform after it.
+
+    Of a sharded head, this rank's rows and how many of them are real, perhaps none.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -63,8 +75,12 @@ class LinearSweep:
 
     def __init__(self, hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution, wanted: Wanted):
         self.hidden, self.head, self.execution, self.wanted = hidden, head, execution, wanted
-        self.ops: RowOps = row_ops(execution.backend)
+        self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
+        ops = row_ops(execution.backend)
+        self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
         self.matmul = HeadMatmul(head.weight[: head.vocab], execution.compute_dtype)
+        quantized = execution.head_dtype is not None
+        self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
         self._order(targets, rows, any(wanted))
         self._allocate()
@@ -88,7 +104,8 @@ class LinearSweep:
         self.rows = rows if self.index is None else rows[:, self.index]
 
     def _allocate(self) -> None:
-        device, vocab = self.hidden.device, self.head.vocab
+        # every rank must cut the rows into the same chunks, whatever its own share of the vocabulary
+        device, vocab = self.hidden.device, self.head.vocab if self.shard is None else self.shard.largest
         logits_dtype = self.execution.logits_dtype or self.matmul.accumulator
         retainable = self.wanted.weight and self.matmul.operand_dtype == torch.bfloat16
         self.retain = retainable and planning.retain_dlogits(self.active, self.hidden.shape[1])
@@ -146,7 +163,7 @@ class LinearSweep:
 
     def batch(self, chunk: slice, hidden_rows: Tensor) -> RowBatch:
         """The chunk's logits, in the shared buffer, with what its rows carry in."""
-        logits = self.matmul.logits(hidden_rows, self._logits[: hidden_rows.shape[0]])
+        logits = self.head_product.logits(hidden_rows, self._logits[: hidden_rows.shape[0]])
         return RowBatch(logits, self.targets[chunk], self.rows[:, chunk], self.head.transform, self.bias)
 
     def dlogits(self, chunk: slice) -> Tensor:
@@ -159,16 +176,20 @@ class LinearSweep:
         if gradients.hidden is not None:
             dx = self.matmul.hidden_gradient(dlogits)
             dx = dx if undo is None else dx.mul_(undo)
-            if self.index is None:
-                gradients.hidden[chunk] = dx
-            else:
-                gradients.hidden[self.index[chunk]] = dx.to(gradients.hidden.dtype)
+            # in the accumulator's precision, and under way while dW is computed
+            complete = (lambda: None) if self.shard is None else start_sum(dx, self.shard.group)
         if gradients.weight is not None and not self.retain:
             out = gradients.weight[: self.head.vocab]
             self.matmul.add_weight_gradient(dlogits, hidden_rows, out, first=chunk.start == 0, undo=undo)
         if gradients.bias is not None:
             db = dlogits.sum(0, dtype=self.matmul.accumulator)
             gradients.bias[: self.head.vocab].add_(db if undo is None else db.mul_(undo))
+        if gradients.hidden is not None:
+            complete()
+            if self.index is None:
+                gradients.hidden[chunk] = dx
+            else:
+                gradients.hidden[self.index[chunk]] = dx.to(gradients.hidden.dtype)
 
     def gradients(self) -> Gradients:
         """The finished gradients, in the dtype they are stored in until the backward."""

@@ -167,6 +167,7 @@ class _GradientRows(NamedTuple):
     constant: Tensor | None  # and what does not depend on the token
     index: Tensor  # of the target
     at_target: Tensor  # dx there
+    elsewhere: Tensor | None  # bool, the target is in another shard and its index is of some other token; None: nowhere
 
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
@@ -180,7 +181,9 @@ class _GradientRows(NamedTuple):
             scale, per_q = 1 / total, -slopes[1] / LOG2E
             constant = slopes[1] * (total.log() - entropy) - slopes[0]
         factor = transform.factor(inv_temperature) * LOG2E
-        return _GradientRows(row_max, factor, scale, per_q, constant, index, at_target.masked_fill(outside, torch.nan))
+        elsewhere = outside if batch.sharded else None
+        at_target = at_target if batch.sharded else at_target.masked_fill(outside, torch.nan)
+        return _GradientRows(row_max, factor, scale, per_q, constant, index, at_target, elsewhere)
 
     def at(self, block: slice | Tensor) -> "_GradientRows":
         return _GradientRows(*(None if x is None else x[block] for x in self))
@@ -194,4 +197,7 @@ def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor
     else:
         p = torch.exp2(q, out=buffers[1]).mul_(row.scale)
         gradient = q.clamp_(min=LOWEST_SHIFT).mul_(row.per_q).add_(row.constant).mul_(p)
-    return gradient.scatter_(1, row.index, row.at_target)
+    at_target = row.at_target
+    if row.elsewhere is not None:
+        at_target = torch.where(row.elsewhere, gradient.gather(1, row.index), at_target)
+    return gradient.scatter_(1, row.index, at_target)

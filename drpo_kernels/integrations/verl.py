@@ -20,7 +20,7 @@ from drpo_kernels.backends.rows import derivative
 from drpo_kernels.logprobs import linear_token_logprobs
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, SPO, Objective
-from drpo_kernels.tokens import Tokens
+from drpo_kernels.tokens import Tokens, scorable
 
 VERL_HEAD = verl_kernel.linear_cross_entropy
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,7 +71,7 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
 
         old_log_prob [B, L] is log μ, log_prob [B, L] log π and carries the gradient, advantages [B, L], response_mask
         [B, L] bool or 0/1, rollout_is_weights [B, L] a factor per token or None. Masked positions may carry anything;
-        a token whose old log-prob is NaN is treated as masked. Computed in float32, or float64 for float64 log-probs.
+        a token whose old log-prob is NaN or -inf is treated as masked. Computed in float32, or float64 for float64 log-probs.
 
         -> (0-d loss, metrics: verl's "actor/..." where they have a meaning, and those of `drpo_kernels.metrics`, as
         floats after one read from the device). Raises TypeError without a config.
@@ -80,7 +80,7 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
             raise TypeError("config must be verl's ActorConfig, got None")
         objective = objective_from(config.policy_loss)
         unmasked = response_mask.bool()
-        unscorable = unmasked & old_log_prob.isnan()
+        unscorable = unmasked & ~scorable(old_log_prob)
         valid = unmasked & ~unscorable
         dtype = torch.promote_types(log_prob.dtype, torch.float32)
         # the gradient of `where` is exactly 0 at what it replaces

@@ -103,8 +103,8 @@ def reduce_row(
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
     b_y = base_logit(x_y, bias, target, in_range, 0.0, inner_scale, HAS_BIAS, HAS_SOFTCAP)
-    row_max = tl.maximum(tl.max(lane_max, 0), b_y)
-    row_max = tl.where(row_max > LOWEST, row_max, float("nan"))  # every token banned
+    largest = tl.maximum(tl.max(lane_max, 0), b_y)
+    row_max = tl.where(largest > LOWEST, largest, float("nan"))  # every token banned
     shift = (lane_max - row_max) * factor2
     fade = tl.exp2(shift)
     others = tl.sum(lane_sum * fade, 0)
@@ -115,6 +115,9 @@ def reduce_row(
     moment = tl.sum((lane_moment + lane_sum * shift) * fade, 0) * LN2 + e_y * tl.maximum(q_y, LOWEST)
     entropy = log_total - moment / total
     entropy = tl.where(entropy < 0, 0.0, entropy)  # rounding may leave -1e-8; a NaN passes
+    # without a NaN among them, -inf: another shard of the vocabulary may hold the row's tokens
+    banned = (largest <= LOWEST) & (b_y == b_y) & (tl.sum(lane_sum, 0) >= 0)
+    row_max = tl.where(banned, float("-inf"), row_max)
     return q_y - log_total, entropy, row_max, total, others / total
 
 

@@ -48,11 +48,12 @@ class TritonRows:
 
     def _launch(self, kernel, batch: RowBatch, *arguments, **flags) -> None:
         """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
-        logits, targets, rows, transform, bias = batch
+        logits, targets, rows, transform, bias = batch[:5]
         count, vocab = logits.shape
         if not count:
             return
-        if any(x.stride(-1) != 1 for x in (targets, rows, *arguments) if isinstance(x, Tensor)):
+        tensors = [x for x in (targets, rows, *arguments) if isinstance(x, Tensor)]
+        if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
             raise ValueError(
                 "the kernels take logits of any strides; everything else must be contiguous along its last axis"
             )

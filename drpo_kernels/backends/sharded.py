@@ -1,0 +1,82 @@
+"""Row operations on a head whose vocabulary is split over the ranks of a group: a decorator of a backend's own.
+
+Every rank computes the statistics of its own columns, one small all-gather per chunk brings them together, and every
+rank combines them alike, in rank order: the statistics, and so the loss, are bitwise the same on all ranks, and to
+rounding those of one process.
+"""
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Terms
+from drpo_kernels.collectives import VocabShard, gather
+
+# of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
+NOTHING = {Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0}
+
+
+class ShardedRows:
+    """`RowOps` over this rank's columns [n, V/n] with statistics and target ids of the whole vocabulary."""
+
+    def __init__(self, inner: RowOps, shard: VocabShard):
+        self.inner, self.shard = inner, shard
+
+    def statistics(self, batch: RowBatch) -> Tensor:
+        parts = gather(self.contribution(batch), self.shard.group)
+        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
+        statistics = combined(parts, self.shard.owner(batch.targets), factor)
+        return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
+
+    def contribution(self, batch: RowBatch) -> Tensor:
+        """The statistics of this rank's columns alone, [len(Stat), n]: LOGPROB and MISS are NaN where the target is
+        not a real entry here, so that a target which is one nowhere makes its row NaN.
+        """
+        vocab, local = batch.logits.shape[1], batch.targets - self.shard.start
+        here = (local >= 0) & (local < vocab)
+        if vocab:
+            statistics = self.inner.statistics(batch._replace(targets=torch.where(here, local, 0)))
+        else:
+            statistics = batch.rows.new_full((len(Stat), batch.rows.shape[1]), -torch.inf)
+        empty = statistics[Stat.MAX] == -torch.inf
+        for stat, value in NOTHING.items():
+            statistics[stat].masked_fill_(empty, value)
+        for stat in (Stat.LOGPROB, Stat.MISS):
+            statistics[stat].masked_fill_(~here, torch.nan)
+        return statistics
+
+    def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        if batch.logits.shape[1]:
+            local = batch._replace(targets=batch.targets - self.shard.start, sharded=True)
+            self.inner.write_gradient(local, statistics, slopes, out)
+
+    def fuses(self, terms: Terms) -> bool:
+        return False  # the loss needs every rank's statistics first
+
+
+def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
+    """Every rank's `contribution` [ranks, len(Stat), n] -> the statistics of the whole rows, [len(Stat), n].
+
+    With m_r, S_r, H_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
+        SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
+        LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
+    A share above 1/2 has log share = -log1p(Σ_{others} M / M): all that is added has one sign, nothing cancels.
+    """
+    local_max, local_sum = parts[:, Stat.MAX], parts[:, Stat.SUM]
+    row_max = local_max.amax(0)
+    shift = factor * (local_max - row_max)  # all ranks empty: -inf + inf = NaN, as in one process
+    mass = local_sum * shift.exp()
+    total = mass.sum(0)
+    itself = torch.eye(mass.shape[0], dtype=torch.bool, device=mass.device)[:, :, None]
+    others = mass[None].expand(mass.shape[0], *mass.shape).masked_fill(itself, 0).sum(1)
+    share = mass / total
+    # by logarithms where a share is small: it may underflow where its logarithm does not
+    log_share = torch.where(mass > others, -(others / mass).log1p(), shift + local_sum.log() - total.log())
+    entropy = (share * (parts[:, Stat.ENTROPY] - log_share)).masked_fill(share == 0, 0).sum(0)
+
+    def of_owner(values: Tensor) -> Tensor:
+        return values.gather(0, owner[None])[0]
+
+    logprob = of_owner(parts[:, Stat.LOGPROB] + log_share)
+    miss = of_owner(parts[:, Stat.MISS] * mass + others) / total
+    statistics = torch.stack([logprob, entropy, row_max, total, miss])
+    return statistics.masked_fill(logprob.isnan(), torch.nan)

@@ -1,0 +1,125 @@
+"""What the package asks of torch.distributed: a rank, a size, a gather and a sum; and how a head's vocabulary is split.
+
+The same calls serve gloo and NCCL. In a group of one, and where torch.distributed was not built or not initialised, no
+collective is called.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # a PyTorch without distributed has no such class
+    from torch.distributed import ProcessGroup
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """Processes in `group`, where None is all of them; 1 without an initialised process group."""
+    return dist.get_world_size(group) if _initialized() else 1
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    """This process's place in `group`, -1 where it is not a member; 0 without an initialised process group."""
+    return dist.get_rank(group) if _initialized() else 0
+
+
+def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The tensor of every rank of the group, in rank order: [...] -> [group size, ...]."""
+    size = group_size(group)
+    if size == 1:
+        return tensor[None]
+    gathered = tensor.new_empty(size, *tensor.shape)
+    # PyTorch 2.13 renamed it
+    into_one = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    into_one(gathered.view(-1), tensor.contiguous().view(-1), group=group)
+    return gathered
+
+
+def start_sum(tensor: Tensor, group: ProcessGroup | None) -> Callable[[], object]:
+    """Begin to sum a contiguous tensor over the group, in place; call the result before the tensor is used."""
+    if group_size(group) == 1:
+        return lambda: None
+    return dist.all_reduce(tensor, group=group, async_op=True).wait
+
+
+def summed(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Σ over the group, in place."""
+    start_sum(tensor, group)()
+    return tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """How the rows of an output head [V, H] are split over the ranks of a group (Megatron's vocabulary-parallel head).
+
+    group  process group of the ranks that hold one head together; None: all processes
+    sizes  rows that each of them holds, in rank order, padding included: uneven is fine, 0 is not
+
+    Rank r holds the rows [Σ sizes[:r], Σ sizes[:r + 1]) of the head. Raises TypeError or ValueError for sizes that are
+    not a tuple of ints >= 1. A group of one, or no process group at all, is a head that is not split.
+    """
+
+    group: ProcessGroup | None
+    sizes: tuple[int, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.sizes, tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in self.sizes):
+            raise TypeError(f"VocabShard: sizes must be a tuple of ints, got {self.sizes!r}")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"VocabShard: sizes must name at least 1 row for every rank, got {self.sizes}")
+
+    @classmethod
+    def gather(cls, weight: Tensor, group: ProcessGroup | None = None) -> VocabShard:
+        """The split of which this rank holds `weight` [V/n, H], by one collective: call it once, at set-up, everywhere.
+
+        The weight's device must be one the group's backend serves (CUDA for NCCL).
+        """
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [V/n, H], this rank's rows of the head, got shape {tuple(weight.shape)}")
+        rows = torch.tensor([weight.shape[0]], dtype=torch.int64, device=weight.device)
+        return cls(group, tuple(gather(rows, group)[:, 0].tolist()))
+
+    @property
+    def rank(self) -> int:
+        return group_rank(self.group)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Every rank's first row in the whole head."""
+        return tuple(itertools.accumulate(self.sizes[:-1], initial=0))
+
+    @property
+    def start(self) -> int:
+        """This rank's first row in the whole head."""
+        return self.starts[self.rank]
+
+    @property
+    def total(self) -> int:
+        """Rows of the whole head, padding included."""
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest shard."""
+        return max(self.sizes)
+
+    def real_rows(self, vocab: int) -> int:
+        """How many of this rank's rows are real entries of a vocabulary of `vocab`; 0 where it holds only padding."""
+        return min(max(vocab - self.start, 0), self.sizes[self.rank])
+
+    def owner(self, targets: Tensor) -> Tensor:
+        """The rank that holds each target's row, [N] int64; some rank for a target that none holds."""
+        # scalars in the comparisons: a tensor of boundaries would have to be copied to the device
+        return sum((targets >= start).to(torch.int64) for start in self.starts[1:]) + torch.zeros_like(targets)

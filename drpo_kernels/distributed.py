@@ -1,0 +1,257 @@
+"""Losses, gradients and metrics over ranks and accumulation steps that equal those of one big batch on one process.
+
+    vocabulary-parallel head   `VocabShard`, the `vocab_shard` keyword of the linear functions
+    data parallel              `global_normalizer`, the `normalizer` keyword of the policy losses
+    context parallel           `sequence_coefficients`, the `reduction` keyword of the policy losses
+    logging                    `reduce_loss`, `reduce_metrics`
+
+In all of them `group` holds the ranks with *different* tokens, whose gradients are combined: the data-parallel group,
+times the context-parallel one where sequences are split. Ranks that share a split head hold the same tokens and must
+not be in it together. Without torch.distributed, or before it is initialised, a group is this process alone.
+
+A rank may have no micro-batch, and a micro-batch no valid token. All functions return tensors, without waiting for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from drpo_kernels import validation
+from drpo_kernels.aggregation import TokenCoefficients
+from drpo_kernels.collectives import VocabShard, gather, group_size, summed
+from drpo_kernels.metrics import METRICS, PREFIX, combined_metrics
+from drpo_kernels.tokens import Sequences, scorable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["VocabShard", "global_normalizer", "reduce_loss", "reduce_metrics", "sequence_coefficients"]
+
+
+def global_normalizer(
+    masks: Tensor | Sequence[Tensor],
+    reduction: str = "token-mean",
+    *,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    old_logprobs: Tensor | Sequence[Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    gradients: str = "mean",
+    loss_divisor: float = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The `normalizer` with which the gradient of one optimizer step is that of its whole batch, however it is split.
+
+    masks         [...] bool or 0/1, this rank's micro-batches of the step: one mask, or a list that may be empty
+    reduction     the one given to the loss with this normalizer
+    cu_seqlens    of packed micro-batches, for a "seq-..." reduction
+    old_logprobs  shaped like the masks where some may be NaN or -inf on valid tokens: the loss takes those as masked
+    group         ranks that hold different tokens; None: all processes
+    gradients     what the wrapper does with the ranks' gradients: "mean" (DDP, FSDP and ZeRO divide by the number of
+                  ranks) or "sum". Accumulation over micro-batches adds
+    loss_divisor  what the trainer divides each micro-batch's loss by before its backward: the accumulation steps under
+                  DeepSpeed, Accelerate and the HF Trainer; 1 where it does not
+    device        where this rank's tensors live, of use only where `masks` may be empty
+
+    -> 0-d float64 (float32 on MPS): N / (ranks · loss_divisor) with "mean", N / loss_divisor with "sum". N is the
+    number of valid tokens for "token-mean", of non-empty sequences for the "seq-..." reductions, over all ranks and
+    micro-batches and at least 1; 1 for "token-sum". One collective, which every rank of the group must join.
+
+    Raises TypeError or ValueError, naming the argument.
+    """
+    masks = _batches("masks", masks)
+    count = torch.zeros((), dtype=torch.int64, device=_device(masks, device))
+    validation.check_named_reduction(reduction)
+    offsets, old_logprobs = _aligned("cu_seqlens", cu_seqlens, masks), _aligned("old_logprobs", old_logprobs, masks)
+    for mask, offset, old in zip(masks, offsets, old_logprobs, strict=True):
+        valid = _valid(mask, old)
+        if reduction == "token-mean":
+            count += valid.sum()
+        elif reduction != "token-sum":
+            if offset is not None:
+                validation.check_packing(offset, "masks", mask)
+            elif mask.dim() < 2:
+                raise ValueError(f"cu_seqlens must be given with reduction {reduction!r} and masks {tuple(mask.shape)}")
+            count += (Sequences(mask.shape, offset).sum(valid.reshape(-1).to(torch.int64)) > 0).sum()
+    count = count + 1 if reduction == "token-sum" else summed(count, group)
+    return _wide(count.clamp(min=1)) / _excess(group, gradients, loss_divisor)
+
+
+def sequence_coefficients(
+    masks: Tensor | Sequence[Tensor],
+    reduction: str,
+    *,
+    context_group: ProcessGroup | None,
+    group: ProcessGroup | None = None,
+    sequence_ids: Tensor | Sequence[Tensor] | None = None,
+    sequence_counts: int | Sequence[int] | None = None,
+    old_logprobs: Tensor | Sequence[Tensor] | None = None,
+    horizon: float | None = None,
+    gradients: str = "mean",
+    loss_divisor: float = 1,
+    device: torch.device | str | None = None,
+) -> TokenCoefficients | list[TokenCoefficients]:
+    """The `reduction` to pass where every rank of a context-parallel group holds a slice of each sequence.
+
+    masks            [B, L / n] bool or 0/1, this rank's slices: one mask, or a list of the step's micro-batches, of
+                     which the ranks of `context_group` hold slices in the same order
+    reduction        "token-mean", "token-sum", "seq-mean-token-mean", ...: what the whole sequences are reduced by
+    context_group    the ranks that hold slices of the same sequences
+    group            as in `global_normalizer`: all ranks whose gradients are combined, every context group included
+    sequence_ids     where slices are not rows (packed, striped): integer, shaped like the masks, each token's sequence
+    sequence_counts  with `sequence_ids`: the number of sequences of each micro-batch, the same on the context group
+    horizon          as in the loss, for "seq-mean-token-sum-norm"; the other arguments are those of `global_normalizer`
+
+    -> for each mask (a list for a list) `TokenCoefficients` shaped like it: c_t = 1 / N, 1 / (length of t's sequence ·
+    N), ... with lengths over `context_group`, N over `group`, and the factor of `gradients` and `loss_divisor`. Two
+    collectives. An objective on the ratio of whole sequences (GSPO) has no such form: gather its sequences first.
+
+    Raises TypeError or ValueError, naming the argument.
+    """
+    single = isinstance(masks, Tensor)
+    masks = _batches("masks", masks)
+    device = _device(masks, device)
+    validation.check_named_reduction(reduction)
+    validation.check_horizon(horizon, reduction)
+    valid = list(map(_valid, masks, _aligned("old_logprobs", old_logprobs, masks)))
+    ids, counts = _sequences_of(masks, sequence_ids, sequence_counts)
+    flat = torch.zeros(sum(counts), dtype=torch.int64, device=device)
+    for of_batch, v, i in zip(flat.split(counts), valid, ids, strict=True):
+        of_batch.index_add_(0, i, v.reshape(-1).to(torch.int64))
+    flat = summed(flat, context_group) if flat.numel() else flat
+    # every context group counts its sequences, or its tokens, once on each of its ranks
+    count = summed(flat.sum() if reduction == "token-mean" else (flat > 0).sum(), group)
+    size = group_size(context_group)
+    normalizer = _wide((count // size).clamp(min=1)) if reduction != "token-sum" else 1
+    normalizer = normalizer / _excess(group, gradients, loss_divisor)
+    if reduction == "seq-mean-token-sum-norm":
+        normalizer = normalizer * horizon
+    coefficients = []
+    for v, i, of_sequence in zip(valid, ids, flat.split(counts), strict=True):
+        per_token = _wide(v) / normalizer
+        if reduction == "seq-mean-token-mean":
+            per_token = per_token / of_sequence.clamp(min=1)[i].reshape(v.shape)
+        coefficients.append(TokenCoefficients(per_token))
+    return coefficients[0] if single else coefficients
+
+
+def reduce_loss(
+    losses: Tensor | Sequence[Tensor],
+    group: ProcessGroup | None = None,
+    *,
+    gradients: str = "mean",
+    loss_divisor: float = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The loss of the whole batch, for a log: 0-d, detached, float64 (float32 on MPS). One collective.
+
+    losses        0-d, `out.loss` of this rank's micro-batches, or a list of them that may be empty: computed with
+                  `global_normalizer` or `sequence_coefficients`, before the trainer divides them
+    The other arguments are the ones given there.
+    """
+    losses = _batches("losses", losses)
+    nothing = _wide(torch.zeros((), device=_device(losses, device)))
+    total = nothing + sum(_wide(loss.detach()) for loss in losses)
+    return summed(total, group) / _excess(group, gradients, loss_divisor)
+
+
+def reduce_metrics(
+    metrics: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+    group: ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """`out.metrics` of this rank's micro-batches, one or a list that may be empty, as those of the whole batch.
+
+    Means are weighted by the rows they are over, extremes are extremes over the ranks that have any, counts are summed
+    (`drpo_kernels.metrics.METRICS` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a
+    rank's is. One collective.
+
+    Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
+    """
+    records = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+    keys = [PREFIX + name for name in METRICS]
+    for record in records:
+        if not isinstance(record, Mapping):
+            raise TypeError(f"metrics must be out.metrics or a list of them, got {type(record).__name__}")
+        if record.keys() != set(keys):
+            amiss = sorted(record.keys() ^ set(keys))
+            raise ValueError(f"metrics must have the keys of out.metrics, got missing or additional ones: {amiss}")
+    device = _device([record[keys[0]] for record in records], device)
+    # a batch of no rows: neutral, and what a rank without micro-batches reports
+    nothing = _wide(torch.zeros(len(keys), device=device))
+    stacked = torch.stack([nothing, *(torch.stack([_wide(record[key]) for key in keys]) for record in records)])
+    local = torch.stack(list(combined_metrics(dict(zip(keys, stacked.T, strict=True))).values()))
+    return combined_metrics(dict(zip(keys, gather(local, group).T, strict=True)))
+
+
+def _batches(name: str, values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    values = [values] if isinstance(values, Tensor) else list(values)
+    for value in values:
+        validation.check_tensor(name, value)
+    return values
+
+
+def _aligned(name: str, values: Tensor | Sequence[Tensor] | None, masks: list[Tensor]) -> list[Tensor | None]:
+    """One per micro-batch."""
+    values = [None] * len(masks) if values is None else _batches(name, values)
+    if len(values) != len(masks):
+        raise ValueError(f"{name} must be given for each of the {len(masks)} masks, got {len(values)}")
+    return values
+
+
+def _valid(mask: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """bool, shaped like the mask: what the losses take as valid."""
+    valid = (mask != 0) & (mask == mask)
+    if old_logprobs is None:
+        return valid
+    if old_logprobs.shape != mask.shape:
+        raise ValueError(
+            f"old_logprobs must be shaped like its mask {tuple(mask.shape)}, got {tuple(old_logprobs.shape)}"
+        )
+    return valid & scorable(old_logprobs)
+
+
+def _sequences_of(masks: list[Tensor], sequence_ids, sequence_counts) -> tuple[list[Tensor], list[int]]:
+    """(each token's sequence [N] int64, number of sequences) of every micro-batch; by rows where no ids are given."""
+    if (sequence_ids is None) != (sequence_counts is None):
+        raise ValueError("sequence_ids and sequence_counts must be given together, got one of them")
+    if sequence_ids is None:
+        for mask in masks:
+            if mask.dim() < 2:
+                raise ValueError(f"sequence_ids must be given with masks of shape {tuple(mask.shape)}, got None")
+        counts = [mask.shape[:-1].numel() for mask in masks]
+        ids = [torch.arange(n, device=m.device).repeat_interleave(m.shape[-1]) for m, n in
+               zip(masks, counts, strict=True)]  # fmt: skip
+        return ids, counts
+    ids = _aligned("sequence_ids", sequence_ids, masks)
+    counts = [sequence_counts] if isinstance(sequence_counts, int) else list(sequence_counts)
+    if len(counts) != len(masks):
+        raise ValueError(f"sequence_counts must be given for each of the {len(masks)} masks, got {len(counts)}")
+    for i, mask in zip(ids, masks, strict=True):
+        validation.check_tensor("sequence_ids", i, floating=False)
+        if i.shape != mask.shape:
+            raise ValueError(f"sequence_ids must be shaped like its mask {tuple(mask.shape)}, got {tuple(i.shape)}")
+    return [i.reshape(-1).to(torch.int64) for i in ids], counts
+
+
+def _device(tensors: list[Tensor], device: torch.device | str | None) -> torch.device:
+    if tensors:
+        return tensors[0].device
+    return torch.get_default_device() if device is None else torch.device(device)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def _excess(group: ProcessGroup | None, gradients: str, loss_divisor: float) -> float:
+    """What the wrapper and the trainer divide by, so that the loss need not."""
+    if gradients not in ("mean", "sum"):
+        raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+    validation.check_number("loss_divisor", loss_divisor)
+    return (group_size(group) if gradients == "mean" else 1) * loss_divisor

@@ -1,0 +1,56 @@
+"""What the cases of shard_cases.py and batch_cases.py share: a process's place in the world, and comparisons.
+
+A case is a function of its process's `World`. What it asserts, it asserts after its collectives, so that no rank waits
+for one that has failed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from problems import relative, replace
+
+CASES = {}
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    def everyone(self, value) -> list:
+        """Every rank's value; tensors should be on the CPU."""
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def own(self, tensors) -> list:
+        return [x.to(self.device) for x in tensors]
+
+
+def case(*names, **options):
+    """Register a function of (world, **options) as a case of its name and these."""
+
+    def register(function):
+        CASES["-".join((function.__name__, *names))] = lambda world: function(world, **options)
+        return function
+
+    return register
+
+
+def agree(found, want, bound, exact=None, exact_bound=0.0, label="gradient"):
+    """Every tensor of `found` within `bound` of the norm of one process's, and within `exact_bound` of float64."""
+    for name, value in found.items():
+        error = relative(value, want[name])
+        assert error <= bound, f"{label} of {name}: {error:.1e} from one process, more than {bound:.0e}"
+        if exact is not None:
+            error = relative(value, exact[name])
+            assert error <= exact_bound, f"{label} of {name}: {error:.1e} from float64, more than {exact_bound:.0e}"
+
+
+def local_head(problem, shard):
+    """The problem with this rank's rows of the head."""
+    mine = slice(shard.start, shard.start + shard.sizes[shard.rank])
+    return replace(problem, weight=problem.weight[mine], bias=None if problem.bias is None else problem.bias[mine])
