@@ -64,6 +64,8 @@ class VocabShard:
 
     group  process group of the ranks that hold one head together; None: all processes
     sizes  rows that each of them holds, in rank order, padding included: uneven is fine, 0 is not
+    partial_hidden_gradient  True: the gradient of hidden stays this rank's share of it, for a hidden that was gathered
+           by a function whose backward adds the ranks (Megatron's gather from its sequence-parallel region)
 
     Rank r holds the rows [Σ sizes[:r], Σ sizes[:r + 1]) of the head. Raises TypeError or ValueError for sizes that are
     not a tuple of ints >= 1. A group of one, or no process group at all, is a head that is not split.
@@ -71,6 +73,7 @@ class VocabShard:
 
     group: ProcessGroup | None
     sizes: tuple[int, ...]
+    partial_hidden_gradient: bool = False
 
     def __post_init__(self):
         if not isinstance(self.sizes, tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in self.sizes):
@@ -79,7 +82,9 @@ class VocabShard:
             raise ValueError(f"VocabShard: sizes must name at least 1 row for every rank, got {self.sizes}")
 
     @classmethod
-    def gather(cls, weight: Tensor, group: ProcessGroup | None = None) -> VocabShard:
+    def gather(
+        cls, weight: Tensor, group: ProcessGroup | None = None, *, partial_hidden_gradient: bool = False
+    ) -> VocabShard:
         """The split of which this rank holds `weight` [V/n, H], by one collective: call it once, at set-up, everywhere.
 
         The weight's device must be one the group's backend serves (CUDA for NCCL).
@@ -89,7 +94,7 @@ class VocabShard:
         if weight.dim() != 2:
             raise ValueError(f"weight must be [V/n, H], this rank's rows of the head, got shape {tuple(weight.shape)}")
         rows = torch.tensor([weight.shape[0]], dtype=torch.int64, device=weight.device)
-        return cls(group, tuple(gather(rows, group)[:, 0].tolist()))
+        return cls(group, tuple(gather(rows, group)[:, 0].tolist()), partial_hidden_gradient)
 
     @property
     def rank(self) -> int:

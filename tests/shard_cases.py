@@ -183,6 +183,20 @@ def certain(world):
 
 
 @case()
+def partial_hidden_gradient(world):
+    """Each rank's share of dX, for a gather whose backward adds them."""
+    problem = random_problem(13, (4, 6), 12, sum(SPLITS[world.size]["uneven"]))
+    mine, shard = split_problem(world, problem, "uneven")
+    shard = VocabShard(shard.group, shard.sizes, partial_hidden_gradient=True)
+    options = {"workspace_bytes": SMALL_WORKSPACE}
+    _, grads = problems.run(mine, dk.DRPO(), "torch", world.device, vocab_shard=shard, **options)
+    shares = [rank["hidden"] for rank in world.everyone(cpu(grads))]
+    _, single = problems.run(problem, dk.DRPO(), "torch", world.device, **options)
+    agree({"hidden": sum(shares)}, single, BOUNDS[torch.float32][0])
+    assert relative(shares[0], single["hidden"]) > 0.1
+
+
+@case()
 def forward_only(world):
     problem = full_problem(9, vocab=sum(SPLITS[world.size]["uneven"]))
     mine, shard = split_problem(world, problem, "uneven")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import drpo_kernels
+from drpo_kernels.distributed import VocabShard
 from snippets import ROOT, run, snippet
 
 ENVIRONMENTS = (Path(sys.prefix) / "verl", ROOT / ".venv" / "verl")
@@ -435,14 +436,19 @@ def test_head_in_a_process_group(verl, monkeypatch):
     hidden, weight, labels = head_inputs(5)
     plain = verl.ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", None)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    world = torch.distributed.group.WORLD
     try:
-        alone = verl.ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", torch.distributed.group.WORLD)
+        alone = verl.ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", world)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-        with pytest.raises(NotImplementedError, match=r"dist_process_group must have one rank .*, got 2"):
-            verl.ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", torch.distributed.group.WORLD)
+        received = {}
+        monkeypatch.setattr(verl.ours, "linear_token_logprobs", lambda *_, **keywords: (received.update(keywords), 0))
+        verl.ours.linear_cross_entropy(hidden, weight, labels, 1.0, "none", world)
     finally:
         torch.distributed.destroy_process_group()
     assert all(torch.equal(a, b) for a, b in zip(plain, alone, strict=True))
+    # tests/test_distributed.py holds such a shard to one process's numbers
+    rows = weight.shape[0]
+    assert received["vocab_shard"] == VocabShard(world, (rows, rows), True)
 
 
 def test_head_is_replaced_and_put_back(verl, monkeypatch, restored_head):

@@ -177,7 +177,8 @@ class LinearSweep:
             dx = self.matmul.hidden_gradient(dlogits)
             dx = dx if undo is None else dx.mul_(undo)
             # in the accumulator's precision, and under way while dW is computed
-            complete = (lambda: None) if self.shard is None else start_sum(dx, self.shard.group)
+            sums = self.shard is not None and not self.shard.partial_hidden_gradient
+            complete = start_sum(dx, self.shard.group) if sums else lambda: None
         if gradients.weight is not None and not self.retain:
             out = gradients.weight[: self.head.vocab]
             self.matmul.add_weight_gradient(dlogits, hidden_rows, out, first=chunk.start == 0, undo=undo)

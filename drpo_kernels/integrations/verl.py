@@ -17,6 +17,7 @@ from verl.utils.kernel import linear_cross_entropy as verl_kernel
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from drpo_kernels.backends.rows import derivative
+from drpo_kernels.distributed import VocabShard
 from drpo_kernels.logprobs import linear_token_logprobs
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, SPO, Objective
@@ -129,8 +130,10 @@ def linear_cross_entropy(
     -> (log-probs of the labels, [N] or 0-d after a reduction; entropy [N] in nats, never reduced), N the number of
     labels, both float32 (float64 for float64 inputs) and differentiable. They are log-probs, not their negatives.
 
-    Raises ValueError for another reduction, NotImplementedError for a group of several ranks, and what
-    `linear_token_logprobs` raises.
+    In a group of several ranks, weight is this rank's [V / ranks, H] and labels are ids of the whole vocabulary; the
+    gradient of hidden is this rank's share, as verl's is.
+
+    Raises ValueError for another reduction, and what `linear_token_logprobs` raises.
     """
     if not isinstance(reduction, str) or reduction.lower() not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
@@ -139,20 +142,20 @@ def linear_cross_entropy(
         weight,
         labels.reshape(-1),
         temperature=temperature,
-        **_vocabulary_shard(dist_process_group),
+        **_vocabulary_shard(weight, dist_process_group),
     )
     return REDUCTIONS[reduction.lower()](logprobs), entropy
 
 
-def _vocabulary_shard(group: "torch.distributed.ProcessGroup | None") -> dict:
+def _vocabulary_shard(weight: Tensor, group: "torch.distributed.ProcessGroup | None") -> dict:
     """The keywords of `linear_token_logprobs` for a weight of which each rank of the group holds V / ranks rows.
 
-    verl's kernel leaves the gradient of hidden a partial sum on each rank: the backward of its callers' gather over the
-    sequence-parallel region adds them up, so a sharded head that had already done so would count it once per rank.
+    As verl's kernel does, it leaves the gradient of hidden a share on each rank: the backward of its callers' gather
+    from Megatron's sequence-parallel region adds them up.
     """
     if group is None or (ranks := torch.distributed.get_world_size(group)) == 1:
         return {}
-    raise NotImplementedError(f"dist_process_group must have one rank (no vocabulary-parallel head yet), got {ranks}")
+    return {"vocab_shard": VocabShard(group, (weight.shape[0],) * ranks, partial_hidden_gradient=True)}
 
 
 def use_fused_head() -> None:
