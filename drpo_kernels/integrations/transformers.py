@@ -6,31 +6,21 @@ a small probe standing in for the logits: whatever it does before the head (padd
 does, and what it does to logits after the head is read off the probe instead of being guessed from its configuration.
 """
 
-import contextlib
+import copy
 import functools
 import inspect
-import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from drpo_kernels.collectives import VocabShard
+from drpo_kernels.integrations.probing import Probe, standing_in, transform_of
+
 _STATE = "_drpo_fused_head"
-# Stand-ins for logits: small ones show a scale, the largest one the limit of a soft-cap. The first is the unit.
-_PROBE = (1.0, 0.0, -1.0, 0.1, -0.1, 5.0, -5.0, 20.0, -40.0, 1e6)
-
-
-class HeadTransform(NamedTuple):
-    """What a model does to its head's output: softcap(logit_scale · x), as in `linear_policy_loss`."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.logit_scale * x
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+_TENSOR_PARALLEL = "tp"  # the mesh dimension of a head split over its vocabulary; FSDP's shards look the same otherwise
 
 
 class WithAuxiliaryLoss(NamedTuple):
@@ -41,32 +31,20 @@ class WithAuxiliaryLoss(NamedTuple):
 
 
 class _State:
-    """What `add_fused_head` remembers of a model; the transform is known after the first fused call."""
+    """What `add_fused_head` remembers of a model."""
 
-    def __init__(self, float32: bool):
+    def __init__(self, float32: bool, forward: Callable, previous: Callable | None):
         self.float32 = float32
-        self.transform: HeadTransform | None = None
+        self.forward = forward  # the function on the instance now, and what somebody had set there before
+        self.previous = previous
 
+    def __deepcopy__(self, memo: dict) -> "_State":
+        copied = _State.__new__(_State)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)  # a bound method follows its model
+        return copied
 
-class _Probe(nn.Module):
-    """Stands in for the head during a fused forward: keeps the hidden states and returns the probe, [1, .., 10]."""
-
-    def __init__(self, head: nn.Module):
-        super().__init__()
-        self.hidden: Tensor | None = None
-        self._in_place_of = (head,)  # in a tuple: not a submodule
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._in_place_of[0], name)  # Mamba reads its head's weight.dtype
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.hidden = hidden
-        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
-        values = torch.tensor(_PROBE, dtype=dtype, device=hidden.device)
-        return values.view(*(1,) * (hidden.dim() - 1), -1)
+    def __reduce__(self):
+        return type(None), ()  # pickle leaves the instance's forward behind: what it restores has no fused head
 
 
 def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
@@ -74,8 +52,8 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
 
     Afterwards `model(..., fused_head=function)` runs the backbone and returns
     `function(hidden [B, L, H], weight [V, H], bias=..., logit_scale=..., softcap=...)`, with the logit scale and the
-    soft-cap that this model applies; without `fused_head` the forward is the model's own, and so is `generate`. Adding
-    it twice changes nothing.
+    soft-cap that this model applies (and vocab_size=..., where it cuts its logits); without `fused_head` the forward is
+    the model's own, and so is `generate`. Adding it twice changes nothing.
     `functools.partial` of `linear_policy_loss` or `linear_token_logprobs` is such a function:
 
         out = model(input_ids=ids[:, :-1], attention_mask=attention_mask[:, :-1], fused_head=partial(
@@ -86,138 +64,147 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     model's forward. A model that returns a router's load-balancing loss gives `WithAuxiliaryLoss(result, aux_loss)`.
 
     Call it before wrapping the model with PEFT, DDP, FSDP or DeepSpeed, and hand everything to the wrapped model's
-    call. Tensors inside a `partial` stay as they are: FSDP and DeepSpeed round bare arguments to the compute dtype.
+    call. Tensors inside a `partial` stay as they are, where FSDP would round bare arguments to the compute dtype.
+    What the function returns must be a tensor, or (named) tuples, lists and dicts of them: their hooks look no further.
+    A head that tensor parallelism splits over its vocabulary, on a mesh dimension named "tp", goes to the function as
+    this rank's rows, with vocab_shard=... beside them.
 
     float32       True: the head's product runs in float32, outside autocast; its weight must be float32
 
     Raises TypeError for a model whose head is not a plain `nn.Linear` (LoRA on the head, quantised, a forward of its
-    own), and ValueError, at the first fused call, where what follows the head is not a scale and a soft-cap.
+    own), then or at a fused call, and ValueError, at a fused call, where what follows the head is not a scale and a
+    soft-cap.
     """
-    head = _head_of(model)
-    state = getattr(model, _STATE, None)
+    model = _causal_lm(given := model)
+    linear = _linear(_head_of(model))
+    state = model.__dict__.get(_STATE)
     if state is not None:
         if state.float32 != float32:
             raise ValueError(f"{type(model).__name__} has a fused head with float32={state.float32} already")
-        return model
-    _require_plain(head, ignore_forward=float32)
-    setattr(model, _STATE, _State(float32))
-    head.forward = types.MethodType(_head_forward(head.__dict__.get("forward"), float32), head)
-    model.forward = types.MethodType(_model_forward(type(model).forward, model.__dict__.get("forward")), model)
-    return model
+        return given
+    _require_plain(linear, float32)
+    forward = _forward_of(type(model).forward)
+    setattr(model, _STATE, _State(float32, forward, model.__dict__.get("forward")))
+    model.forward = types.MethodType(forward, model)
+    return given
 
 
 def remove_fused_head(model: nn.Module) -> nn.Module:
-    """Undo `add_fused_head`. -> the same model. Raises ValueError for a model without one."""
-    if not hasattr(model, _STATE):
+    """Undo `add_fused_head`. -> the same model. Raises ValueError for a model without one, or wrapped since."""
+    model = _causal_lm(given := model)
+    state = model.__dict__.get(_STATE)
+    if state is None:
         raise ValueError(f"{type(model).__name__} has no fused head")
-    for module in (model, _head_of(model)):
-        previous = module.forward.__func__.previous
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
+    if getattr(model.__dict__.get("forward"), "__func__", None) is not state.forward:
+        raise ValueError(f"the forward of {type(model).__name__} was replaced after add_fused_head: undo that first")
+    if state.previous is None:
+        del model.forward
+    else:
+        model.forward = state.previous
     delattr(model, _STATE)
-    return model
+    return given
 
 
-def _model_forward(original: Callable, previous: Callable | None) -> Callable:
-    """The model's forward with a `fused_head` argument; `previous` is a forward somebody set on the instance."""
+def _forward_of(original: Callable) -> Callable:
+    """The model's forward with a `fused_head` argument."""
 
     @functools.wraps(original)  # `generate` checks its arguments against this signature
     def forward(self, *args, fused_head: Callable | None = None, **kwargs):
-        plain = functools.partial(original, self) if previous is None else previous
+        plain = self.__dict__[_STATE].previous or functools.partial(original, self)
         if fused_head is None:
             return plain(*args, **kwargs)
         return _fused_call(self, plain, fused_head, args, kwargs)
 
-    forward.previous = previous
-    return forward
-
-
-def _head_forward(previous: Callable | None, float32: bool) -> Callable:
-    """The head's forward with a `fused_head` argument, by which it is called through the hooks of its wrappers."""
-
-    def forward(self, hidden: Tensor, fused_head: Callable | None = None):
-        if fused_head is None:
-            return type(self).forward(self, hidden) if previous is None else previous(hidden)
-        _require_plain(self, ignore_forward=True)
-        _require_plain_weight(self.weight)
-        if not float32:
-            return fused_head(hidden, self.weight, bias=self.bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return fused_head(hidden.float(), self.weight, bias=self.bias)
-
-    forward.previous = previous
     return forward
 
 
 def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: tuple, kwargs: dict):
     if kwargs.get("labels") is not None:
-        raise ValueError("labels must be None with fused_head: the targets belong to the function")
-    parameters = inspect.signature(type(model).forward).parameters
-    if "use_cache" in parameters:
+        raise ValueError("labels must be None with fused_head: give the targets to the function, aligned with hidden")
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
         kwargs["use_cache"] = False
-    state: _State = getattr(model, _STATE)
-    head = _head_of(model)
-    with _probing(model, head) as probe:
+    state, head = model.__dict__[_STATE], _head_of(model)
+    linear = _linear(head)
+    _require_plain(linear, state.float32)
+    probe = Probe(head, linear.out_features)
+    with standing_in(model, head, probe):
         outputs = _run(model, plain, probe, args, kwargs)
-    if state.transform is None:
-        state.transform = _transform_of(model, outputs.logits)
-    call = functools.partial(fused_head, **state.transform._asdict())
-    result = head(probe.hidden, fused_head=call)
+    transform = transform_of(model, outputs.logits, probe.width)
+    function = functools.partial(fused_head, **transform.keywords())
+    result = _call_head(head, linear, probe.hidden, function, state.float32)
     aux_loss = getattr(outputs, "aux_loss", None)
     return result if aux_loss is None else WithAuxiliaryLoss(result, aux_loss)
 
 
-def _run(model: nn.Module, plain: Callable, probe: _Probe, args: tuple, kwargs: dict):
-    name = type(model).__name__
+def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: dict):
+    """The model's outputs, with the probe's in place of the logits."""
+    refused = f"{type(model).__name__} cannot have a fused head: "
     try:
         outputs = plain(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if probe.hidden is None:
+        if not probe.calls:
             raise
-        raise ValueError(
-            f"{name} cannot have a fused head: what its forward does after the head failed on a probe of "
-            f"{len(_PROBE)} logits"
-        ) from error
-    if probe.hidden is None or not isinstance(getattr(outputs, "logits", None), Tensor):
-        raise ValueError(
-            f"{name} cannot have a fused head: its forward did not call its output embeddings, or returned no logits "
-            "(return_dict must not be False)"
-        )
+        raise ValueError(f"{refused}what its forward does after the head failed on a probe ({error})") from error
+    if not isinstance(getattr(outputs, "logits", None), Tensor):
+        raise ValueError(f"{refused}its forward returned no logits, {_kind(outputs)} (return_dict must not be False)")
+    if probe.calls != 1:
+        raise ValueError(f"{refused}its forward called its output embeddings {probe.calls} times, it must do so once")
     return outputs
 
 
-@contextlib.contextmanager
-def _probing(model: nn.Module, head: nn.Module) -> Iterator[_Probe]:
-    """The probe in the head's place, and the head back in it whatever happens."""
-    places = [(parent, name) for parent in model.modules() for name, m in parent._modules.items() if m is head]
-    probe = _Probe(head)
+def _call_head(head: nn.Module, linear: nn.Linear, hidden: Tensor, function: Callable, float32: bool):
+    """`function(hidden, weight, bias=...)` as the head's forward, inside the hooks by which wrappers gather it."""
+
+    def forward(hidden: Tensor):
+        weight, bias, shard = _whole_or_shard(linear.weight, linear.bias)
+        if not float32:
+            return function(hidden, weight, bias=bias, **shard)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden.float(), weight, bias=bias, **shard)
+
+    if _mesh_of(linear.weight) == (_TENSOR_PARALLEL,):
+        return forward(hidden)  # its hooks would take the result for logits
+    previous = linear.__dict__.get("forward")
+    linear.forward = forward
     try:
-        for parent, name in places:
-            parent._modules[name] = probe
-        yield probe
+        return head(hidden)
     finally:
-        for parent, name in places:
-            parent._modules[name] = head
+        del linear.forward
+        if previous is not None:
+            linear.forward = previous
 
 
-def _transform_of(model: nn.Module, logits: Tensor) -> HeadTransform:
-    """The transform that turns the probe into these logits. Reads them: one synchronisation per model."""
-    x = torch.tensor(_PROBE, dtype=torch.float64)
-    y = logits.detach().reshape(-1).to(device="cpu", dtype=torch.float64)
-    if y.shape == x.shape:
-        unit, limit = y[0].item(), y[-1].item()
-        candidates = [HeadTransform(unit)]
-        if 0 < unit < limit:
-            candidates.append(HeadTransform(limit * math.atanh(unit / limit), limit))
-        for transform in candidates:
-            if transform.logit_scale > 0 and torch.allclose(transform(x), y, rtol=1e-6, atol=1e-9):
-                return transform
-    raise ValueError(
-        f"{type(model).__name__} cannot have a fused head: what its forward does to the logits is neither a scale nor "
-        f"a soft-cap (probe {list(_PROBE)} became {y.tolist()[: len(_PROBE)]})"
+def _mesh_of(weight: Tensor) -> tuple[str, ...]:
+    """The named dimensions of a DTensor's mesh."""
+    return getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
+
+
+def _whole_or_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, dict]:
+    """(weight, bias, keywords of the function) where the head runs."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight, bias, {}
+    if _mesh_of(weight) == (_TENSOR_PARALLEL,) and weight.placements[0].is_shard(0):
+        group, ranks = weight.device_mesh.get_group(), weight.device_mesh.size()
+        sizes = tuple(len(rows) for rows in torch.arange(weight.shape[0]).chunk(ranks))  # as DTensor splits
+        return weight.to_local(), None if bias is None else bias.to_local(), {"vocab_shard": VocabShard(group, sizes)}
+    raise TypeError(
+        f"the head's weight must be a whole, plain tensor where the head runs, got {type(weight).__name__} (mesh "
+        f"{_mesh_of(weight)}): call the wrapped model, so that FSDP gathers it; split a head by tensor parallelism "
+        "over its vocabulary, on a 1-d mesh named 'tp'; do not quantise it"
     )
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model itself, also from inside PEFT's wrapper."""
+    for name in ("module", "_orig_mod"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            raise TypeError(
+                f"the fused head belongs to the model that DDP, FSDP, DeepSpeed or torch.compile wrap, got "
+                f"{type(model).__name__}: add it before wrapping, or to its .{name}"
+            )
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _head_of(model: nn.Module) -> nn.Module:
@@ -231,20 +218,22 @@ def _head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _require_plain(head: nn.Module, ignore_forward: bool = False) -> None:
-    """The fused head multiplies with `head.weight`: anything else in the head would silently be left out."""
-    advice = "train without it on the head (LoRA: take the head out of target_modules), or use the model's own logits"
-    kind = f"{type(head).__module__}.{type(head).__name__}"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise TypeError(f"the head must be a plain nn.Linear, got {kind}: {advice}")
-    if not ignore_forward and "forward" in head.__dict__:
+def _linear(head: nn.Module) -> nn.Module:
+    return getattr(head, "module", head)  # FSDP1 wraps the head where its policy says so
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def _require_plain(linear: nn.Module, float32: bool) -> None:
+    """The fused head multiplies with `linear.weight`: anything else in the head would silently be left out."""
+    advice = (
+        "take the head out of PEFT's target_modules and modules_to_save, do not quantise it, load without device_map; "
+        "or use the model's own logits with policy_loss"
+    )
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise TypeError(f"the head must be a plain nn.Linear, got {_kind(linear)}: {advice}")
+    # TRL's float32 head and tensor parallelism set a forward, for which this one stands in
+    if "forward" in linear.__dict__ and not float32 and _TENSOR_PARALLEL not in _mesh_of(linear.weight):
         raise TypeError(f"the head must be a plain nn.Linear, got one whose forward was replaced: {advice}")
-
-
-def _require_plain_weight(weight: Tensor) -> None:
-    if type(weight) not in (Tensor, nn.Parameter):
-        raise TypeError(
-            f"the head's weight must be a whole, plain tensor where the head runs, got {type(weight).__name__}: call "
-            "the wrapped model, so that FSDP gathers it; a head split over its vocabulary by tensor parallelism goes "
-            "to linear_policy_loss(..., vocab_shard=...)"
-        )

@@ -7,6 +7,7 @@ formula runs on the resulting log-probs for its metrics alone.
 """
 
 import ast
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +19,23 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from drpo_kernels import CISPO, GSPO, PPO, Objective, TokenCoefficients, linear_policy_loss, linear_token_logprobs
+from drpo_kernels import (
+    CISPO,
+    GSPO,
+    PPO,
+    Objective,
+    TokenCoefficients,
+    diagnose,
+    linear_policy_loss,
+    linear_token_logprobs,
+)
 from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.objectives import registered_objective
 from drpo_kernels.policy_loss import PolicyLossOutput
+from drpo_kernels.tokens import scorable
+
+logger = logging.getLogger(__name__)
 
 # loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -167,7 +180,8 @@ class DRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
-    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/". `off_policy_mask_threshold` and
+    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", and what `diagnose` says of them is a
+    warning, once each. `off_policy_mask_threshold` and
     `top_entropy_quantile` need every token's log-prob or entropy first and cost one more forward of the head (8F).
 
     Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
@@ -195,6 +209,9 @@ class DRPOTrainer(GRPOTrainer):
         with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
             super().__init__(model, reward_funcs, args, *positional, **keywords)
         self.objective = args.objective
+        self._diagnosed: set[str] = set()
+        if self.objective.remark:
+            logger.info(self.objective.remark)
         self._set_metric_bounds()
 
     def _set_metric_bounds(self) -> None:
@@ -238,7 +255,7 @@ class DRPOTrainer(GRPOTrainer):
             results.append((fused, aux_loss))
             if old_logprobs is not None:  # TRL's metrics are about the same ratio as the loss
                 own = fused.out.logprobs
-                inputs["old_per_token_logps"] = torch.where(old_logprobs.isnan(), own, old_logprobs)
+                inputs["old_per_token_logps"] = torch.where(scorable(old_logprobs), old_logprobs, own)
             return _Scored(fused.out.logprobs, fused.out.entropy, None if aux_loss is None else aux_loss.detach())
 
         # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
@@ -330,8 +347,12 @@ class DRPOTrainer(GRPOTrainer):
 
     def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
         reduced = reduce_metrics(metrics)  # over all processes, in one collective and one read
-        for name, value in zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True):
+        values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
+        for name, value in values.items():
             self._metrics[mode][name].append(value)
+        if self.accelerator.is_main_process:
+            for sentence in diagnose(values, seen=self._diagnosed):
+                logger.warning(sentence)
         if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
             self._metrics[mode]["entropy"][-1] = self._metrics[mode]["drpo/entropy_mean"][-1]
 
