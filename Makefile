@@ -3,6 +3,9 @@
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
 # make bench    measure on this CPU, TRL beside it, and rewrite the tables of the README and docs/
+# make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
+# make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
+# make longrun  2,000 optimiser steps on one recorded stream, ours beside fp64, into bench_results/
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
@@ -14,6 +17,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 DEMO_ARGS ?=
 DIST ?= dist
 
@@ -27,7 +31,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VERL := $(VENV)/verl
 
-.PHONY: help venv verl-env demo test lint bench compile doctor wheel clean distclean
+.PHONY: help venv verl-env demo test lint bench precision fuzz longrun compile doctor wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,6 +65,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu && $(BIN)/python -m benchmarks.trainers && $(BIN)/python -m benchmarks.report
+
+precision: $(STAMP)
+	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/run_fuzz.py $(FUZZ_ARGS)
+
+longrun: $(STAMP)
+	$(BIN)/python -m benchmarks.longrun
 
 compile: $(STAMP)
 	$(BIN)/python -m drpo_kernels compile

@@ -40,6 +40,7 @@ def versions() -> dict[str, str | None]:
         "triton": getattr(triton, "__version__", None),
         "drpo_kernels": drpo_kernels.__version__,
         "trl": _installed("trl"),
+        "liger_kernel": _installed("liger_kernel"),
     }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import precision_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ("method", "median ms (min to max)", "relative to bare GEMMs", "relative to eager", "peak extra MiB")
 TRAINERS_HEADER = ("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB")
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(block: Block, records: Sequence[Record], page: Path) -> None:
-    rehearsal = any("--quick" in record["command"] for record in records)  # tiny shapes say nothing to a reader
+    rehearsal = any("--quick" in record.get("command", "") for record in records)  # tiny shapes say nothing to a reader
     text = block.render(records)
     if rehearsal or not rewrite(page, block, text):
         print(text)
@@ -165,6 +167,10 @@ BLOCKS = {
     for block in (
         Block("cpu", "cpu.jsonl", "README.md", "benchmarks.cpu", render_cpu),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
+        *(
+            Block(f"precision-{name}", "precision/precision.jsonl", "docs/precision.md", "benchmarks.precision", render)
+            for name, render in precision_tables.RENDER.items()
+        ),
     )
 }
 

@@ -62,8 +62,8 @@ def make_inputs(kind: str, shape: Shape, seed: int = 0) -> Inputs:
     if kind == "random":
         targets = torch.randint(shape.vocab, (shape.tokens,), generator=generator)
     else:
-        targets = _zipf(shape, generator)
-        hidden = _peaked(hidden, weight, targets, generator)
+        targets = zipf(shape, generator)
+        hidden = peaked(hidden, weight, targets, generator)
     with torch.no_grad():
         logprobs, entropy = linear_token_logprobs(hidden, weight, targets)
     noise = 0.2 * torch.randn(shape.tokens, generator=generator)
@@ -71,14 +71,16 @@ def make_inputs(kind: str, shape: Shape, seed: int = 0) -> Inputs:
     return Inputs(hidden, weight, targets, (logprobs + noise).clamp(max=0), advantages, entropy.mean().item())
 
 
-def _zipf(shape: Shape, generator: torch.Generator) -> Tensor:
+def zipf(shape: Shape, generator: torch.Generator) -> Tensor:
     """Token ranks with p ∝ 1 / (rank + 2.7), Mandelbrot's fit to natural language."""
     weights = 1 / (torch.arange(1, shape.vocab + 1) + 2.7)
     return torch.multinomial(weights, shape.tokens, replacement=True, generator=generator)
 
 
-def _peaked(hidden: Tensor, weight: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Hidden states pulled towards their targets' rows to different degrees, scaled to a mean entropy of 0.5 nat."""
+def peaked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, generator: torch.Generator, nats: float = TRAINED_ENTROPY
+) -> Tensor:
+    """Hidden states pulled towards their targets' rows to different degrees, scaled to a mean entropy of `nats`."""
     pull = 2 + 8 * torch.rand(hidden.shape[0], 1, generator=generator)
     hidden = hidden + pull * weight[targets]
     logits = hidden[:SAMPLE] @ weight.T
@@ -86,5 +88,5 @@ def _peaked(hidden: Tensor, weight: Tensor, targets: Tensor, generator: torch.Ge
     for _ in range(30):  # the entropy falls as the scale rises
         scale = (low + high) / 2
         entropy = torch.distributions.Categorical(logits=scale * logits).entropy().mean()
-        low, high = (scale, high) if entropy > TRAINED_ENTROPY else (low, scale)
+        low, high = (scale, high) if entropy > nats else (low, scale)
     return high * hidden

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +73,7 @@ class VocabShard:
 
     group: ProcessGroup | None
     sizes: tuple[int, ...]
-    partial_hidden_gradient: bool = False
+    partial_hidden_gradient: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         if not isinstance(self.sizes, tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in self.sizes):
@@ -94,7 +94,7 @@ class VocabShard:
         if weight.dim() != 2:
             raise ValueError(f"weight must be [V/n, H], this rank's rows of the head, got shape {tuple(weight.shape)}")
         rows = torch.tensor([weight.shape[0]], dtype=torch.int64, device=weight.device)
-        return cls(group, tuple(gather(rows, group)[:, 0].tolist()), partial_hidden_gradient)
+        return cls(group, tuple(gather(rows, group)[:, 0].tolist()), partial_hidden_gradient=partial_hidden_gradient)
 
     @property
     def rank(self) -> int:

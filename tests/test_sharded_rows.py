@@ -43,7 +43,7 @@ def rows_of(count, dtype, kinds=None, temperature=1.0):
 
 def shards(logits, sizes, vocab):
     """(rank's place, its real columns) of every rank."""
-    places = [Place(None, sizes, rank) for rank in range(len(sizes))]
+    places = [Place(None, sizes, place=rank) for rank in range(len(sizes))]
     return [(p, logits[:, p.start : p.start + p.real_rows(vocab)].clone()) for p in places]
 
 
@@ -178,7 +178,7 @@ def test_every_rank_plans_the_same_chunks(retain):
     rows = rows_of(50, torch.float32, torch.tensor([2, 1] * 25))
     plans = set()
     for rank, size in enumerate(sizes):
-        place = Place(None, sizes, rank)
+        place = Place(None, sizes, place=rank)
         head = Head(torch.zeros(size, hidden_size), None, place.real_rows(43), Transform())
         execution = Execution("torch", torch.float32, workspace_bytes=2048, shard=place)
         sweep = LinearSweep(torch.zeros(50, hidden_size), head, targets, rows, execution, Wanted(True, retain, False))

@@ -448,7 +448,7 @@ def test_head_in_a_process_group(verl, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, alone, strict=True))
     # tests/test_distributed.py holds such a shard to one process's numbers
     rows = weight.shape[0]
-    assert received["vocab_shard"] == VocabShard(world, (rows, rows), True)
+    assert received["vocab_shard"] == VocabShard(world, (rows, rows), partial_hidden_gradient=True)
 
 
 def test_head_is_replaced_and_put_back(verl, monkeypatch, restored_head):

@@ -93,6 +93,8 @@ class _Scratch:
         count, vocab = batch.logits.shape
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
         self._buffers = batch.rows.new_empty(2, self.block, vocab)
+        # 16-bit logits and a 16-bit bias would be added, and rounded, in 16 bits
+        self._bias = None if batch.bias is None else batch.bias.to(batch.rows.dtype)
 
     def blocks(self, least: RowKind) -> list[slice | Tensor]:
         """Blocks of the rows of at least this kind; away from the CPU, where asking would synchronise, of all rows."""
@@ -106,8 +108,8 @@ class _Scratch:
         """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
         x, transform = self.batch.logits[block], self.batch.transform
         buffers = self._buffers[:, : x.shape[0]]
-        if self.batch.bias is not None:
-            x = torch.add(x, self.batch.bias, out=buffers[0])
+        if self._bias is not None:
+            x = torch.add(x, self._bias, out=buffers[0])
         if transform.softcap is not None:
             # a tensor of the statistics dtype, so that 16-bit logits are promoted before they are scaled
             scale = buffers.new_full((1,), transform.logit_scale / transform.softcap)
