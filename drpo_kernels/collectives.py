@@ -25,7 +25,10 @@ def _initialized() -> bool:
 
 def group_size(group: ProcessGroup | None) -> int:
     """Processes in `group`, where None is all of them; 1 without an initialised process group."""
-    return dist.get_world_size(group) if _initialized() else 1
+    size = dist.get_world_size(group) if _initialized() else 1
+    if size < 1:
+        raise ValueError("group must contain this process, got one of which it is not a member")
+    return size
 
 
 def group_rank(group: ProcessGroup | None) -> int:

@@ -27,6 +27,8 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, o
 GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
             initializer_range=0.2, bos_token_id=1, eos_token_id=2)  # fmt: skip
 MAMBA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, initializer_range=0.2)
+GRANITE_MOE = {k: v for k, v in SHAPE.items() if k != "head_dim"}
+GRANITE_MOE |= dict(logits_scaling=4.0, num_local_experts=4, num_experts_per_tok=2)
 FALCON_H1 = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.3)
 
 # name: (configuration class, its options, what it does to its logits)
@@ -38,6 +40,7 @@ FAMILIES = {
     "Gemma3": (transformers.Gemma3TextConfig, SHAPE | {"final_logit_softcapping": 7.0}, {"softcap": 7.0}),
     "Cohere": (transformers.CohereConfig, SHAPE | {"logit_scale": 0.25}, {"logit_scale": 0.25}),
     "Granite": (transformers.GraniteConfig, SHAPE | {"logits_scaling": 4.0}, {"logit_scale": 0.25}),
+    "GraniteMoe": (transformers.GraniteMoeConfig, GRANITE_MOE, {"logit_scale": 0.25}),  # use_cache through **kwargs
     "FalconH1": (transformers.FalconH1Config, SHAPE | FALCON_H1, {"logit_scale": 0.3}),
     "GPT2": (transformers.GPT2Config, GPT2, {}),
     "GPTNeoX": (transformers.GPTNeoXConfig, SHAPE, {}),

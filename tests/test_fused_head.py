@@ -96,8 +96,8 @@ def test_vision_language_model_on_text():
 # --- inputs, dtypes and modes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_sequences(attention):
+@pytest.mark.parametrize("name, attention", [("Qwen3", "eager"), ("Qwen3", "sdpa"), ("GraniteMoe", "eager")])
+def test_packed_sequences(name, attention):
     batch = make_batch(rows=1, length=12, left_padding=(0,))
     batch.inputs = {
         "input_ids": batch.inputs["input_ids"],
@@ -105,7 +105,7 @@ def test_packed_sequences(attention):
     }
     batch.inputs["use_cache"] = False  # as in a fused call: with a cache, transformers does not look for packing
     batch.mask[0, [4, 8]] = False
-    model = add_fused_head(make("Qwen3", attention=attention))
+    model = add_fused_head(make(name, attention=attention))
     assert_as_its_logits(model, batch)
     alone = model(input_ids=batch.inputs["input_ids"][:, 5:9]).logits
     del batch.inputs["use_cache"]

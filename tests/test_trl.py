@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -278,20 +279,25 @@ def test_vllm_correction_as_in_trl(shape, tmp_path):
 def test_the_engine_s_logprobs_are_the_behaviour_policy(tmp_path):
     """By default μ is what the sampling engine reported, counted once; a token it could not score does not count."""
     theirs, ours = pair(tmp_path, vllm_importance_sampling_correction=False)
-    ours.use_vllm = True
+    ours.use_vllm, ours.beta, theirs.beta = True, 0.1, 0.1
+    ours.args.compact, reference = "mask", {"ref_per_token_logps": old_logprobs(11)}
     sampling = old_logprobs(10)
     # TRL, told that the old log-probs are the engine's, with the unscorable token out of its mask but in its counts
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[0, 2] = 0
-    want_loss, want = loss_and_gradient(theirs, batch(theirs, old_per_token_logps=sampling, tool_mask=mask))
+    want_loss, want = loss_and_gradient(
+        theirs, batch(theirs, old_per_token_logps=sampling, tool_mask=mask, **reference)
+    )
     unscorable = sampling.clone()
     unscorable[0, 2] = math.nan
-    changes = {"old_per_token_logps": old_logprobs(), "sampling_per_token_logps": unscorable}
+    changes = {"old_per_token_logps": old_logprobs(), "sampling_per_token_logps": unscorable, **reference}
     got_loss, got = loss_and_gradient(ours, batch(ours, **changes))
     assert got_loss == pytest.approx(want_loss, rel=LOSS_BOUND, abs=LOSS_BOUND * LOSS_FLOOR)
     assert (got - want).norm() <= LOSS_BOUND * want.norm()
     assert ours._metrics["train"]["drpo/unscorable"] == [1]
     assert all(math.isfinite(value) for series in ours._metrics["train"].values() for value in series)
+    for name, series in theirs._metrics["train"].items():
+        assert close(ours._metrics["train"][name], series), name
 
 
 def test_skipping_tokens_without_advantage(tmp_path):
@@ -342,7 +348,10 @@ def test_objective_as_text(text, objective):
     assert parse_objective(repr(objective)) == objective
 
 
-@pytest.mark.parametrize("text", ["", "DRPO(", "DRPO(delta=x)", "__import__('os')", "DRPO(delta=-1)", "NOPE()", "3"])
+BAD_TEXTS = ("", "DRPO(", "DRPO(delta=x)", "__import__('os')", "DRPO(delta=-1)", "NOPE()", "3", "DRPO(epsilon=1)")
+
+
+@pytest.mark.parametrize("text", [*BAD_TEXTS, "DRPO(**{})", "DRPO(**{'delta': 1})"])
 def test_bad_text(text):
     with pytest.raises(ValueError, match=r"objective|delta"):
         parse_objective(text)
@@ -372,6 +381,8 @@ def test_config_survives_the_command_line_and_json(tmp_path):
         ({"loss_type": "cispo"}, "loss_type"),
         ({"objective": GSPO(), "beta": 0.1}, "use_bias_correction_kl"),
         ({"compact": "none"}, "compact"),
+        ({"vllm_importance_sampling_mode": "token_truncate"}, "vllm_importance_sampling_correction=True"),
+        ({"vllm_importance_sampling_clip_max": 2.0}, "vllm_importance_sampling_correction=True"),
         ({"compact": "active", "use_adaptive_entropy": True}, "compact"),
     ],
 )
@@ -398,6 +409,71 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     trainer = run(snippet("DRPOTrainer", page), **names)["trainer"]
     assert trainer.state.global_step > 0
     assert trainer.args.objective == DRPO(delta=0.2)
+
+
+def test_fields_set_after_construction_are_checked(tmp_path):
+    args = tiny_trl.arguments(DRPOConfig, tmp_path)
+    args.objective = "DRPO(0.1)"
+    assert tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model()).objective == DRPO(0.1)
+    args.loss_type = "sapo"
+    with pytest.raises(ValueError, match="loss_type"):
+        tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model())
+
+
+def test_an_objective_that_no_checkpoint_could_hold(tmp_path):
+    @dataclass(frozen=True)
+    class Local(DRPO):
+        pass
+
+    with pytest.raises(ValueError, match="top of a module"):
+        tiny_trl.arguments(DRPOConfig, tmp_path, objective=Local())
+
+
+def test_signature_is_trl_s():
+    assert inspect.signature(DRPOTrainer.__init__) == inspect.signature(GRPOTrainer.__init__)
+
+
+def test_compiled_model(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    assert_same_run(options, PPO(), {}, tiny_trl.model, tmp_path, steps=2)
+
+
+def test_accumulated_metrics_are_one_step_s(tmp_path, caplog):
+    """A micro-batch without an advantage is no reason for a warning, and counts add up."""
+    _, ours = pair(tmp_path)
+    nothing = batch(ours, advantages=torch.zeros(4))
+    ours.accelerator.gradient_state._set_sync_gradients(False)
+    loss_and_gradient(ours, nothing)
+    assert "drpo/tokens" not in ours._metrics["train"]
+    ours.accelerator.gradient_state._set_sync_gradients(True)
+    loss_and_gradient(ours, batch(ours))
+    assert ours._metrics["train"]["drpo/tokens"] == [34]
+    assert "advantages" not in caplog.text
+
+
+def test_fsdp_does_not_round_what_the_loss_is_made_of(tmp_path):
+    """FSDP1 casts every tensor it finds in a forward's arguments, in dataclasses too."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    _, ours = pair(tmp_path)
+    seen = []
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, fused_head, **inputs):
+            fused_head = _apply_to_tensors(torch.Tensor.bfloat16, {"fused_head": fused_head})["fused_head"]
+            seen.append(fused_head.old_logprobs)
+            return ours.model(**inputs, fused_head=fused_head)
+
+    old = old_logprobs()
+    ours._compute_loss(Wrapped(), batch(ours, old_per_token_logps=old))
+    assert torch.equal(seen[0], old)
+
+
+def test_engine_s_logprobs_of_another_distribution(tmp_path, caplog):
+    _, ours = pair(tmp_path, top_p=0.9)
+    ours.vllm_mode = "colocate"
+    ours._check_engine()
+    assert "top_p" in caplog.text and "top_k" not in caplog.text
 
 
 def test_wrong_types(tmp_path):
@@ -448,10 +524,11 @@ def test_two_processes(tmp_path):
         assert close(ours[name], theirs[name]), f"{name}: {ours[name]} instead of {theirs[name]}"
     assert record["moved"] > 0 and record["ranks"] == 0
     assert record["weights"] <= WEIGHT_BOUND
-    # a step's log is the mean over its two micro-batches, of counts over both ranks
+    # a step's tokens are those of both micro-batches on both ranks
     counts = [sum(ranks) for ranks in zip(*record["tokens"], strict=True)]
-    assert ours["drpo/tokens"] == [(a + b) / 2 for a, b in zip(counts[::2], counts[1::2], strict=True)]
-    assert close(ours["drpo/entropy_mean"], theirs["entropy"])
+    assert ours["drpo/tokens"] == [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
+    # a mean over tokens; TRL's log is a mean over micro-batches of means
+    assert ours["drpo/entropy_mean"] == pytest.approx(theirs["entropy"], rel=0.02)
 
 
 def test_recipe(tmp_path):

@@ -1,6 +1,6 @@
 """DRPO through TRL: the same file on two CPU processes, on eight GPUs, and on several nodes.
 
-    accelerate launch --cpu --num_processes 2 trl_drpo.py --bf16 False --max_steps 20
+    accelerate launch --config_file two_processes.yaml trl_drpo.py --use_cpu True --ddp_backend gloo --bf16 False
     accelerate launch --config_file fsdp2.yaml trl_drpo.py --model Qwen/Qwen3-8B --data trl-lib/DeepMath-103K
 
 README.md beside this file has the launches in full. Without --model a tiny Qwen3 learns to answer one-digit sums, with

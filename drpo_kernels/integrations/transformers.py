@@ -69,7 +69,9 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     A head that tensor parallelism splits over its vocabulary, on a mesh dimension named "tp", goes to the function as
     this rank's rows, with vocab_shard=... beside them.
 
-    float32       True: the head's product runs in float32, outside autocast; its weight must be float32
+    Under `torch.compile` of the whole model a fused call runs uncompiled; compile the decoder (`model.model`) instead.
+
+    float32       True: the head's product runs in float32, outside autocast
 
     Raises TypeError for a model whose head is not a plain `nn.Linear` (LoRA on the head, quantised, a forward of its
     own), then or at a fused call, and ValueError, at a fused call, where what follows the head is not a scale and a
@@ -80,7 +82,10 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     state = model.__dict__.get(_STATE)
     if state is not None:
         if state.float32 != float32:
-            raise ValueError(f"{type(model).__name__} has a fused head with float32={state.float32} already")
+            raise ValueError(
+                f"{type(model).__name__} has a fused head with float32={state.float32} already: "
+                "remove_fused_head(model) takes it off"
+            )
         return given
     _require_plain(linear, float32)
     forward = _forward_of(type(model).forward)
@@ -113,6 +118,11 @@ def _forward_of(original: Callable) -> Callable:
         plain = self.__dict__[_STATE].previous or functools.partial(original, self)
         if fused_head is None:
             return plain(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # imported here: torch.compiler.disable loads all of torch._dynamo
+            from drpo_kernels.uncompiled import outside_graph
+
+            return outside_graph(_fused_call, self, plain, fused_head, args, kwargs)
         return _fused_call(self, plain, fused_head, args, kwargs)
 
     return forward
@@ -121,7 +131,7 @@ def _forward_of(original: Callable) -> Callable:
 def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: tuple, kwargs: dict):
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None with fused_head: give the targets to the function, aligned with hidden")
-    if "use_cache" in inspect.signature(type(model).forward).parameters:
+    if _takes_use_cache(model):
         kwargs["use_cache"] = False
     state, head = model.__dict__[_STATE], _head_of(model)
     linear = _linear(head)
@@ -134,6 +144,16 @@ def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: t
     result = _call_head(head, linear, probe.hidden, function, state.float32)
     aux_loss = getattr(outputs, "aux_loss", None)
     return result if aux_loss is None else WithAuxiliaryLoss(result, aux_loss)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """By name, or through **kwargs where the configuration knows a cache."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if any(parameter.name == "use_cache" for parameter in parameters):
+        return True
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return hasattr(text_config, "use_cache") and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: dict):
@@ -162,7 +182,8 @@ def _call_head(head: nn.Module, linear: nn.Linear, hidden: Tensor, function: Cal
         if not float32:
             return function(hidden, weight, bias=bias, **shard)
         with torch.autocast(hidden.device.type, enabled=False):
-            return function(hidden.float(), weight, bias=bias, **shard)
+            # FSDP may have gathered the weight in its compute dtype
+            return function(hidden.float(), weight.float(), bias=None if bias is None else bias.float(), **shard)
 
     if _mesh_of(linear.weight) == (_TENSOR_PARALLEL,):
         return forward(hidden)  # its hooks would take the result for logits

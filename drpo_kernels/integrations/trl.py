@@ -6,24 +6,22 @@ Everything but the loss is TRL's: generation, rewards, advantages, masks, metric
 formula runs on the resulting log-probs for its metrics alone.
 """
 
-import ast
+import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from drpo_kernels import (
     CISPO,
     GSPO,
     PPO,
-    Objective,
     TokenCoefficients,
     diagnose,
     linear_policy_loss,
@@ -31,108 +29,16 @@ from drpo_kernels import (
 )
 from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
-from drpo_kernels.objectives import registered_objective
+from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
+__all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
+
 logger = logging.getLogger(__name__)
 
-# loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
-AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# TRL's own options of the per-token formula, and what says the same here
-FORMULA_OPTIONS = {
-    "epsilon": "objective=PPO(clip_low=..., clip_high=...)",
-    "epsilon_high": "objective=PPO(clip_high=...), or objective=CISPO(ratio_cap=...)",
-    "delta": "objective=PPO(dual_clip=...)",
-}
-
-
-def parse_objective(text: str) -> Objective:
-    """`"DRPO(delta=0.2)"`, `"DRPO(0.2)"` or `"DRPO"` to the objective; also for registered ones of your own.
-
-    Raises ValueError for anything else, and what the objective itself raises for its values.
-    """
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        name = ast.unparse(call.func)
-        values = [ast.literal_eval(value) for value in call.args]
-        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"objective must read like 'DRPO(delta=0.2)', got {text!r}") from error
-    return registered_objective(name)(*values, **keywords)
-
-
-@dataclass
-class DRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the policy objective of this package.
-
-    objective   an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved config
-                hold). It takes the place of TRL's formula: `epsilon`, `epsilon_high` and `delta` must keep their
-                defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo", "luspo") chooses the aggregation, and a
-                sequence-level ratio is asked for with `objective=GSPO(...)`
-    compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in GRPOTrainer. "active": they
-                cost nothing, and the logged entropy is that of the tokens with A ≠ 0
-
-    vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
-    one, so the ratio itself corrects the mismatch, and no pass recomputes old log-probs for it. True is TRL's decoupled
-    form: old log-probs recomputed by the trainer, and the policy term weighted by TRL's importance ratio. One or the
-    other, never both.
-    """
-
-    objective: Objective | str | None = field(
-        default="DRPO()", metadata={"help": "Policy objective, such as 'DRPO(delta=0.2)' or 'PPO(clip_high=0.28)'."}
-    )
-    compact: str = field(
-        default="mask",
-        metadata={"help": "'mask': tokens with zero advantage cost a forward; 'active': they cost nothing."},
-    )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={
-            "help": "False: the behaviour policy is the sampling engine's own log-probs. True: TRL's decoupled "
-            "correction, with recomputed old log-probs and a truncated importance weight."
-        },
-    )
-
-    def __post_init__(self):
-        if isinstance(self.objective, str):
-            self.objective = parse_objective(self.objective)
-        if not isinstance(self.objective, Objective):
-            raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {self.objective!r}")
-        self._check_formula()
-        super().__post_init__()
-
-    def _check_formula(self) -> None:
-        """Refuse what TRL's formula would have honoured and an objective would not."""
-        defaults = GRPOConfig.__dataclass_fields__
-        for name, instead in FORMULA_OPTIONS.items():
-            value = getattr(self, name)
-            if value != defaults[name].default:
-                raise ValueError(f"{name}={value} belongs to TRL's own formula: say {instead}")
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} belongs to TRL's own formula: "
-                "say objective=GSPO(clip_low=..., clip_high=...)"
-            )
-        allowed = (*AGGREGATIONS, "cispo") if isinstance(self.objective, CISPO) else AGGREGATIONS
-        if self.loss_type not in allowed:
-            raise ValueError(
-                f"loss_type must be one of {', '.join(map(repr, allowed))} with objective={self.objective}, got "
-                f"{self.loss_type!r}: the objective is the formula and loss_type its aggregation"
-            )
-        if self.compact not in ("mask", "active"):
-            raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
-        if self.compact == "active" and self.use_adaptive_entropy:
-            raise ValueError("compact must be 'mask' with use_adaptive_entropy, which measures all tokens, got 'active'")
-        if self.objective.sequence_level and self.beta and self.use_bias_correction_kl:
-            raise ValueError(
-                f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta: "
-                "the KL would carry the ratio of a whole sequence"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "objective": repr(self.objective)}
+# sampling options that change what the engine's log-probs are of, and the values at which they do not
+UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
 class _Scored(NamedTuple):
@@ -148,19 +54,31 @@ class _FusedLoss(NamedTuple):
     mean_entropy: Tensor  # what the entropy bonus is a coefficient of, 0-d and detached
 
 
-@dataclass(frozen=True, eq=False)
 class _LossHead:
-    """A function for the model's head: the loss of the last K tokens of a batch, all tensors [B, K]."""
+    """A function for the model's head: the loss of the last K tokens of a batch, all tensors [B, K].
 
-    targets: Tensor
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    mask: Tensor
-    temperature: float
-    coefficients: Callable[[Callable[[], tuple[Tensor, Tensor]]], TokenCoefficients]
-    options: dict[str, Any]
+    No dataclass: FSDP1 would look into one and round its tensors to the compute dtype.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor,
+        temperature: float,
+        coefficients: Callable[[Callable[[], tuple[Tensor, Tensor]]], TokenCoefficients],
+        options: dict[str, Any],
+    ):
+        self.targets, self.old_logprobs, self.advantages, self.mask = targets, old_logprobs, advantages, mask
+        self.temperature, self.coefficients, self.options = temperature, coefficients, options
 
     def __call__(self, hidden: Tensor, weight: Tensor, **head) -> _FusedLoss:
+        if len(hidden) != len(self.targets):
+            raise ValueError(
+                f"the training pass must score its {len(self.targets)} sequences in one call, got {len(hidden)}: call "
+                "_get_per_token_logps_and_entropies without batch_size"
+            )
         hidden = hidden[:, -self.targets.shape[1] - 1 : -1]
         head["temperature"] = self.temperature
 
@@ -180,8 +98,8 @@ class DRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
-    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", and what `diagnose` says of them is a
-    warning, once each. `off_policy_mask_threshold` and
+    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all
+    processes, and what `diagnose` says of them is a warning, once each. `off_policy_mask_threshold` and
     `top_entropy_quantile` need every token's log-prob or entropy first and cost one more forward of the head (8F).
 
     Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
@@ -205,21 +123,39 @@ class DRPOTrainer(GRPOTrainer):
             args = DRPOConfig(f"{name.split('/')[-1]}-DRPO")
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args must be a DRPOConfig, got {type(args).__name__}")
+        args.check()  # fields may have been set since
         # the one moment at which every model, the reference too, is there and not yet wrapped
         with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
             super().__init__(model, reward_funcs, args, *positional, **keywords)
         self.objective = args.objective
+        self._step_metrics: list[dict[str, Tensor]] = []
         self._diagnosed: set[str] = set()
         if self.objective.remark:
             logger.info(self.objective.remark)
+        if self.use_vllm and not self.vllm_importance_sampling_correction:
+            self._check_engine()
         self._set_metric_bounds()
+
+    def _check_engine(self) -> None:
+        """Warn where the engine's log-probs, which are μ here, are not those of the distribution that is trained."""
+        filtered = [name for name, value in UNFILTERED.items() if getattr(self, name) != value]
+        if filtered:
+            logger.warning(f"μ is the engine's log-prob after {', '.join(filtered)}, which π does not apply")
+        if self.vllm_mode == "server" and self.accelerator.is_main_process:
+            mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if mode != "processed_logprobs":
+                logger.warning(
+                    f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is "
+                    "wrong unless that is 1. Restart it with --logprobs-mode processed_logprobs"
+                )
 
     def _set_metric_bounds(self) -> None:
         """TRL's clip ratios count what lies beyond these: the objective's own where it has them, else TRL's default."""
         if isinstance(self.objective, (PPO, GSPO)):
             self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
         if isinstance(self.objective, CISPO):
-            self.epsilon_high = self.objective.ratio_cap
+            cap = self.objective.ratio_cap
+            self.epsilon_high = cap if self.loss_type == "cispo" else cap - 1
         if self.objective.sequence_level:
             self.importance_sampling_level = "sequence"
 
@@ -241,12 +177,14 @@ class DRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        mask = counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         old_logprobs = self._behaviour_logprobs(inputs)
+        if old_logprobs is not None:  # what the engine could not score is in neither the loss nor TRL's metrics
+            counted = inputs["tool_mask"] = mask * scorable(old_logprobs)
         entropy_coef = self._applied_entropy_coef()
         loss_head = _LossHead(
             inputs["completion_ids"], old_logprobs, inputs["advantages"], mask, self.temperature,
-            partial(self._coefficients, inputs, mask), self._loss_options(inputs, entropy_coef),
+            partial(self._coefficients, inputs, counted), self._loss_options(inputs, entropy_coef),
         )  # fmt: skip
         results = []
 
@@ -325,7 +263,9 @@ class DRPOTrainer(GRPOTrainer):
             return mask / (len(mask) * self.max_completion_length * accumulation)
         if self.loss_type == "luspo":
             return mask / (len(mask) * accumulation)
-        # dapo, cispo: tokens of the generation batch, rescaled to one accumulation window
+        if self.loss_type not in ("dapo", "cispo"):
+            raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)} or cispo, got {self.loss_type!r}")
+        # tokens of the generation batch, rescaled to one accumulation window
         normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             normalizer = normalizer * accumulation / self.args.steps_per_generation
@@ -346,15 +286,24 @@ class DRPOTrainer(GRPOTrainer):
         )
 
     def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        reduced = reduce_metrics(metrics)  # over all processes, in one collective and one read
+        self._step_metrics.append(metrics)
+        if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
+            of_batch = reduce_metrics(metrics)["drpo/entropy_mean"]
+            self._metrics[mode]["entropy"][-1] = of_batch.item()
+        if mode == "train" and not self.accelerator.sync_gradients:
+            return
+        reduced = reduce_metrics(self._step_metrics)  # over all processes, in one collective and one read
+        self._step_metrics = []
         values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
         for name, value in values.items():
             self._metrics[mode][name].append(value)
         if self.accelerator.is_main_process:
             for sentence in diagnose(values, seen=self._diagnosed):
                 logger.warning(sentence)
-        if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
-            self._metrics[mode]["entropy"][-1] = self._metrics[mode]["drpo/entropy_mean"][-1]
+
+
+# for help() and editors: GRPOTrainer's arguments, of which none is added or taken away
+DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)
 
 
 def _parts(output) -> tuple[Any, Tensor | None]:

@@ -72,7 +72,8 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
 
         old_log_prob [B, L] is log μ, log_prob [B, L] log π and carries the gradient, advantages [B, L], response_mask
         [B, L] bool or 0/1, rollout_is_weights [B, L] a factor per token or None. Masked positions may carry anything;
-        a token whose old log-prob is NaN or -inf is treated as masked. Computed in float32, or float64 for float64 log-probs.
+        a token whose old log-prob is NaN or -inf is treated as masked. Computed in float32, or float64 for float64
+        log-probs.
 
         -> (0-d loss, metrics: verl's "actor/..." where they have a meaning, and those of `drpo_kernels.metrics`, as
         floats after one read from the device). Raises TypeError without a config.
