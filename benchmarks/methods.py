@@ -34,11 +34,13 @@ class Method:
     """prepare  inputs -> one forward and backward; a floor's returns None
     package  what a peer needs installed, or None for what comes with this repository
     floor    True: bare work with no loss, so there is nothing to compare and no memory to measure
+    gpu      True: it has compiled Triton kernels only, so that on a CPU it is a row without numbers
     """
 
     prepare: Callable[[Inputs], Step]
     package: str | None = None
     floor: bool = False
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,19 @@ def gemms(inputs: Inputs) -> Step:
     return step
 
 
-def fused(inputs: Inputs) -> Step:
+def fused(inputs: Inputs, **options) -> Step:
     """Ours, 6F: the gradient is formed in the forward."""
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         targets, old, advantages = inputs.targets, inputs.old_logprobs, inputs.advantages
-        return linear_policy_loss(hidden, weight, targets, old, advantages, objective=OBJECTIVE).loss
+        return linear_policy_loss(hidden, weight, targets, old, advantages, objective=OBJECTIVE, **options).loss
 
     return differentiated(inputs, loss)
+
+
+def batch_invariant(inputs: Inputs) -> Step:
+    """Ours, 6F, with products in one fixed order."""
+    return fused(inputs, batch_invariant=True)
 
 
 def recompute(inputs: Inputs) -> Step:
@@ -137,4 +144,5 @@ METHODS = {
     "trl": Method(trl, package="trl"),
     "linear_policy_loss": Method(fused),
     "linear_token_logprobs": Method(recompute),
+    "batch_invariant": Method(batch_invariant, gpu=True),
 }

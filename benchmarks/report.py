@@ -23,6 +23,7 @@ LABELS = {
     "trl": "TRL's fused head + objective",
     "linear_policy_loss": "`linear_policy_loss`",
     "linear_token_logprobs": "`linear_token_logprobs` + objective",
+    "batch_invariant": "`linear_policy_loss`, `batch_invariant=True`",
 }
 Record = dict
 
@@ -152,13 +153,46 @@ def render_trainers(records: Sequence[Record]) -> str:
     return "\n".join([*lines, "", _origin(records[0], len(records[0]["seconds"]))])
 
 
-def _origin(record: Record, samples: int) -> str:
+def render_invariance(records: Sequence[Record]) -> str:
+    """The Markdown of a run: a table per method, of shares of rows in which a bit changed."""
+    parts = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        chosen = [record for record in records if record["method"] == method]
+        if chosen[0]["status"] != "ok":
+            parts += [f"`{method}`: {chosen[0]['status']}.", ""]
+            continue
+        dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
+        shapes = dict.fromkeys("H={hidden} V={vocab}".format(**record["shape"]) for record in chosen)
+        largest = max(record["largest_logprob_change"] for record in chosen)
+        parts += [
+            f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
+            f"change of a log-prob is {largest:.1e}.",
+            "",
+            _row(("rows computed", *dtypes, "norm-wise change of dW")),
+            _row(("---", *["---:"] * (len(dtypes) + 1))),
+        ]
+        for variation in dict.fromkeys(record["variation"] for record in chosen):
+            same = [record for record in chosen if record["variation"] == variation]
+            cells = (_changed_share([record for record in same if record["dtype"] == dtype]) for dtype in dtypes)
+            weights = [record["dW_change"] for record in same if "dW_change" in record]
+            parts.append(_row((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING)))
+        parts.append("")
+    return "\n".join([*parts, _origin(records[0])])
+
+
+def _changed_share(records: Sequence[Record]) -> str:
+    rows = sum(record["rows"] for record in records)
+    return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
+
+
+def _origin(record: Record, samples: int | None = None) -> str:
     device, versions = record["device"], record["versions"]
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
     commit = (record["commit"] or "unknown")[:12] + (" with uncommitted changes" if record["dirty"] else "")
     return (
-        f"Measured on {device['cpu']}, {device['cores']} cores, {device['threads']} threads; {software}; "
-        f"commit {commit}; `{record['command']}`; {record['date'][:10]}; {samples} samples each."
+        f"Measured on {device.get('gpu', device['cpu'])}, {device['cores']} cores, {device['threads']} threads; "
+        f"{software}; commit {commit}; `{record['command']}`; {record['date'][:10]}"
+        f"{f'; {samples} samples each' if samples else ''}."
     )
 
 
@@ -167,6 +201,7 @@ BLOCKS = {
     for block in (
         Block("cpu", "cpu.jsonl", "README.md", "benchmarks.cpu", render_cpu),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
+        Block("invariance", "invariance.jsonl", "docs/determinism.md", "benchmarks.invariance", render_invariance),
         *(
             Block(f"precision-{name}", "precision/precision.jsonl", "docs/precision.md", "benchmarks.precision", render)
             for name, render in precision_tables.RENDER.items()

@@ -30,71 +30,74 @@ CONDITIONS = (
     Condition(
         "no old log-probs",
         lambda m: m["tokens"] == 0 < m["unscorable"],
-        "None of the {unscorable:.0f} tokens in the mask has a finite old log-prob, so all are treated as masked: ask the "
-        "rollout engine for the sampled tokens' log-probs, or pass old_logprobs=None for an on-policy batch.",
+        "None of the {unscorable:.0f} tokens in the mask has a finite old log-prob, so all are treated as masked: ask "
+        "the rollout engine for the sampled tokens' log-probs, or pass old_logprobs=None for an on-policy batch.",
         ("mask empty", "unscorable"),
     ),
     Condition(
         "mask empty",
         lambda m: m["tokens"] == 0,
-        "The mask is empty, so the loss is 0: check that it is 1 on completion tokens and aligned with targets, and that "
-        "truncation has not left prompts alone.",
+        "The mask is empty, so the loss is 0: check that it is 1 on completion tokens and aligned with targets, and "
+        "that truncation has not left prompts alone.",
     ),
     Condition(
         "not finite",
         lambda m: m["nonfinite"] > 0,
-        "{nonfinite:.0f} computed tokens have a log-prob or a slope that is not finite: a NaN or inf among their logits, a "
-        "target outside the vocabulary (validate=True names it on a GPU), or a target whose logit is -inf. Mask tokens "
-        "that the trainer's own filter bans; for the rest look at the backbone's last hidden states.",
+        "{nonfinite:.0f} computed tokens have a log-prob or a slope that is not finite: a NaN or inf among their "
+        "logits, a target outside the vocabulary (validate=True names it on a GPU), or a target whose logit is -inf. "
+        "Mask tokens that the trainer's own filter bans; for the rest look at the backbone's last hidden states.",
         ("mismatch", "shift", "explosion", "collapse"),
     ),
     Condition(
         "positive",
         lambda m: m["old_logprob_max"] > POSITIVE_LOGPROB,
-        "An old log-prob is {old_logprob_max:.3g}, above 0: are these probabilities, or negated? old_logprobs are natural "
-        "logarithms of the sampled tokens' probabilities, at most 0.",
+        "An old log-prob is {old_logprob_max:.3g}, above 0: are these probabilities, or negated? old_logprobs are "
+        "natural logarithms of the sampled tokens' probabilities, at most 0.",
         ("mismatch", "shift", "explosion"),
     ),
     Condition(
         "unscorable",
         lambda m: m["unscorable"] > UNSCORABLE_SHARE * (m["tokens"] + m["unscorable"]),
-        "{unscorable:.0f} tokens in the mask have an old log-prob of NaN or -inf, beside {tokens:.0f} that have one, and "
-        "are treated as masked: the mask may cover tokens that the rollout engine did not sample (prompt, tool output).",
+        "{unscorable:.0f} tokens in the mask have an old log-prob of NaN or -inf, beside {tokens:.0f} that have one, "
+        "and are treated as masked: the mask may cover tokens that the rollout engine did not sample (prompt, tool "
+        "output).",
     ),
     Condition(
         "no advantage",
         lambda m: m["tokens"] > 0 == m["weighted"],
-        "All advantages are 0 on the {tokens:.0f} valid tokens, so the policy term learns nothing: groups whose rewards "
-        "are all equal give A = 0. Check the reward, the group size, and the dtype in which advantages are computed.",
+        "All advantages are 0 on the {tokens:.0f} valid tokens, so the policy term learns nothing: groups whose "
+        "rewards are all equal give A = 0. Check the reward, the group size, and the dtype in which advantages are "
+        "computed.",
     ),
     Condition(
         "shift",
         lambda m: m["computed"] >= MANY_TOKENS and m["far_below_share"] > 0.5,
         f"The policy's log-prob is more than {FAR_BELOW:g} nats below the old one on {{far_below_share:.0%}} of "
-        "{computed:.0f} tokens: targets are probably not aligned with hidden states or logits. Nothing is shifted inside: "
-        "hidden[i] must predict targets[i] (hidden[:, :-1] with tokens[:, 1:]).",
+        "{computed:.0f} tokens: targets are probably not aligned with hidden states or logits. Nothing is shifted "
+        "inside: hidden[i] must predict targets[i] (hidden[:, :-1] with tokens[:, 1:]).",
         ("mismatch", "explosion"),
     ),
     Condition(
         "mismatch",
         lambda m: m["computed"] >= MANY_TOKENS and abs(m["kl_k1"]) > MISMATCH,
-        "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, far from 0: rollout and trainer "
-        "probably score differently. Likely causes: another temperature (pass temperature= what was sampled with), "
-        "log-probs after top-p or top-k filtering (ask for unfiltered ones), targets misaligned with the logits, or "
-        "weights not synchronised to the rollout engine.",
+        "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, far from 0: rollout and "
+        "trainer probably score differently. Likely causes: another temperature (pass temperature= what was sampled "
+        "with), log-probs after top-p or top-k filtering (ask for unfiltered ones), targets misaligned with the "
+        "logits, or weights not synchronised to the rollout engine.",
     ),
     Condition(
         "explosion",
         lambda m: m["ratio_max"] > LARGEST_RATIO,
-        "The largest ratio π/μ is {ratio_max:.3g}: single tokens dominate the gradient of an objective without a cap. Train "
-        "on fresher samples, lower the learning rate, or use an objective that bounds the weight (DRPO with δ < 1, DPPO, "
-        "CISPO). Ratios above 1000 on a fresh batch mean that rollout and trainer compute different numbers.",
+        "The largest ratio π/μ is {ratio_max:.3g}: single tokens dominate the gradient of an objective without a cap. "
+        "Train on fresher samples, lower the learning rate, or use an objective that bounds the weight (DRPO with δ < "
+        "1, DPPO, CISPO). Ratios above 1000 on a fresh batch mean that rollout and trainer compute different numbers.",
     ),
     Condition(
         "collapse",
         lambda m: m["computed"] >= MANY_TOKENS and m.get("entropy_mean", 1.0) < COLLAPSED_ENTROPY,
-        "The mean entropy is {entropy_mean:.2g} nats over {computed:.0f} tokens: the policy has collapsed and samples the "
-        "same answers. Lower the learning rate, add an entropy bonus (entropy_coef), a KL term (kl_coef), or sample hotter.",
+        "The mean entropy is {entropy_mean:.2g} nats over {computed:.0f} tokens: the policy has collapsed and samples "
+        "the same answers. Lower the learning rate, add an entropy bonus (entropy_coef), a KL term (kl_coef), or "
+        "sample hotter.",
     ),
 )
 
@@ -129,8 +132,8 @@ def diagnose(
             hidden |= set(condition.hides)
     if loss is not None and not torch.as_tensor(loss).isfinite() and "not finite" not in found:
         found["coefficients"] = (
-            "The loss is not finite though every token's log-prob is: normalizer is probably 0 (a batch without a valid "
-            "token counts as 1), or a coefficient or token weight is not finite. validate=True names it."
+            "The loss is not finite though every token's log-prob is: normalizer is probably 0 (a batch without a "
+            "valid token counts as 1), or a coefficient or token weight is not finite. validate=True names it."
         )
     remark = None if objective is None else objective.remark
     if remark is not None:

@@ -102,7 +102,8 @@ class Problem:
         validation.check_logprob_options(options, targets, source.lead, source.tensor, vocab)
         validation.check_mask(mask, targets)
         unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask != 0) & (mask == mask)
-        backend = choose_backend(options.backend, source.tensor.device, source.compute_dtype).name
+        device = source.tensor.device
+        backend = choose_backend(options.backend, device, source.compute_dtype, options.batch_invariant).name
         problem = Problem(source, targets, mask, options, unmasked, backend, options.vocab_size or vocab)
         if validation.wants_values(options, targets.device):
             validation.check_mask_values(mask)
@@ -140,7 +141,7 @@ class Problem:
         shard = options.vocab_shard
         execution = Execution(
             self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row, shard,
-            options.head_dtype,
+            options.head_dtype, options.batch_invariant,
         )  # fmt: skip
         local_vocab = self.vocab if shard is None else shard.real_rows(self.vocab)
         return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)

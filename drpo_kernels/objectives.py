@@ -146,8 +146,9 @@ class DRPO(Objective):
         if self.delta < 1:
             return None
         return (
-            f"For information: |π - μ| is at most 1, so DRPO's boundary at δ = {self.delta:g} is never active and the weight "
-            f"stays within 1 ± {1 / self.delta:.2g}, a mild attenuation. Choose δ < 1 (0.15 to 0.2) for an active boundary."
+            f"For information: |π - μ| is at most 1, so DRPO's boundary at δ = {self.delta:g} is never active and the "
+            f"weight stays within 1 ± {1 / self.delta:.2g}, a mild attenuation. Choose δ < 1 (0.15 to 0.2) for an "
+            "active boundary."
         )
 
     @property

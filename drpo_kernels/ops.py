@@ -46,6 +46,7 @@ class Spec:
             objective, terms.kl_estimator or "", str(terms.kl_importance), str(terms.entropy_bonus), run.backend,
             _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "",
+            str(run.batch_invariant),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary may be symbolic in a graph: a number, not a word
@@ -53,12 +54,12 @@ class Spec:
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head = words
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant = words
         vocab, scale, softcap, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
-            head_dtype=head or None,
+            head_dtype=head or None, batch_invariant=invariant == "True",
         )  # fmt: skip
         return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
 

@@ -17,7 +17,7 @@ from drpo_kernels.collectives import VocabShard
 from drpo_kernels.objectives import DRPO, Objective
 
 # options that mean nothing where the logits exist already
-LINEAR_ONLY = ("workspace_bytes", "logits_dtype", "head_dtype", "vocab_shard")
+LINEAR_ONLY = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "vocab_shard")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +33,17 @@ class LogprobOptions:
     workspace_bytes   bytes for a chunk of logits of the linear functions; None: 64 to 128 MiB on a CPU, 1 GiB on a GPU
     logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds
                       a logit of 16 to 32 by ±0.06, that is ±6 % on the ratio
-    head_dtype        HEADDOC
+    head_dtype        experimental. "fp8_e4m3" or "fp8_e5m2": the linear functions quantise hidden per row and weight
+                      per output channel (absmax scales in float32, rounded to nearest even) for the product of the
+                      logits, as an fp8 inference engine does; statistics stay float32 and the gradients' products
+                      take the unquantised operands (straight-through). It removes the mismatch with such an engine and
+                      is less precise: against the unquantised model the ratio is off by 6 % (E4M3) or 20 % (E5M2; p99
+                      over trained-looking tokens, docs/precision.md). torch._scaled_mm where it multiplies E4M3
+                      into float32 (CUDA, sm_89 and later), elsewhere the same definition by wider products
+    batch_invariant   True: of the linear functions, products by Triton kernels that add in one fixed order. A row's
+                      log-prob, entropy, loss and dX are then bitwise the same whatever rows are beside it, wherever it
+                      lies, and for any `compact` and workspace; the gradients of weight and bias for any workspace.
+                      Slower than the vendor's products; see docs/determinism.md. Needs backend None or "triton"
     vocab_shard       of the linear functions, `drpo_kernels.distributed.VocabShard`: weight and bias are this rank's
                       rows of a head split over a process group, and their gradients are local; targets and vocab_size
                       stay those of the whole head. Every rank of the group makes the same call with the same other
@@ -50,6 +60,7 @@ class LogprobOptions:
     workspace_bytes: int | None = None
     logits_dtype: torch.dtype | None = None
     head_dtype: str | None = None
+    batch_invariant: bool = False
     vocab_shard: VocabShard | None = None
 
 

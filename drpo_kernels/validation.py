@@ -36,9 +36,9 @@ def check_tensor(name: str, value: object, *, floating: bool | None = None) -> N
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
         raise TypeError(
-            f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, where "
-            "its parameters are gathered (drpo_kernels.integrations.transformers.add_fused_head does), or hand over this "
-            "rank's rows of the head with vocab_shard"
+            f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, "
+            "where its parameters are gathered (drpo_kernels.integrations.transformers.add_fused_head does), or hand "
+            "over this rank's rows of the head with vocab_shard"
         )
     if floating is True and value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
@@ -151,6 +151,7 @@ def check_logprob_options(
         raise ValueError(f"logits_dtype must be None for float64 inputs, got {options.logits_dtype}")
     if options.head_dtype is not None:
         _check_head_dtype(options, source)
+    _check_batch_invariant(options, source)
     if options.validate not in (None, True, False):
         raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
 
@@ -163,15 +164,33 @@ def _check_head_dtype(options: LogprobOptions, source: Tensor) -> None:
         raise ValueError("backend must be None, 'triton' or 'torch' with head_dtype, got 'reference'")
 
 
+def _check_batch_invariant(options: LogprobOptions, source: Tensor) -> None:
+    if not isinstance(options.batch_invariant, bool):
+        raise TypeError(f"batch_invariant must be True or False, got {options.batch_invariant!r}")
+    if not options.batch_invariant:
+        return
+    if source.dtype == torch.float64:
+        raise ValueError("batch_invariant must be False for float64 inputs, got True")
+    if options.backend not in (None, "triton"):
+        raise ValueError(f"backend must be None or 'triton' with batch_invariant, got {options.backend!r}")
+    if options.head_dtype is not None:
+        raise ValueError(f"head_dtype must be None with batch_invariant, got {options.head_dtype!r}")
+    if options.vocab_shard is not None and len(options.vocab_shard.sizes) > 1:
+        raise ValueError(
+            "vocab_shard must be None with batch_invariant, got a head split over ranks, whose sums have no fixed order"
+        )
+
+
 def check_vocab_shard(shard: VocabShard, weight: Tensor, backend: str | None) -> None:
     """`weight` holds this rank's rows."""
     if not isinstance(shard, VocabShard):
         raise TypeError(f"vocab_shard must be a drpo_kernels.distributed.VocabShard, got {type(shard).__name__}")
     if backend == "reference":
         raise ValueError("backend must be None, 'triton' or 'torch' with vocab_shard, got 'reference'")
-    size, rank = group_size(shard.group), group_rank(shard.group)
+    rank = group_rank(shard.group)
     if rank < 0:
         raise ValueError("vocab_shard.group must contain this process, got one of which it is not a member")
+    size = group_size(shard.group)
     if len(shard.sizes) != size:
         raise ValueError(f"vocab_shard.sizes must name the {size} ranks of its group, got {shard.sizes}")
     if shard.sizes[rank] != weight.shape[0]:

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cpu, methods, report, trainers, workloads
+from benchmarks import cpu, invariance, methods, report, trainers, workloads
 from benchmarks.exact import TOLERANCE, agrees, exact_result, gradient_errors
 from benchmarks.timing import interleaved_seconds
+from drpo_kernels import backends
 
 FIELDS = {
     "benchmark", "workload", "shape", "dtype", "objective", "entropy_nats", "method", "label", "active_share", "status",
@@ -76,6 +77,12 @@ def test_absent_peer_is_a_row(tmp_path, monkeypatch):
     code, records = run(tmp_path, "--methods", "trl")
     assert code == 0
     assert [record["status"] for record in records] == ["trl not installed"]
+
+
+def test_a_method_for_gpus_is_a_row(tmp_path):
+    code, records = run(tmp_path, "--methods", "batch_invariant")
+    assert code == 0
+    assert [record["status"] for record in records] == ["needs a GPU"]
 
 
 @pytest.mark.parametrize("kind", workloads.KINDS)
@@ -166,3 +173,35 @@ def test_trainers(tmp_path, capsys):
     capsys.readouterr()
     assert report.main(["--block", "trainers", "--results", str(out), "--page", str(page)]) == 0
     assert "| DRPOTrainer | " in page.read_text() and not capsys.readouterr().out
+
+
+def test_invariance(tmp_path, monkeypatch, capsys):
+    """Without Triton: the vendor's products are measured, and `batch_invariant` says why it is not."""
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    out = tmp_path / "invariance.jsonl"
+    assert invariance.main(["--quick", "--device", "cpu", "--dtypes", "float32", "--out", str(out)]) == 0
+    records = report.read(out)
+    measured = [record for record in records if record["method"] == "default"]
+    assert {record["status"] for record in measured} == {"ok"}
+    assert measured[-1]["variation"] == "run again" and not any(measured[-1]["changed"].values())
+    assert [record["status"] for record in records if record["method"] == "batch_invariant"] == ["needs a GPU"]
+    capsys.readouterr()
+    assert report.main(["--block", "invariance", "--results", str(out)]) == 0
+    assert "| run again | 0% / 0% | 0.0e+00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, broke",
+    [
+        ({}, False),
+        ({"changed": {"logprob": 1}}, True),
+        ({"changed": {"logprob": 1}, "method": "default"}, False),
+        ({"variation": "in chunks of 1", "dW_change": 1e-7}, True),
+        ({"variation": "not compacted", "dW_change": 1e-7}, False),
+        ({"variation": "run again", "dW_change": 1e-7, "method": "default"}, True),
+        ({"status": "needs a GPU"}, False),
+    ],
+)
+def test_broken_invariance_fails_the_run(change, broke):
+    record = {"status": "ok", "method": "batch_invariant", "variation": "permuted", "changed": {"logprob": 0}}
+    assert invariance.broken(record | change) == broke

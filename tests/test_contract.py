@@ -69,12 +69,14 @@ def test_masked_rows_may_carry_anything(name, compact, form, backend, device):
     assert all(same_bits(value, other) for (_, value), other in metrics)
 
 
+@pytest.mark.parametrize("unscored", [math.nan, -math.inf])
 @pytest.mark.parametrize("compact, form, backend", grid(["active", "mask", "none"]))
-def test_unscored_rows_count_as_masked(compact, form, backend, device):
-    """The rollout engine hands NaN on valid rows it could not score. The oracle leaves them out of every count."""
+def test_unscored_rows_count_as_masked(compact, form, backend, unscored, device):
+    """The rollout engine hands NaN, or the -inf that no sampled token has, on valid rows it could not score. The oracle
+    leaves them out of every count."""
     problem = in_form(full_problem(2, SHAPE), form)
     old = problem.old_logprobs.clone()
-    old.view(-1)[problem.mask.view(-1).nonzero().view(-1)[::4]] = math.nan
+    old.view(-1)[problem.mask.view(-1).nonzero().view(-1)[::4]] = unscored
     problem = problems.replace(problem, old_logprobs=old)
     for reduction in ("token-mean", "seq-mean-token-mean"):
         changed = problem.with_options(reduction=reduction)

@@ -214,3 +214,66 @@ def test_workspace_is_a_whole_number_of_bytes():
     targets, old, advantages = inputs()
     with pytest.raises(TypeError, match="workspace_bytes"):
         dk.linear_policy_loss(logits_of(), torch.eye(VOCAB), targets, old, advantages, workspace_bytes=1e6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# found by fuzzing (fuzz.py)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_token_of_a_strided_batch(backend, device):
+    """A stride of 2 over a single element counts as contiguous, and `.contiguous()` keeps it."""
+    targets, old, advantages = (x[::12].to(device) for x in inputs(24))
+    x = logits_of(2).to(device)
+    for rows in (slice(0, 1), slice(1, 2)):
+        out = dk.policy_loss(x[rows], targets[rows], old[rows], advantages[rows], backend=backend)
+        want = dk.policy_loss(x[rows], targets[rows].clone(), old[rows], advantages[rows], backend="reference")
+        assert out.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_from_logits_of_any_strides(backend, device):
+    targets, old, advantages = (x.to(device) for x in inputs())
+    transposed = logits_of().to(device).T.contiguous().T
+    out = dk.policy_loss(transposed, targets, old, advantages, backend=backend)
+    want = dk.policy_loss(logits_of().to(device), targets, old, advantages, backend=backend)
+    assert torch.equal(out.loss, want.loss)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("old", [1e-7, 5e-3, 1e-2])
+def test_binary_kl_of_a_behaviour_policy_above_one(old, backend, device):
+    """Rounding may leave log μ > 0: log(1 - μ + 1e-8) would be NaN."""
+    targets, _, advantages = (x.to(device) for x in inputs())
+    x = logits_of().to(device).requires_grad_()
+    behaviour, objective = torch.full((12,), old, device=device), dk.DPPO(divergence="kl")
+    loss = dk.policy_loss(x, targets, behaviour, advantages, objective=objective, backend=backend).loss
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_weighted_kl_far_from_both_policies(backend, device):
+    """r = e^20 times a k3 of e^80 is inf in float32, and its gradient inf · 0."""
+    x = torch.tensor([[0.0, 90.0, -90.0]], device=device).requires_grad_()
+    out = dk.policy_loss(
+        x, torch.tensor([0], device=device), torch.tensor([-120.0], device=device), torch.ones(1, device=device),
+        ref_logprobs=torch.tensor([-0.5], device=device), kl_coef=0.1, kl_importance=True, backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_reference_gradient_under_float16_autocast(device):
+    """Its operands are rounded to float16; a gradient of 1e6 or of 1e-9 is not."""
+    hidden, weight = logits_of(12, 2).to(device), logits_of(VOCAB, 3).to(device)
+    targets, old, advantages = (x.to(device) for x in inputs())
+    for size in (1e7, 1e-9):
+        grads = {}
+        for backend in ("reference", "torch"):
+            leaf = weight.clone().requires_grad_()
+            with torch.autocast(device.type, dtype=torch.float16):
+                loss = dk.linear_policy_loss(hidden, leaf, targets, old, size * advantages, backend=backend).loss
+            loss.backward()
+            grads[backend] = leaf.grad
+        assert relative(grads["torch"], grads["reference"]) < 4e-3

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from drpo_kernels.backends.matmul import HeadMatmul, HeadProducts
 from drpo_kernels.backends.rows import RowOps
 from drpo_kernels.triton_support import HAS_TRITON, INTERPRETING
 
@@ -33,13 +35,20 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the Triton kernels do not support device type {device.type!r}"
 
 
-def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+def choose_backend(
+    requested: str | None, device: torch.device, dtype: torch.dtype, batch_invariant: bool = False
+) -> BackendChoice:
     """The backend for tensors on `device` of compute dtype `dtype`.
 
-    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere. An explicit request is honoured or refused,
-    never replaced. Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
+    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere; with `batch_invariant`, which only Triton has,
+    Triton everywhere. An explicit request is honoured or refused, never replaced. Raises ValueError for an unknown name
+    and RuntimeError for a backend that cannot run here.
     """
     device = torch.device(device)
+    if batch_invariant:
+        if obstacle := _triton_obstacle(device, dtype):
+            raise RuntimeError(f"batch_invariant=True needs backend 'triton', which cannot run: {obstacle}")
+        return BackendChoice("triton", "batch_invariant is Triton's alone")
     if requested is None:
         obstacle = _triton_obstacle(device, dtype)
         if device.type == "cuda" and obstacle is None:
@@ -60,3 +69,11 @@ def row_ops(name: str) -> RowOps:
     from drpo_kernels.backends.torch_rows import TorchRows
 
     return TorchRows()
+
+
+def head_products(weight: Tensor, compute_dtype: torch.dtype, batch_invariant: bool) -> HeadProducts:
+    if batch_invariant:
+        from drpo_kernels.backends.triton.invariant import InvariantMatmul
+
+        return InvariantMatmul(weight, compute_dtype)
+    return HeadMatmul(weight, compute_dtype)

@@ -7,6 +7,7 @@ block of the vocabulary at a time, as are float32 master weights under autocast.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -79,13 +80,44 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
             out[rows].add_(torch.mm(a[rows], b, out_dtype=out.dtype))
 
 
+class HeadProducts(Protocol):
+    """What a sweep asks of the head's weight [V, H]: `HeadMatmul`, or `InvariantMatmul` of the Triton backend.
+
+    accumulator    float32, or float64 for float64 inputs
+    operand_dtype  of dlogits
+    row_multiple   of which a chunk with a gradient must hold a multiple, but for the last
+    """
+
+    accumulator: torch.dtype
+    operand_dtype: torch.dtype
+    row_multiple: int
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Hidden states [n, H] as the products below take them."""
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
+
+    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
+        """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
+
+    def add_weight_gradient(
+        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
+    ) -> None:
+        """out [V, H] += undo · dlogits.T @ hidden, or = for the first chunk; `undo` is a 0-d factor or None for 1."""
+
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
+        """out [V] += undo · Σ_rows dlogits, or = for the first chunk."""
+
+
 class HeadMatmul:
-    """Products with the head's weight [V, H].
+    """`HeadProducts` by PyTorch's GEMMs.
 
     compute_dtype  what the operands are rounded to (autocast's dtype, or the inputs' own)
     operand_dtype  what is multiplied: `compute_dtype` where the hardware accumulates it in float32, else float32
-    accumulator    float32, or float64 for float64 inputs
     """
+
+    row_multiple = 1
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
         self.weight = weight
@@ -108,7 +140,6 @@ class HeadMatmul:
         return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
         direct = out.dtype in (self.accumulator, self.operand_dtype)
         for block in self._blocks(always=not direct):
             operand = self.operand(self.weight[block]).T
@@ -119,7 +150,6 @@ class HeadMatmul:
         return out
 
     def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
         make = torch.empty if self.weight.shape[0] else torch.zeros  # a shard of nothing but padding
         out = make(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
         for i, block in enumerate(self._blocks()):
@@ -129,7 +159,6 @@ class HeadMatmul:
     def add_weight_gradient(
         self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
     ) -> None:
-        """out [V, H] += undo · dlogits.T @ hidden, or = for the first chunk; `undo` is a 0-d factor or None for 1."""
         if undo is None:
             product(dlogits.T, hidden, out, accumulate=not first)
             return
@@ -137,3 +166,8 @@ class HeadMatmul:
             part = torch.empty(out[block].shape, dtype=out.dtype, device=out.device)
             product(dlogits[:, block].T, hidden, part)
             torch.mul(part, undo, out=out[block]) if first else out[block].addcmul_(part, undo)
+
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
+        db = dlogits.sum(0, dtype=self.accumulator)
+        db = db if undo is None else db.mul_(undo)
+        out.copy_(db) if first else out.add_(db)

@@ -25,13 +25,17 @@ class ChunkPlan:
         return (slice(s, min(s + self.chunk_rows, self.rows)) for s in range(0, self.rows, self.chunk_rows))
 
 
-def plan_chunks(rows: int, vocab: int, bytes_per_logit: int, workspace_bytes: int) -> ChunkPlan:
-    """The fewest equal chunks whose logits fit the workspace; one row at least."""
-    fitting = max(workspace_bytes // max(vocab * bytes_per_logit, 1), 1)
+def plan_chunks(rows: int, vocab: int, bytes_per_logit: int, workspace_bytes: int, row_multiple: int = 1) -> ChunkPlan:
+    """The fewest equal chunks of a multiple of rows whose logits fit the workspace; one such multiple at least."""
+    fitting = max(workspace_bytes // max(vocab * bytes_per_logit, 1) // row_multiple, 1) * row_multiple
     chunks = max(-(-rows // fitting), 1)
-    even = -(-rows // chunks)
-    rounded = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
+    even = _up(-(-rows // chunks), row_multiple)
+    rounded = _up(even, ROW_MULTIPLE)
     return ChunkPlan(rows, max(rounded if rounded <= fitting else even, 1))
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import planning, row_ops
+from drpo_kernels.backends import head_products, planning, row_ops
 from drpo_kernels.backends.fp8_head import Fp8Logits
-from drpo_kernels.backends.matmul import HeadMatmul, exact_float32
+from drpo_kernels.backends.matmul import HeadProducts, exact_float32
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 from drpo_kernels.backends.sharded import ShardedRows
@@ -37,6 +37,7 @@ class Execution:
     every_row: bool = False  # compact="none": sweep SKIPPED rows too, with no count read back from the device
     shard: VocabShard | None = None
     head_dtype: str | None = None  # of the logits' product alone, which it does change: see fp8_head.py
+    batch_invariant: bool = False  # products in one order: see triton/invariant.py
 
 
 class Wanted(NamedTuple):
@@ -78,7 +79,8 @@ class LinearSweep:
         self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
         ops = row_ops(execution.backend)
         self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
-        self.matmul = HeadMatmul(head.weight[: head.vocab], execution.compute_dtype)
+        weight = head.weight[: head.vocab]
+        self.matmul: HeadProducts = head_products(weight, execution.compute_dtype, execution.batch_invariant)
         quantized = execution.head_dtype is not None
         self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
@@ -113,7 +115,7 @@ class LinearSweep:
         separate = self.active and not shares_buffer
         per_logit = logits_dtype.itemsize + (self.matmul.operand_dtype.itemsize if separate and not self.retain else 0)
         budget = planning.workspace_bytes(device, vocab, per_logit, self.execution.workspace_bytes)
-        self.active_plan = planning.plan_chunks(self.active, vocab, per_logit, budget)
+        self.active_plan = planning.plan_chunks(self.active, vocab, per_logit, budget, self.matmul.row_multiple)
         self.forward_plan = planning.plan_chunks(self.swept - self.active, vocab, logits_dtype.itemsize, budget)
         largest = max(
             self.active_plan.chunk_rows if self.active else 0,
@@ -183,8 +185,8 @@ class LinearSweep:
             out = gradients.weight[: self.head.vocab]
             self.matmul.add_weight_gradient(dlogits, hidden_rows, out, first=chunk.start == 0, undo=undo)
         if gradients.bias is not None:
-            db = dlogits.sum(0, dtype=self.matmul.accumulator)
-            gradients.bias[: self.head.vocab].add_(db if undo is None else db.mul_(undo))
+            out = gradients.bias[: self.head.vocab]
+            self.matmul.add_bias_gradient(dlogits, out, first=chunk.start == 0, undo=undo)
         if gradients.hidden is not None:
             complete()
             if self.index is None:

@@ -32,6 +32,7 @@ class Usage:
     shared_bytes: int = 0
     load_bits: int = 0  # widest access to global memory by one thread; 0 if there is none
     store_bits: int = 0
+    mma: str = ""  # the matrix instruction: HMMA (warps), HGMMA (warpgroups), UTCHMMA (tensor memory), v_mfma; or none
 
     @property
     def spills(self) -> bool:
@@ -113,6 +114,7 @@ def parse_cuobjdump(text: str) -> Usage:
         spill_stores=sum(opcode.split(".")[0] == "STL" for opcode in opcodes),
         load_bits=_widest_sass(opcodes, {"LDG", "LDGSTS"}),
         store_bits=_widest_sass(opcodes, {"STG"}),
+        mma=next((name for name in (opcode.split(".")[0] for opcode in opcodes) if name.endswith("MMA")), ""),
     )
 
 
@@ -142,6 +144,7 @@ def parse_amdgcn(text: str) -> Usage:
         spill_stores=len(re.findall(r"^\s*scratch_store_", text, re.MULTILINE)),
         load_bits=_widest_amdgcn(text, "load"),
         store_bits=_widest_amdgcn(text, "store"),
+        mma="v_mfma" if re.search(r"^\s*v_mfma_", text, re.MULTILINE) else "",
     )
 
 

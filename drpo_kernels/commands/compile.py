@@ -23,7 +23,7 @@ from drpo_kernels.version import __version__
 if TYPE_CHECKING:
     from drpo_kernels.backends.triton.aot import KernelCase
 
-NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "seconds")
+NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "mma", "seconds")
 DEFAULT_CASES = "drpo_kernels.backends.triton.aot:kernel_cases"
 
 
@@ -89,11 +89,13 @@ def _run_without_interpreter(argv: Sequence[str]) -> int:
 
 def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator[CompiledKernel]:
     """Compile one by one and print each row when it is known: a whole table takes minutes."""
-    widths = (max(len(case.name) for case in cases), max(map(len, targets)), len("FAILED"), 4, 7, 11, 8, 9, 10, 7)
+    widths = (max(len(case.name) for case in cases), max(map(len, targets)), len("FAILED"), 4, 7, 11, 8, 9, 10, 7, 7)
     table = TextTable(("kernel", "target", "status", *NUMBERS), widths, left=3)
     print(table.header())
     for case in cases:
         for target in targets:
+            if case.targets and target not in case.targets:
+                continue
             kernel = compile_case(case, target)
             print(table.row(_cells(kernel)), flush=True)
             yield kernel
@@ -102,9 +104,9 @@ def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator
 def _cells(kernel: CompiledKernel) -> tuple[object, ...]:
     use, seconds = kernel.usage, f"{kernel.seconds:.1f}"
     if kernel.error:
-        return (kernel.name, kernel.target, kernel.status, *["-"] * 6, seconds)
+        return (kernel.name, kernel.target, kernel.status, *["-"] * 7, seconds)
     spills = f"{use.spill_loads}/{use.spill_stores}"
-    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, use.load_bits, use.store_bits)
+    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, use.load_bits, use.store_bits, use.mma or "-")
     return (kernel.name, kernel.target, kernel.status, *numbers, seconds)
 
 

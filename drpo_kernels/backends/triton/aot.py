@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from drpo_kernels.backends.triton import kernels
+from drpo_kernels.backends.triton import invariant, kernels
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
-from drpo_kernels.backends.triton.tiles import row_tile
+from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile, row_tile
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
+from drpo_kernels.triton_support import tl
 
 # What `triton.compiler.ASTSource` calls an argument's type: "*fp32", "i64", "fp32", "constexpr", or a tuple of these.
 ArgumentType = str | tuple["ArgumentType", ...]
@@ -37,6 +38,7 @@ class KernelCase:
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, object] = field(default_factory=dict)  # further launch options, such as maxnreg
+    targets: tuple[str, ...] = ()  # those whose launches look like this; none: all
 
     def __post_init__(self) -> None:
         if list(self.signature) != list(self.kernel.arg_names):
@@ -120,4 +122,83 @@ def kernel_cases() -> list[KernelCase]:
         cases.append(_case(f"{logits}>{out}", kernels.gradient_kernel, logits, out, HAS_ENTROPY=True, **plain))
     cases.append(_case("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
     cases.append(_case("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full))
-    return cases
+    return cases + invariant_cases()
+
+
+# --- the fixed-order products -----------------------------------------------------------------------------------------
+
+# shared memory that one program may have; the tile follows it
+SHARED_MEMORY = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101_376) | {"sm_80": 166_912, "gfx942": 65_536}
+SHARED_MEMORY |= dict.fromkeys(("sm_90", "sm_100"), 232_448)
+COMPUTE = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+# by product: the strides that are 1
+UNIT_STRIDES = {
+    "logits": ("a_depth_stride", "b_depth_stride"),
+    "dX": ("a_depth_stride", "b_column_stride"),
+    "dW": ("a_row_stride", "b_column_stride"),
+}
+
+
+def invariant_cases() -> list[KernelCase]:
+    """The products of `batch_invariant` with every tile that `matmul_tile` chooses."""
+    cases = [
+        *_products("logits", "bf16", "bf16", "fp32"),
+        *_products("logits", "bf16", "bf16", "fp32", even=False),
+        *_products("logits", "fp16", "fp16", "fp32"),
+        *_products("logits", "bf16", "fp32", "fp32"),  # fp32 master weights under autocast
+        *_products("logits", "fp32", "fp32", "fp32"),
+        *_products("dX", "bf16", "bf16", "fp32"),
+        *_products("dX", "fp32", "fp32", "fp32"),
+        *_products("dW", "bf16", "bf16", "bf16"),
+        *_products("dW", "bf16", "bf16", "fp32", accumulate=True),
+        *_products("dW", "fp32", "fp32", "fp32", accumulate=True),
+    ]
+    signature = {"x": "*bf16", "row_stride": "i64", "out": "*fp32", "rows": "i32", "columns": "i32"}
+    values = {"ACCUMULATE": True, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": invariant.COLUMN_BLOCK}
+    signature |= dict.fromkeys(values, "constexpr")
+    even = ("x", "row_stride", "out", "columns")
+    return [
+        *cases,
+        KernelCase(
+            "column_sum[db bf16, next chunk]",
+            invariant.column_sum_kernel,
+            signature,
+            values,
+            even,
+            options=LAUNCH_OPTIONS,
+        ),
+    ]
+
+
+def _products(
+    product: str, a: str, b: str, out: str, accumulate: bool = False, even: bool = True
+) -> Iterator[KernelCase]:
+    """One of the three products, multiplied in the dtype of `a`: a case for each tile, and the targets that take it."""
+    sizes = [COMPUTE[kind].primitive_bitwidth // 8 for kind in (a, b)]
+    tiles: dict[MatmulTile, tuple[str, ...]] = {}
+    for target, shared in SHARED_MEMORY.items():
+        tile = matmul_tile(sizes[0], max(sizes), shared, accumulates=product == "dW")
+        tiles[tile] = (*tiles.get(tile, ()), target)
+    kernel = invariant.matmul_kernel
+    strides = [name for name in kernel.arg_names if name.endswith("_stride")]
+    types = {"a": f"*{a}", "b": f"*{b}", "out": f"*{out}"} | dict.fromkeys(strides, "i64")
+    types |= dict.fromkeys(("rows", "columns", "padded", "depth"), "i32")
+    unit = UNIT_STRIDES[product]
+    divisible = tuple(name for name in ("a", "b", "out", "padded", *strides) if name not in unit)
+    for tile, targets in tiles.items():
+        values = {"ROUNDED": COMPUTE[a], "COMPUTE": COMPUTE[a], "ACCUMULATE": accumulate, "GROUP": tile.group}
+        values |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth}
+        values |= dict.fromkeys(unit, 1)
+        label = f"{product} {a}" if a == b else f"{product} {a}·{b}"
+        label += f">{out} {tile.rows}x{tile.columns}x{tile.depth}"
+        yield KernelCase(
+            name=f"matmul[{label}{', next chunk' if accumulate else ''}{'' if even else ', odd vocabulary'}]",
+            kernel=kernel,
+            signature={name: "constexpr" if name in values else types[name] for name in kernel.arg_names},
+            constexprs={name: values[name] for name in kernel.arg_names if name in values},
+            divisible=(*divisible, "columns") if even else divisible,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            options=LAUNCH_OPTIONS,
+            targets=targets,
+        )

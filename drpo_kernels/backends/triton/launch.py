@@ -36,7 +36,7 @@ class TritonRows:
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
-        written = batch.logits if out is None else out
+        written = outcome if out is None else out  # without `out` nothing is written, and logits may have any strides
         self._launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
             terms.objective.hyper, OBJECTIVE=terms.objective.twin,

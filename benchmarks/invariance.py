@@ -1,0 +1,170 @@
+"""`python -m benchmarks.invariance`: which bits of a row change with what is computed beside it, a JSON line per case.
+
+A batch is computed once, then parts of it, permutations, other compactions and other chunks; what a row reports
+(log-prob, entropy, loss) and its dX are compared bit for bit. On a GPU with and without `batch_invariant`, on real
+shapes; on a CPU, which runs no Triton kernels, without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.provenance import ROOT, provenance
+from benchmarks.workloads import Shape
+from drpo_kernels import DRPO
+from drpo_kernels.backends.rows import Outcome
+from drpo_kernels.inputs import LinearSource, Problem, policy_inputs
+from drpo_kernels.options import PolicyOptions
+from drpo_kernels.policy_loss import fused_route
+
+RESULTS = ROOT / "bench_results" / "invariance.jsonl"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# odd sizes, and a head whose weight is cast in two blocks
+CPU_SHAPES = (Shape(64, 63, 1001), Shape(64, 512, 8192))
+BATCHES, PIECES = (1, 2, 5, 16, 17, 33), 4  # rows in a batch, and how many such batches
+CUDA_SHAPES = (Shape(512, 1024, 32_003), Shape(512, 4096, 151_936))
+QUICK_SHAPES = (Shape(8, 5, 33),)
+QUANTITIES = {"logprob": Outcome.LOGPROB, "entropy": Outcome.ENTROPY, "loss": Outcome.LOSS}
+METHODS = {"default": False, "batch_invariant": True}
+LOGIT_BYTES = 4  # of the workspace; a GPU keeps 16-bit dlogits beside them and takes two rows for three
+Record = dict[str, object]
+
+
+class Batch:
+    """Rows against one head; a row's coefficient is 1, so that its loss and dX are its own."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.randn(shape.tokens, shape.hidden, generator=g)
+        weight = torch.randn(shape.vocab, shape.hidden, generator=g) / shape.hidden**0.5
+        targets = torch.randint(shape.vocab, (shape.tokens,), generator=g)
+        old, advantages = -2 - torch.rand(shape.tokens, generator=g), torch.randn(shape.tokens, generator=g)
+        self.hidden, self.weight = hidden.to(device, dtype), weight.to(device, dtype)
+        self.rows = [x.to(device) for x in (targets, old, advantages)]
+        self.mask = (torch.arange(shape.tokens) % 3 > 0).to(device)
+
+    def run(self, rows: Tensor | None = None, masked: bool = False, **options) -> tuple[Tensor, Tensor, Tensor]:
+        """(outcome [len(Outcome), n], dX [n, H], dW [V, H]) of those rows, in that order; None: of all."""
+        rows = torch.arange(len(self.hidden), device=self.hidden.device) if rows is None else rows
+        leaves = [self.hidden[rows].requires_grad_(), self.weight.detach().requires_grad_()]
+        targets, old, advantages = (x[rows] for x in self.rows)
+        chosen = PolicyOptions(objective=DRPO(delta=0.2), reduction="token-sum", entropy_coef=0.01, **options)
+        source = LinearSource(*leaves, None)
+        problem = Problem.checked(source, targets, self.mask[rows] if masked else None, chosen)
+        loss, outcome = fused_route(policy_inputs(problem, old, advantages))
+        return outcome, *torch.autograd.grad(loss, leaves)
+
+
+def measure(batch: Batch, shape: Shape, **options) -> Iterator[Record]:
+    """A record per variation: how many rows differ from the same rows of the whole batch, in what, and how far."""
+    count, g = shape.tokens, torch.Generator().manual_seed(1)
+    order = torch.randperm(count, generator=g).to(batch.hidden.device)
+    whole = batch.run(**options)
+
+    def compared(pieces: Sequence[tuple[Tensor, tuple]], base: tuple = whole) -> Record:
+        rows = torch.cat([rows for rows, _ in pieces])
+        outcome = torch.cat([found[0] for _, found in pieces], 1)
+        dx = torch.cat([found[1] for _, found in pieces])
+        want, want_dx = base[0][:, rows], base[1][rows]
+        changed = {name: int((outcome[field] != want[field]).sum()) for name, field in QUANTITIES.items()}
+        changed["dX"] = int((dx != want_dx).any(1).sum())
+        largest = (outcome[Outcome.LOGPROB] - want[Outcome.LOGPROB]).abs().max().item()
+        return {"rows": len(rows), "changed": changed, "largest_logprob_change": largest}
+
+    def parts(size: int) -> list[tuple[Tensor, tuple]]:
+        return [(rows, batch.run(rows, **options)) for rows in order[: min(count, PIECES * size)].split(size)]
+
+    for size in BATCHES:
+        yield {"variation": f"in batches of {size}", **compared(parts(size))}
+    yield {"variation": "permuted", **compared([(order, batch.run(order, **options))])}
+    masked, every = (batch.run(masked=True, compact=compact, **options) for compact in ("active", "none"))
+    kept = batch.mask.nonzero()[:, 0]
+    record = compared([(kept, (every[0][:, kept], every[1][kept]))], masked)
+    yield {"variation": "not compacted", **record, "dW_change": _distance(every[2], masked[2])}
+    everyone = torch.arange(count, device=order.device)
+    for rows in (1, 7, count // 2):
+        found = batch.run(workspace_bytes=rows * shape.vocab * LOGIT_BYTES, **options)
+        record = compared([(everyone, found)])
+        yield {"variation": f"in chunks of {rows}", **record, "dW_change": _distance(found[2], whole[2])}
+    again = batch.run(**options)
+    yield {"variation": "run again", **compared([(everyone, again)]), "dW_change": _distance(again[2], whole[2])}
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    """|found - want| / |want|, and 0 only where every bit is the same."""
+    if torch.equal(found, want):
+        return 0.0
+    return max(((found.double() - want.double()).norm() / want.double().norm()).item(), 1e-30)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write, print; 1 if a row of `batch_invariant` or a second run changed a bit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--quick", action="store_true", help="a tiny shape; written only where --out says")
+    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
+    options = parser.parse_args(argv)
+    shapes = QUICK_SHAPES if options.quick else CPU_SHAPES if options.device == "cpu" else CUDA_SHAPES
+    source = provenance(" ".join(["python -m benchmarks.invariance", *(["--quick"] if options.quick else [])]))
+    if options.device == "cuda":
+        source["device"] = {**source["device"], "gpu": torch.cuda.get_device_name()}
+    records = [{**record, **source} for record in _records(options.device, shapes, options.dtypes)]
+    out = options.out or (None if options.quick else RESULTS)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return int(any(broken(record) for record in records))
+
+
+def broken(record: Record) -> bool:
+    """A promise that did not hold: a second run is bitwise the first, and `batch_invariant` rows never change."""
+    if record["status"] != "ok":
+        return False
+    rows_changed = any(record["changed"].values())
+    if record["variation"] == "run again":
+        return rows_changed or record["dW_change"] != 0
+    chunked = record["variation"].startswith("in chunks")
+    return record["method"] == "batch_invariant" and (rows_changed or (chunked and record["dW_change"] != 0))
+
+
+def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[Record]:
+    for method, batch_invariant in METHODS.items():
+        for shape in shapes:
+            for name in dtypes:
+                common = {"benchmark": "invariance", "method": method, "dtype": name, "shape": vars(shape)}
+                for record in _measured(device, shape, DTYPES[name], batch_invariant):
+                    print(_line({**common, **record}), flush=True)
+                    yield {**common, **record}
+
+
+def _measured(device: str, shape: Shape, dtype: torch.dtype, batch_invariant: bool) -> Iterator[Record]:
+    batch = Batch(shape, dtype, device)
+    try:
+        for record in measure(batch, shape, batch_invariant=batch_invariant):
+            yield {"status": "ok", **record}
+    except RuntimeError as error:
+        if not batch_invariant or "batch_invariant" not in str(error):
+            raise
+        yield {"status": "needs a GPU", "variation": None}
+
+
+def _line(record: Record) -> str:
+    shape = "H={hidden} V={vocab}".format(**record["shape"])
+    head = f"{record['method']:<16} {record['dtype']:<9} {shape:<16}"
+    if record["status"] != "ok":
+        return f"{head} {record['status']}"
+    changed = " ".join(f"{name} {count}" for name, count in record["changed"].items())
+    dw = f", dW {record['dW_change']:.1e}" if "dW_change" in record else ""
+    return f"{head} {record['variation']:<17} of {record['rows']}: {changed}{dw}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The head's products in one fixed order: `batch_invariant` of the linear functions.
+
+A general GEMM library picks its tiles, and whether to split the inner sum, from the number of rows, so a row's logits
+depend on how many rows stand beside it. Here an element of a product is one chain of additions in ascending order along
+the inner dimension, in steps of `MatmulTile.depth`, by one program. The tile is chosen from the dtype and the device
+alone. n, and where a row lies, decide which program computes an element and how wide its loads are; not the order.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
+from drpo_kernels.backends.triton.tiles import LEAST_SHARED_MEMORY, MatmulTile, matmul_tile
+from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
+
+# there tl.dot multiplies the bits of 16-bit operands, and NumPy's order of addition follows a row's place in the tile
+INTERPRETED = tl.constexpr(INTERPRETING)
+# to bf16, where the hardware rounds
+TRUNCATES = INTERPRETING
+# elements that an index beyond an edge may be read past it: `LinearSweep` pads the rows of its buffers to as many
+VECTOR = tl.constexpr(16)
+COLUMN_BLOCK = 256
+TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@jit
+def multiply_add(a, b, total, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr):
+    """total + a @ b in fp32; both in COMPUTE, b rounded to ROUNDED first, fp32 ones multiplied without TF32."""
+    a = a.to(COMPUTE)
+    b = b.to(ROUNDED).to(COMPUTE)
+    if INTERPRETED:
+        return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
+def readable(index, size):
+    """index, or 0 where it is beyond `size`: what is computed from it there is not stored. No mask narrows the load."""
+    return tl.max_contiguous(tl.multiple_of(tl.where(index < size, index, 0), VECTOR), VECTOR).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])  # one binary for every number of rows
+def matmul_kernel(
+    a, a_row_stride, a_depth_stride, b, b_depth_stride, b_column_stride, out, out_row_stride,
+    rows, columns, padded, depth, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] = a [rows, depth] @ b [depth, columns], or += with ACCUMULATE (fp32 `out`).
+
+    a and b fp32, bf16 or fp16 with any strides; b is rounded to ROUNDED, and both are multiplied in COMPUTE. One fp32
+    total per element, added to in ascending order of depth, BLOCK_DEPTH at a time, and rounded to out's dtype at the
+    end. Continuing from an fp32 `out` after a multiple of BLOCK_DEPTH gives the bits of one pass. Columns [columns,
+    padded) of `out` get anything. One program per tile; GROUP tiles of rows share a tile of columns while it is in L2.
+    """
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    group = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
+    first = tl.program_id(0) // group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    within = tl.program_id(0) % group
+    row = (first + within % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = within // height * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    k = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
+    a += readable(row, rows)[:, None] * a_row_stride + k[None, :] * a_depth_stride
+    b += k[:, None] * b_depth_stride + readable(column, columns)[None, :] * b_column_stride
+    step = tl.full((), BLOCK_DEPTH, tl.int64)  # strides may be int32 where BLOCK_DEPTH times them is not
+    out += row.to(tl.int64)[:, None] * out_row_stride + column[None, :]
+    stored = (row < rows)[:, None] & (column < padded)[None, :]
+    if ACCUMULATE:
+        total = tl.load(out, mask=stored, other=0.0)
+    else:
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    whole = depth // BLOCK_DEPTH * BLOCK_DEPTH  # unmasked, so that loads are wide for any depth
+    for _ in range(0, whole, BLOCK_DEPTH):
+        total = multiply_add(tl.load(a), tl.load(b), total, ROUNDED, COMPUTE)
+        a += step * a_depth_stride
+        b += step * b_depth_stride
+    if whole < depth:
+        inside = k < depth - whole
+        tail = tl.load(a, mask=inside[None, :], other=0.0)
+        total = multiply_add(tail, tl.load(b, mask=inside[:, None], other=0.0), total, ROUNDED, COMPUTE)
+    tl.store(out, total.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_sum_kernel(
+    x, row_stride, out, rows, columns,
+    ACCUMULATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out [columns] fp32 = Σ_rows x [rows, columns], or += with ACCUMULATE; fp32, BLOCK_ROWS rows at a time."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    stored = column < columns
+    if ACCUMULATE:
+        total = tl.load(out + column, mask=stored, other=0.0)
+    else:
+        total = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & stored[None, :]
+        values = tl.load(x + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(values.to(tl.float32), 0)
+    tl.store(out + column, total, mask=stored)
+
+
+class InvariantMatmul:
+    """`HeadMatmul` for which a row's logits and dX do not depend on the other rows, nor dW and db on the chunks.
+
+    `row_multiple`: chunks that start at multiples of it leave dW and db as one chunk would. float16 dlogits would need
+    a scale, which is of all the rows in a chunk; they stay float32, and so do their products.
+    """
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
+        if TRUNCATES and compute_dtype == torch.bfloat16:
+            weight = weight.to(compute_dtype)
+        self.weight, self.compute_dtype, self.accumulator = weight, compute_dtype, torch.float32
+        self.operand_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        self.row_multiple = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True).depth
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x.to(self.compute_dtype)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """out [n, V] = hidden [n, H] @ weight.T, rounded once to out's dtype."""
+        tile = self._tile(self.compute_dtype, self.weight.dtype)
+        return self._product(hidden, self.weight.T, out, self.compute_dtype, tile)
+
+    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
+        """dlogits [n, V] @ weight -> [n, H] float32."""
+        out = torch.empty(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+        tile = self._tile(self.operand_dtype, self.weight.dtype)
+        return self._product(dlogits, self.weight, out, self.operand_dtype, tile)
+
+    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: None) -> None:
+        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `undo`."""
+        tile = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True)
+        self._product(dlogits.T, hidden, out, self.operand_dtype, tile, accumulate=not first)
+
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: None) -> None:
+        """out [V] += Σ_rows dlogits [n, V], or = for the first chunk."""
+        rows, columns = dlogits.shape
+        with _on(dlogits.device):
+            column_sum_kernel[(triton.cdiv(columns, COLUMN_BLOCK),)](
+                dlogits, dlogits.stride(0), out, rows, columns,
+                ACCUMULATE=not first, BLOCK_ROWS=self.row_multiple, BLOCK_COLUMNS=COLUMN_BLOCK,
+                **LAUNCH_OPTIONS,
+            )  # fmt: skip
+
+    def _tile(self, compute: torch.dtype, stored: torch.dtype, accumulates: bool = False) -> MatmulTile:
+        widest = max(stored.itemsize, compute.itemsize)
+        return matmul_tile(compute.itemsize, widest, _shared_memory(self.weight.device), accumulates=accumulates)
+
+    def _product(
+        self, a: Tensor, b: Tensor, out: Tensor, compute: torch.dtype, tile: MatmulTile, accumulate: bool = False
+    ) -> Tensor:
+        """out = a @ b, or out += a @ b; out's last axis is contiguous, and what lies between its rows is padding."""
+        if TRUNCATES and out.dtype == torch.bfloat16:
+            return out.copy_(self._product(a, b, torch.empty_like(out, dtype=torch.float32), compute, tile))
+        (rows, depth), columns = a.shape, b.shape[1]
+        # so that stores are wide for an odd vocabulary too
+        padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0))
+        with _on(a.device):
+            matmul_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+                a, *a.stride(), b, *b.stride(), out, out.stride(0), rows, columns, padded, depth,
+                ROUNDED=TRITON_TYPES[self.compute_dtype], COMPUTE=TRITON_TYPES[compute], ACCUMULATE=accumulate,
+                BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, GROUP=tile.group,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+        return out
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device; make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may ask for; every GPU has the least."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
