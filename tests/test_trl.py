@@ -118,7 +118,7 @@ def assert_same_run(options, objective, keywords, policy, tmp_path, steps):
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_trl(name, tmp_path):
-    assert_same_run(*CASES[name], tmp_path, steps=10 if name == "defaults" else 4)
+    assert_same_run(*CASES[name], tmp_path, steps=10 if name == "defaults" else 3)
 
 
 def test_same_as_trl_with_a_reference(tmp_path):
@@ -188,10 +188,9 @@ def test_trl_s_head_is_never_called(tmp_path, monkeypatch):
     assert trl_utils._ChunkedLogProbFunction is chunked_logprob.ChunkedLogProbFunction
 
 
-@pytest.mark.parametrize("objective", [DRPO(delta=0.2), SPO()], ids=["drpo", "spo"])
-def test_the_run_learns(objective, tmp_path):
+def test_the_run_learns(tmp_path):
     args = tiny_trl.arguments(
-        DRPOConfig, tmp_path, objective=objective, max_steps=40, num_iterations=2, learning_rate=1e-2,
+        DRPOConfig, tmp_path, objective=DRPO(delta=0.2), max_steps=40, num_iterations=2, learning_rate=1e-2,
         per_device_train_batch_size=16, num_generations=8,
     )  # fmt: skip
     rewards = tiny_trl.run(tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model()))["reward"]
@@ -396,6 +395,7 @@ class OnTheCPU(DRPOConfig):
     """The snippets are for a GPU; this is what differs without one."""
 
     use_cpu: bool = True
+    max_completion_length: int = 6
     report_to: str = "none"
 
 

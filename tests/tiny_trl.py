@@ -50,7 +50,7 @@ def letter_share(completions, **_):
 
 def arguments(cls, output_dir, **changes):
     defaults = dict(
-        output_dir=str(output_dir), per_device_train_batch_size=8, num_generations=4, max_completion_length=10,
+        output_dir=str(output_dir), per_device_train_batch_size=8, num_generations=4, max_completion_length=7,
         max_steps=4, learning_rate=2e-3, logging_steps=1, report_to="none", save_strategy="no", seed=3, use_cpu=True,
         bf16=False, disable_tqdm=True,
     )  # fmt: skip
