@@ -2,13 +2,9 @@
 process group.
 """
 
-import json
-import os
 import re
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,56 +13,19 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.distributed import global_normalizer, reduce_loss, reduce_metrics, sequence_coefficients
 from drpo_kernels.metrics import METRICS, REDUCE
-
-ROOT = Path(__file__).resolve().parent.parent
-# a launch takes 15 to 30 s on two idle cores; a hang must not take the suite with it
-LAUNCH_TIMEOUT = 240
+from launcher import ROOT, assert_cases_pass, torchrun
 
 
-def torchrun(processes, report, *arguments):
-    """Run the worker in its own session, so that a time-out can end all of it."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "0" if "nccl" in arguments else "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    # --standalone: rendezvous on a free port, so launches do not collide
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    worker = str(ROOT / "tests" / "distributed_worker.py")
-    process = subprocess.Popen(
-        [*command, worker, str(report), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its workers, which have sessions of their own
-        try:
-            output, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-        pytest.fail(f"{processes} processes still running after {LAUNCH_TIMEOUT} s:\n{output[-3000:]}")
-    return process.returncode, output
-
-
-def assert_cases_pass(processes, tmp_path, *arguments):
+def assert_equal_one(processes, tmp_path, *arguments):
     report = tmp_path / "report.json"
-    status, output = torchrun(processes, report, *arguments)
-    assert report.exists(), f"exit status {status}, no report:\n{output[-4000:]}"
-    results = json.loads(report.read_text())
-    failures = {name: error for name, error in results.items() if error is not None}
-    assert not failures, f"{len(failures)} of {len(results)} cases:\n" + "\n".join(
-        f"{name}: {error}" for name, error in failures.items()
-    )
-    assert status == 0, output[-4000:]
-    assert len(results) >= 30
+    interpret = "0" if "nccl" in arguments else "1"
+    result = torchrun(processes, "distributed_worker.py", str(report), *arguments, TRITON_INTERPRET=interpret)
+    assert_cases_pass(report, *result, at_least=30)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_equal_one(processes, tmp_path):
-    assert_cases_pass(processes, tmp_path)
+    assert_equal_one(processes, tmp_path)
 
 
 @pytest.mark.gpu
@@ -74,7 +33,7 @@ def test_processes_equal_one(processes, tmp_path):
 def test_gpus_equal_one(processes, tmp_path):
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
-    assert_cases_pass(processes, tmp_path, "nccl")
+    assert_equal_one(processes, tmp_path, "nccl")
 
 
 # ---------------------------------------------------------------------------------------------------------------

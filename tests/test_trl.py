@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +29,7 @@ import tiny_trl
 from drpo_kernels import CISPO, DRPO, GSPO, PPO, SPO, Tokens
 from drpo_kernels.integrations import trl as integration
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer, parse_objective
+from launcher import launch, torchrun
 from snippets import README, ROOT, run, snippet
 
 transformers.logging.set_verbosity_error()
@@ -493,31 +488,13 @@ def test_adapters_on_the_head_are_refused(tmp_path):
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-TESTS = Path(__file__).resolve().parent
-RECIPES = TESTS.parent / "docs" / "recipes"
-
-
-def launch(command: list[str], timeout: int = 300) -> str:
-    """Run a launcher of several processes, all of which end with it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
-    environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-4000:]
-    return output
+RECIPES = ROOT / "docs" / "recipes"
 
 
 def test_two_processes(tmp_path):
     """The same run as TRL's on two processes, and metrics of both ranks' tokens."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TESTS / "trl_worker.py")]
-    output = launch([*command, str(tmp_path)])
+    status, output = torchrun(2, "trl_worker.py", str(tmp_path))
+    assert status == 0, output[-4000:]
     record = json.loads(next(line for line in output.splitlines() if line.startswith("RECORD "))[len("RECORD ") :])
     theirs, ours = record["theirs"], record["ours"]
     for name in set(theirs) - {"step_time", "epoch"}:
@@ -538,7 +515,8 @@ def test_recipe(tmp_path):
     words = written.replace("\\\n", " ").split()
     words[words.index("--max_steps") + 1] = "3"
     words = [str(RECIPES / word) if (RECIPES / word).exists() else word for word in words]
-    output = launch(["accelerate.commands.launch", *words, "--output_dir", str(tmp_path / "out")])
+    status, output = launch("accelerate.commands.launch", *words, "--output_dir", str(tmp_path / "out"))
+    assert status == 0, output[-4000:]
     assert "'drpo/weight_mean'" in output and "'train_loss'" in output
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(p.isfinite().all() for p in saved.parameters())

@@ -1,12 +1,6 @@
 """The fused head under the wrappers that shard a model: 2 and 4 CPU processes against one, and ZeRO-3."""
 
 import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +11,8 @@ pytest.importorskip("peft", reason="peft is not installed")
 
 from drpo_kernels.integrations.transformers import add_fused_head
 from fused_models import assert_same_gradients, eager, gradients, logprobs_of, loss_of, make, make_batch
+from launcher import assert_cases_pass, torchrun
 
-ROOT = Path(__file__).resolve().parent.parent
-# a launch takes 15 to 30 s on two idle cores; a hang must not take the suite with it
-LAUNCH_TIMEOUT = 240
 # with 4 processes: one of each wrapper, and what needs 4
 OF_FOUR = (
     "gradients-ddp", "gradients-layers-accumulated", "gradients-bare head-own", "tensor_parallel-transformers",
@@ -28,51 +20,24 @@ OF_FOUR = (
 )  # fmt: skip
 
 
-def assert_cases_pass(processes, tmp_path, module, names=(), at_least=1, **environment):
+def assert_equal_one(processes, tmp_path, module, names=(), at_least=1, **environment):
     report = tmp_path / "report.json"
-    environment = os.environ | environment | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    # --standalone: rendezvous on a free port, so launches do not collide
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(ROOT / "tests" / "wrapper_worker.py"), module, str(report), *names]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its workers, which have sessions of their own
-        try:
-            output, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-        pytest.fail(f"{processes} processes still running after {LAUNCH_TIMEOUT} s:\n{output[-3000:]}")
-    assert report.exists(), f"exit status {process.returncode}, no report:\n{output[-4000:]}"
-    results = json.loads(report.read_text())
-    failures = {name: error for name, error in results.items() if error is not None}
-    assert not failures, f"{len(failures)} of {len(results)} cases:\n" + "\n".join(
-        f"{name}: {error}" for name, error in failures.items()
-    )
-    assert process.returncode == 0, output[-4000:]
-    assert len(results) >= at_least
+    result = torchrun(processes, "wrapper_worker.py", module, str(report), *names, **environment)
+    assert_cases_pass(report, *result, at_least=at_least)
 
 
 def test_two_processes(tmp_path):
-    assert_cases_pass(2, tmp_path, "wrapper_cases", at_least=29)
+    assert_equal_one(2, tmp_path, "wrapper_cases", at_least=29)
 
 
 def test_four_processes(tmp_path):
-    assert_cases_pass(4, tmp_path, "wrapper_cases", OF_FOUR, at_least=len(OF_FOUR))
+    assert_equal_one(4, tmp_path, "wrapper_cases", OF_FOUR, at_least=len(OF_FOUR))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_zero3(tmp_path):
     """DeepSpeed's own ZeRO-3 engine on the CPU."""
-    assert_cases_pass(2, tmp_path, "zero3_cases", at_least=6, DS_ACCELERATOR="cpu")
+    assert_equal_one(2, tmp_path, "zero3_cases", at_least=6, DS_ACCELERATOR="cpu")
 
 
 # --- a stand-in for ZeRO-3, where deepspeed is not installed ----------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Programs of several processes: started on the loopback, ended as a whole, and their cases' verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# a launch takes 15 to 30 s on two idle cores; a hang must not take the suite with it
+TIMEOUT = 240
+
+
+def launch(*words: str, **environment: str) -> tuple[int, str]:
+    """`python -m words...` in a session of its own, so that a time-out ends all of it. -> (exit status, output)."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], env=os.environ | environment | settings, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its workers, which have sessions of their own
+        try:
+            output, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        pytest.fail(f"still running after {TIMEOUT} s: {' '.join(words)}\n{output[-3000:]}")
+    return process.returncode, output
+
+
+def torchrun(processes: int, worker: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    """A worker of this folder in several processes."""
+    # --standalone: rendezvous on a free port, so launches do not collide
+    command = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return launch(*command, str(ROOT / "tests" / worker), *arguments, **environment)
+
+
+def assert_cases_pass(report: Path, status: int, output: str, at_least: int) -> None:
+    """The worker's report, {case: what went wrong or None}, names no failure."""
+    assert report.exists(), f"exit status {status}, no report:\n{output[-4000:]}"
+    results = json.loads(report.read_text())
+    failures = {name: error for name, error in results.items() if error is not None}
+    assert not failures, f"{len(failures)} of {len(results)} cases:\n" + "\n".join(
+        f"{name}: {error}" for name, error in failures.items()
+    )
+    assert status == 0, output[-4000:]
+    assert len(results) >= at_least
