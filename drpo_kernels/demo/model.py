@@ -10,23 +10,32 @@ from drpo_kernels.demo.task import ALPHABET, COMPLETION_LENGTH, END_ID, PAD_ID, 
 
 def build_model(settings: Settings, device: torch.device) -> PreTrainedModel:
     """A seeded, randomly initialised policy. The same weights on every device: they are drawn on the CPU."""
-    torch.manual_seed(settings.seed)
-    config = Qwen3Config(
-        vocab_size=len(ALPHABET),
+    return small_qwen3(
+        settings.seed,
         hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=settings.hidden_size // settings.heads,
+        vocab_size=len(ALPHABET),
         max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=None,
         eos_token_id=END_ID,
         pad_token_id=PAD_ID,
+    ).to(device)
+
+
+def small_qwen3(seed: int, *, hidden_size: int, num_attention_heads: int, **config) -> PreTrainedModel:
+    """A Qwen3 with seeded random weights on the CPU, its head untied; `config` overrides, as in Qwen3Config."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads,
+        head_dim=hidden_size // num_attention_heads,
+        tie_word_embeddings=False,
+        bos_token_id=None,
         attn_implementation="eager",  # the fused attentions' backward is not deterministic on every GPU
     )
-    return Qwen3ForCausalLM(config).to(device)
+    return Qwen3ForCausalLM(Qwen3Config(**(sizes | config)))
 
 
 def completion_hidden(model: PreTrainedModel, tokens: Tensor, prompt_length: int) -> Tensor:

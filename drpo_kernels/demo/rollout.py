@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drpo_kernels.demo.task import COMPLETION_LENGTH, PROMPT_LENGTH, Problem, encode, rewards, until_end
+from drpo_kernels.demo.task import COMPLETION_LENGTH, END_ID, PROMPT_LENGTH, Problem, encode, rewards, until_end
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def sample(
     length: int = COMPLETION_LENGTH,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    end_id: int = END_ID,
 ) -> Completions:
     """Draw one completion per prompt [N, P], with a key-value cache; temperature 0 takes the most probable token."""
     tokens, logprobs, entropies = [], [], []
@@ -61,14 +62,23 @@ def sample(
         distribution = torch.log_softmax(logits / (temperature or 1.0), -1)
         probabilities = distribution.exp()
         if temperature:
-            inputs = torch.multinomial(probabilities, 1, generator=generator)
+            inputs = draw(probabilities, generator)
         else:
             inputs = distribution.argmax(-1, keepdim=True)
         tokens.append(inputs)
         logprobs.append(distribution.gather(-1, inputs))
         entropies.append(-(probabilities * distribution).sum(-1, keepdim=True))
     completion = torch.cat(tokens, -1)
-    return Completions(completion, torch.cat(logprobs, -1), torch.cat(entropies, -1), until_end(completion))
+    return Completions(completion, torch.cat(logprobs, -1), torch.cat(entropies, -1), until_end(completion, end_id))
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index per row of [N, V], [N, 1], by inversion: `torch.multinomial` draws V exponentials per row."""
+    cumulative = probabilities.double().cumsum(-1)
+    point = cumulative[:, -1:] * torch.rand(
+        len(probabilities), 1, dtype=torch.float64, generator=generator, device=probabilities.device
+    )
+    return torch.searchsorted(cumulative, point, right=True)  # the first that exceeds it: never one of p = 0
 
 
 def group_advantages(reward: Tensor, group: int) -> Tensor:

@@ -56,9 +56,9 @@ def decode(ids: Tensor) -> list[str]:
     return [text[: text.find(END) + 1] or text for text in texts]
 
 
-def until_end(ids: Tensor) -> Tensor:
+def until_end(ids: Tensor, end_id: int = END_ID) -> Tensor:
     """Which of the sampled tokens [N, L] belong to the completion: all up to and including the first END; bool."""
-    ended = (ids == END_ID).long()
+    ended = (ids == end_id).long()
     return ended.cumsum(-1) - ended == 0
 
 

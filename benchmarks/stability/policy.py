@@ -1,0 +1,80 @@
+"""The policy before reinforcement learning: a small Qwen3, trained on demonstrations until it is right now and then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.stability.settings import Size
+from benchmarks.stability.task import (
+    COMPLETION_LENGTH,
+    END_ID,
+    PAD_ID,
+    PROMPT_LENGTH,
+    draw_demonstrations,
+    draw_problems,
+)
+from drpo_kernels import linear_token_logprobs
+from drpo_kernels.demo.model import completion_hidden, small_qwen3
+
+# the first updates of Adam are of full size whatever the gradient: the rate rises over this many
+SLOW_START = 20
+
+
+def build_policy(size: Size, seed: int) -> PreTrainedModel:
+    return small_qwen3(
+        seed,
+        hidden_size=size.hidden_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        vocab_size=size.vocabulary.size,
+        max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+        tie_word_embeddings=True,  # as in Qwen3's small models
+    )
+
+
+def adamw(policy: PreTrainedModel, lr: float, steps: int | None = None):
+    """-> (optimizer, schedule): AdamW without weight decay; after the slow start a constant rate, or one that falls
+    linearly to a tenth at `steps`.
+    """
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / SLOW_START, 1.0 if steps is None else max(1 - step / steps, 0.1))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
+    """Supervised training on a careless teacher's demonstrations."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer, schedule = adamw(policy, size.warmup_lr, size.warmup_steps)
+    for _ in range(size.warmup_steps):
+        problems = draw_problems(size.vocabulary, size.warmup_batch, generator)
+        answers = draw_demonstrations(size.vocabulary, problems, size.carelessness, generator)
+        hidden = completion_hidden(policy, torch.cat([problems.prompts, answers], 1), PROMPT_LENGTH)
+        logprobs, _ = linear_token_logprobs(hidden, policy.lm_head.weight, answers)
+        optimizer.zero_grad(set_to_none=True)
+        (-logprobs.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), size.grad_clip)
+        optimizer.step()
+        schedule.step()
+
+
+def warmed_policy(size: Size, seed: int, cache: Path) -> PreTrainedModel:
+    """The seed's policy after its warm-up, from `cache` if it is there: the same for every method and setting."""
+    policy = build_policy(size, seed)
+    path = cache / f"policy-{size.fingerprint}-{seed}.pt"
+    if path.exists():
+        policy.load_state_dict(torch.load(path))
+        return policy
+    warm_up(policy, size, seed)
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{seed}.part")
+    torch.save(policy.state_dict(), unfinished)
+    unfinished.replace(path)
+    return policy

@@ -1,0 +1,106 @@
+"""The task: apply two operations to a list of words, one after the other, in writing; a rule grades the last list.
+
+A prompt is `operation operation word word word`, a completion
+
+    remark operation w w w  remark operation w w w  END
+
+where the policy names the operation it is about to apply and writes the list that results. A *remark* is any word of a
+class of its own, worth nothing to the reward, as discourse words are. Words and remarks follow Zipf's law, so most of
+the vocabulary is rare: rare words must be copied exactly, and rare remarks are sampled all the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# positions of the list before, for each position after
+OPERATIONS = {"reverse": (2, 1, 0), "rotate": (1, 2, 0), "swap": (1, 0, 2)}
+LIST = 3
+END_ID, PAD_ID = 0, 1
+FIRST_OPERATION = 2
+FIRST_WORD = FIRST_OPERATION + len(OPERATIONS)
+PROMPT_LENGTH = 2 + LIST
+ANSWER_LENGTH = 2 * (2 + LIST) + 1
+COMPLETION_LENGTH = ANSWER_LENGTH + 1  # room for a completion that goes wrong
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """END, PAD, the operations, then words and remarks, most frequent first."""
+
+    words: int
+    remarks: int
+
+    @property
+    def first_remark(self) -> int:
+        return FIRST_WORD + self.words
+
+    @property
+    def size(self) -> int:
+        return self.first_remark + self.remarks
+
+
+@dataclass(frozen=True)
+class Problems:
+    """N problems: prompts [N, PROMPT_LENGTH], and the lists [N, LIST] that are right after both operations."""
+
+    prompts: Tensor
+    answers: Tensor
+
+    def repeat(self, times: int) -> Problems:
+        """Each problem `times` times, one after the other."""
+        return Problems(self.prompts.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
+
+
+def zipf_weights(count: int) -> Tensor:
+    """Mandelbrot's fit to natural language: p ∝ 1 / (rank + 2.7)."""
+    return 1 / (torch.arange(1, count + 1) + 2.7)
+
+
+def draw_problems(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> Problems:
+    """Lists of distinct words, and two operations each."""
+    weights = zipf_weights(vocabulary.words).expand(count, -1)
+    words = FIRST_WORD + torch.multinomial(weights, LIST, generator=generator)
+    operations = torch.randint(len(OPERATIONS), (count, 2), generator=generator)
+    return Problems(torch.cat([FIRST_OPERATION + operations, words], 1), applied(words, operations)[1])
+
+
+def applied(words: Tensor, operations: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists [N, LIST] after the first and after the second of the operations [N, 2]."""
+    permutations = torch.tensor(list(OPERATIONS.values()))[operations]  # [N, 2, LIST]
+    first = words.gather(1, permutations[:, 0])
+    return first, first.gather(1, permutations[:, 1])
+
+
+def draw_demonstrations(
+    vocabulary: Vocabulary, problems: Problems, carelessness: float, generator: torch.Generator
+) -> Tensor:
+    """A completion of each problem by a careless teacher, [N, ANSWER_LENGTH].
+
+    With probability `carelessness` an operation is any of them, named and applied without fault: what there is to learn
+    by reinforcement is to choose the right one, and to copy rare words. Remarks follow Zipf's law.
+    """
+    operations = problems.prompts[:, :2] - FIRST_OPERATION
+    guesses = torch.randint(len(OPERATIONS), operations.shape, generator=generator)
+    operations = torch.where(torch.rand(operations.shape, generator=generator) < carelessness, guesses, operations)
+    weights = zipf_weights(vocabulary.remarks)
+    drawn = torch.multinomial(weights, operations.numel(), replacement=True, generator=generator)
+    spoken = torch.stack([vocabulary.first_remark + drawn.view_as(operations), FIRST_OPERATION + operations], -1)
+    first, second = applied(problems.prompts[:, 2:], operations)
+    end = operations.new_full((len(operations), 1), END_ID)
+    return torch.cat([spoken[:, 0], first, spoken[:, 1], second, end], 1)
+
+
+def rewards(vocabulary: Vocabulary, problems: Problems, completions: Tensor) -> Tensor:
+    """1 where the list after the last operation, just before the first END, is the right one, else 0: [N] float32.
+
+    What comes before, the first list too, is the policy's own affair.
+    """
+    ends = completions == END_ID
+    end = ends.int().argmax(1)
+    tail = completions.gather(1, (end - LIST - 1).clamp(min=0)[:, None] + torch.arange(LIST + 1))
+    named = (tail[:, 0] >= FIRST_OPERATION) & (tail[:, 0] < FIRST_WORD)
+    return (named & (tail[:, 1:] == problems.answers).all(1) & ends.any(1) & (end > LIST)).float()

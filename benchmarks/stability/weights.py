@@ -1,0 +1,18 @@
+"""What a loss does to a token's gradient: w in dℓ/dlogπ = -A r w, from the objective's own formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drpo_kernels import Objective, Tokens
+from drpo_kernels.backends.rows import derivative
+
+
+def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """w of each token, [N], A not 0: 1 where the loss leaves the policy gradient alone, 0 where it drops the token."""
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        tokens = Tokens(logprobs, old_logprobs, advantages)
+        slope = derivative(objective.token_loss(tokens), logprobs)
+    return -slope / (advantages * tokens.ratio.detach())
