@@ -12,8 +12,9 @@ from drpo_kernels.version import __version__
 # Each module has main(argv) -> exit status. A new command (bench) is one module and one line here.
 COMMANDS = {
     "doctor": ("drpo_kernels.commands.doctor", "what this machine has, which backend runs and why, a self-check"),
+    "plan": ("drpo_kernels.commands.plan", "the chunks and buffers of a problem on any device, with bytes and reasons"),
     "demo": ("drpo_kernels.demo.main", "train a small transformer with the fused loss (needs the demo extra)"),
-    "compile": ("drpo_kernels.commands.compile", "compile the kernels for every GPU target: registers, spills"),
+    "compile": ("drpo_kernels.commands.compile", "compile the kernels for every GPU target: registers, spills, loads"),
 }
 
 

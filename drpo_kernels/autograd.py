@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import ops
-from drpo_kernels.backends.rows import Outcome, Stat
+from drpo_kernels.backends import row_ops
+from drpo_kernels.backends.rows import Outcome, Row, Stat
 
-# elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
-SCALE_BLOCK = 1 << 24
+# two ways to round the same factor, well below what the gradients promise
+SCALE_TOLERANCE = 1e-5
 
 
-def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spec: ops.Spec) -> Tensor:
     """factor · gradient in `dtype`, rounded once; in place where nobody can see it."""
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
-        return gradient.to(dtype)
-    # a 1-d factor takes part in type promotion: a 0-d one would first be rounded to bf16
-    factor = factor.reshape(1)
-    for block in gradient.view(-1).split(SCALE_BLOCK):
-        torch.mul(block, factor, out=block)
+    row_ops(spec.execution.backend).scale(gradient, factor)
     return gradient.to(dtype)
 
 
@@ -43,6 +39,23 @@ def _spend(ctx, name: str) -> None:
         ctx.spent = True
 
 
+def _scaled(rows: Tensor, loss_scale: float) -> Tensor:
+    """Rows [len(Row), N] of the loss times `loss_scale`."""
+    rows = rows.clone()
+    for coefficients in (Row.POLICY, Row.KL, Row.ENTROPY):
+        rows[coefficients] *= loss_scale
+    return rows
+
+
+def _assert_declared(factor: Tensor, loss_scale: float) -> None:
+    """`factor`: what the loss was multiplied by, over what it was said to be; no synchronisation on a GPU."""
+    torch._assert_async(
+        (factor - 1).abs() <= SCALE_TOLERANCE,
+        f"loss_scale must be what the loss is multiplied by before its backward, got {loss_scale}: main_grad has the "
+        "weight's gradient already, at that scale",
+    )
+
+
 def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tensor | None:
     """[1, N], or [2, N] where the entropy is used, or None where neither is."""
     if logprob_slope is None and entropy_slope is None:
@@ -53,36 +66,48 @@ def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tenso
 
 
 class LinearPolicyLoss(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], bias) -> (loss, outcome [len(Outcome), N]); only the loss has a gradient."""
+    """(hidden [..., H], weight [V, H], bias) -> (loss, outcome [len(Outcome), N]); only the loss has a gradient.
+
+    With `main_grad` the forward adds loss_scale · dW to it, and the weight gets no gradient here.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, spec, wanted):
-        outcome, *gradients = ops.linear_policy(hidden, weight, bias, targets, rows, spec, wanted)
-        ctx.wanted = wanted
+    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, loss_scale, spec, wanted):
+        rows = rows if loss_scale == 1 else _scaled(rows, loss_scale)
+        outcome, *gradients = ops.linear_policy(hidden, weight, bias, targets, rows, main_grad, spec, wanted)
+        ctx.wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
+        ctx.spec, ctx.declares, ctx.loss_scale = spec, main_grad is not None, loss_scale
         ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(outcome)
-        return _total(outcome), outcome
+        return _total(outcome) / loss_scale, outcome
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
         _spend(ctx, "linear_policy_loss")
+        factor = upstream / ctx.loss_scale
+        if ctx.declares:
+            _assert_declared(factor, ctx.loss_scale)
         gradients = [
-            _finished(gradient, upstream, dtype) if want else None
+            _finished(gradient, factor, dtype, ctx.spec) if want else None
             for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 6
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], bias) -> (logprobs [N], entropy [N]); the backward recomputes the logits."""
+    """(hidden [..., H], weight [V, H], bias) -> (logprobs [N], entropy [N]); the backward recomputes the logits.
+
+    With `main_grad` the backward adds dW to it, and the weight gets no gradient here.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, spec, wanted):
+    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, spec, wanted):
         statistics = ops.linear_statistics(hidden, weight, bias, targets, rows, spec)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, statistics)
         ctx.spec, ctx.wanted = spec, wanted
+        ctx.main_grad = main_grad  # not saved: it may change before the backward, and is only added to
         ctx.set_materialize_grads(False)
         return statistics[Stat.LOGPROB].clone(), statistics[Stat.ENTROPY].clone()
 
@@ -91,11 +116,12 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(ctx, logprob_slope, entropy_slope):
         slopes = _slopes(logprob_slope, entropy_slope)
         if slopes is None:
-            return (None,) * 7
-        gradients = ops.linear_recompute(*ctx.saved_tensors, slopes, ctx.spec, ctx.wanted)
+            return (None,) * 8
+        gradients = ops.linear_recompute(*ctx.saved_tensors, slopes, ctx.main_grad, ctx.spec, ctx.wanted)
+        returned = [ctx.wanted[0], ctx.wanted[1] and ctx.main_grad is None, ctx.wanted[2]]
         inputs = ctx.saved_tensors[:3]
-        gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted, strict=True)]
-        return *gradients, None, None, None, None
+        gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, returned, strict=True)]
+        return *gradients, *[None] * 5
 
 
 class ReadyPolicyLoss(torch.autograd.Function):
@@ -105,6 +131,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
     def forward(ctx, logits, targets, rows, spec, with_gradient, inplace):
         outcome, gradient, undo = ops.ready_policy(logits, targets, rows, spec, with_gradient, inplace)
         ctx.save_for_backward(gradient, undo)
+        ctx.spec = spec
         ctx.mark_non_differentiable(outcome)
         return _total(outcome), outcome
 
@@ -113,7 +140,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
     def backward(ctx, upstream, _):
         _spend(ctx, "policy_loss")
         gradient, undo = ctx.saved_tensors
-        return _finished(gradient, upstream * undo, gradient.dtype), None, None, None, None, None
+        return _finished(gradient, upstream * undo, gradient.dtype, ctx.spec), None, None, None, None, None
 
 
 class ReadyLogprobs(torch.autograd.Function):
@@ -135,5 +162,5 @@ class ReadyLogprobs(torch.autograd.Function):
             return (None,) * 4
         gradient, undo = ops.ready_gradient(*ctx.saved_tensors, slopes, ctx.spec)
         if gradient.dtype == torch.float16:
-            gradient = _finished(gradient, undo, gradient.dtype)
+            gradient = _finished(gradient, undo, gradient.dtype, ctx.spec)
         return gradient, None, None, None

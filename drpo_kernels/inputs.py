@@ -26,9 +26,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class LinearSource:
-    """Logits as hidden [..., H] @ weight [V, H].T + bias."""
+    """Logits as hidden [..., H] @ weight [V, H].T + bias. `main_grad`, `loss_scale`: the options so named."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        main_grad: Tensor | None = None,
+        loss_scale: float = 1.0,
+    ):
         autocast = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
         validation.check_head(hidden, weight, bias, autocast)
         self.tensor, self.weight, self.bias = hidden, weight, bias
@@ -36,22 +43,22 @@ class LinearSource:
         self.compute_dtype = autocast if autocast and hidden.dtype != torch.float64 else hidden.dtype
         with_gradient = torch.is_grad_enabled()
         self.wanted = [with_gradient and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-
-    @property
-    def _inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.tensor.reshape(-1, self.tensor.shape[-1]), self.weight, self.bias
+        validation.check_main_grad(main_grad, loss_scale, weight, self.compute_dtype, self.wanted[1])
+        self.main_grad, self.loss_scale = main_grad, loss_scale
 
     def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        return LinearPolicyLoss.apply(*self._inputs, targets, rows, spec, self.wanted)
+        added = self.main_grad, float(self.loss_scale)
+        return LinearPolicyLoss.apply(self.tensor, self.weight, self.bias, targets, rows, *added, spec, self.wanted)
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        return LinearLogprobs.apply(*self._inputs, targets, rows, spec, self.wanted)
+        inputs = self.tensor, self.weight, self.bias
+        return LinearLogprobs.apply(*inputs, targets, rows, self.main_grad, spec, self.wanted)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The naive logits of the indexed rows, for the reference."""
         from drpo_kernels.reference import head_logits, rounded
 
-        hidden, weight, bias = self._inputs
+        hidden, weight, bias = self.tensor.reshape(-1, self.tensor.shape[-1]), self.weight, self.bias
         if self.compute_dtype != hidden.dtype or self.compute_dtype != weight.dtype:
             hidden, weight = (rounded(x, self.compute_dtype, dtype) for x in (hidden, weight))
         return head_logits(hidden[index], weight[:vocab], None if bias is None else bias[:vocab], dtype)

@@ -30,7 +30,8 @@ def linear_token_logprobs(
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
     """
-    return _token_logprobs(LinearSource(hidden, weight, bias), targets, mask, LogprobOptions(**options))
+    options = LogprobOptions(**options)
+    return _token_logprobs(LinearSource(hidden, weight, bias, options.main_grad), targets, mask, options)
 
 
 @takes(LogprobOptions, omit=LINEAR_ONLY)

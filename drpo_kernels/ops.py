@@ -75,8 +75,8 @@ def _dtype_of(name: str) -> torch.dtype | None:
 # --- the computations, with tensors in and tensors out ---------------------------------------------------------------
 
 
-def _linear_policy(hidden, weight, bias, targets, rows, spec: Spec, wanted: list[bool]) -> tuple[Tensor, ...]:
-    head = Head(weight, bias, spec.vocab, spec.transform)
+def _linear_policy(hidden, weight, bias, targets, rows, main_grad, spec: Spec, wanted: list[bool]):
+    head = Head(weight, bias, spec.vocab, spec.transform, main_grad)
     outcome, gradients = policy_sweep(hidden, head, targets, rows, spec.terms, spec.execution, Wanted(*wanted))
     return outcome, *_present(gradients, hidden)
 
@@ -85,8 +85,10 @@ def _linear_statistics(hidden, weight, bias, targets, rows, spec: Spec) -> Tenso
     return statistics_sweep(hidden, Head(weight, bias, spec.vocab, spec.transform), targets, rows, spec.execution)
 
 
-def _linear_recompute(hidden, weight, bias, targets, rows, statistics, slopes, spec: Spec, wanted: list[bool]):
-    head = Head(weight, bias, spec.vocab, spec.transform)
+def _linear_recompute(
+    hidden, weight, bias, targets, rows, statistics, slopes, main_grad, spec: Spec, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    head = Head(weight, bias, spec.vocab, spec.transform, main_grad)
     gradients = recompute_sweep(hidden, head, targets, rows, statistics, slopes, spec.execution, Wanted(*wanted))
     return _present(gradients, hidden)
 
@@ -140,10 +142,13 @@ _READY = "Tensor logits, Tensor targets, Tensor rows"
 _SPEC = "str[] words, float[] numbers"
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> tuple[Tensor, ...]:
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    returned = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
     return tuple(
         x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype)) if want else hidden.new_empty(0)
-        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+        for x, want in zip((hidden, weight, bias), returned, strict=True)
     )
 
 
@@ -181,9 +186,10 @@ def _define(name: str, arguments: str, returns: str, function, fake):
 
 
 linear_policy = _define(
-    "linear_policy", f"{_HEAD}, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
-    lambda hidden, weight, bias, targets, rows, words, numbers, wanted: (
-        rows.new_empty(len(Outcome), rows.shape[1]), *_empty_gradients(hidden, weight, bias, wanted)
+    "linear_policy",
+    f"{_HEAD}, Tensor(a!)? main_grad, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
+    lambda hidden, weight, bias, targets, rows, main_grad, words, numbers, wanted: (
+        rows.new_empty(len(Outcome), rows.shape[1]), *_empty_gradients(hidden, weight, bias, main_grad, wanted)
     ),
 )  # fmt: skip
 linear_statistics = _define(
@@ -192,10 +198,10 @@ linear_statistics = _define(
 )  # fmt: skip
 linear_recompute = _define(
     "linear_recompute",
-    f"{_HEAD}, Tensor statistics, Tensor slopes, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor)",
-    _linear_recompute,
-    lambda hidden, weight, bias, targets, rows, statistics, slopes, words, numbers, wanted: (
-        _empty_gradients(hidden, weight, bias, wanted)
+    f"{_HEAD}, Tensor statistics, Tensor slopes, Tensor(a!)? main_grad, {_SPEC}, bool[] wanted",
+    "(Tensor, Tensor, Tensor)", _linear_recompute,
+    lambda hidden, weight, bias, targets, rows, statistics, slopes, main_grad, words, numbers, wanted: (
+        _empty_gradients(hidden, weight, bias, main_grad, wanted)
     ),
 )  # fmt: skip
 ready_policy = _define(

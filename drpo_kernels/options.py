@@ -17,7 +17,9 @@ from drpo_kernels.collectives import VocabShard
 from drpo_kernels.objectives import DRPO, Objective
 
 # options that mean nothing where the logits exist already
-LINEAR_ONLY = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "vocab_shard")
+LINEAR_ONLY = (
+    "workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "vocab_shard", "main_grad", "loss_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +32,9 @@ class LogprobOptions:
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
     validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it
                       does not synchronise
-    workspace_bytes   bytes for a chunk of logits of the linear functions; None: 64 to 128 MiB on a CPU, 1 GiB on a GPU
+    workspace_bytes   bytes of the linear functions for logits and their gradients; None: 64 to 128 MiB on a CPU, 1 GiB
+                      on a GPU. Where the head is trained, bf16 gradients of all rows' logits or a float32 gradient of
+                      the weight may come on top: `python -m drpo_kernels plan` says what a call takes, and why
     logits_dtype      None: the linear functions keep logits in float32. torch.bfloat16 halves their traffic and rounds
                       a logit of 16 to 32 by ±0.06, that is ±6 % on the ratio
     head_dtype        experimental. "fp8_e4m3" or "fp8_e5m2": the linear functions quantise hidden per row and weight
@@ -49,6 +53,13 @@ class LogprobOptions:
                       stay those of the whole head. Every rank of the group makes the same call with the same other
                       arguments and the same requires_grad, and gets the same results and the same, complete gradient
                       of hidden
+    main_grad         of the linear functions, float32 [V, H] like weight, contiguous: the trainer's own gradient buffer
+                      (Megatron's `weight.main_grad`), to which the weight's gradient is added; weight.grad stays as it
+                      is. Beside its workspace such a call holds nothing, and the larger that is, the less often the
+                      buffer is read and written. Needs a weight that requires grad, outside torch.no_grad().
+                      `linear_policy_loss` adds in its *forward*, times `loss_scale`: call it once per micro-batch, not
+                      inside activation checkpointing, which would run it twice, and drop the buffer if a call fails
+                      half-way. Log-probs, and objectives of whole sequences, add in every backward instead
     """
 
     temperature: float | Tensor = 1.0
@@ -62,6 +73,7 @@ class LogprobOptions:
     head_dtype: str | None = None
     batch_invariant: bool = False
     vocab_shard: VocabShard | None = None
+    main_grad: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +96,9 @@ class PolicyOptions(LogprobOptions):
                       A = 0 unless a KL term, an entropy bonus or the objective needs them. "mask": only masked rows;
                       A = 0 rows cost a forward and are reported. "none": every row is computed, and no count is read
                       back from the device
+    loss_scale        with main_grad, number > 0: what the loss will be multiplied by before its backward (loss scale,
+                      1 / accumulation steps). The backward checks it to 1e-5, on a GPU by a device-side assertion; the
+                      gradients of hidden and bias, and out.loss, are as without it
     """
 
     objective: Objective = DRPO()
@@ -98,6 +113,7 @@ class PolicyOptions(LogprobOptions):
     entropy_coef: float = 0.0
     token_weights: Tensor | None = None
     compact: str = "active"
+    loss_scale: float = 1.0
 
 
 def _documentation(options: type) -> str:

@@ -77,8 +77,9 @@ def linear_policy_loss(
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
     """
-    source = LinearSource(hidden, weight, bias)
-    return _policy_loss(source, targets, old_logprobs, advantages, mask, _options(options))
+    options = _options(options)
+    source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
+    return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
 
 
 @takes(PolicyOptions, omit=LINEAR_ONLY)

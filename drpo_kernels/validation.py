@@ -107,6 +107,35 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: to
         _check_device("bias", bias, hidden.device)
 
 
+def check_main_grad(
+    main_grad: Tensor | None, loss_scale: float, weight: Tensor, compute_dtype: torch.dtype, wanted: bool
+) -> None:
+    """`wanted`: whether this call computes the gradient of `weight`, which has been checked."""
+    check_number("loss_scale", loss_scale)
+    if main_grad is None:
+        if loss_scale != 1:
+            raise ValueError(f"loss_scale must be 1 without main_grad, got {loss_scale}")
+        return
+    check_tensor("main_grad", main_grad)
+    if compute_dtype == torch.float64:
+        raise ValueError("main_grad must be None for float64 inputs, got a tensor")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad must be float32, got {main_grad.dtype}")
+    if main_grad.shape != weight.shape:
+        raise ValueError(f"main_grad must be shaped like weight {_shape(weight)}, got {_shape(main_grad)}")
+    _check_device("main_grad", main_grad, weight.device)
+    if not main_grad.is_contiguous() or main_grad.requires_grad:
+        raise ValueError(
+            "main_grad must be contiguous and not require grad itself, got "
+            f"strides {main_grad.stride()}, requires_grad={main_grad.requires_grad}"
+        )
+    if not wanted:
+        raise ValueError(
+            "main_grad must be None where weight gets no gradient (torch.no_grad(), or a weight that does not require "
+            "grad), got a tensor"
+        )
+
+
 def check_logits(logits: Tensor) -> None:
     check_tensor("logits", logits, floating=True)
     if logits.dim() < 2 or logits.shape[-1] < 1:
@@ -152,6 +181,8 @@ def check_logprob_options(
     if options.head_dtype is not None:
         _check_head_dtype(options, source)
     _check_batch_invariant(options, source)
+    if options.main_grad is not None and options.backend == "reference":
+        raise ValueError("backend must be None, 'triton' or 'torch' with main_grad, got 'reference'")
     if options.validate not in (None, True, False):
         raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
 

@@ -26,17 +26,21 @@ def tensors(rows, size, vocab, dtype, frozen):
 def step(case, rows, size, vocab):
     """Returns the function to measure, with its inputs already made."""
     frozen = case.startswith("frozen")
-    hidden, weight, targets, old, advantages = tensors(
-        rows, size, vocab, torch.bfloat16 if frozen else torch.float32, frozen
-    )
+    dtype = torch.bfloat16 if case.endswith("bf16") else torch.float32
+    hidden, weight, targets, old, advantages = tensors(rows, size, vocab, dtype, frozen)
     options = {"backend": "torch"}
-    if frozen:
+    if case.endswith(("bf16", "strided")):
         options["workspace_bytes"] = 16 * 2**20
+    if case.startswith("main-grad"):
+        options["main_grad"] = torch.empty(vocab, size).normal_()  # written, so that its pages are there already
     if case == "gspo":
         options |= {"objective": drpo_kernels.GSPO(), "cu_seqlens": torch.arange(0, rows + 1, rows // 4)}
 
     def measure():
-        if case == "logprobs":
+        if case == "strided":
+            sequences = hidden.detach().view(4, rows // 4, size)[:, :-1]
+            drpo_kernels.linear_token_logprobs(sequences, weight, targets.view(4, -1)[:, :-1], **options)
+        elif case == "logprobs":
             logprobs, entropy = drpo_kernels.linear_token_logprobs(hidden, weight, targets, backend="torch")
             (logprobs.sum() + entropy.sum()).backward()
         else:
@@ -50,6 +54,8 @@ SIZES = {  # rows, hidden size, vocabulary
     "logprobs": (4_096, 64, 20_000),  # 0.31 GiB
     "gspo": (4_096, 64, 20_000),
     "frozen-bf16": (64, 512, 131_072),  # a head of 128 MiB
+    "main-grad-bf16": (64, 512, 131_072),
+    "strided": (16_384, 2048, 1024),  # hidden states of 128 MiB
 }
 
 

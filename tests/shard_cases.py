@@ -133,6 +133,25 @@ def policy(
         assert abs(out.metrics[name] - value) <= 10 * closeness * (1 + value.abs()), name
 
 
+@case("main-grad", split="uneven")
+@case("main-grad-padded", split="padded")
+def main_grad(world, split):
+    """Every rank adds the gradient of its own rows to its own buffer."""
+    total = sum(SPLITS[world.size][split])
+    problem = full_problem(8, (4, 6), 12, total, **({"vocab_size": REAL} if total > REAL else {}))
+    mine, shard = split_problem(world, problem, split)
+    leaves = {name: value.detach().to(world.device).requires_grad_() for name, value in mine.leaves().items()}
+    buffer = torch.zeros_like(leaves["weight"])
+    options = {"vocab_shard": shard, "main_grad": buffer, "loss_scale": 3.7, "workspace_bytes": SMALL_WORKSPACE}
+    loss = problems.call(mine, dk.DRPO(delta=0.15), "torch", world.device, leaves, **options).loss
+    (3.7 * loss).backward()
+    assert leaves["weight"].grad is None
+    found = whole_gradients(world, {name: x.grad for name, x in leaves.items()} | {"weight": buffer})
+    if not world.rank:
+        _, exact = problems.solve(problem, SPECS["drpo-active"], 3.7)
+        assert all(relative(found[name], want) <= BOUNDS[torch.float32][1] for name, want in exact.items())
+
+
 @case("torch", split="padded", shape=(4, 6))
 @case("uneven", split="uneven", shape=(4, 6))
 @case("triton", split="uneven", backend="triton", shape=(2, 3))

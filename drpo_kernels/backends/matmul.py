@@ -12,13 +12,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# entries of the weight that are cast at a time: 8 MiB of float32 on a CPU, enough for a full GEMM elsewhere
-CPU_CAST_BLOCK, DEVICE_CAST_BLOCK = 1 << 21, 1 << 26
+from drpo_kernels.backends.devices import MIB
+
+# of a temporary: enough for a full GEMM, and little beside the workspace
+CPU_CAST_BYTES, DEVICE_CAST_BYTES = 8 * MIB, 64 * MIB
+# PyTorch's defaults let a 16-bit product add its partial sums in 16 bits
+NARROW_SUMS = (
+    "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products are float32: no TF32 on CUDA, no bf16 in oneDNN, whatever the process has set."""
+    """Products of float32 are float32, no TF32 on CUDA, no bf16 in oneDNN, and those of 16-bit operands add in float32,
+    whatever the process has set.
+    """
+    with _no_narrow_products(), _no_narrow_sums():
+        yield
+
+
+@contextlib.contextmanager
+def _no_narrow_sums() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    allowed = [name for name in NARROW_SUMS if getattr(settings, name)]
+    try:
+        for name in allowed:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name in allowed:
+            setattr(settings, name, True)
+
+
+@contextlib.contextmanager
+def _no_narrow_products() -> Iterator[None]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -59,9 +86,10 @@ def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, boo
     )
 
 
-def cast_rows(matrix: Tensor) -> int:
-    """How many rows of a matrix to hold in a temporary."""
-    return max((CPU_CAST_BLOCK if matrix.device.type == "cpu" else DEVICE_CAST_BLOCK) // max(matrix.shape[1], 1), 1)
+def cast_rows(matrix: Tensor, itemsize: int = 4) -> int:
+    """How many rows of a matrix to hold in a temporary of that many bytes per element."""
+    most = CPU_CAST_BYTES if matrix.device.type == "cpu" else DEVICE_CAST_BYTES
+    return max(most // max(matrix.shape[1] * itemsize, 1), 1)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -85,12 +113,14 @@ class HeadProducts(Protocol):
 
     accumulator    float32, or float64 for float64 inputs
     operand_dtype  of dlogits
-    row_multiple   of which a chunk with a gradient must hold a multiple, but for the last
+    row_multiple   of which a window must hold a multiple, but for the last
+    hidden_gradient_dtypes  that dX may be written in
     """
 
     accumulator: torch.dtype
     operand_dtype: torch.dtype
     row_multiple: int
+    hidden_gradient_dtypes: tuple[torch.dtype, ...]
 
     def operand(self, x: Tensor) -> Tensor:
         """Hidden states [n, H] as the products below take them."""
@@ -98,8 +128,8 @@ class HeadProducts(Protocol):
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
 
-    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        """dlogits [n, V] @ weight -> [n, H] in the accumulator's dtype."""
+    def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
+        """out [n, H] = dlogits [n, V] @ weight, added up in the accumulator's precision and rounded once."""
 
     def add_weight_gradient(
         self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
@@ -125,6 +155,8 @@ class HeadMatmul:
         self.accumulator = torch.float64 if compute_dtype == torch.float64 else torch.float32
         narrow = compute_dtype.itemsize < 4 and float32_outputs(weight.device, compute_dtype)[0]
         self.operand_dtype = compute_dtype if narrow else self.accumulator
+        # blocks of a weight that must be cast add up in `out`
+        self.hidden_gradient_dtypes = (self.accumulator,) if self.casts else (self.accumulator, self.operand_dtype)
 
     @property
     def casts(self) -> bool:
@@ -136,7 +168,8 @@ class HeadMatmul:
     def _blocks(self, always: bool = False) -> Iterator[slice]:
         """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed."""
         vocab = self.weight.shape[0]
-        step = cast_rows(self.weight) if self.casts or always else max(vocab, 1)
+        widest = self.accumulator if always else self.operand_dtype
+        step = cast_rows(self.weight, widest.itemsize) if self.casts or always else max(vocab, 1)
         return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
@@ -149,12 +182,11 @@ class HeadMatmul:
                 out[:, block] = part
         return out
 
-    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        make = torch.empty if self.weight.shape[0] else torch.zeros  # a shard of nothing but padding
-        out = make(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+    def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
+        if not self.weight.shape[0]:
+            out.zero_()  # a shard of nothing but padding
         for i, block in enumerate(self._blocks()):
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
-        return out
 
     def add_weight_gradient(
         self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None

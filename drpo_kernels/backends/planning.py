@@ -1,35 +1,217 @@
-"""How many rows a chunk holds: a pure function of the problem's size and the workspace."""
+"""How a sweep cuts its rows and which buffers it holds: `plan`, a pure function of sizes, dtypes, device and workspace.
+
+Rows with a gradient come in *windows*, of which dX and dW are one product each, and a window's logits in *chunks*.
+`python -m drpo_kernels plan` prints the plan of any problem on any device.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 import torch
 
-MIB = 1 << 20
+from drpo_kernels.backends.devices import GIB, MIB, DeviceProperties
+
 # enough rows to keep the GEMMs near their peak, little enough to be forgotten beside the model
 DEVICE_WORKSPACE = 1024 * MIB
 CPU_WORKSPACE, CPU_WORKSPACE_MOST, CPU_ROWS = 64 * MIB, 128 * MIB, 256
 # a GEMM tile: full tiles waste nothing
 ROW_MULTIPLE = 128
+# of logits where dlogits wait beside them, a quarter of the workspace and at least these rows: 512 FLOP for every byte
+# read of the weight, twice what keeps any GPU busy. The rest is the window's: dW is read and written once for each
+CHUNK_ROWS = 512
+# beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
+COPY_BYTES = 32 * MIB
+
+
+class Wanted(NamedTuple):
+    """Which gradients a linear sweep computes."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one sweep: `active` rows have a gradient, `forward` rows only statistics; `vocab` of the largest shard."""
+
+    active: int
+    forward: int
+    hidden: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The dtypes a plan depends on, and the bytes per element of a hidden row that gathering and casting it take."""
+
+    logits: torch.dtype
+    dlogits: torch.dtype  # the operand of dX and dW
+    accumulator: torch.dtype
+    weight: torch.dtype
+    copied: int = 0
+
+
+class WeightGradient(Enum):
+    """How dW [V, H] comes about."""
+
+    NONE = "not wanted"
+    PRODUCT = "one product, rounded once"
+    OWN_SUM = "a sum over windows in the gradient itself, which is wide enough"
+    WIDE_SUM = "a sum over windows in an accumulator, cast at the end"
+    MAIN_GRAD = "added to main_grad, window by window"
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Consecutive chunks of `chunk_rows` rows."""
+    """Consecutive chunks of `chunk_rows` rows, the last one perhaps shorter."""
 
     rows: int
     chunk_rows: int
-    retain: bool = False
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(s, min(s + self.chunk_rows, self.rows)) for s in range(0, self.rows, self.chunk_rows))
 
+    def __len__(self) -> int:
+        return -(-self.rows // self.chunk_rows)
 
-def plan_chunks(rows: int, vocab: int, bytes_per_logit: int, workspace_bytes: int, row_multiple: int = 1) -> ChunkPlan:
-    """The fewest equal chunks of a multiple of rows whose logits fit the workspace; one such multiple at least."""
-    fitting = max(workspace_bytes // max(vocab * bytes_per_logit, 1) // row_multiple, 1) * row_multiple
-    chunks = max(-(-rows // fitting), 1)
-    even = _up(-(-rows // chunks), row_multiple)
+    @property
+    def largest(self) -> int:
+        return min(self.rows, self.chunk_rows)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What `LinearSweep` obeys."""
+
+    sizes: Sizes
+    storage: Storage
+    windows: ChunkPlan  # of the rows with a gradient
+    chunk_rows: int  # of logits within a window
+    forward: ChunkPlan  # of the rows without
+    retained: bool  # one window of all rows, on top of the workspace
+    weight_gradient: WeightGradient
+
+    @property
+    def in_place(self) -> bool:
+        """Whether dlogits overwrite the logits.
+
+        In one dtype the value stored at a place comes from the one loaded there, so it cannot be early. A bf16 store
+        over float32 logits lands on another element, which another thread of the row's program may not have loaded yet,
+        and nothing orders the two: then dlogits have a buffer of their own.
+        """
+        return self.storage.logits == self.storage.dlogits
+
+    @property
+    def logits_rows(self) -> int:
+        return max(min(self.chunk_rows, self.windows.largest), self.forward.largest)
+
+    @property
+    def dlogits_rows(self) -> int:
+        """Of their own buffer."""
+        return 0 if self.in_place else self.windows.largest
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of dX at a time where it cannot be written at its place."""
+        return max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Logits and dlogits, the retained ones included."""
+        logits, dlogits = (dtype.itemsize for dtype in (self.storage.logits, self.storage.dlogits))
+        return self.sizes.vocab * (self.logits_rows * logits + self.dlogits_rows * dlogits)
+
+    @property
+    def retained_bytes(self) -> int:
+        return self.sizes.active * self.sizes.vocab * self.storage.dlogits.itemsize if self.retained else 0
+
+    @property
+    def accumulator_bytes(self) -> int:
+        own = self.weight_gradient is WeightGradient.WIDE_SUM
+        return self.sizes.vocab * self.sizes.hidden * self.storage.accumulator.itemsize if own else 0
+
+    def chunks(self, window: slice) -> ChunkPlan:
+        """Of a window's logits, in the window's own coordinates."""
+        return ChunkPlan(window.stop - window.start, self.chunk_rows)
+
+    def explain(self) -> str:
+        """Every choice with its bytes and its reason, a line each."""
+        logits, dlogits = (str(dtype).removeprefix("torch.") for dtype in (self.storage.logits, self.storage.dlogits))
+        logits_bytes = self.logits_rows * self.sizes.vocab * self.storage.logits.itemsize
+        place = "over the logits" if self.in_place else "beside the logits, over which another dtype would race"
+        kept = "of all rows: T <= 2H, so no more than a float32 dW, which becomes one product" if self.retained else ""
+        lines = [
+            ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
+            ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product each for dX and dW"),
+            ("logits", logits_bytes, f"{logits}, {self.logits_rows} rows at a time"),
+            ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
+            *([("", None, kept)] if kept else []),
+            ("dW", self.accumulator_bytes, self.weight_gradient.value),
+            ("together", self.buffer_bytes + self.accumulator_bytes, "beyond inputs and gradients"),
+        ]
+        sizes = ("" if size is None else f"{size / GIB:.2f} GiB" for _, size, _ in lines)
+        return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
+
+
+def plan(
+    device: DeviceProperties,
+    sizes: Sizes,
+    storage: Storage,
+    wanted: Wanted,
+    *,
+    workspace: int | None = None,
+    row_multiple: int = 1,
+    main_grad: bool = False,
+) -> SweepPlan:
+    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows."""
+    # with main_grad there is no accumulator to weigh it against: the workspace is all that such a call takes
+    retained = wanted.weight and not main_grad and storage.dlogits == torch.bfloat16
+    retained = retained and retain_dlogits(sizes.active, sizes.hidden)
+    in_place, logit_bytes = storage.logits == storage.dlogits, storage.logits.itemsize
+    beside = 0 if in_place or retained or not sizes.active else storage.dlogits.itemsize
+    budget = workspace_bytes(device, sizes.vocab, logit_bytes + beside, workspace)
+    row, copied = sizes.vocab * logit_bytes, sizes.hidden * storage.copied
+    most = _fitting(budget, row + sizes.vocab * beside, copied, row_multiple)
+    windows = ChunkPlan(sizes.active, max(sizes.active, 1)) if retained else _equal(sizes.active, most, row_multiple)
+    chunk_rows = windows.chunk_rows
+    if retained and not in_place:
+        chunk_rows = _equal(sizes.active, most).chunk_rows
+    elif beside and storage.dlogits != torch.float16:  # a float16 scale is of one chunk
+        most = min(most, max(CHUNK_ROWS, _up(budget // 4 // row, ROW_MULTIPLE)))
+        room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
+        windows = _equal(sizes.active, room, row_multiple)
+        chunk_rows = _equal(windows.largest, most).chunk_rows
+    forward = _equal(sizes.forward, most)
+    return SweepPlan(
+        sizes, storage, windows, chunk_rows, forward, retained,
+        _weight_gradient(storage, windows, wanted.weight, main_grad),
+    )  # fmt: skip
+
+
+def _weight_gradient(storage: Storage, windows: ChunkPlan, wanted: bool, main_grad: bool) -> WeightGradient:
+    if not wanted:
+        return WeightGradient.NONE
+    if main_grad:
+        return WeightGradient.MAIN_GRAD
+    if storage.weight == storage.accumulator:
+        return WeightGradient.OWN_SUM
+    # float16 waits in float32 for the upstream scale
+    rounds = len(windows) <= 1 and storage.weight == storage.dlogits != torch.float16
+    return WeightGradient.PRODUCT if rounds else WeightGradient.WIDE_SUM
+
+
+def _fitting(room: int, row_bytes: int, copied_bytes: int, multiple: int = 1) -> int:
+    """How many rows fit, counting what their copies take beyond COPY_BYTES."""
+    rows = min(room // max(row_bytes, 1), (room + COPY_BYTES) // max(row_bytes + copied_bytes, 1))
+    return max(rows // multiple, 1) * multiple
+
+
+def _equal(rows: int, fitting: int, multiple: int = 1) -> ChunkPlan:
+    """The fewest chunks of at most `fitting` rows, as equal as multiples of a GEMM tile allow."""
+    even = _up(-(-rows // max(-(-rows // fitting), 1)), multiple)
     rounded = _up(even, ROW_MULTIPLE)
     return ChunkPlan(rows, max(rounded if rounded <= fitting else even, 1))
 
@@ -39,11 +221,13 @@ def _up(count: int, multiple: int) -> int:
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:
-    """One dW product over retained bf16 dlogits (2·T·V bytes), or re-read a float32 dW (4·V·H bytes) per chunk?"""
+    """Keep all dlogits in bf16 for one product, 2TV bytes, or add up dW in float32 over windows, 4VH bytes?"""
     return rows <= 2 * hidden
 
 
-def workspace_bytes(device: torch.device, vocab: int, bytes_per_logit: int, requested: int | None) -> int:
+def workspace_bytes(
+    device: DeviceProperties | torch.device, vocab: int, bytes_per_logit: int, requested: int | None
+) -> int:
     """What was asked for, or 1 GiB on an accelerator; on a CPU 64 MiB, and up to 128 to hold 256 rows."""
     if requested is not None:
         return requested

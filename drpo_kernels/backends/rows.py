@@ -109,6 +109,9 @@ class RowOps(Protocol):
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N]."""
 
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
+
 
 def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """The loss on [N] log-probs through PyTorch's autograd: -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""

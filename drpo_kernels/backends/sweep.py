@@ -1,18 +1,23 @@
 """The chunked linear path: 6F with the gradient in the forward, or 2F + 6F by recomputation.
 
-F = T·V·H. Per chunk of rows: logits GEMM -> row operations (gradient written over the logits) -> dX and dW GEMMs. No
-[T, V] tensor exists unless the plan retains 16-bit dlogits on purpose. Nothing here knows an objective or a kernel.
+F = T·V·H. Per chunk of rows: logits GEMM -> row operations, which write the gradient; per window of chunks: dX and dW
+GEMMs. No [T, V] tensor exists unless the plan retains 16-bit dlogits on purpose: see planning.py, which decides all
+that. Nothing here knows an objective or a kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import head_products, planning, row_ops
+from drpo_kernels.backends import head_products, row_ops
+from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.fp8_head import Fp8Logits
 from drpo_kernels.backends.matmul import HeadProducts, exact_float32
+from drpo_kernels.backends.planning import ChunkPlan, Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 from drpo_kernels.backends.sharded import ShardedRows
@@ -20,6 +25,8 @@ from drpo_kernels.collectives import VocabShard, start_sum
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
+# (rows of a chunk, its batch, where its dlogits go or None) -> the 0-d factor that undoes a float16 scale, or None
+RowFunction = Callable[[slice, RowBatch, Tensor | None], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -40,24 +47,18 @@ class Execution:
     batch_invariant: bool = False  # products in one order: see triton/invariant.py
 
 
-class Wanted(NamedTuple):
-    """Which gradients a linear sweep computes."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
 class Head(NamedTuple):
     """The output head: weight [V, H], bias [V] or None, the real vocabulary (V' <= V), and the transform after it.
 
-    Of a sharded head, this rank's rows and how many of them are real, perhaps none.
+    Of a sharded head, this rank's rows and how many of them are real, perhaps none. dW is added to `main_grad` [V, H]
+    float32 where it is given, and is then none of the gradients.
     """
 
     weight: Tensor
     bias: Tensor | None
     vocab: int
     transform: Transform
+    main_grad: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -71,11 +72,24 @@ def stored_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def _nothing() -> None:
+    pass
+
+
+def _as_rows(hidden: Tensor) -> Tensor | None:
+    """[..., H] as [N, H], or None where that would be a copy of it all."""
+    try:
+        return hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return None
+
+
 class LinearSweep:
     """The chunk loop of one call, shared by the fused and the recompute route."""
 
     def __init__(self, hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution, wanted: Wanted):
         self.hidden, self.head, self.execution, self.wanted = hidden, head, execution, wanted
+        self._hidden_view = _as_rows(hidden)
         self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
         ops = row_ops(execution.backend)
         self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
@@ -85,6 +99,7 @@ class LinearSweep:
         self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
         self._order(targets, rows, any(wanted))
+        self.plan = self._planned()
         self._allocate()
 
     def _order(self, targets: Tensor, rows: Tensor, with_gradient: bool) -> None:
@@ -105,25 +120,33 @@ class LinearSweep:
         self.targets = targets if self.index is None else targets[self.index]
         self.rows = rows if self.index is None else rows[:, self.index]
 
-    def _allocate(self) -> None:
+    def _planned(self) -> SweepPlan:
         # every rank must cut the rows into the same chunks, whatever its own share of the vocabulary
-        device, vocab = self.hidden.device, self.head.vocab if self.shard is None else self.shard.largest
-        logits_dtype = self.execution.logits_dtype or self.matmul.accumulator
-        retainable = self.wanted.weight and self.matmul.operand_dtype == torch.bfloat16
-        self.retain = retainable and planning.retain_dlogits(self.active, self.hidden.shape[1])
-        shares_buffer = logits_dtype == self.matmul.operand_dtype and not self.retain
-        separate = self.active and not shares_buffer
-        per_logit = logits_dtype.itemsize + (self.matmul.operand_dtype.itemsize if separate and not self.retain else 0)
-        budget = planning.workspace_bytes(device, vocab, per_logit, self.execution.workspace_bytes)
-        self.active_plan = planning.plan_chunks(self.active, vocab, per_logit, budget, self.matmul.row_multiple)
-        self.forward_plan = planning.plan_chunks(self.swept - self.active, vocab, logits_dtype.itemsize, budget)
-        largest = max(
-            self.active_plan.chunk_rows if self.active else 0,
-            self.forward_plan.chunk_rows if self.swept > self.active else 0,
+        vocab = self.head.vocab if self.shard is None else self.shard.largest
+        matmul, hidden = self.matmul, self.hidden
+        copied = hidden.dtype.itemsize if self.index is not None or self._hidden_view is None else 0
+        casts = hidden.dtype != matmul.operand_dtype
+        copied += matmul.operand_dtype.itemsize * (casts + self.execution.every_row)  # as `hidden_rows` makes them
+        return plan(
+            device_properties(hidden.device),
+            Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),
+            Storage(
+                self.execution.logits_dtype or matmul.accumulator,
+                matmul.operand_dtype,
+                matmul.accumulator,
+                self.head.weight.dtype,
+                copied,
+            ),
+            self.wanted,
+            workspace=self.execution.workspace_bytes,
+            row_multiple=matmul.row_multiple,
+            main_grad=self.head.main_grad is not None,
         )
-        self._logits = self._rows_buffer(largest, logits_dtype)
-        kept = self.active if self.retain else min(self.active_plan.chunk_rows, self.active)
-        self._dlogits = self._rows_buffer(kept, self.matmul.operand_dtype) if separate else self._logits
+
+    def _allocate(self) -> None:
+        storage = self.plan.storage
+        self._logits = self._rows_buffer(self.plan.logits_rows, storage.logits)
+        self._dlogits = None if self.plan.in_place else self._rows_buffer(self.plan.dlogits_rows, storage.dlogits)
         self._gradients = self._gradient_buffers()
 
     def _rows_buffer(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -133,80 +156,118 @@ class LinearSweep:
     def _gradient_buffers(self) -> Gradients:
         accumulator, weight = self.matmul.accumulator, self.head.weight
         hidden_dtype = stored_gradient_dtype(self.hidden.dtype)
-        one_product = self.retain or self.active_plan.chunk_rows >= self.active
-        direct = one_product and weight.dtype == self.matmul.operand_dtype != torch.float16
-        weight_dtype = weight.dtype if direct else accumulator
         hidden_gradient = weight_gradient = bias_gradient = None
         if self.wanted.hidden:
             make = torch.zeros_like if self.active < self.count else torch.empty_like
             hidden_gradient = make(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
-        if self.wanted.weight:
+            hidden_gradient = hidden_gradient.view(-1, self.hidden.shape[-1])
+        if self.wanted.weight and self.head.main_grad is None:
             make = torch.empty if self.active else torch.zeros
-            weight_gradient = make(weight.shape, dtype=weight_dtype, device=weight.device)
+            dtype = weight.dtype if self.plan.weight_gradient is WeightGradient.PRODUCT else accumulator
+            weight_gradient = make(weight.shape, dtype=dtype, device=weight.device)
             weight_gradient[self.head.vocab :] = 0
         if self.wanted.bias:
             bias_gradient = torch.zeros(self.head.bias.shape, dtype=accumulator, device=weight.device)
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
-    def chunks(self):
-        """(chunk of the swept rows, whether it has a gradient)."""
-        for chunk in self.active_plan if self.active else ():
-            yield chunk, True
-        for chunk in self.forward_plan if self.swept > self.active else ():
-            yield slice(self.active + chunk.start, self.active + chunk.stop), False
+    def run(self, compute: RowFunction, forward_rows: bool = True) -> None:
+        """Call `compute` on every chunk and add up the gradients; `forward_rows`: those without a gradient too."""
+        for chunk in self.plan.forward if forward_rows else ():
+            rows = slice(self.active + chunk.start, self.active + chunk.stop)
+            compute(rows, self._batch(rows, self._logits[: chunk.stop - chunk.start]), None)
+        for window in self.plan.windows:
+            undo = self._fill(window, compute)
+            if self._dlogits is not None and window.stop == self.active:
+                self._logits = None  # copies of the hidden rows may take its room
+            self._accumulate(window, undo)
 
-    def hidden_rows(self, chunk: slice) -> Tensor:
-        """The chunk's hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
-        x = self.hidden[chunk] if self.index is None else self.hidden[self.index[chunk]]
-        x = self.matmul.operand(x)
+    def _fill(self, window: slice, compute: RowFunction) -> Tensor | None:
+        """The window's dlogits, chunk by chunk; -> the last chunk's factor, which with float16 is the only one."""
+        undo = None
+        for chunk in self.plan.chunks(window):
+            rows = slice(window.start + chunk.start, window.start + chunk.stop)
+            logits = self._logits[: chunk.stop - chunk.start]
+            dlogits = logits if self._dlogits is None else self._dlogits[chunk]
+            undo = compute(rows, self._batch(rows, logits), dlogits)
+        return undo
+
+    def hidden_rows(self, rows: slice) -> Tensor:
+        """Hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
+        x = self.matmul.operand(self._selected(rows))
         if self.execution.every_row:
-            x = torch.where((self.rows[Row.KIND, chunk] > RowKind.SKIPPED)[:, None], x, 0)
+            x = torch.where((self.rows[Row.KIND, rows] > RowKind.SKIPPED)[:, None], x, 0)
         return x
 
-    def batch(self, chunk: slice, hidden_rows: Tensor) -> RowBatch:
+    def _selected(self, rows: slice) -> Tensor:
+        """Hidden states as they are, [n, H]: a view where rows follow each other, or a copy of these alone."""
+        if self._hidden_view is not None:
+            return self._hidden_view[rows if self.index is None else self.index[rows]]
+        if self.index is None:
+            positions = torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        else:
+            positions = self.index[rows]
+        places = []
+        for size in reversed(self.hidden.shape[:-1]):  # torch.unravel_index would send the shape to the device
+            places.insert(0, positions % size)
+            positions = positions // size
+        return self.hidden[tuple(places)]
+
+    def _batch(self, rows: slice, logits: Tensor) -> RowBatch:
         """The chunk's logits, in the shared buffer, with what its rows carry in."""
-        logits = self.head_product.logits(hidden_rows, self._logits[: hidden_rows.shape[0]])
-        return RowBatch(logits, self.targets[chunk], self.rows[:, chunk], self.head.transform, self.bias)
+        logits = self.head_product.logits(self.hidden_rows(rows), logits)
+        return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 
-    def dlogits(self, chunk: slice) -> Tensor:
-        start = chunk.start if self.retain else 0
-        return self._dlogits[start : start + chunk.stop - chunk.start]
+    def _accumulate(self, window: slice, undo: Tensor | None) -> None:
+        """Add the window's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
+        first = window.start == 0
+        dlogits = (self._logits if self._dlogits is None else self._dlogits)[: window.stop - window.start]
+        complete = self._add_hidden_gradient(window, dlogits, undo) if self.wanted.hidden else _nothing
+        if self.wanted.weight:
+            adds = self.head.main_grad is not None
+            out = (self.head.main_grad if adds else self._gradients.weight)[: self.head.vocab]
+            self.matmul.add_weight_gradient(dlogits, self.hidden_rows(window), out, first=first and not adds, undo=undo)
+        if self.wanted.bias:
+            self.matmul.add_bias_gradient(dlogits, self._gradients.bias[: self.head.vocab], first=first, undo=undo)
+        complete()
 
-    def accumulate(self, chunk: slice, hidden_rows: Tensor, dlogits: Tensor, undo: Tensor | None) -> None:
-        """Add the chunk's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
-        gradients = self._gradients
-        if gradients.hidden is not None:
-            dx = self.matmul.hidden_gradient(dlogits)
-            dx = dx if undo is None else dx.mul_(undo)
-            # in the accumulator's precision, and under way while dW is computed
-            sums = self.shard is not None and not self.shard.partial_hidden_gradient
-            complete = start_sum(dx, self.shard.group) if sums else lambda: None
-        if gradients.weight is not None and not self.retain:
-            out = gradients.weight[: self.head.vocab]
-            self.matmul.add_weight_gradient(dlogits, hidden_rows, out, first=chunk.start == 0, undo=undo)
-        if gradients.bias is not None:
-            out = gradients.bias[: self.head.vocab]
-            self.matmul.add_bias_gradient(dlogits, out, first=chunk.start == 0, undo=undo)
-        if gradients.hidden is not None:
+    def _add_hidden_gradient(self, window: slice, dlogits: Tensor, undo: Tensor | None) -> Callable[[], None]:
+        """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
+
+        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed.
+        """
+        gradient = self._gradients.hidden
+        sums = self.shard is not None and not self.shard.partial_hidden_gradient
+        direct = not sums and gradient.dtype in self.matmul.hidden_gradient_dtypes
+
+        def place(rows: slice, dx: Tensor, complete_sum: Callable[[], object]) -> None:
+            complete_sum()
+            gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
+
+        complete = _nothing
+        if direct and self.index is None:
+            self._hidden_gradient(dlogits, gradient[window], undo)
+            return complete
+        for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
-            if self.index is None:
-                gradients.hidden[chunk] = dx
-            else:
-                gradients.hidden[self.index[chunk]] = dx.to(gradients.hidden.dtype)
+            rows = slice(window.start + piece.start, window.start + piece.stop)
+            dtype = gradient.dtype if direct else self.matmul.accumulator
+            dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
+            self._hidden_gradient(dlogits[piece], dx, undo)
+            complete = partial(place, rows, dx, start_sum(dx, self.shard.group) if sums else _nothing)
+        return complete
+
+    def _hidden_gradient(self, dlogits: Tensor, out: Tensor, undo: Tensor | None) -> None:
+        self.matmul.hidden_gradient(dlogits, out)
+        if undo is not None:
+            out.mul_(undo)
 
     def gradients(self) -> Gradients:
         """The finished gradients, in the dtype they are stored in until the backward."""
+        self._logits = self._dlogits = None  # the casts need the room
         hidden, weight, bias = self._gradients
-        if weight is not None:
-            if self.retain and self.active:
-                rows = slice(0, self.active)
-                out = weight[: self.head.vocab]
-                self.matmul.add_weight_gradient(self._dlogits, self.hidden_rows(rows), out, first=True, undo=None)
-            self._logits = self._dlogits = None  # the cast below needs the room
-            weight = weight.to(stored_gradient_dtype(self.head.weight.dtype))
-        if bias is not None:
-            bias = bias.to(stored_gradient_dtype(self.head.bias.dtype))
-        return Gradients(hidden, weight, bias)
+        hidden = hidden if hidden is None else hidden.view(self.hidden.shape)
+        pairs = zip((hidden, weight, bias), (self.hidden, self.head.weight, self.head.bias), strict=True)
+        return Gradients(*(g if g is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs))
 
     def scatter(self, swept: Tensor) -> Tensor:
         """Per-row results of the swept rows back in the caller's order, zero elsewhere: [K, swept] -> [K, N]."""
@@ -220,19 +281,18 @@ def policy_sweep(
 ) -> tuple[Tensor, Gradients]:
     """The fused route -> (outcome [len(Outcome), N], gradients of the summed loss).
 
-    hidden [N, H], targets [N], rows [len(Row), N].
+    hidden [..., H] of N rows, with any strides; targets [N], rows [len(Row), N].
     6F with both gradients, 4F with a frozen head, 2F with none.
     """
     sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
     outcome = rows.new_empty(len(Outcome), sweep.swept)
+
+    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None) -> Tensor | None:
+        outcome[:, chunk], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
+        return undo
+
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
-        for chunk, with_gradient in sweep.chunks():
-            x = sweep.hidden_rows(chunk)
-            batch, dlogits = sweep.batch(chunk, x), sweep.dlogits(chunk) if with_gradient else None
-            outcome[:, chunk], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
-            if with_gradient:
-                sweep.accumulate(chunk, x, dlogits, undo)
-        x = batch = dlogits = None  # the last chunk's buffers must not outlive the loop
+        sweep.run(compute)
         return sweep.scatter(outcome), sweep.gradients()
 
 
@@ -240,9 +300,12 @@ def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, 
     """The recompute route's forward, 2F: statistics [len(Stat), N]."""
     sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
     statistics = rows.new_empty(len(Stat), sweep.swept)
+
+    def compute(chunk: slice, batch: RowBatch, _: Tensor | None) -> None:
+        statistics[:, chunk] = sweep.ops.statistics(batch)
+
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
-        for chunk, _ in sweep.chunks():
-            statistics[:, chunk] = sweep.ops.statistics(sweep.batch(chunk, sweep.hidden_rows(chunk)))
+        sweep.run(compute)
         return sweep.scatter(statistics)
 
 
@@ -260,13 +323,10 @@ def recompute_sweep(
     sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
     if sweep.index is not None:
         statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
+
+    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor) -> Tensor | None:
+        return gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
+
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
-        for chunk, with_gradient in sweep.chunks():
-            if not with_gradient:
-                continue
-            x = sweep.hidden_rows(chunk)
-            batch, dlogits = sweep.batch(chunk, x), sweep.dlogits(chunk)
-            undo = gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
-            sweep.accumulate(chunk, x, dlogits, undo)
-        x = batch = dlogits = None  # the last chunk's buffers must not outlive the loop
+        sweep.run(compute, forward_rows=False)
         return sweep.gradients()

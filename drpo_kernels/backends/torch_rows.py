@@ -18,6 +18,8 @@ LOWEST_SHIFT = -1e5
 # logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
 CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
+# elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
+SCALE_BLOCK = 1 << 24
 
 
 class TorchRows:
@@ -56,6 +58,14 @@ class TorchRows:
 
     def fuses(self, terms: Terms) -> bool:
         return not terms.entropy_bonus
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
+            return
+        # a 1-d factor takes part in type promotion: a 0-d one would first be rounded to bf16
+        factor = factor.reshape(1)
+        for block in values.view(-1).split(SCALE_BLOCK):
+            torch.mul(block, factor, out=block)
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         in_place = out is not None and _may_keep_exponentials(batch, out)

@@ -11,13 +11,24 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from drpo_kernels.backends.triton.aot import KernelCase
+from drpo_kernels.backends.devices import ARCHITECTURES
+from drpo_kernels.commands.loops import Instruction, Loop, amdgcn, innermost_loops, sass
 
+if TYPE_CHECKING:
+    from drpo_kernels.backends.triton.aot import Expected, KernelCase
+
+# status -> what so many kernels do
+FAULTS = {
+    "SPILLS": "spill to local memory",
+    "SHARED": "ask for more shared memory than there is",
+    "NARROW": "access memory in small pieces",
+    "RELOADS": "load an element twice",
+}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -33,25 +44,32 @@ class Usage:
     load_bits: int = 0  # widest access to global memory by one thread; 0 if there is none
     store_bits: int = 0
     mma: str = ""  # the matrix instruction: HMMA (warps), HGMMA (warpgroups), UTCHMMA (tensor memory), v_mfma; or none
+    loops: tuple[Loop, ...] = ()  # the innermost ones
 
     @property
     def spills(self) -> bool:
         return bool(self.local_bytes or self.spill_loads or self.spill_stores)
 
+    @property
+    def loop_load_bytes(self) -> int:
+        """The most that a thread loads in an iteration."""
+        return max((loop.load_bytes for loop in self.loops), default=0)
+
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel for one target; `error` says why there is no binary."""
+    """One kernel for one target; `error` says why there is no binary, `faults` what is wrong with it: word -> why."""
 
     name: str
     target: str
     seconds: float
     usage: Usage = Usage()
     error: str | None = None
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
-        return "FAILED" if self.error else "SPILLS" if self.usage.spills else "ok"
+        return "FAILED" if self.error else next(iter(self.faults), "ok")
 
 
 def compile_case(case: KernelCase, target: str) -> CompiledKernel:
@@ -65,7 +83,25 @@ def compile_case(case: KernelCase, target: str) -> CompiledKernel:
     except Exception as error:  # whatever a compiler stage raises belongs in the table; the other cases go on
         return CompiledKernel(case.name, target, time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
-    return CompiledKernel(case.name, target, seconds, read_usage(binary))
+    usage = read_usage(binary)
+    return CompiledKernel(case.name, target, seconds, usage, faults=dict(faults(case.expected, target, usage)))
+
+
+def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str, str]]:
+    """(status, why) of everything in which the binary falls short."""
+    if usage.spills:
+        yield "SPILLS", "spills to local memory: a smaller block or more warps would help"
+    shared = ARCHITECTURES[target].shared_memory_bytes if target in ARCHITECTURES else usage.shared_bytes
+    if usage.shared_bytes > shared:
+        yield "SHARED", f"asks for {usage.shared_bytes} bytes of shared memory, where a block has {shared}"
+    bits = expected.load_bits, expected.store_bits
+    narrow = [x for x in usage.loops if 0 < x.load_bits < bits[0] or 0 < x.store_bits < bits[1]]
+    if len(narrow) > expected.tails or usage.load_bits < bits[0] or usage.store_bits < bits[1]:
+        found = narrow or (usage.load_bits, usage.store_bits)
+        yield "NARROW", f"accesses memory in less than {bits[0]} (loads) or {bits[1]} (stores) bits: {found}"
+    if expected.loop_load_bytes is not None and usage.loop_load_bytes > expected.loop_load_bytes:
+        loads = f"{usage.loop_load_bytes} bytes per thread and iteration, where {expected.loop_load_bytes} are enough"
+        yield "RELOADS", f"loads {loads}"
 
 
 def gpu_target(name: str) -> Any:
@@ -106,50 +142,42 @@ def parse_cuobjdump(text: str) -> Usage:
     if resources is None:
         raise ValueError("cuobjdump printed no resource usage")
     registers, stack, local = map(int, resources.groups())
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+    instructions = list(sass(text))
+    opcodes = [instruction.opcode for instruction in instructions]
     return Usage(
         registers=registers,
         local_bytes=stack + local,
         spill_loads=sum(opcode.split(".")[0] == "LDL" for opcode in opcodes),
         spill_stores=sum(opcode.split(".")[0] == "STL" for opcode in opcodes),
-        load_bits=_widest_sass(opcodes, {"LDG", "LDGSTS"}),
-        store_bits=_widest_sass(opcodes, {"STG"}),
+        load_bits=_widest(instructions, store=False),
+        store_bits=_widest(instructions, store=True),
         mma=next((name for name in (opcode.split(".")[0] for opcode in opcodes) if name.endswith("MMA")), ""),
+        loops=innermost_loops(instructions),
     )
 
 
-def _widest_sass(opcodes: list[str], bases: set[str]) -> int:
-    return max((_sass_bits(opcode) for opcode in opcodes if opcode.split(".")[0] in bases), default=0)
-
-
-def _sass_bits(opcode: str) -> int:
-    """Width of an access such as LDG.E.128 or LDG.E.U16.CONSTANT; 32 bits where none is written."""
-    widths = (re.fullmatch(r"[US]?(8|16|64|128|256)", part) for part in opcode.split("."))
-    return next((int(width[1]) for width in widths if width), 32)
+def _widest(instructions: list[Instruction], store: bool) -> int:
+    accesses = (i.access for i in instructions if i.access is not None)
+    return max((access.bits for access in accesses if access.store == store), default=0)
 
 
 def parse_amdgcn(text: str) -> Usage:
     """Usage from AMD assembly. Only scratch is memory: scalars spill into vector registers, those into AGPRs first."""
 
-    def field(name: str) -> int:
+    def metadata(name: str) -> int:
         match = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
         if match is None:
             raise ValueError(f"the assembly's metadata has no .{name}")
         return int(match[1])
 
+    instructions = list(amdgcn(text))
     return Usage(
-        registers=field("vgpr_count"),  # on CDNA this includes the AGPRs
-        local_bytes=field("private_segment_fixed_size"),
-        spill_loads=len(re.findall(r"^\s*scratch_load_", text, re.MULTILINE)),
-        spill_stores=len(re.findall(r"^\s*scratch_store_", text, re.MULTILINE)),
-        load_bits=_widest_amdgcn(text, "load"),
-        store_bits=_widest_amdgcn(text, "store"),
-        mma="v_mfma" if re.search(r"^\s*v_mfma_", text, re.MULTILINE) else "",
+        registers=metadata("vgpr_count"),  # on CDNA this includes the AGPRs
+        local_bytes=metadata("private_segment_fixed_size"),
+        spill_loads=sum(instruction.opcode.startswith("scratch_load") for instruction in instructions),
+        spill_stores=sum(instruction.opcode.startswith("scratch_store") for instruction in instructions),
+        load_bits=_widest(instructions, store=False),
+        store_bits=_widest(instructions, store=True),
+        mma="v_mfma" if any(instruction.opcode.startswith("v_mfma") for instruction in instructions) else "",
+        loops=innermost_loops(instructions),
     )
-
-
-def _widest_amdgcn(text: str, access: str) -> int:
-    """Widest access among instructions such as global_load_dwordx4, buffer_store_short_d16_hi, global_load_ubyte."""
-    kinds = re.findall(rf"^\s*(?:global|buffer|flat)_{access}_[us]?(byte|short|dword(?:x\d)?)", text, re.MULTILINE)
-    bits = {"byte": 8, "short": 16, "dword": 32}
-    return max((bits.get(kind) or 32 * int(kind[-1]) for kind in kinds), default=0)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drpo_kernels.commands.binaries import TARGETS, CompiledKernel, compile_case
+from drpo_kernels.commands.binaries import FAULTS, TARGETS, CompiledKernel, compile_case
 from drpo_kernels.commands.table import TextTable
 from drpo_kernels.triton_support import HAS_TRITON
 from drpo_kernels.version import __version__
@@ -23,12 +23,12 @@ from drpo_kernels.version import __version__
 if TYPE_CHECKING:
     from drpo_kernels.backends.triton.aot import KernelCase
 
-NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "mma", "seconds")
+NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "loop ld B", "mma", "seconds")
 DEFAULT_CASES = "drpo_kernels.backends.triton.aot:kernel_cases"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compile, print the table, and return 1 if a kernel spills to local memory or does not compile."""
+    """Compile, print the table, and return 1 if a kernel does not compile or its binary is not what is expected."""
     options = _parse(argv)
     if "TRITON_INTERPRET" in os.environ:
         return _run_without_interpreter(argv)
@@ -89,12 +89,13 @@ def _run_without_interpreter(argv: Sequence[str]) -> int:
 
 def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator[CompiledKernel]:
     """Compile one by one and print each row when it is known: a whole table takes minutes."""
-    widths = (max(len(case.name) for case in cases), max(map(len, targets)), len("FAILED"), 4, 7, 11, 8, 9, 10, 7, 7)
-    table = TextTable(("kernel", "target", "status", *NUMBERS), widths, left=3)
+    names = max(len(case.name) for case in cases), max(map(len, targets)), max(map(len, (*FAULTS, "FAILED")))
+    numbers = (max(len(header), 7) for header in NUMBERS)
+    table = TextTable(("kernel", "target", "status", *NUMBERS), (*names, *numbers), left=3)
     print(table.header())
     for case in cases:
         for target in targets:
-            if case.targets and target not in case.targets:
+            if not case.launched_on(target):
                 continue
             kernel = compile_case(case, target)
             print(table.row(_cells(kernel)), flush=True)
@@ -104,18 +105,21 @@ def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator
 def _cells(kernel: CompiledKernel) -> tuple[object, ...]:
     use, seconds = kernel.usage, f"{kernel.seconds:.1f}"
     if kernel.error:
-        return (kernel.name, kernel.target, kernel.status, *["-"] * 7, seconds)
+        return (kernel.name, kernel.target, kernel.status, *["-"] * 8, seconds)
     spills = f"{use.spill_loads}/{use.spill_stores}"
-    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, use.load_bits, use.store_bits, use.mma or "-")
+    widths = use.load_bits, use.store_bits, use.loop_load_bytes
+    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, *widths, use.mma or "-")
     return (kernel.name, kernel.target, kernel.status, *numbers, seconds)
 
 
 def _summarise(compiled: Sequence[CompiledKernel], seconds: float) -> int:
     failed = [kernel for kernel in compiled if kernel.error]
-    spilling = [kernel for kernel in compiled if not kernel.error and kernel.usage.spills]
     for kernel in failed:
         print(f"\n{kernel.name} for {kernel.target}:\n{kernel.error}")
-    for kernel in spilling:
-        print(f"\n{kernel.name} for {kernel.target} spills to local memory: a smaller block or more warps would help")
-    print(f"\n{len(compiled)} kernels in {seconds:.0f} s: {len(failed)} failed, {len(spilling)} spill to local memory")
-    return 1 if failed or spilling else 0
+    for kernel in compiled:
+        for why in kernel.faults.values():
+            print(f"\n{kernel.name} for {kernel.target} {why}")
+    counts = {fault: sum(fault in kernel.faults for kernel in compiled) for fault in FAULTS}
+    found = ", ".join(f"{counts[fault]} {words}" for fault, words in FAULTS.items())
+    print(f"\n{len(compiled)} kernels in {seconds:.0f} s: {len(failed)} failed, {found}")
+    return 1 if failed or any(counts.values()) else 0

@@ -1,6 +1,6 @@
 """What to compile ahead of time: every kernel with representative argument types, for GPUs that need not be there.
 
-`python -m drpo_kernels compile` compiles each case for each target and fails on a spill to local memory.
+`python -m drpo_kernels compile` compiles each case for each target and fails where the binary is not what is expected.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
 from drpo_kernels.backends.triton import invariant, kernels
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile, row_tile
@@ -18,6 +19,16 @@ from drpo_kernels.triton_support import tl
 
 # What `triton.compiler.ASTSource` calls an argument's type: "*fp32", "i64", "fp32", "constexpr", or a tuple of these.
 ArgumentType = str | tuple["ArgumentType", ...]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a binary must show, as far as it is said. Loops are the innermost ones."""
+
+    load_bits: int = 0  # of a thread's every load in a loop
+    store_bits: int = 0
+    loop_load_bytes: int | None = None  # the most that a thread may load in an iteration: each element once
+    tails: int = 0  # loops that a mask keeps narrow
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class KernelCase:
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, object] = field(default_factory=dict)  # further launch options, such as maxnreg
-    targets: tuple[str, ...] = ()  # those whose launches look like this; none: all
+    targets: tuple[str, ...] = ()  # how the names of those begin whose launches look like this; none: all
+    expected: Expected = Expected()
 
     def __post_init__(self) -> None:
         if list(self.signature) != list(self.kernel.arg_names):
@@ -46,6 +58,9 @@ class KernelCase:
         constant = {name for name, kind in self.signature.items() if kind == "constexpr"}
         if constant != set(self.constexprs):
             raise ValueError(f"{self.name}: constexpr arguments {sorted(constant)}, values {sorted(self.constexprs)}")
+
+    def launched_on(self, target: str) -> bool:
+        return not self.targets or target.startswith(self.targets)
 
     def source(self) -> Any:
         """The case as Triton's compiler takes it; the same call from Triton 3.4 to 3.9."""
@@ -60,13 +75,15 @@ class KernelCase:
 
 
 VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
+ROW_DEVICES = {"sm_": PRESETS["h100"], "gfx": PRESETS["mi300x"]}  # row tiles follow the width of a warp alone
 
 STRIDES = {"row_stride": "i64", "out_stride": "i64", "rows_stride": "i64", "outcome_stride": "i64"}
 STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride": "constexpr"}
+BYTES = {None: 0, "bf16": 2, "fp16": 2, "fp32": 4}
 PACKED = ("rows", "outcome", "statistics", "slopes")
 
 
-def _case(
+def _row_cases(
     label: str,
     kernel: Any,
     logits: str,
@@ -75,26 +92,31 @@ def _case(
     bias: str | None = None,
     even: bool = True,
     **flags: object,
-) -> KernelCase:
+) -> Iterator[KernelCase]:
     """A launch on contiguous rows, as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
-    tile = row_tile(VOCAB, 4 if logits == "fp32" else 2)
     types = STRIDES | dict.fromkeys(PACKED, "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
     types |= {"logits": f"*{logits}", "out": f"*{out}", "targets": "*i64", "vocab": "i32", "padded": "i32"}
     types |= {"hyper": ("fp32",) * hyper, "bias": f"*{bias}" if bias else "constexpr"}
-    constexprs = {"column_stride": 1, "BLOCK": tile.block, **flags} | ({} if bias else {"bias": None})
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
     divisible = ["logits", "out", "bias", "row_stride", "out_stride", "targets"]
     divisible += ["vocab", "padded"] if even else []
-    return KernelCase(
-        name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
-        kernel=kernel,
-        signature=signature,
-        constexprs={name: constexprs[name] for name in names if name in constexprs},
-        divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
-        num_warps=tile.num_warps,
-        options=LAUNCH_OPTIONS,
-    )
+    for vendor, device in ROW_DEVICES.items():
+        tile = row_tile(VOCAB, BYTES[logits], device)
+        constexprs = {"column_stride": 1, "BLOCK": tile.block, **flags} | ({} if bias else {"bias": None})
+        signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
+        elements = tile.block // (tile.num_warps * device.warp_size)
+        stored = "out" in names and flags.get("WRITE", True)
+        yield KernelCase(
+            name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
+            kernel=kernel,
+            signature=signature,
+            constexprs={name: constexprs[name] for name in names if name in constexprs},
+            divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
+            num_warps=tile.num_warps,
+            options=LAUNCH_OPTIONS,
+            targets=(vendor,),
+            expected=Expected(128, 128 if stored else 0, elements * (BYTES[logits] + BYTES[bias]), 0 if even else 1),
+        )
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -107,29 +129,50 @@ def kernel_cases() -> list[KernelCase]:
     for objective in objectives:
         flags = {"OBJECTIVE": objective.twin} | bare | plain
         label = f"{objective.twin.__name__} fp32>bf16"
-        cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
+        cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
     drpo = {"OBJECTIVE": DRPO().twin} | bare
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
-        cases.append(_case(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
-    cases.append(_case("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain))
-    cases.append(_case("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False}))
+        cases.extend(_row_cases(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
+    cases.extend(
+        _row_cases("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain)
+    )
+    cases.extend(
+        _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False})
+    )
     for name, estimator in KL_ESTIMATORS.items():
         flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
         label = f"drpo {name} entropy bias softcap"
-        cases.append(_case(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
+        cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
-        cases.append(_case(logits, kernels.statistics_kernel, logits, out, **plain))
-        cases.append(_case(f"{logits}>{out}", kernels.gradient_kernel, logits, out, HAS_ENTROPY=True, **plain))
-    cases.append(_case("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
-    cases.append(_case("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full))
-    return cases + invariant_cases()
+        cases.extend(_row_cases(logits, kernels.statistics_kernel, logits, out, **plain))
+        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, HAS_ENTROPY=True, **plain))
+    cases.extend(_row_cases("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
+    cases.extend(
+        _row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full)
+    )
+    return [*cases, *_scale_cases(), *invariant_cases()]
+
+
+def _scale_cases() -> Iterator[KernelCase]:
+    """A gradient of more than 2^31 elements, in the dtypes it waits in for the upstream factor."""
+    for values in ("bf16", "fp32"):
+        for vendor, device in ROW_DEVICES.items():
+            tile = row_tile(VOCAB, BYTES[values], device)
+            yield KernelCase(
+                name=f"scale[{values}]",
+                kernel=kernels.scale_kernel,
+                signature={"values": f"*{values}", "count": "i64", "factor": "*fp32", "BLOCK": "constexpr"},
+                constexprs={"BLOCK": tile.block},
+                divisible=("values", "count", "factor"),
+                num_warps=tile.num_warps,
+                options=LAUNCH_OPTIONS,
+                targets=(vendor,),
+                expected=Expected(128, 128, tile.block * BYTES[values] // (tile.num_warps * device.warp_size)),
+            )
 
 
 # --- the fixed-order products -----------------------------------------------------------------------------------------
 
-# shared memory that one program may have; the tile follows it
-SHARED_MEMORY = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101_376) | {"sm_80": 166_912, "gfx942": 65_536}
-SHARED_MEMORY |= dict.fromkeys(("sm_90", "sm_100"), 232_448)
 COMPUTE = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # by product: the strides that are 1
 UNIT_STRIDES = {
@@ -147,7 +190,7 @@ def invariant_cases() -> list[KernelCase]:
         *_products("logits", "fp16", "fp16", "fp32"),
         *_products("logits", "bf16", "fp32", "fp32"),  # fp32 master weights under autocast
         *_products("logits", "fp32", "fp32", "fp32"),
-        *_products("dX", "bf16", "bf16", "fp32"),
+        *_products("dX", "bf16", "bf16", "bf16"),
         *_products("dX", "fp32", "fp32", "fp32"),
         *_products("dW", "bf16", "bf16", "bf16"),
         *_products("dW", "bf16", "bf16", "fp32", accumulate=True),
@@ -166,6 +209,7 @@ def invariant_cases() -> list[KernelCase]:
             values,
             even,
             options=LAUNCH_OPTIONS,
+            expected=Expected(load_bits=128),
         ),
     ]
 
@@ -174,18 +218,18 @@ def _products(
     product: str, a: str, b: str, out: str, accumulate: bool = False, even: bool = True
 ) -> Iterator[KernelCase]:
     """One of the three products, multiplied in the dtype of `a`: a case for each tile, and the targets that take it."""
-    sizes = [COMPUTE[kind].primitive_bitwidth // 8 for kind in (a, b)]
-    tiles: dict[MatmulTile, tuple[str, ...]] = {}
-    for target, shared in SHARED_MEMORY.items():
-        tile = matmul_tile(sizes[0], max(sizes), shared, accumulates=product == "dW")
-        tiles[tile] = (*tiles.get(tile, ()), target)
+    tiles: dict[tuple[MatmulTile, int], tuple[str, ...]] = {}
+    for target, device in ARCHITECTURES.items():
+        tile = matmul_tile(BYTES[a], max(BYTES[a], BYTES[b]), device, accumulates=product == "dW")
+        chosen = tile, device.warp_size
+        tiles[chosen] = (*tiles.get(chosen, ()), target)
     kernel = invariant.matmul_kernel
     strides = [name for name in kernel.arg_names if name.endswith("_stride")]
     types = {"a": f"*{a}", "b": f"*{b}", "out": f"*{out}"} | dict.fromkeys(strides, "i64")
     types |= dict.fromkeys(("rows", "columns", "padded", "depth"), "i32")
     unit = UNIT_STRIDES[product]
     divisible = tuple(name for name in ("a", "b", "out", "padded", *strides) if name not in unit)
-    for tile, targets in tiles.items():
+    for (tile, warp_size), targets in tiles.items():
         values = {"ROUNDED": COMPUTE[a], "COMPUTE": COMPUTE[a], "ACCUMULATE": accumulate, "GROUP": tile.group}
         values |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth}
         values |= dict.fromkeys(unit, 1)
@@ -201,4 +245,13 @@ def _products(
             num_stages=tile.num_stages,
             options=LAUNCH_OPTIONS,
             targets=targets,
+            expected=_expected_of(tile, warp_size, a, b, out),
         )
+
+
+def _expected_of(tile: MatmulTile, warp_size: int, a: str, b: str, out: str) -> Expected:
+    if warp_size == 64:
+        # an MFMA leaves four consecutive results in a lane; and LLVM unrolls the loop, by a factor that is not told
+        return Expected(128, min(128, 4 * 8 * BYTES[out]))
+    loaded = tile.depth * (tile.rows * BYTES[a] + tile.columns * BYTES[b])
+    return Expected(128, 128, loaded // (tile.num_warps * warp_size))

@@ -11,8 +11,9 @@ import contextlib
 import torch
 from torch import Tensor
 
+from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
-from drpo_kernels.backends.triton.tiles import LEAST_SHARED_MEMORY, MatmulTile, matmul_tile
+from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile
 from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
 
 # there tl.dot multiplies the bits of 16-bit operands, and NumPy's order of addition follows a row's place in the tile
@@ -115,6 +116,7 @@ class InvariantMatmul:
             weight = weight.to(compute_dtype)
         self.weight, self.compute_dtype, self.accumulator = weight, compute_dtype, torch.float32
         self.operand_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        self.hidden_gradient_dtypes = (self.accumulator, self.operand_dtype)
         self.row_multiple = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True).depth
 
     def operand(self, x: Tensor) -> Tensor:
@@ -125,11 +127,10 @@ class InvariantMatmul:
         tile = self._tile(self.compute_dtype, self.weight.dtype)
         return self._product(hidden, self.weight.T, out, self.compute_dtype, tile)
 
-    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        """dlogits [n, V] @ weight -> [n, H] float32."""
-        out = torch.empty(dlogits.shape[0], self.weight.shape[1], dtype=self.accumulator, device=dlogits.device)
+    def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
+        """out [n, H] = dlogits [n, V] @ weight, rounded once to out's dtype."""
         tile = self._tile(self.operand_dtype, self.weight.dtype)
-        return self._product(dlogits, self.weight, out, self.operand_dtype, tile)
+        self._product(dlogits, self.weight, out, self.operand_dtype, tile)
 
     def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: None) -> None:
         """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `undo`."""
@@ -148,7 +149,8 @@ class InvariantMatmul:
 
     def _tile(self, compute: torch.dtype, stored: torch.dtype, accumulates: bool = False) -> MatmulTile:
         widest = max(stored.itemsize, compute.itemsize)
-        return matmul_tile(compute.itemsize, widest, _shared_memory(self.weight.device), accumulates=accumulates)
+        device = device_properties(self.weight.device)
+        return matmul_tile(compute.itemsize, widest, device, accumulates=accumulates)
 
     def _product(
         self, a: Tensor, b: Tensor, out: Tensor, compute: torch.dtype, tile: MatmulTile, accumulate: bool = False
@@ -172,9 +174,3 @@ class InvariantMatmul:
 def _on(device: torch.device):
     """Triton launches on the current device; make it the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may ask for; every GPU has the least."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)

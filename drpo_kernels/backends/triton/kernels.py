@@ -181,10 +181,13 @@ def write_gradient(
 
 @jit
 def write_zeros(out, padded, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    for start in range(0, padded, BLOCK):
-        cols = start + lanes
-        tl.store(out + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < padded)
+    cols = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], out.dtype.element_ty)
+    whole = padded // BLOCK * BLOCK  # unmasked, so that stores are 16 bytes wide for any vocabulary
+    for start in range(0, whole, BLOCK):
+        tl.store(out + start + cols, zeros)
+    if whole < padded:
+        tl.store(out + whole + cols, zeros, mask=whole + cols < padded)
 
 
 @jit
@@ -301,3 +304,23 @@ def policy_kernel(
                     logits + t * row_stride, column_stride, vocab, bias, target, head, known, slope, entropy_slope,
                     out + t * out_stride, padded, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
                 )  # fmt: skip
+
+
+@jit
+def scale_kernel(values, count, factor, BLOCK: tl.constexpr):
+    """values [count] *= factor (0-d), in fp32 and rounded once. By 1, what a loss mostly is, nothing is moved."""
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1:  # a NaN is not
+        lanes = tl.arange(0, BLOCK)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        whole = count - BLOCK + 1
+        for first in range(start, whole, step):
+            block = values + first + lanes
+            tl.store(block, (tl.load(block).to(tl.float32) * scale).to(values.dtype.element_ty))
+        rest = count // BLOCK * BLOCK
+        if (rest < count) & (start == 0):
+            block = values + rest + lanes
+            inside = rest + lanes < count
+            scaled = tl.load(block, mask=inside).to(tl.float32) * scale
+            tl.store(block, scaled.to(values.dtype.element_ty), mask=inside)

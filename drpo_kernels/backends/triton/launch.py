@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms
 from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
@@ -12,6 +13,8 @@ from drpo_kernels.kl import KL_ESTIMATORS
 
 # fused multiply-adds, whatever the default of the installed Triton
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+# to a multiprocessor, of a kernel that walks over a tensor
+PROGRAMS = 8
 
 
 class TritonRows:
@@ -46,6 +49,16 @@ class TritonRows:
         )  # fmt: skip
         return outcome
 
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        device = device_properties(values.device)
+        tile = self.tile or row_tile(values.numel(), values.element_size(), device)
+        programs = min(-(-values.numel() // tile.block), PROGRAMS * max(device.multiprocessors, 1))
+        if programs:
+            with _on(values):
+                kernels.scale_kernel[(programs,)](
+                    values, values.numel(), factor, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS
+                )
+
     def _launch(self, kernel, batch: RowBatch, *arguments, **flags) -> None:
         """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
         logits, targets, rows, transform, bias = batch[:5]
@@ -57,11 +70,15 @@ class TritonRows:
             raise ValueError(
                 "the kernels take logits of any strides; everything else must be contiguous along its last axis"
             )
-        tile = self.tile or row_tile(vocab, logits.element_size())
-        # Triton launches on the current device; make it the tensor's
-        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+        tile = self.tile or row_tile(vocab, logits.element_size(), device_properties(logits.device))
+        with _on(logits):
             kernel[(count,)](
                 logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),
                 targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,6 +1,8 @@
-"""Tile choice: pure functions of the row's width, the element size and the device's shared memory."""
+"""Tile choice: pure functions of the row's width, the element sizes and the device."""
 
 from dataclasses import dataclass
+
+from drpo_kernels.backends.devices import DeviceProperties
 
 
 @dataclass(frozen=True)
@@ -11,11 +13,26 @@ class RowTile:
     num_warps: int
 
 
-def row_tile(vocab: int, itemsize: int) -> RowTile:
-    """Two 16-byte loads per thread and iteration, 8 fp32 or 16 bf16 elements: their accumulators do not spill."""
-    widest = 2048 if itemsize >= 4 else 4096
-    block = max(16, min(1 << (max(vocab, 1) - 1).bit_length(), widest))
-    return RowTile(block, max(1, min(8, block // 256)))
+def row_tile(
+    vocab: int, itemsize: int, device: DeviceProperties, threads: int = 256, bytes_per_thread: int = 32
+) -> RowTile:
+    """`threads` to a row, two 16-byte loads in flight each: the accumulators of 8 fp32 or 16 bf16 lanes do not spill.
+
+    256 threads leave room for several rows on a multiprocessor, where one row's loads hide another's reductions. The
+    second read of a long row then comes from memory; with 1024, one row at a time, 132 rows of 152k bf16 logits (40 MB)
+    would stay in an L2 of 50 MB, and fp32 ones in a B200's. Only a measurement can tell which wins.
+    """
+    elements = bytes_per_thread // itemsize
+    block = max(16, min(1 << (max(vocab, 1) - 1).bit_length(), threads * elements))
+    return RowTile(block, max(1, block // (elements * device.warp_size)))
+
+
+def row_tile_candidates(vocab: int, itemsize: int, device: DeviceProperties) -> tuple[RowTile, ...]:
+    """What a benchmark on the device may try through `TritonRows(tile)`; the choice of `row_tile` is among them."""
+    tiles = [
+        row_tile(vocab, itemsize, device, threads, size) for threads in (128, 256, 512, 1024) for size in (16, 32, 64)
+    ]
+    return tuple(dict.fromkeys(tiles))
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,7 @@ class MatmulTile:
     group: int = 8
 
 
-LEAST_SHARED_MEMORY = 64 * 1024  # gfx942's
-
-
-def matmul_tile(itemsize: int, stored: int, shared_bytes: int, accumulates: bool) -> MatmulTile:
+def matmul_tile(itemsize: int, stored: int, device: DeviceProperties, accumulates: bool) -> MatmulTile:
     """A function of the dtypes and the device, never of a shape: the order of the sums must not follow the batch.
 
     itemsize  of what is multiplied; `stored` of the widest operand in memory, rounded on its way to the product
@@ -47,7 +61,7 @@ def matmul_tile(itemsize: int, stored: int, shared_bytes: int, accumulates: bool
     """
     if itemsize >= 4:
         return MatmulTile(128, 128, 16, num_warps=8, num_stages=3)
-    if shared_bytes < 160 * 1024 or stored > itemsize:
+    if device.shared_memory_bytes < 160 * 1024 or stored > itemsize:
         return MatmulTile(128, 128, 32, num_warps=8, num_stages=2)
     if accumulates:
         return MatmulTile(128, 128, 64, num_warps=8, num_stages=4)

@@ -1,0 +1,249 @@
+"""The plan of a sweep: what it promises of memory, at any size; and what `LinearSweep` makes of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import drpo_kernels as dk
+import problems
+from drpo_kernels.backends import matmul, planning
+from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
+from drpo_kernels.backends.matmul import NARROW_SUMS, exact_float32
+from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradient, plan
+from drpo_kernels.commands import plan as command
+from problems import SPECS, full_problem, random_problem, relative
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ALL, FROZEN = Wanted(True, True, False), Wanted(True, False, False)
+ON_A_GPU = Storage(FP32, BF16, FP32, BF16)
+STORED = [
+    ON_A_GPU,
+    Storage(BF16, BF16, FP32, BF16),  # logits_dtype
+    Storage(FP32, BF16, FP32, FP32, copied=4),  # a master weight under autocast
+    Storage(FP32, FP16, FP32, FP16),
+    Storage(FP32, FP32, FP32, FP32),
+    Storage(FP32, FP32, FP32, BF16, copied=4),  # on a CPU
+]
+
+
+def assert_covers(chunks, rows):
+    stops = [0, *(chunk.stop for chunk in chunks)]
+    assert stops[-1] == rows and [chunk.start for chunk in chunks] == stops[:-1]
+    assert all(chunk.stop > chunk.start for chunk in chunks) and len(chunks) == len(stops) - 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    active=st.integers(0, 70_000), forward=st.integers(0, 70_000), hidden=st.sampled_from([64, 1024, 4096, 8192]),
+    vocab=st.integers(1, 270_000), storage=st.sampled_from(STORED), device=st.sampled_from(sorted(PRESETS)),
+    workspace=st.sampled_from([None, 1, 8 * MIB, 300 * MIB, 2 * GIB]), multiple=st.sampled_from([1, 64]),
+    wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(),
+)  # fmt: skip
+def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad):
+    """Every row once; the workspace, and beyond it the least of what dW may take."""
+    main_grad = main_grad and wanted.weight
+    made = plan(
+        PRESETS[device], Sizes(active, forward, hidden, vocab), storage, wanted,
+        workspace=workspace, row_multiple=multiple, main_grad=main_grad,
+    )  # fmt: skip
+    assert_covers(made.windows, active)
+    assert_covers(made.forward, forward)
+    for window in made.windows:
+        chunks = made.chunks(window)
+        assert_covers(chunks, window.stop - window.start)
+        assert chunks.largest <= made.logits_rows
+        assert len(chunks) == 1 or not (made.in_place or storage.dlogits == FP16)  # whose scale is of one chunk
+    assert made.retained or made.windows.chunk_rows % multiple == 0 or len(made.windows) <= 1
+    least = vocab * (storage.logits.itemsize + storage.dlogits.itemsize) * multiple
+    budget = planning.workspace_bytes(PRESETS[device], vocab, storage.logits.itemsize, workspace)
+    assert made.buffer_bytes - made.retained_bytes <= max(budget, least, 128 * MIB if device == "cpu" else 0)
+    wide = storage.accumulator.itemsize * vocab * hidden
+    beyond = made.retained_bytes + made.accumulator_bytes
+    assert beyond <= (wide if wanted.weight and not main_grad else 0)
+
+
+@pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])
+@pytest.mark.parametrize("tokens", [2048, 8192, 65_536])
+def test_the_plan_of_qwen3_8b(tokens, device):
+    """1 GiB by default, whatever T; dlogits are kept where that is no more than a float32 dW, and then no sum is."""
+    sizes, wide = Sizes(tokens, 0, 4096, 151_936), 4 * 151_936 * 4096
+    made = plan(PRESETS[device], sizes, ON_A_GPU, ALL)
+    assert made.retained is (tokens <= 8192)
+    assert made.weight_gradient is (WeightGradient.PRODUCT if made.retained else WeightGradient.WIDE_SUM)
+    assert made.buffer_bytes + made.accumulator_bytes <= GIB + max(made.retained_bytes, wide)
+    added = plan(PRESETS[device], sizes, ON_A_GPU, ALL, main_grad=True)
+    for lean in (added, plan(PRESETS[device], sizes, ON_A_GPU, FROZEN)):
+        assert lean.buffer_bytes + lean.accumulator_bytes <= GIB
+        assert lean.windows.largest >= 2048 and len(lean.windows) == -(-tokens // lean.windows.largest)
+
+
+def test_a_larger_workspace_reads_the_weight_gradient_less_often():
+    sizes = Sizes(65_536, 0, 4096, 151_936)
+    passes = [len(plan(PRESETS["h200"], sizes, ON_A_GPU, ALL, workspace=n * GIB).windows) for n in (1, 2, 4)]
+    assert passes == sorted(passes, reverse=True) and passes[-1] <= passes[0] / 3
+
+
+def test_dlogits_of_another_dtype_are_never_written_over_logits():
+    for storage in STORED:
+        assert plan(PRESETS["h100"], Sizes(64, 0, 8, 99), storage, FROZEN).in_place is (
+            storage.logits == storage.dlogits
+        )
+
+
+def test_what_a_cpu_takes_is_what_it_took():
+    """64 MiB of float32 logits, more only to hold 256 rows, and dlogits in their place."""
+    cpu = device_properties(torch.device("cpu"))
+    small = plan(cpu, Sizes(2048, 0, 512, 32_768), STORED[4], ALL)
+    assert (small.windows.chunk_rows, small.buffer_bytes) == (512, 64 * MIB)
+    large = plan(cpu, Sizes(2048, 0, 512, 131_072), STORED[4], ALL)
+    assert (large.windows.chunk_rows, large.buffer_bytes) == (256, 128 * MIB)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), ("2.32 GiB", "T <= 2H", "one product", "1 of 8192 rows")),
+        (("--frozen-head",), ("not wanted", "would race")),
+        (("--main-grad",), ("added to main_grad", "4 of 2048 rows")),
+        (("--bf16-logits",), ("over the logits",)),
+        (("--device", "cpu", "--workspace-gib", "0.5"), ("float32", "accumulator")),
+    ],
+)
+def test_command(arguments, said, capsys):
+    sizes = ("--tokens", "8192", "--hidden", "4096", "--vocab", "151936", "--device", "h200")
+    assert command.main((*sizes, *arguments)) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in said), printed
+    assert all(len(line) <= 120 for line in printed.splitlines()), printed
+
+
+# --- the sweep obeys --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
+def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
+    """bf16 dlogits beside float32 logits, and over bf16 ones: as in one window, bit for bit with `batch_invariant`."""
+    pytest.importorskip("triton")
+    from drpo_kernels.backends import sweep
+
+    problem = full_problem(4, (3, 9), dtype=BF16).with_options(logits_dtype=logits_dtype, batch_invariant=True)
+    plans, results = [], []
+
+    def recorded(*arguments, **options):
+        plans.append(plan(*arguments, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(sweep, "plan", recorded)
+    small_chunks(monkeypatch)
+    monkeypatch.setattr("drpo_kernels.backends.triton.invariant.matmul_tile", small_tile)
+    for retained, workspace in ((True, None), (True, 37 * 4 * 5), (False, 37 * (4 * 2 + 2 * 4))):
+        monkeypatch.setattr(planning, "retain_dlogits", lambda *_, answer=retained: answer)
+        results.append(problems.run(problem, dk.DRPO(delta=0.2), "triton", device, workspace_bytes=workspace))
+    whole, chunked, windows = plans
+    assert len(whole.windows) == len(chunked.windows) == 1 and len(windows.windows) > 1
+    if logits_dtype is None:
+        assert windows.windows.largest > windows.chunk_rows and chunked.windows.largest > chunked.chunk_rows
+    (_, first), *others = results
+    for _, found in others:
+        assert all(torch.equal(first[name], found[name]) for name in first)
+
+
+def small_chunks(monkeypatch):
+    """Of two rows, where a window is larger."""
+    monkeypatch.setattr(planning, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
+
+
+def small_tile(*_, accumulates):
+    from drpo_kernels.backends.triton.tiles import MatmulTile
+
+    return MatmulTile(16, 16, 4 if accumulates else 16, 4, 2)
+
+
+@pytest.mark.parametrize("name", NARROW_SUMS)
+def test_products_of_16_bits_add_in_float32(name):
+    """Whatever the process allows, and what it allowed stays allowed."""
+    cuda = torch.backends.cuda.matmul
+    before = getattr(cuda, name)
+    try:
+        for allowed in (True, False):
+            setattr(cuda, name, allowed)
+            with exact_float32():
+                assert getattr(cuda, name) is False
+            assert getattr(cuda, name) is allowed
+    finally:
+        setattr(cuda, name, before)
+
+
+def test_row_tiles_give_every_thread_32_bytes():
+    pytest.importorskip("triton")
+    from drpo_kernels.backends.triton.aot import ROW_DEVICES
+    from drpo_kernels.backends.triton.tiles import row_tile, row_tile_candidates
+
+    for name, device in ARCHITECTURES.items():
+        (compiled,) = (found for vendor, found in ROW_DEVICES.items() if name.startswith(vendor))
+        for itemsize in (2, 4):
+            tile = row_tile(151_936, itemsize, device)
+            assert tile.block * itemsize == 32 * tile.num_warps * device.warp_size
+            assert tile == row_tile(151_936, itemsize, compiled), "compiled ahead of time with another tile"
+            assert tile in row_tile_candidates(151_936, itemsize, device)
+            assert row_tile(1, itemsize, device).num_warps == 1
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """16-bit operands multiplied into float32, or rounded once, as on a GPU: the sweep takes its way there on a CPU."""
+
+    def product(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype and (out.dtype == FP32 or (out.dtype == a.dtype and not accumulate))
+        out.copy_(torch.addmm(out, a.float(), b.float()) if accumulate else a.float() @ b.float())
+
+    monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
+    monkeypatch.setattr(matmul, "product", product)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("compact", ["active", "mask", "none"])
+@pytest.mark.parametrize("retained, workspace", [(True, None), (True, 800), (False, None), (False, 37 * 4 * 4)])
+def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypatch, tensor_cores):
+    """Windows of several chunks, dlogits beside or in place of logits, retained or not, dX in pieces: one oracle."""
+    monkeypatch.setattr(planning, "retain_dlogits", lambda *_: retained)
+    small_chunks(monkeypatch)
+    monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)
+    problem = random_problem(6, dtype=dtype, bias=True, compact=compact)
+    options = {"workspace_bytes": workspace, "grad_bound": 4e-3}
+    problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **options)
+    if dtype == BF16:  # bf16 logits are worth less: the contract is for float32 ones
+        narrow = options | {"logits_dtype": BF16, "grad_bound": 4e-2, "loss_bound": 4e-2}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(problems, "logprob_bound", lambda _: 4e-2)
+            problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **narrow)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_main_grad_the_way_of_a_gpu(dtype, device, monkeypatch, tensor_cores):
+    small_chunks(monkeypatch)
+    problem = random_problem(6, dtype=dtype, workspace_bytes=37 * 4 * 4)
+    _, want = problems.solve(problem, SPECS["drpo-active"], 8.0)
+    leaves = {name: value.clone().to(device).requires_grad_() for name, value in problem.leaves().items()}
+    buffer = torch.zeros(leaves["weight"].shape, device=device)
+    extra = {"main_grad": buffer, "loss_scale": 8.0}
+    (8.0 * problems.call(problem, dk.DRPO(delta=0.15), "torch", device, leaves, **extra).loss).backward()
+    assert relative(buffer, want["weight"]) <= 4e-3
+    assert relative(leaves["hidden"].grad, want["hidden"]) <= 4e-3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case, limit_mib", [("main-grad-bf16", 96), ("strided", 64)])
+def test_peak_memory(case, limit_mib):
+    """main-grad-bf16: a head of 128 MiB, a workspace of 16: neither an accumulator (256) nor a gradient (128) fits.
+    strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole."""
+    probe = Path(__file__).with_name("memory_probe.py")
+    result = subprocess.run([sys.executable, str(probe), case], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) <= limit_mib
