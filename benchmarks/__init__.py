@@ -1,8 +1,14 @@
-"""Benchmarks: `python -m benchmarks.cpu` measures, `python -m benchmarks.report` writes the README's table from it.
+"""Benchmarks: `python -m benchmarks.speed` measures, `python -m benchmarks.report` writes tables and plots from it.
 
-workloads   shapes and inputs             methods     what is compared, each the same loss from the same inputs
-exact       float64 gradients             timing      interleaved samples in one process
-memory      peak of one fresh process     provenance  device, versions, commit
+method      what an implementation is          methods, peers   the implementations
+workloads   models' shapes, inputs             plans            which of them on what, with which rows active
+exact       float64 gradients, verdicts        measure          the one measuring loop, with a time budget
+memory      peaks                              timing           interleaved samples in one process
+provenance  device, versions, commit           speed_tables, speed_plots   what the report writes and draws
 
-`python -m benchmarks.precision` measures docs/precision.md: regimes and recipes, mismatch, precision_tables and _plots.
+`python -m benchmarks.device` is everything that only a GPU can tell, in ten minutes: device_parts and _summary, bars,
+tiles. `python -m benchmarks.roofline` predicts what is not measured; `python -m benchmarks.stability` trains.
+
+`pytest benchmarks` runs each under pytest-benchmark. `python -m benchmarks.precision` measures docs/precision.md:
+regimes and recipes, mismatch, precision_tables and _plots.
 """

@@ -1,148 +1,172 @@
-"""What is compared. Each method prepares from the inputs a function that runs one forward and backward of the loss."""
+"""What is compared: bare floors, eager PyTorch, ours, and the peers of peers.py."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Inputs
-from drpo_kernels import DRPO, Tokens, linear_policy_loss, linear_token_logprobs
-from drpo_kernels.backends import planning
+from benchmarks.method import (
+    FROZEN_HEAD,
+    HEAD,
+    LOGITS,
+    OBJECTIVE,
+    Method,
+    Step,
+    Unsupported,
+    differentiated,
+    mean_token_loss,
+)
+from benchmarks.peers import PEERS
+from benchmarks.workloads import Inputs, capped
+from drpo_kernels import linear_policy_loss, linear_token_logprobs, policy_loss
 
-OBJECTIVE = DRPO()
-# TRL's vocabulary tile
-TRL_CHUNK = 32_768
-
-
-class Result(NamedTuple):
-    """The loss and its gradients: 0-d, [T, H], [V, H]."""
-
-    loss: Tensor
-    hidden: Tensor
-    weight: Tensor
-
-
-Step = Callable[[], Result | None]
-
-
-@dataclass(frozen=True)
-class Method:
-    """prepare  inputs -> one forward and backward; a floor's returns None
-    package  what a peer needs installed, or None for what comes with this repository
-    floor    True: bare work with no loss, so there is nothing to compare and no memory to measure
-    gpu      True: it has compiled Triton kernels only, so that on a CPU it is a row without numbers
-    """
-
-    prepare: Callable[[Inputs], Step]
-    package: str | None = None
-    floor: bool = False
-    gpu: bool = False
+# logits of a chunk of the chunked floor
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A method on inputs of which a share of the rows has an advantage."""
+def whole_gemms(inputs: Inputs, forwards: int = 1, weight_gradient: bool = True) -> Step:
+    """The bare products, unchunked, outputs in the inputs' dtype: logits (`forwards` times), dX and dW."""
+    hidden, weight = inputs.hidden, inputs.weight
 
-    method: str
-    active_share: float = 1.0
-
-    @property
-    def label(self) -> str:
-        return self.method if self.active_share == 1 else f"{self.method}, {self.active_share:.0%} of rows active"
-
-
-def mean_token_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    return OBJECTIVE.token_loss(Tokens(logprobs, inputs.old_logprobs, inputs.advantages)).mean()
-
-
-def differentiated(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """A step from a function (hidden, weight) -> loss."""
-
-    def step() -> Result:
-        leaves = [leaf.detach().requires_grad_() for leaf in (inputs.hidden, inputs.weight)]
-        value = loss(*leaves)
-        return Result(value.detach(), *torch.autograd.grad(value, leaves))
+    def step() -> None:
+        for _ in range(forwards):
+            logits = torch.mm(hidden, weight.T)
+        torch.mm(logits, weight)
+        if weight_gradient:
+            torch.mm(logits.T, hidden)
 
     return step
 
 
-def eager(inputs: Inputs) -> Step:
-    """All the logits, `log_softmax`, `gather`, the objective's formula, autograd."""
+def chunked_gemms(inputs: Inputs) -> Step:
+    """The three products in chunks of rows, into buffers that exist already."""
+    hidden, weight = inputs.hidden, inputs.weight
+    (count, width), vocab = hidden.shape, weight.shape[0]
+    size = max(CHUNK_BYTES[hidden.device.type] // (4 * vocab), 1)
+    logits = hidden.new_empty(min(size, count), vocab)
+    hidden_gradient, weight_gradient = hidden.new_empty(count, width), weight.new_empty(vocab, width)
+
+    def step() -> None:
+        for start in range(0, count, size):
+            rows = hidden[start : start + size]
+            part = logits[: len(rows)]
+            torch.mm(rows, weight.T, out=part)
+            torch.mm(part, weight, out=hidden_gradient[start : start + size])
+            torch.addmm(weight_gradient, part.T, rows, beta=int(start > 0), out=weight_gradient)
+
+    return step
+
+
+def copied_logits(inputs: Inputs) -> Step:
+    """One read and one write of the logits."""
+    out = torch.empty_like(inputs.logits)
+
+    def step() -> None:
+        out.copy_(inputs.logits)
+
+    return step
+
+
+def _eager_loss(logits: Tensor, inputs: Inputs) -> Tensor:
+    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32).gather(-1, inputs.targets[:, None])[:, 0]
+    return mean_token_loss(logprobs, inputs)
+
+
+def eager(inputs: Inputs, wrap: Callable = lambda loss: loss) -> Step:
+    """All the logits, `log_softmax` in float32, `gather`, the objective's formula, autograd."""
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        # no name holds the logits: they are freed as soon as log_softmax has read them
-        logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(-1, inputs.targets[:, None])[:, 0]
+        return _eager_loss(capped(hidden @ weight.T, inputs.softcap), inputs)
+
+    return differentiated(inputs, wrap(loss))
+
+
+def eager_from_logits(inputs: Inputs) -> Step:
+    return differentiated(inputs, lambda logits: _eager_loss(logits, inputs), wrt=LOGITS)
+
+
+def compiled(inputs: Inputs) -> Step:
+    """`torch.compile` of `eager`; a break in its graph, or more recompilations than PyTorch allows, is an error."""
+    if inputs.hidden.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Unsupported("torch.compile needs a C++ compiler")
+    return eager(inputs, wrap=partial(torch.compile, fullgraph=True, dynamic=False))
+
+
+def fused(inputs: Inputs, wrt: tuple[str, ...] = HEAD, **options) -> Step:
+    """Ours, 6F (4F with a frozen head): the gradient is formed in the forward."""
+
+    def loss(hidden: Tensor, weight: Tensor = inputs.weight) -> Tensor:
+        return linear_policy_loss(
+            hidden, weight, inputs.targets, inputs.old_logprobs, inputs.advantages,
+            objective=OBJECTIVE, softcap=inputs.softcap, **options,
+        ).loss  # fmt: skip
+
+    return differentiated(inputs, loss, wrt)
+
+
+def main_grad(inputs: Inputs) -> Step:
+    """Ours with the weight's gradient added, step after step, to a float32 buffer of the trainer's."""
+    buffer = torch.zeros_like(inputs.weight, dtype=torch.float32)
+    trained = dataclasses.replace(inputs, weight=inputs.weight.detach().requires_grad_())
+    step = fused(trained, FROZEN_HEAD, main_grad=buffer)
+    return lambda: step()._replace(weight=buffer)
+
+
+def recompute(inputs: Inputs) -> Step:
+    """Ours, 8F: differentiable log-probs and entropy, and the loss is the caller's own."""
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprobs, _ = linear_token_logprobs(hidden, weight, inputs.targets, softcap=inputs.softcap)
         return mean_token_loss(logprobs, inputs)
 
     return differentiated(inputs, loss)
 
 
-def trl(inputs: Inputs) -> Step:
-    """TRL's fused head (8F), called as its GRPO trainer does, and the objective's formula."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def from_logits(inputs: Inputs, inplace: bool = False) -> Step:
+    """Ours from ready logits. In place, the gradient is written over a copy of them: from the second step on the logits
+    are the gradient of the step before, the same work on other numbers.
+    """
+    if inplace:
+        inputs = dataclasses.replace(inputs, logits=inputs.logits.clone())
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        arguments = (hidden, weight, None, inputs.targets, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
-        return mean_token_loss(ChunkedLogProbFunction.apply(*arguments)[0], inputs)
+    def loss(logits: Tensor) -> Tensor:
+        rows = inputs.targets, inputs.old_logprobs, inputs.advantages
+        return policy_loss(logits, *rows, objective=OBJECTIVE, inplace=inplace).loss
 
-    return differentiated(inputs, loss)
-
-
-def gemms(inputs: Inputs) -> Step:
-    """The three products alone, in the chunks that `linear_policy_loss` takes, into buffers that exist already."""
-    hidden, weight = inputs.hidden, inputs.weight
-    (rows, width), vocab = hidden.shape, weight.shape[0]
-    budget = planning.workspace_bytes(hidden.device, vocab, hidden.element_size(), None)
-    plan = planning.plan_chunks(rows, vocab, hidden.element_size(), budget)
-    logits = hidden.new_empty(min(plan.chunk_rows, rows), vocab)
-    hidden_gradient, weight_gradient = hidden.new_empty(rows, width), weight.new_empty(vocab, width)
-
-    def step() -> None:
-        for chunk in plan:
-            part = logits[: chunk.stop - chunk.start]
-            torch.mm(hidden[chunk], weight.T, out=part)
-            torch.mm(part, weight, out=hidden_gradient[chunk])
-            if chunk.start == 0:
-                torch.mm(part.T, hidden[chunk], out=weight_gradient)
-            else:
-                weight_gradient.addmm_(part.T, hidden[chunk])
-
-    return step
+    return differentiated(inputs, loss, wrt=LOGITS)
 
 
-def fused(inputs: Inputs, **options) -> Step:
-    """Ours, 6F: the gradient is formed in the forward."""
-
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        targets, old, advantages = inputs.targets, inputs.old_logprobs, inputs.advantages
-        return linear_policy_loss(hidden, weight, targets, old, advantages, objective=OBJECTIVE, **options).loss
-
-    return differentiated(inputs, loss)
-
-
-def batch_invariant(inputs: Inputs) -> Step:
-    """Ours, 6F, with products in one fixed order."""
-    return fused(inputs, batch_invariant=True)
-
-
-def recompute(inputs: Inputs) -> Step:
-    """Ours, 8F: differentiable log-probs, and the loss is the caller's own."""
-
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return mean_token_loss(linear_token_logprobs(hidden, weight, inputs.targets)[0], inputs)
-
-    return differentiated(inputs, loss)
-
-
-METHODS = {
-    "gemms": Method(gemms, floor=True),
-    "eager": Method(eager),
-    "trl": Method(trl, package="trl"),
-    "linear_policy_loss": Method(fused),
-    "linear_token_logprobs": Method(recompute),
-    "batch_invariant": Method(batch_invariant, gpu=True),
+BF16_LOGITS = "bf16 logits"
+FLOORS = {
+    "gemms_whole": Method(whole_gemms, floor=True, held_to=None),
+    "gemms": Method(chunked_gemms, floor=True, held_to=None),
+    "gemms_frozen": Method(partial(whole_gemms, weight_gradient=False), FROZEN_HEAD, floor=True, held_to=None),
+    "gemms_recompute": Method(partial(whole_gemms, forwards=2), floor=True, held_to=None),
+    "copy": Method(copied_logits, LOGITS, floor=True, held_to=None),
 }
+OURS = {
+    "linear_policy_loss": Method(fused),
+    "linear_policy_loss_1gib": Method(partial(fused, workspace_bytes=1 << 30), gpu=True),
+    "linear_policy_loss_bf16_logits": Method(
+        partial(fused, logits_dtype=torch.bfloat16), rounds=BF16_LOGITS, dtypes=("bfloat16",)
+    ),
+    "linear_policy_loss_not_compacted": Method(partial(fused, compact="none")),
+    "linear_policy_loss_frozen_head": Method(partial(fused, wrt=FROZEN_HEAD), FROZEN_HEAD, held_to="gemms_frozen"),
+    "linear_policy_loss_main_grad": Method(main_grad, reuses=("weight",)),
+    "linear_token_logprobs": Method(recompute, held_to="gemms_recompute"),
+    "batch_invariant": Method(partial(fused, batch_invariant=True), gpu=True),
+    "policy_loss": Method(from_logits, LOGITS, held_to="copy"),
+    "policy_loss_inplace": Method(partial(from_logits, inplace=True), LOGITS, held_to="copy", reuses=LOGITS),
+}
+PLAIN = {
+    "eager": Method(eager, rounds=BF16_LOGITS),
+    "eager_compiled": Method(compiled, rounds=BF16_LOGITS),
+    "eager_from_logits": Method(eager_from_logits, LOGITS, held_to="copy"),
+}
+METHODS = {**FLOORS, **PLAIN, **OURS, **PEERS}

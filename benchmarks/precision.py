@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import regimes
-from benchmarks.cpu import Progress
 from benchmarks.mismatch import measure_mismatch, quantile
+from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.recipes import OPERANDS, RECIPES, Recipe
 from benchmarks.regimes import REGIMES, Case, Exact, Result, exact_result

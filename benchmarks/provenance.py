@@ -17,19 +17,30 @@ from drpo_kernels.triton_support import triton
 ROOT = Path(__file__).resolve().parent.parent
 # a change elsewhere (README, results) does not change what is measured
 MEASURED = ("drpo_kernels", "benchmarks")
+PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
 
 
-def provenance(command: str) -> dict[str, object]:
-    """The fields every line of results carries."""
+def provenance(command: str, device: torch.device | None = None) -> dict[str, object]:
+    """The fields every line of results carries; `device` is a GPU where one is measured."""
     changes = _git("status", "--porcelain", "--", *MEASURED)
     return {
-        "device": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "device": describe(device or torch.device("cpu")),
         "versions": versions(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else changes != "",
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    host = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type != "cuda":
+        return host
+    properties = torch.cuda.get_device_properties(device)
+    gpu = {"gpu": properties.name, "memory_bytes": properties.total_memory, "sms": properties.multi_processor_count}
+    runtime = {"driver": _driver(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    return gpu | runtime | host
 
 
 def versions() -> dict[str, str | None]:
@@ -39,8 +50,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": getattr(triton, "__version__", None),
         "drpo_kernels": drpo_kernels.__version__,
-        "trl": _installed("trl"),
-        "liger_kernel": _installed("liger_kernel"),
+        **{name: _installed(name) for name in PEERS},
     }
 
 
@@ -58,10 +68,20 @@ def _cpu_model() -> str:
     return next(models, platform.machine())
 
 
+def _driver() -> str | None:
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0] if answer else None
+
+
 def _git(*arguments: str) -> str | None:
     """None outside a repository, or without git."""
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """None where the program is missing or fails."""
     try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: rewrites the pages' blocks of results from bench_results/, never by hand."""
+"""`python -m benchmarks.report`: the pages' blocks of results and the speed plots, from bench_results/ alone."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import precision_tables
+from benchmarks import precision_tables, speed_tables
+from benchmarks.roofline import tables as roofline
+from benchmarks.speed_tables import NOTHING, milliseconds, row
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = ("method", "median ms (min to max)", "relative to bare GEMMs", "relative to eager", "peak extra MiB")
 TRAINERS_HEADER = ("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB")
-NOTHING = "–"
-TITLES = {"random": "Random inputs", "trained": "Trained-looking inputs"}
-LABELS = {
-    "gemms": "the three bare GEMMs, same chunks",
-    "eager": "eager PyTorch",
-    "trl": "TRL's fused head + objective",
-    "linear_policy_loss": "`linear_policy_loss`",
-    "linear_token_logprobs": "`linear_token_logprobs` + objective",
-    "batch_invariant": "`linear_policy_loss`, `batch_invariant=True`",
-}
+NOT_YET = "Not measured yet."
+NOT_ON_A_GPU = """\
+**Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register
+spill, 128-bit loads and stores) and run in the interpreter against float64, but no GPU has run this code yet: GPU
+correctness, speed and memory are open. `make bench` on a machine with a GPU fills this part in."""
 Record = dict
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a page, between two markers, and the results it is written from."""
+    """A part of a page, between two markers, and the results it is written from.
+
+    absent  what the page says while there are no such results
+    plots   True: PNG files beside the results are drawn from them too
+    """
 
     name: str
     results: str  # in bench_results/
     page: str
-    module: str  # what measures it
+    module: str  # what measures it: `benchmarks.` and the name of the benchmark in the records
     render: Callable[[Sequence[Record]], str]
+    absent: str | None = None
+    plots: bool = False
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -52,14 +54,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.block is None and (options.results or options.page):
         parser.error("--results and --page need --block")
+    complaints = []
     for block in [BLOCKS[options.block]] if options.block else BLOCKS.values():
         results = options.results or ROOT / "bench_results" / block.results
-        if results.exists():
-            _report(block, read(results), options.page or ROOT / block.page)
-        elif options.block or block.name == "cpu":
-            print(f"error: {results.name} is missing: run `python -m {block.module}` first", file=sys.stderr)
-            return 2
-    return 0
+        page = options.page or ROOT / block.page
+        if not results.exists() and block.absent is not None:
+            rewrite(page, block, block.absent)
+        elif not results.exists() and (options.block or block.name == "cpu"):
+            complaints.append(f"{results.name} is missing: run `python -m {block.module}` first")
+        elif results.exists():
+            records = read(results)
+            if f"benchmarks.{records[0]['benchmark']}" != block.module:
+                complaints.append(f"{results.name} is of another version: run `python -m {block.module}` again")
+                continue
+            _report(block, records, page)
+            if block.plots:
+                draw_plots(records, results)
+    for complaint in dict.fromkeys(complaints):
+        print(f"error: {complaint}", file=sys.stderr)
+    return 2 if complaints else 0
+
+
+def draw_plots(records: Sequence[Record], results: Path) -> None:
+    try:
+        from benchmarks.speed_plots import draw
+    except ModuleNotFoundError as error:  # a GPU machine without matplotlib: the tables are written all the same
+        print(f"no plots: {error.name} not installed", file=sys.stderr)
+        return
+    draw(records, results.parent, results.stem)
 
 
 def _report(block: Block, records: Sequence[Record], page: Path) -> None:
@@ -84,55 +106,24 @@ def rewrite(page: Path, block: Block, text: str) -> bool:
     return True
 
 
-def render_cpu(records: Sequence[Record]) -> str:
-    """The Markdown of a run: a table per workload, then where the numbers come from."""
-    workloads = dict.fromkeys(record["workload"] for record in records)
-    parts = [part for name in workloads for part in _table([r for r in records if r["workload"] == name])]
-    samples = max(len(record["seconds"] or ()) for record in records)
-    return "\n".join([*parts, _origin(records[0], samples)])
+def render_speed(records: Sequence[Record]) -> str:
+    """The tables of the main workload, the plots, and where the numbers come from."""
+    stem = "gpu" if "gpu" in records[0]["device"] else "cpu"
+    names = speed_tables.pictures(records)
+    images = [f"![{speed_tables.PLOTS[name]}](bench_results/{stem}_{name}.png)" for name in names]
+    return "\n".join([speed_tables.render_main(records), *images, "", _speed_origin(records)])
 
 
-def _table(records: Sequence[Record]) -> Iterator[str]:
-    first = records[0]
-    shape = "T={tokens} H={hidden} V={vocab}".format(**first["shape"])
-    title = TITLES.get(first["workload"], first["workload"])
-    yield f"{title} (mean entropy {first['entropy_nats']:.2g} nat), {shape}, {first['dtype']}, forward and backward:"
-    yield ""
-    yield _row(HEADER)
-    yield _row(("---", *["---:"] * (len(HEADER) - 1)))
-    yield from (_row(_cells(record)) for record in records)
-    yield ""
+def render_every_speed(records: Sequence[Record]) -> str:
+    return "\n".join([speed_tables.render_all(records), _speed_origin(records)])
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cells(record: Record) -> tuple[str, ...]:
-    label = LABELS.get(record["method"], record["method"])
-    if record["active_share"] != 1:
-        label += f", {record['active_share']:.0%} of rows active"
-    if record["median_s"] is None:
-        return (label, record["status"], NOTHING, NOTHING, NOTHING)
-    ratios = [_ratio(record, baseline) for baseline in ("gemms", "eager")]
-    return (label, _milliseconds(record), *ratios, _mebibytes(record))
-
-
-def _milliseconds(record: Record) -> str:
-    median, least, most = (f"{record[key] * 1e3:.0f}" for key in ("median_s", "min_s", "max_s"))
-    return f"{median} ({least} to {most})"
-
-
-def _ratio(record: Record, baseline: str) -> str:
-    ratio = record["time_ratio"].get(baseline)
-    return NOTHING if ratio is None else f"{ratio:.2f}×"
-
-
-def _mebibytes(record: Record) -> str:
-    peak, beyond = record["peak_extra_bytes"], record["peak_beyond_gradients_bytes"]
-    if peak is None:
-        return NOTHING
-    return f"{peak / 2**20:.0f} ({beyond / 2**20:.0f} beyond the gradients)"
+def _speed_origin(records: Sequence[Record]) -> str:
+    """One run's, or of several on one machine the first's with the commands of all."""
+    commands = "`, `".join(dict.fromkeys(record["command"] for record in records))
+    counts = {len(record["seconds"]) for record in records} - {0}
+    samples = "no" if not counts else str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return _origin(records[0] | {"command": commands}, samples)
 
 
 def render_trainers(records: Sequence[Record]) -> str:
@@ -143,13 +134,13 @@ def render_trainers(records: Sequence[Record]) -> str:
         "H={hidden} and V={vocab},".format(**size),
         f"{records[0]['dtype']}, the loss and its backward through the whole model:",
         "",
-        _row(TRAINERS_HEADER),
-        _row(("---", *["---:"] * (len(TRAINERS_HEADER) - 1))),
+        row(TRAINERS_HEADER),
+        row(("---", *["---:"] * (len(TRAINERS_HEADER) - 1))),
     ]
     for record in records:
         peak = record["peak_extra_bytes"]
         memory = NOTHING if peak is None else f"{peak / 2**20:.0f}"
-        lines.append(_row((record["trainer"], _milliseconds(record), f"{record['time_ratio']:.2f}×", memory)))
+        lines.append(row((record["trainer"], milliseconds(record), f"{record['time_ratio']:.2f}×", memory)))
     return "\n".join([*lines, "", _origin(records[0], len(records[0]["seconds"]))])
 
 
@@ -168,14 +159,14 @@ def render_invariance(records: Sequence[Record]) -> str:
             f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
             f"change of a log-prob is {largest:.1e}.",
             "",
-            _row(("rows computed", *dtypes, "norm-wise change of dW")),
-            _row(("---", *["---:"] * (len(dtypes) + 1))),
+            row(("rows computed", *dtypes, "norm-wise change of dW")),
+            row(("---", *["---:"] * (len(dtypes) + 1))),
         ]
         for variation in dict.fromkeys(record["variation"] for record in chosen):
             same = [record for record in chosen if record["variation"] == variation]
             cells = (_changed_share([record for record in same if record["dtype"] == dtype]) for dtype in dtypes)
             weights = [record["dW_change"] for record in same if "dW_change" in record]
-            parts.append(_row((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING)))
+            parts.append(row((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING)))
         parts.append("")
     return "\n".join([*parts, _origin(records[0])])
 
@@ -185,13 +176,15 @@ def _changed_share(records: Sequence[Record]) -> str:
     return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
 
 
-def _origin(record: Record, samples: int | None = None) -> str:
+def _origin(record: Record, samples: int | str | None = None) -> str:
     device, versions = record["device"], record["versions"]
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
     commit = (record["commit"] or "unknown")[:12] + (" with uncommitted changes" if record["dirty"] else "")
+    machine = f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads"
+    if "gpu" in device:
+        machine = f"{device['gpu']}, driver {device['driver']}, CUDA {device['cuda']}"
     return (
-        f"Measured on {device.get('gpu', device['cpu'])}, {device['cores']} cores, {device['threads']} threads; "
-        f"{software}; commit {commit}; `{record['command']}`; {record['date'][:10]}"
+        f"Measured on {machine}; {software}; commit {commit}; `{record['command']}`; {record['date'][:10]}"
         f"{f'; {samples} samples each' if samples else ''}."
     )
 
@@ -199,7 +192,12 @@ def _origin(record: Record, samples: int | None = None) -> str:
 BLOCKS = {
     block.name: block
     for block in (
-        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.cpu", render_cpu),
+        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots=True),
+        Block("gpu", "gpu.jsonl", "README.md", "benchmarks.speed", render_speed, NOT_ON_A_GPU, plots=True),
+        Block("every-cpu", "cpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed),
+        Block("every-gpu", "gpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed, NOT_YET),
+        Block("roofline", "cpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.render),
+        Block("roofline-gpu", "gpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.comparison, NOT_YET),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
         Block("invariance", "invariance.jsonl", "docs/determinism.md", "benchmarks.invariance", render_invariance),
         *(

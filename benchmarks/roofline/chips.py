@@ -1,0 +1,166 @@
+"""Published figures of the chips that the roofline model plans for, and what share of them is assumed to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and where it is published (or, of a calibrated chip, the record that it was measured in)."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A share of a published rate that is taken to be reached, and where that comes from."""
+
+    share: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"an efficiency must be in (0, 1], got share={self.share}")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Dense peaks, never the ones "with sparsity", which are twice as large. None where nothing is published.
+
+    preset      its name among the devices that the planning knows
+    matrix      FLOP/s of 16-bit operands with float32 accumulation
+    vector      FLOP/s of float32 operands, without TF32
+    bandwidth   bytes/s of the memory; None: no stage is charged for its bytes
+    capacity    bytes of memory
+    cache       bytes of the last cache that all processors share
+    processors  SMs or compute units, one tile of a product and one row of the row kernels at a time; None: not modelled
+    """
+
+    name: str
+    preset: str
+    matrix: Figure | None
+    vector: Figure
+    bandwidth: Figure | None
+    capacity: Figure | None
+    cache: Figure | None
+    processors: Figure | None
+    matmul_efficiency: Assumption
+    memory_efficiency: Assumption
+
+    def flops_per_second(self, itemsize: int) -> float:
+        """The rate that products of operands of this size are assumed to reach."""
+        peak = self.matrix if itemsize < 4 else self.vector
+        if peak is None:
+            raise ValueError(f"no rate is known for {8 * itemsize}-bit operands on {self.name}")
+        return peak.value * self.matmul_efficiency.share
+
+    def seconds_for_bytes(self, count: float) -> float:
+        return 0.0 if self.bandwidth is None else count / (self.bandwidth.value * self.memory_efficiency.share)
+
+    def keeps(self, row_bytes: float) -> bool:
+        """Whether the cache holds one row per processor, so that a row's second read need not go to memory."""
+        if self.cache is None or self.processors is None:
+            return False
+        return self.processors.value * row_bytes <= self.cache.value
+
+    def with_efficiency(self, matmul: float | None, memory: float | None) -> Chip:
+        chip = self
+        if matmul is not None:
+            chip = replace(chip, matmul_efficiency=Assumption(matmul, "as asked for"))
+        if memory is not None:
+            chip = replace(chip, memory_efficiency=Assumption(memory, "as asked for"))
+        return chip
+
+
+MIB, GB, TB, TERA = 1 << 20, 1e9, 1e12, 1e12
+A100_PAGE = "https://www.nvidia.com/en-us/data-center/a100/"
+H100_PAGE = "https://www.nvidia.com/en-us/data-center/h100/"
+H200_PAGE = "https://www.nvidia.com/en-us/data-center/h200/"
+DGX_B200_SHEET = "https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet"
+MI300X_PAGE = "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"
+AMPERE_PAPER = "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"
+AMPERE_GUIDE = "https://docs.nvidia.com/cuda/ampere-tuning-guide/index.html"
+HOPPER_PAPER = "https://resources.nvidia.com/en-us-hopper-architecture/nvidia-h100-tensor-c"
+HOPPER_GUIDE = "https://docs.nvidia.com/cuda/hopper-tuning-guide/index.html"
+BLACKWELL_GUIDE = "https://docs.nvidia.com/cuda/blackwell-tuning-guide/index.html"
+# a device query of a B200: NVIDIA publishes no count of SMs for it
+B200_QUERY = "https://github.com/pytorch/ao/pull/4002"
+ROCM_SPECIFICATIONS = "https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"
+# the fastest bf16 products that a search over shapes found, cuBLAS and hipBLASLt
+BEST_PRODUCTS = "https://github.com/stas00/ml-engineering/tree/master/compute/accelerator"
+
+
+def _best_product(teraflops: float, published: float) -> Assumption:
+    return Assumption(teraflops / published, BEST_PRODUCTS)
+
+
+COPIES = Assumption(0.9, "copies at about 4.3 of an H200's 4.8 TB/s, assumed of every NVIDIA chip")
+HOPPER_PRODUCTS = _best_product(794.5, 989)
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "A100",
+            "a100",
+            matrix=Figure(312 * TERA, A100_PAGE),
+            vector=Figure(19.5 * TERA, A100_PAGE),
+            bandwidth=Figure(2.039 * TB, A100_PAGE),
+            capacity=Figure(80 * GB, A100_PAGE),
+            cache=Figure(40 * MIB, AMPERE_GUIDE),
+            processors=Figure(108, AMPERE_PAPER),
+            matmul_efficiency=_best_product(271.2, 312),
+            memory_efficiency=COPIES,
+        ),
+        Chip(
+            "H100",
+            "h100",
+            matrix=Figure(989 * TERA, H100_PAGE),
+            vector=Figure(67 * TERA, H100_PAGE),
+            bandwidth=Figure(3.35 * TB, H100_PAGE),
+            capacity=Figure(80 * GB, H100_PAGE),
+            cache=Figure(50 * MIB, HOPPER_GUIDE),
+            processors=Figure(132, HOPPER_PAPER),
+            matmul_efficiency=HOPPER_PRODUCTS,
+            memory_efficiency=COPIES,
+        ),
+        Chip(
+            "H200",
+            "h200",
+            matrix=Figure(989 * TERA, H200_PAGE),
+            vector=Figure(67 * TERA, H200_PAGE),
+            bandwidth=Figure(4.8 * TB, H200_PAGE),
+            capacity=Figure(141 * GB, H200_PAGE),
+            cache=Figure(50 * MIB, HOPPER_GUIDE),
+            processors=Figure(132, HOPPER_PAPER),
+            matmul_efficiency=HOPPER_PRODUCTS,
+            memory_efficiency=COPIES,
+        ),
+        Chip(
+            "B200",
+            "b200",
+            matrix=Figure(2250 * TERA, DGX_B200_SHEET),
+            vector=Figure(80 * TERA, DGX_B200_SHEET),
+            bandwidth=Figure(8 * TB, DGX_B200_SHEET),
+            capacity=Figure(180 * GB, DGX_B200_SHEET),
+            cache=Figure(126 * MIB, BLACKWELL_GUIDE),
+            processors=Figure(148, B200_QUERY),
+            matmul_efficiency=_best_product(1745.0, 2250),
+            memory_efficiency=COPIES,
+        ),
+        Chip(
+            "MI300X",
+            "mi300x",
+            matrix=Figure(1307.4 * TERA, MI300X_PAGE),
+            vector=Figure(163.4 * TERA, MI300X_PAGE),
+            bandwidth=Figure(5.3 * TB, MI300X_PAGE),
+            capacity=Figure(192 * GB, MI300X_PAGE),
+            cache=Figure(256 * MIB, ROCM_SPECIFICATIONS),
+            processors=Figure(304, ROCM_SPECIFICATIONS),
+            matmul_efficiency=_best_product(668.4, 1307.4),
+            memory_efficiency=Assumption(0.79, "BabelStream's copy at 4.18 of 5.3 TB/s, AMD's threshold for a MI300X"),
+        ),
+    )
+}

@@ -1,0 +1,145 @@
+"""The work of this package's own paths, cut up by its own planning, and of the floors they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.roofline.work import FLOAT32, Cost, Problem, Stage, products, slices, whole_gradients, whole_logits
+from drpo_kernels.backends.devices import PRESETS
+from drpo_kernels.backends.planning import Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Design:
+    """A change that could be made to `linear_policy_loss`, to see what it would buy.
+
+    statistics_in_epilogue  the logits' product reduces its tiles on the chip: the row kernel reads a row once
+    """
+
+    statistics_in_epilogue: bool = False
+
+
+def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
+    """How the package would cut up `active` rows with a gradient and `forward` rows without."""
+    operand = DTYPES[problem.itemsize]
+    gathers = 0 < active < problem.tokens
+    return plan(
+        PRESETS[problem.device],
+        Sizes(active, forward, problem.hidden, problem.vocab),
+        Storage(
+            DTYPES[problem.logits_itemsize], operand, torch.float32, operand, copied=problem.itemsize if gathers else 0
+        ),
+        Wanted(hidden=active > 0, weight=active > 0 and problem.trainable_head, bias=False),
+        workspace=problem.workspace,
+    )
+
+
+def _accumulator(problem: Problem, cut: SweepPlan) -> int:
+    """Bytes of what dW is summed or written in; none with a frozen head."""
+    if cut.weight_gradient is WeightGradient.NONE:
+        return 0
+    wide = cut.weight_gradient is WeightGradient.WIDE_SUM
+    return (FLOAT32 if wide else problem.itemsize) * problem.head
+
+
+def held_bytes(problem: Problem, cut: SweepPlan) -> int:
+    """While rows with a gradient are swept: logits, dlogits, dX, dW or its sum, a window's copied hidden rows."""
+    copies = cut.storage.copied * cut.windows.largest * problem.hidden
+    return cut.buffer_bytes + problem.itemsize * problem.states + _accumulator(problem, cut) + copies
+
+
+def _gradient_stages(problem: Problem, cut: SweepPlan) -> list[Stage]:
+    """dX and dW, a product each for every window."""
+    item, width, vocab = problem.itemsize, problem.hidden, problem.vocab
+    windows = [window.stop - window.start for window in cut.windows]
+    gathers, live = cut.storage.copied > 0, held_bytes(problem, cut)
+    pieces = [piece for rows in windows for piece in slices(rows, cut.piece_rows)] if gathers else windows
+    stages = [products("dX", [(rows, width, vocab) for rows in pieces], item, item, live)]
+    if gathers:
+        moved = item * cut.sizes.active * width
+        stages.append(Stage("scatter", read=moved, written=moved, live=live))
+    if problem.trainable_head:
+        sums = _accumulator(problem, cut)
+        shapes = [(vocab, width, rows) for rows in windows]
+        stages.append(products("dW", shapes, item, sums // problem.head, live, sums=True))
+        if cut.weight_gradient is WeightGradient.WIDE_SUM:
+            cast = item * (problem.states + problem.head)
+            stages.append(Stage("cast of dW", read=sums, written=item * problem.head, live=sums + cast))
+    return stages
+
+
+def _chunks(cut: SweepPlan) -> list[int]:
+    return [chunk.stop - chunk.start for window in cut.windows for chunk in cut.chunks(window)]
+
+
+def _logits(name: str, problem: Problem, chunks: Sequence[int], live: int) -> Stage:
+    shapes = [(rows, problem.vocab, problem.hidden) for rows in chunks]
+    return products(name, shapes, problem.itemsize, problem.logits_itemsize, live)
+
+
+def linear(problem: Problem, design: Design = Design()) -> Cost:
+    """`linear_policy_loss`: 6F, 4F with a frozen head, of the active rows; the upstream gradient is 1."""
+    rows, item, wide = problem.active, problem.itemsize, problem.logits_itemsize
+    cut = sweep_plan(problem, rows)
+    live, read = held_bytes(problem, cut), wide * rows * problem.vocab
+    stages = [
+        _logits("logits", problem, _chunks(cut), live),
+        Stage(
+            "rows",
+            read=read,
+            reread=0 if design.statistics_in_epilogue else read,
+            row_bytes=wide * problem.vocab,
+            written=item * rows * problem.vocab,
+            live=live,
+        ),
+        *_gradient_stages(problem, cut),
+    ]
+    if rows < problem.tokens:  # rows out of hidden, for the logits and again for dW, and zeros in dX
+        moved = item * rows * problem.hidden * (2 if problem.trainable_head else 1)
+        stages.insert(0, Stage("gather", read=moved, written=moved + item * problem.states, live=live))
+    return Cost(tuple(stages), problem.gradients)
+
+
+def recompute(problem: Problem) -> Cost:
+    """`linear_token_logprobs`: 2F forward, 6F backward, of all rows."""
+    forward, cut = sweep_plan(problem, 0, problem.tokens), sweep_plan(problem, problem.tokens)
+    live, moved = held_bytes(problem, cut), problem.logits_itemsize * problem.logits
+    chunks = [chunk.stop - chunk.start for chunk in forward.forward]
+    stages = [
+        _logits("logits", problem, chunks, forward.buffer_bytes),
+        Stage("rows", read=moved, live=forward.buffer_bytes),
+        _logits("logits again", problem, _chunks(cut), live),
+        Stage("rows again", read=moved, written=problem.itemsize * problem.logits, live=live),
+        *_gradient_stages(problem, cut),
+    ]
+    return Cost(tuple(stages), problem.gradients)
+
+
+def ready(problem: Problem, in_place: bool = False) -> Cost:
+    """`policy_loss` from logits of the inputs' dtype, the gradient in the same; the upstream gradient is 1."""
+    size = problem.itemsize * problem.logits
+    live = 0 if in_place else size
+    rows = Stage("rows", read=size, reread=size, row_bytes=problem.itemsize * problem.vocab, written=size, live=live)
+    return Cost((rows,), live)
+
+
+def copy(problem: Problem) -> Cost:
+    """The floor of `ready`: one read and one write of the logits."""
+    size = problem.itemsize * problem.logits
+    return Cost((Stage("copy", read=size, written=size, live=size),), size)
+
+
+def whole_products(problem: Problem, forwards: int = 1) -> Cost:
+    """The floor of the paths from hidden states: the bare products, unchunked, results in the inputs' dtype."""
+    size = problem.itemsize * problem.logits
+    forward = [whole_logits(problem, "logits" if i == 0 else "logits again", size) for i in range(forwards)]
+    return Cost((*forward, *whole_gradients(problem, size)), problem.gradients)
+
+
+def frozen(problem: Problem) -> Problem:
+    return replace(problem, trainable_head=False)

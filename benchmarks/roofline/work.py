@@ -1,0 +1,163 @@
+"""The vocabulary of the model: a problem, and the work of a method on it as stages of FLOPs, bytes and live memory.
+
+F = T·V·H; a product of the head with every row is 2F. Operands of a product are counted once per launch: what its tiles
+read again overlaps with the arithmetic. Vectors of T and of V are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """T, H, V, the bytes of an element of hidden and weight and of a logit of ours, and what our methods are told.
+
+    workspace       bytes, or None for the default of this kind of device
+    active_share    of the rows, those with an advantage; only `linear_policy_loss` skips the others
+    trainable_head  False: nobody wants dW
+    device          of `devices.PRESETS`, which the planning knows
+    """
+
+    tokens: int
+    hidden: int
+    vocab: int
+    itemsize: int = 2
+    logits_itemsize: int = FLOAT32
+    workspace: int | None = None
+    active_share: float = 1.0
+    trainable_head: bool = True
+    device: str = "h200"
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "hidden", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.active_share <= 1:
+            raise ValueError(f"active_share must be in (0, 1], got {self.active_share}")
+
+    @property
+    def active(self) -> int:
+        return round(self.active_share * self.tokens)
+
+    @property
+    def logits(self) -> int:
+        return self.tokens * self.vocab
+
+    @property
+    def head(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def states(self) -> int:
+        return self.tokens * self.hidden
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of dX and, where it is wanted, dW."""
+        return self.itemsize * (self.states + (self.head if self.trainable_head else 0))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Kernels of one kind, one after another.
+
+    itemsize   of the operands of its products, if it has any
+    read, written  bytes to and from memory
+    reread     bytes read a second time, from the cache where it keeps a row of `row_bytes` per processor
+    exposed    of the bytes, those that a product's epilogue moves beyond one write of its result in the operands' size:
+               between not hidden at all and hidden altogether behind the arithmetic
+    results    (rows, columns) of each product, for the share of processors that its tiles occupy
+    live       bytes allocated beyond the inputs while it runs, gradients included
+    """
+
+    name: str
+    flops: float = 0.0
+    itemsize: int = 2
+    read: float = 0.0
+    written: float = 0.0
+    reread: float = 0.0
+    row_bytes: float = 0.0
+    exposed: float = 0.0
+    results: tuple[tuple[int, int], ...] = ()
+    live: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`gradients` of the `extra` bytes are handed back to the caller."""
+
+    stages: tuple[Stage, ...]
+    gradients: int
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def moved(self) -> float:
+        """Bytes, the second reads of rows among them."""
+        return sum(stage.read + stage.reread + stage.written for stage in self.stages)
+
+    @property
+    def extra(self) -> int:
+        return max(stage.live for stage in self.stages)
+
+
+def products(
+    name: str,
+    shapes: Sequence[tuple[int, int, int]],
+    itemsize: int,
+    out: int,
+    live: int,
+    sums: bool = False,
+    keep: bool = True,
+) -> Stage:
+    """Products [m, k] @ [k, n], given as (m, n, k), with operands of `itemsize` and results of `out` bytes.
+
+    sums  all add to one result: each but the first reads it back
+    keep  False: the result never leaves the chip
+    """
+    results = [m * n for m, n, _ in shapes]
+    again = out * sum(results[1:]) if sums else 0
+    written = out * sum(results) if keep else 0
+    plain = itemsize * (results[0] if sums else sum(results))
+    return Stage(
+        name,
+        flops=2.0 * sum(m * n * k for m, n, k in shapes),
+        itemsize=itemsize,
+        read=itemsize * sum(k * (m + n) for m, n, k in shapes) + again,
+        written=written,
+        exposed=max(written + again - plain, 0),
+        results=tuple((m, n) for m, n, _ in shapes),
+        live=live,
+    )
+
+
+def slices(count: int, size: int) -> list[int]:
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def together(stages: Sequence[Stage]) -> Stage:
+    """Products of one name and one size of operands as one stage."""
+    total = {name: sum(getattr(stage, name) for stage in stages) for name in ("flops", "read", "written", "exposed")}
+    return replace(stages[0], **total, results=tuple(result for stage in stages for result in stage.results))
+
+
+def whole_logits(problem: Problem, name: str = "logits", live: int = 0, keep: bool = True) -> Stage:
+    """The logits of all rows in one product."""
+    shape = [(problem.tokens, problem.vocab, problem.hidden)]
+    return products(name, shape, problem.itemsize, problem.itemsize, live, keep=keep)
+
+
+def whole_gradients(problem: Problem, dlogits: int) -> list[Stage]:
+    """dX and dW in one product each, in the inputs' dtype, from `dlogits` bytes that are held for them."""
+    item, live = problem.itemsize, dlogits + problem.gradients
+    tokens, width, vocab = problem.tokens, problem.hidden, problem.vocab
+    stages = [products("dX", [(tokens, width, vocab)], item, item, live)]
+    if problem.trainable_head:
+        stages.append(products("dW", [(vocab, width, tokens)], item, item, live))
+    return stages

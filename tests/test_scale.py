@@ -1,0 +1,372 @@
+"""What only size, a stream or a graph shows: offsets beyond 2^31, 64k tokens in a workspace, capture, synchronisation.
+
+The `full` sizes need a GPU; the `tiny` ones run the same lines anywhere.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import drpo_kernels as dk
+import oracle
+from drpo_kernels.backends import sweep
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Terms, Transform
+from drpo_kernels.backends.triton.launch import TritonRows
+from problems import row_relative
+
+GIB = 1 << 30
+DRPO = ("DRPO", {"delta": 0.2})
+# of a row, norm-wise: bf16 rounds dlogits and dX by up to 2^-9 each, float32 sums thousands of terms
+GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 4e-3}
+WHOLE, HALF = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Size:
+    """tokens T, hidden size H, vocabulary V; the interpreter truncates to bf16, so that `tiny` sizes are float32."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype = HALF
+
+
+def sizes(tiny: Size, **full: Size):
+    cases = [pytest.param(size, id=name, marks=pytest.mark.gpu) for name, size in full.items()]
+    return pytest.mark.parametrize("size", [pytest.param(tiny, id="tiny"), *cases])
+
+
+TINY = Size(6, 8, 70, WHOLE)
+REAL = Size(4096, 1024, 151_936)
+
+
+class Inputs:
+    """Trained-looking rows on the device, and the arguments of a call."""
+
+    def __init__(self, size: Size, device: torch.device, seed: int = 0):
+        g = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g, device=device)
+
+        self.weight = (normal(size.vocab, size.hidden) / size.hidden**0.5).to(size.dtype)
+        self.targets = torch.randint(size.vocab, (size.tokens,), generator=g, device=device)
+        pull = 2 + 8 * torch.rand(size.tokens, 1, generator=g, device=device)
+        self.hidden = (normal(size.tokens, size.hidden) + pull * self.weight[self.targets].float()).to(size.dtype)
+        self.old = -4 * torch.rand(size.tokens, generator=g, device=device)
+        self.advantages = normal(size.tokens)
+        # a quarter of the rows cannot contribute
+        self.mask = torch.rand(size.tokens, generator=g, device=device) < 0.75
+        self.mask[0] = self.mask[-1] = True
+        self.dtype, self.device = size.dtype, device
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.targets, self.old, self.advantages, self.mask
+
+    def some_rows(self, count: int = 64) -> Tensor:
+        """The first and the last row and some between, all of them contributing."""
+        valid = self.mask.nonzero()[:, 0]
+        return valid[torch.linspace(0, len(valid) - 1, min(count, len(valid)), device=self.device).long()]
+
+    def check(self, logprobs: Tensor, gradient: Tensor, rows: Tensor, *, softcap=None, logits=None) -> None:
+        """Log-probs, and dX or dlogits, of these rows against float64 under "token-sum"."""
+        leaf = (self.hidden if logits is None else logits)[rows].detach().double().requires_grad_()
+        x = leaf if logits is not None else leaf @ self.weight.double().T
+        want, _ = oracle.statistics(oracle.transform(x, 1.0, softcap=softcap), self.targets[rows])
+        fields = oracle.Rows(want, self.old[rows].double(), self.advantages[rows].double(), None)
+        (want_gradient,) = torch.autograd.grad(oracle.token_loss(DRPO, fields).sum(), leaf)
+        bound = 1e-4
+        if logits is None:  # tensor cores truncate while they add
+            bound = max(bound, self.hidden.shape[1] / 16 * 2**-24 * x.abs().max().item())
+        assert (logprobs - want).abs().max() <= bound
+        assert row_relative(gradient, want_gradient) <= GRADIENT[self.dtype]
+
+
+def options(**changes) -> dict:
+    """Of every call here: the kernels, and a sum, so that a row's gradient is its own."""
+    return {"backend": "triton", "objective": dk.DRPO(delta=0.2), "reduction": "token-sum", "validate": False} | changes
+
+
+def gradients(inputs: Inputs, frozen: bool = False, **changes) -> tuple[Tensor, ...]:
+    """(log-probs, loss, dX, and dW unless frozen) of the linear path."""
+    leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(not frozen)]
+    out = dk.linear_policy_loss(*leaves, *inputs.arguments, **options(**changes))
+    return out.logprobs, out.loss.detach(), *torch.autograd.grad(out.loss, leaves[: 1 if frozen else 2])
+
+
+def recomputed(inputs: Inputs, **changes) -> tuple[Tensor, ...]:
+    """(log-probs, entropy, dX, dW) of the recompute path."""
+    leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()]
+    changes = {"backend": "triton", "validate": False} | changes
+    logprobs, entropy = dk.linear_token_logprobs(*leaves, inputs.targets, **changes)
+    slopes = [inputs.advantages, inputs.old]
+    return logprobs.detach(), entropy.detach(), *torch.autograd.grad([logprobs, entropy], leaves, slopes)
+
+
+def from_logits(inputs: Inputs, **changes) -> tuple[Tensor, ...]:
+    """(log-probs, loss, dlogits)."""
+    leaf = (inputs.hidden @ inputs.weight.T).requires_grad_()
+    out = dk.policy_loss(leaf, *inputs.arguments, **options(**changes))
+    return out.logprobs, out.loss.detach(), *torch.autograd.grad(out.loss, leaf)
+
+
+ROUTES = {"fused": gradients, "recompute": recomputed, "logits": from_logits}
+every_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+
+
+def same(found: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
+
+
+# --- offsets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["linear", "logits"])
+@sizes(TINY, full=Size(8_400, 64, 262_208))
+def test_widest_vocabulary(size, form, device):
+    """Gemma's, with its soft-cap, and T·V beyond 2^31."""
+    inputs = Inputs(size, device)
+    rows = inputs.some_rows()
+    if form == "linear":
+        logprobs, _, found, _ = gradients(inputs, softcap=30.0)
+        inputs.check(logprobs[rows], found[rows], rows, softcap=30.0)
+    else:
+        logits = (inputs.hidden @ inputs.weight.T).requires_grad_()
+        out = dk.policy_loss(logits, *inputs.arguments, **options(softcap=30.0))
+        (found,) = torch.autograd.grad(out.loss, logits)
+        inputs.check(out.logprobs[rows], found[rows], rows, softcap=30.0, logits=logits)
+        assert not found[~inputs.mask].any()
+
+
+@pytest.mark.parametrize("view", ["shifted", "padded"])
+@sizes(TINY, full=Size(16_500, 64, 131_072))
+def test_rows_that_are_not_contiguous(size, view, device):
+    """`logits[:, :-1]` of three sequences, and the columns of a padded vocabulary, their gradient beyond 2^31 too."""
+    inputs, sequences = Inputs(size, device), 3
+    whole = inputs.hidden @ inputs.weight.T
+    if view == "shifted":
+        buffer = whole.new_full((sequences, size.tokens // sequences + 1, size.vocab), float("nan"))
+        buffer[:, :-1] = whole.view(sequences, -1, size.vocab)
+    else:
+        buffer = whole.new_full((sequences, size.tokens // sequences, size.vocab + 24), float("nan"))
+        buffer[..., : size.vocab] = whole.view(sequences, -1, size.vocab)
+    leaf = buffer.requires_grad_()
+    logits = leaf[:, :-1] if view == "shifted" else leaf[..., : size.vocab]
+    assert not logits.is_contiguous()
+    shaped = [x.view(sequences, -1) for x in inputs.arguments]
+    out = dk.policy_loss(logits, *shaped, **options())
+    (found,) = torch.autograd.grad(out.loss, leaf)
+    inside, outside = (found[:, :-1], found[:, -1]) if view == "shifted" else found.split([size.vocab, 24], -1)
+    assert not outside.any()
+    rows, length = inputs.some_rows(), shaped[0].shape[1]
+    inputs.check(out.logprobs.flatten()[rows], inside[rows // length, rows % length], rows, logits=whole)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[object, int]:
+    """(what `step` returns, bytes at its peak beyond those before it); 0 on a CPU, whose allocator does not count."""
+    if device.type == "cpu":
+        return step(), 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = step()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@sizes(
+    TINY,
+    long=Size(65_600, 1024, 151_936),
+    retained=Size(8_192, 4096, 151_936),
+    retained_beyond_int32=Size(14_200, 8192, 151_936),
+)
+def test_peak_memory(size, frozen, device):
+    """A workspace of a GiB, more rows than a grid dimension holds; beside it a float32 dW, or retained bf16 dlogits."""
+    inputs, workspace = Inputs(size, device), GIB
+    gradients(Inputs(Size(4, size.hidden, 64, size.dtype), device))  # libraries and their own workspaces
+    (logprobs, _, dx, *dw), peak = peak_bytes(lambda: gradients(inputs, frozen, workspace_bytes=workspace), device)
+    tokens, hidden, vocab = size.tokens, size.hidden, size.vocab
+    beside = 0 if frozen else max(4 * vocab * hidden, 2 * tokens * vocab if tokens <= 2 * hidden else 0)
+    returned = dx.nbytes + sum(gradient.nbytes for gradient in dw)
+    assert peak - returned <= workspace + beside + 0.1 * GIB, f"{(peak - returned) / GIB:.2f} GiB"
+    rows = inputs.some_rows()
+    inputs.check(logprobs[rows], dx[rows], rows)
+
+
+# --- graphs, streams, synchronisation ---------------------------------------------------------------------------------
+
+
+def captured(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """`step` as a CUDA graph that reads its inputs where they are; on a CPU, which has none, `step` itself."""
+    if device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+@every_route
+@sizes(TINY, full=REAL)
+def test_graph(size, route, device):
+    """A replay is bitwise the eager call, on new values too; the policy losses need compact="none" for it."""
+    inputs, others = Inputs(size, device), Inputs(size, device, seed=1)
+    changes = {} if route is recomputed else {"compact": "none"}
+    want, want_others = copies(route(inputs, **changes)), copies(route(others, **changes))
+    replay = captured(lambda: route(inputs, **changes), device)
+    assert same(replay(), want)
+    for name in ("hidden", "weight", "targets", "old", "advantages", "mask"):
+        getattr(inputs, name).copy_(getattr(others, name))
+    assert same(replay(), want_others) and not same(want, want_others)
+
+
+@every_route
+@sizes(TINY, full=REAL)
+def test_two_streams(size, route, device):
+    """Two batches at once: neither finds the other's buffers."""
+    batches = [Inputs(size, device, seed) for seed in (0, 1)]
+    want = [copies(route(batch)) for batch in batches]
+    streams = [torch.cuda.Stream() for _ in batches] if device.type == "cuda" else [None, None]
+    found = []
+    for _ in range(2):
+        for batch, stream in zip(batches, streams, strict=True):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found.append(route(batch))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert all(same(result, want[i % 2]) for i, result in enumerate(found))
+
+
+class RefusesReads(TorchFunctionMode):
+    """Raises where a tensor's value is read by the host, as a GPU's debug mode does, on any device."""
+
+    READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self.READS:
+            raise RuntimeError(f"{function.__name__} reads from the device")
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_synchronisation(device: torch.device):
+    if device.type == "cpu":
+        with RefusesReads():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@sizes(TINY, full=REAL)
+def test_no_synchronisation(size, route, device):
+    """With compact="none" the host reads nothing back; compaction reads one count, which shows that reads are seen."""
+    inputs = Inputs(size, device)
+    head = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    logits = (inputs.hidden @ inputs.weight.T).detach().requires_grad_()
+
+    def call(compact: str = "none") -> Tensor:
+        if route == "recompute":
+            logprobs, entropy = dk.linear_token_logprobs(*head, inputs.targets, backend="triton", validate=False)
+            return logprobs.sum() + entropy.sum()
+        if route == "logits":
+            return dk.policy_loss(logits, *inputs.arguments, **options(compact=compact)).loss
+        return dk.linear_policy_loss(*head, *inputs.arguments, **options(compact=compact)).loss
+
+    call().backward()  # compiles
+    with no_synchronisation(device):
+        loss = call()
+    # of the policy losses, a backward on a CPU reads the upstream factor, which costs nothing there
+    watched = device.type == "cuda" or route == "recompute"
+    with no_synchronisation(device) if watched else contextlib.nullcontext():
+        loss.backward()
+    if route == "fused":
+        with pytest.raises(RuntimeError), no_synchronisation(device):
+            call(compact="active")
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@every_route
+@sizes(TINY, full=REAL)
+def test_run_to_run(size, route, device):
+    inputs = Inputs(size, device)
+    want = copies(route(inputs))
+    for _ in range(2):
+        assert same(route(inputs), want)
+
+
+@pytest.mark.parametrize("dtype", [WHOLE, HALF, torch.float16], ids=str)
+@sizes(Size(3, 8, 2500, WHOLE), full=Size(2048, 64, 151_936), odd=Size(2048, 64, 151_937))
+def test_gradient_over_the_logits(size, dtype, device):
+    """Written over the row it is computed from, bitwise what a buffer of its own gets: no store overtakes a load."""
+    inputs = Inputs(size, device)
+    logits = (inputs.hidden @ inputs.weight.T).to(dtype)
+    rows = torch.zeros(len(Row), size.tokens, device=device)
+    rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = inputs.old, inputs.advantages, 1
+    rows[Row.INV_TEMPERATURE], rows[Row.KIND] = 1, RowKind.ACTIVE
+    ops, terms = TritonRows(), Terms(dk.DRPO(delta=0.2))
+    slopes = inputs.advantages[None].contiguous()
+
+    def written(over: bool, fused: bool) -> tuple[Tensor, Tensor]:
+        batch = RowBatch(logits.clone(), inputs.targets, rows, Transform())
+        out = batch.logits if over else torch.full_like(logits, float("nan"))
+        if fused:
+            return ops.policy(batch, terms, out), out
+        statistics = ops.statistics(batch)
+        ops.write_gradient(batch, statistics, slopes, out)
+        return statistics, out
+
+    for fused in (True, False):
+        want = written(over=False, fused=fused)
+        assert all(same(written(over=True, fused=fused), want) for _ in range(3))
+
+
+@pytest.mark.parametrize("logits_dtype", [None, HALF], ids=str)
+@sizes(TINY, chunked=Size(4096, 1024, 151_936), retained=Size(1024, 1024, 151_936))
+def test_no_store_over_logits_of_another_size(size, logits_dtype, device, monkeypatch):
+    """bf16 dlogits over float32 logits land on elements that another thread may not have read yet."""
+    seen = []
+
+    class Watching(TritonRows):
+        def policy(self, batch, terms, out):
+            shared = out is not None and batch.logits.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+            seen.append((shared, out is not None and out.element_size() == batch.logits.element_size()))
+            return super().policy(batch, terms, out)
+
+    monkeypatch.setattr(sweep, "row_ops", lambda name: Watching())
+    gradients(Inputs(size, device), logits_dtype=logits_dtype)
+    assert seen and all(same_size for shared, same_size in seen if shared)
