@@ -2,11 +2,12 @@
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
-# make bench    measure on this CPU, TRL beside it, and rewrite the tables of the README and docs/
+# make bench    measure on this machine's GPU, else its CPU, and the peers' heads; rewrite tables and plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on one recorded stream, ours beside fp64, into bench_results/
-# make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on a register spill
+# make stability  six losses, four settings, five seeds: an hour or two on 2 cores, resumable; rewrites docs/stability.md
+# make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on spills, narrow or repeated loads
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
 # make clean    remove what the above made, except the virtual environment; make distclean removes that too
@@ -18,6 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+STABILITY_ARGS ?=
 DEMO_ARGS ?=
 DIST ?= dist
 
@@ -30,8 +32,9 @@ TORCH ?= $(if $(strip $(GPU)),"torch>=2.8","torch==2.13.0" "triton==3.9.0")
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VERL := $(VENV)/verl
+PEERS := $(VENV)/.peers
 
-.PHONY: help venv verl-env demo test lint bench precision fuzz longrun compile doctor wheel clean distclean
+.PHONY: help venv verl-env demo test lint bench precision fuzz longrun stability compile doctor wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,8 +66,13 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu && $(BIN)/python -m benchmarks.trainers && $(BIN)/python -m benchmarks.report
+# Without their dependencies, which are here: a peer must not bring another PyTorch.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "liger-kernel>=0.8" "cut-cross-entropy>=25.1"
+	@touch $@
+
+bench: $(PEERS)
+	$(BIN)/python -m benchmarks.speed && $(BIN)/python -m benchmarks.trainers && $(BIN)/python -m benchmarks.report
 
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
@@ -74,6 +82,9 @@ fuzz: $(STAMP)
 
 longrun: $(STAMP)
 	$(BIN)/python -m benchmarks.longrun
+
+stability: $(STAMP)
+	$(BIN)/python -m benchmarks.stability $(STABILITY_ARGS)
 
 compile: $(STAMP)
 	$(BIN)/python -m drpo_kernels compile

@@ -49,7 +49,9 @@ def comparison_jobs(
 ) -> list[Job]:
     """Seed by seed, so that an interrupted grid has as many whole seeds as possible."""
     methods = list(methods)
-    return [Job("comparison", m, s, seed, rates[m]) for seed in seeds for s in settings for m in methods]
+    return [
+        Job("comparison", m, s, seed, SETTINGS[s].rate or rates[m]) for seed in seeds for s in settings for m in methods
+    ]
 
 
 def area(record: Record) -> float:

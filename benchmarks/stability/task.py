@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import zipf_weights
+
 # positions of the list before, for each position after
 OPERATIONS = {"reverse": (2, 1, 0), "rotate": (1, 2, 0), "swap": (1, 0, 2)}
 LIST = 3
@@ -53,11 +55,6 @@ class Problems:
     def repeat(self, times: int) -> Problems:
         """Each problem `times` times, one after the other."""
         return Problems(self.prompts.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
-
-
-def zipf_weights(count: int) -> Tensor:
-    """Mandelbrot's fit to natural language: p ∝ 1 / (rank + 2.7)."""
-    return 1 / (torch.arange(1, count + 1) + 2.7)
 
 
 def draw_problems(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> Problems:
