@@ -55,8 +55,9 @@ class LogprobOptions:
                       of hidden
     main_grad         of the linear functions, float32 [V, H] like weight, contiguous: the trainer's own gradient buffer
                       (Megatron's `weight.main_grad`), to which the weight's gradient is added; weight.grad stays as it
-                      is. Beside its workspace such a call holds nothing, and the larger that is, the less often the
-                      buffer is read and written. Needs a weight that requires grad, outside torch.no_grad().
+                      is, and hooks on the weight find none (Megatron's overlap_grad_reduce asserts one). Beside its
+                      workspace such a call holds nothing, and the larger that is, the less often the buffer is read
+                      and written. Needs a weight that requires grad, outside torch.no_grad().
                       `linear_policy_loss` adds in its *forward*, times `loss_scale`: call it once per micro-batch, not
                       inside activation checkpointing, which would run it twice, and drop the buffer if a call fails
                       half-way. Log-probs, and objectives of whole sequences, add in every backward instead

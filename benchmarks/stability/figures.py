@@ -24,8 +24,8 @@ from drpo_kernels import DRPO
 SHAPES = dict(zip(SETTINGS, "osPDv^", strict=True))  # where methods have the colours
 GRID = {"color": "#e6e6e6", "linewidth": 0.6}
 # a shade per setting where lines are settings
-SETTING_STYLES = dict(zip(SETTINGS, (("#888888", "-"), ("#d55e00", "-"), ("#7b3294", "-"), ("#56b4e9", "--"), ("#0072b2", "--"),
-                                     ("#000000", ":")), strict=True))  # fmt: skip
+SHADES = ("#888888", "#d55e00", "#7b3294", "#56b4e9", "#0072b2", "#000000")
+SETTING_STYLES = dict(zip(SETTINGS, zip(SHADES, ("-", "-", "-", "--", "--", ":"), strict=True), strict=True))
 
 
 def draw_curves(runs: Runs, path: Path) -> bool:

@@ -219,9 +219,8 @@ def _on_collapses(runs: Runs, opening: str, settings: Sequence[str]) -> str:
     fallen = counted(sum(hits.values()), len(everything))
     said = f"{opening} ({listed(settings)}), {fallen} runs collapsed at some point"
     if not sum(hits.values()):
-        return (
-            f"{said}. No loss is unstable there in the sense fixed beforehand: the paper's instability is **not seen**."
-        )
+        unseen = "the paper's instability is **not seen** there"
+        return f"{said}. No loss is unstable in the sense fixed beforehand: {unseen}."
     each = ", ".join(f"{method} {counted(hits[method], len(found))}" for method, found in tried.items() if hits[method])
     rest = "; none under any other" if not all(hits.values()) else ""
     return f"{said}, {for_good} of them for good. By method: {each}{rest}. {_families(tried, hits)}".rstrip()

@@ -6,6 +6,8 @@ block of the vocabulary at a time, as are float32 master weights under autocast.
 
 import contextlib
 import functools
+import itertools
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -20,15 +22,29 @@ CPU_CAST_BYTES, DEVICE_CAST_BYTES = 8 * MIB, 64 * MIB
 NARROW_SUMS = (
     "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip
+# what `exact_float32` has changed, and for how many
+_settings, _inside, _lock = contextlib.ExitStack(), 0, threading.Lock()
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Products of float32 are float32, no TF32 on CUDA, no bf16 in oneDNN, and those of 16-bit operands add in float32,
-    whatever the process has set.
+    whatever the process has set. The settings are the process's: of several threads inside, the first changes them and
+    the last one out restores them.
     """
-    with _no_narrow_products(), _no_narrow_sums():
+    global _inside
+    with _lock:
+        if not _inside:
+            _settings.enter_context(_no_narrow_products())
+            _settings.enter_context(_no_narrow_sums())
+        _inside += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _settings.close()
 
 
 @contextlib.contextmanager
@@ -86,10 +102,10 @@ def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, boo
     )
 
 
-def cast_rows(matrix: Tensor, itemsize: int = 4) -> int:
-    """How many rows of a matrix to hold in a temporary of that many bytes per element."""
+def cast_rows(matrix: Tensor, itemsize: int = 4, width: int = 0) -> int:
+    """How many rows of a matrix to hold in a temporary of that many bytes per element, of at least `width` columns."""
     most = CPU_CAST_BYTES if matrix.device.type == "cpu" else DEVICE_CAST_BYTES
-    return max(most // max(matrix.shape[1] * itemsize, 1), 1)
+    return max(most // max(max(matrix.shape[1], width) * itemsize, 1), 1)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -124,6 +140,9 @@ class HeadProducts(Protocol):
 
     def operand(self, x: Tensor) -> Tensor:
         """Hidden states [n, H] as the products below take them."""
+
+    def cast_bytes(self, dtype: torch.dtype) -> int:
+        """What `operand` allocates per element of an x of that dtype, copies on the way included."""
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
@@ -165,16 +184,23 @@ class HeadMatmul:
     def operand(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype).to(self.operand_dtype)
 
-    def _blocks(self, always: bool = False) -> Iterator[slice]:
-        """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed."""
+    def cast_bytes(self, dtype: torch.dtype) -> int:
+        steps = dtype, self.compute_dtype, self.operand_dtype
+        return sum(after.itemsize for before, after in itertools.pairwise(steps) if before != after)
+
+    def _blocks(self, always: bool = False, width: int = 0) -> Iterator[slice]:
+        """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed.
+
+        `always`: each makes one in the accumulator's dtype, of `width` elements per entry where that is more than H.
+        """
         vocab = self.weight.shape[0]
         widest = self.accumulator if always else self.operand_dtype
-        step = cast_rows(self.weight, widest.itemsize) if self.casts or always else max(vocab, 1)
+        step = cast_rows(self.weight, widest.itemsize, width) if self.casts or always else max(vocab, 1)
         return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         direct = out.dtype in (self.accumulator, self.operand_dtype)
-        for block in self._blocks(always=not direct):
+        for block in self._blocks(always=not direct, width=0 if direct else len(hidden)):
             operand = self.operand(self.weight[block]).T
             part = out[:, block] if direct else out.new_empty(len(hidden), operand.shape[1], dtype=self.accumulator)
             product(hidden, operand, part)

@@ -143,14 +143,16 @@ class SweepPlan:
         logits_bytes = self.logits_rows * self.sizes.vocab * self.storage.logits.itemsize
         place = "over the logits" if self.in_place else "beside the logits, over which another dtype would race"
         kept = "of all rows: T <= 2H, so no more than a float32 dW, which becomes one product" if self.retained else ""
+        products = "for dX" if self.weight_gradient is WeightGradient.NONE else "each for dX and dW"
+        wait = " (float32 until the backward)" if self.storage.weight == torch.float16 else ""
         lines = [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
-            ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product each for dX and dW"),
+            ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
             ("logits", logits_bytes, f"{logits}, {self.logits_rows} rows at a time"),
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
             *([("", None, kept)] if kept else []),
             ("dW", self.accumulator_bytes, self.weight_gradient.value),
-            ("together", self.buffer_bytes + self.accumulator_bytes, "beyond inputs and gradients"),
+            ("together", self.buffer_bytes + self.accumulator_bytes, f"beyond inputs and gradients{wait}"),
         ]
         sizes = ("" if size is None else f"{size / GIB:.2f} GiB" for _, size, _ in lines)
         return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
@@ -167,9 +169,9 @@ def plan(
     main_grad: bool = False,
 ) -> SweepPlan:
     """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows."""
-    # with main_grad there is no accumulator to weigh it against: the workspace is all that such a call takes
-    retained = wanted.weight and not main_grad and storage.dlogits == torch.bfloat16
-    retained = retained and retain_dlogits(sizes.active, sizes.hidden)
+    # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
+    accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator
+    retained = accumulates and storage.dlogits == torch.bfloat16 and retain_dlogits(sizes.active, sizes.hidden)
     in_place, logit_bytes = storage.logits == storage.dlogits, storage.logits.itemsize
     beside = 0 if in_place or retained or not sizes.active else storage.dlogits.itemsize
     budget = workspace_bytes(device, sizes.vocab, logit_bytes + beside, workspace)

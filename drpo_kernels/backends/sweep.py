@@ -125,8 +125,8 @@ class LinearSweep:
         vocab = self.head.vocab if self.shard is None else self.shard.largest
         matmul, hidden = self.matmul, self.hidden
         copied = hidden.dtype.itemsize if self.index is not None or self._hidden_view is None else 0
-        casts = hidden.dtype != matmul.operand_dtype
-        copied += matmul.operand_dtype.itemsize * (casts + self.execution.every_row)  # as `hidden_rows` makes them
+        copied += matmul.cast_bytes(hidden.dtype)
+        copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` zeroes a copy
         return plan(
             device_properties(hidden.device),
             Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,13 +33,12 @@ def plan_for(device: DeviceProperties, options: argparse.Namespace) -> SweepPlan
     logits = torch.bfloat16 if options.bf16_logits else torch.float32
     wanted = Wanted(hidden=True, weight=not options.frozen_head, bias=False)
     copied = 0 if dtype == operand else operand.itemsize
-    workspace = None if options.workspace_gib is None else int(options.workspace_gib * GIB)
     return plan(
         device,
         Sizes(options.tokens, 0, options.hidden, options.vocab),
         Storage(logits, operand, torch.float32, dtype, copied),
         wanted,
-        workspace=workspace,
+        workspace=options.workspace,
         main_grad=options.main_grad,
     )
 
@@ -47,18 +47,35 @@ def _here() -> DeviceProperties:
     return device_properties(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
+def size(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def gibibytes(text: str) -> int:
+    """As bytes."""
+    count = float(text) * GIB
+    if not 1 <= count < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return int(count)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m drpo_kernels plan", description=__doc__)
-    parser.add_argument("--tokens", type=int, required=True, metavar="T", help="rows with a gradient")
-    parser.add_argument("--hidden", type=int, required=True, metavar="H", help="hidden size")
-    parser.add_argument("--vocab", type=int, required=True, metavar="V", help="vocabulary, or this rank's share of it")
+    parser.add_argument("--tokens", type=size, required=True, metavar="T", help="rows with a gradient")
+    parser.add_argument("--hidden", type=size, required=True, metavar="H", help="hidden size")
+    parser.add_argument("--vocab", type=size, required=True, metavar="V", help="vocabulary, or this rank's share of it")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of hidden and weight (default: %(default)s)"
     )
     parser.add_argument(
         "--device", choices=("here", *PRESETS), default="here", help="default: this machine's GPU, or its CPU"
     )
-    parser.add_argument("--workspace-gib", type=float, metavar="G", help="workspace_bytes (default: the device's own)")
+    parser.add_argument(
+        "--workspace-gib", type=gibibytes, metavar="G", dest="workspace", help="default: the device's own"
+    )
     parser.add_argument("--bf16-logits", action="store_true", help="logits_dtype=torch.bfloat16")
     head = parser.add_mutually_exclusive_group()
     head.add_argument("--frozen-head", action="store_true", help="weight.requires_grad is False")

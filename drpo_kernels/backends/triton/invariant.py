@@ -122,6 +122,9 @@ class InvariantMatmul:
     def operand(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype)
 
+    def cast_bytes(self, dtype: torch.dtype) -> int:
+        return self.compute_dtype.itemsize if dtype != self.compute_dtype else 0
+
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [n, V] = hidden [n, H] @ weight.T, rounded once to out's dtype."""
         tile = self._tile(self.compute_dtype, self.weight.dtype)
@@ -159,8 +162,8 @@ class InvariantMatmul:
         if TRUNCATES and out.dtype == torch.bfloat16:
             return out.copy_(self._product(a, b, torch.empty_like(out, dtype=torch.float32), compute, tile))
         (rows, depth), columns = a.shape, b.shape[1]
-        # so that stores are wide for an odd vocabulary too
-        padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0))
+        # so that stores are wide for an odd vocabulary too; the stride of a single row promises no room behind it
+        padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0)) if rows > 1 else columns
         with _on(a.device):
             matmul_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
                 a, *a.stride(), b, *b.stride(), out, out.stride(0), rows, columns, padded, depth,
