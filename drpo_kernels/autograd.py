@@ -19,7 +19,8 @@ def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spec: ops.Sp
     """factor · gradient in `dtype`, rounded once; in place where nobody can see it."""
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    row_ops(spec.execution.backend).scale(gradient, factor)
+    # where the factor can be read for nothing no kernel is needed; Triton's interpreter, there, truncates to bf16
+    row_ops("torch" if factor.device.type == "cpu" else spec.execution.backend).scale(gradient, factor)
     return gradient.to(dtype)
 
 
