@@ -246,8 +246,13 @@ def test_chip_by_the_name_of_a_device(name, chip):
 
 
 def test_beside_the_measured_cpu():
-    """Only products are charged there, so the measured time is more, and for ours not much more."""
+    """Only products are charged there, so the measured time is more, and for ours not much more.
+
+    At the largest T of which every method was measured: a floor of few tokens is too short for three samples.
+    """
     compared = [row for _, rows in measured.compared(read(measured.RESULTS / "cpu.jsonl")) for row in rows]
+    main = max(row.record["shape"]["tokens"] for row in compared if row.prediction.method == "linear_token_logprobs")
+    compared = [row for row in compared if row.record["shape"]["tokens"] == main]
     ours = [row for row in compared if row.prediction.method in ("linear_policy_loss", "linear_token_logprobs")]
     assert len(ours) >= 2
     for row in ours:
