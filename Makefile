@@ -2,7 +2,7 @@
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
-# make bench    measure on this machine's GPU, else its CPU, and the peers' heads; rewrite tables and plots
+# make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on one recorded stream, ours beside fp64, into bench_results/

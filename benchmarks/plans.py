@@ -53,7 +53,7 @@ class Standard:
 
 
 STANDARD = {
-    # minutes on two cores
+    # over half an hour on two cores, most of it the peers
     "cpu": Standard(
         "cpu",
         2048,
