@@ -148,7 +148,7 @@ class Problem:
         shard = options.vocab_shard
         execution = Execution(
             self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row, shard,
-            options.head_dtype, options.batch_invariant,
+            options.head_dtype, options.batch_invariant, float(getattr(options, "sparse_grad", 0.0)),
         )  # fmt: skip
         local_vocab = self.vocab if shard is None else shard.real_rows(self.vocab)
         return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)

@@ -135,6 +135,24 @@ def policy_metrics(
     }
 
 
+def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """What `sparse_grad` did, all inputs [N]; 0 where no row qualifies.
+
+    sparse_share     rows whose gradient is sparse over rows with a gradient
+    sparse_entries   their mean number of vocabulary entries with a gradient, the target among them
+    left_out_mean    their mean probability mass without one; left_out_share_max the largest over 1 - p_y, at most τ
+    """
+    sparse = active & (entries > 0)
+    miss = -torch.expm1(logprobs)
+    values = {
+        "sparse_share": _mean(sparse.to(entries.dtype), active),
+        "sparse_entries": _mean(entries, sparse),
+        "left_out_mean": _mean(left_out, sparse),
+        "left_out_share_max": _extreme(left_out / torch.where(miss > 0, miss, 1), sparse, largest=True),
+    }
+    return {PREFIX + name: value.detach() for name, value in values.items()}
+
+
 def combined_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The metrics of M batches, [M] under each name, as those of their union, 0-d."""
     return {

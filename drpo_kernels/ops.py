@@ -13,6 +13,7 @@ from torch import Tensor
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
 from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
+from drpo_kernels.backends.sparse import outcome_fields, sparse_policy_sweep
 from drpo_kernels.backends.sweep import (
     Execution,
     Gradients,
@@ -46,7 +47,7 @@ class Spec:
             objective, terms.kl_estimator or "", str(terms.kl_importance), str(terms.entropy_bonus), run.backend,
             _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "",
-            str(run.batch_invariant),
+            str(run.batch_invariant), str(run.sparse_grad),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary may be symbolic in a graph: a number, not a word
@@ -54,12 +55,13 @@ class Spec:
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant = words
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, *rest = words
+        head, invariant, sparse = rest
         vocab, scale, softcap, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
-            head_dtype=head or None, batch_invariant=invariant == "True",
+            head_dtype=head or None, batch_invariant=invariant == "True", sparse_grad=float(sparse),
         )  # fmt: skip
         return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
 
@@ -77,7 +79,8 @@ def _dtype_of(name: str) -> torch.dtype | None:
 
 def _linear_policy(hidden, weight, bias, targets, rows, main_grad, spec: Spec, wanted: list[bool]):
     head = Head(weight, bias, spec.vocab, spec.transform, main_grad)
-    outcome, gradients = policy_sweep(hidden, head, targets, rows, spec.terms, spec.execution, Wanted(*wanted))
+    sweep = sparse_policy_sweep if spec.execution.sparse_grad else policy_sweep
+    outcome, gradients = sweep(hidden, head, targets, rows, spec.terms, spec.execution, Wanted(*wanted))
     return outcome, *_present(gradients, hidden)
 
 
@@ -189,7 +192,8 @@ linear_policy = _define(
     "linear_policy",
     f"{_HEAD}, Tensor(a!)? main_grad, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
     lambda hidden, weight, bias, targets, rows, main_grad, words, numbers, wanted: (
-        rows.new_empty(len(Outcome), rows.shape[1]), *_empty_gradients(hidden, weight, bias, main_grad, wanted)
+        rows.new_empty(outcome_fields(float(words[-1])), rows.shape[1]),
+        *_empty_gradients(hidden, weight, bias, main_grad, wanted),
     ),
 )  # fmt: skip
 linear_statistics = _define(

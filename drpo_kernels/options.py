@@ -19,6 +19,7 @@ from drpo_kernels.objectives import DRPO, Objective
 # options that mean nothing where the logits exist already
 LINEAR_ONLY = (
     "workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "vocab_shard", "main_grad", "loss_scale",
+    "sparse_grad",
 )  # fmt: skip
 
 
@@ -100,6 +101,12 @@ class PolicyOptions(LogprobOptions):
     loss_scale        with main_grad, number > 0: what the loss will be multiplied by before its backward (loss scale,
                       1 / accumulation steps). The backward checks it to 1e-5, on a GPU by a device-side assertion; the
                       gradients of hidden and bias, and out.loss, are as without it
+    sparse_grad       τ in [0, 1), of `linear_policy_loss`: a row's gradient reaches its target and the fewest other
+                      tokens that leave out at most τ · (1 - p_y) of the row's probability, by gathering their rows of
+                      the weight; 2F in place of 6F for rows that few tokens suffice for, while the others stay dense
+                      and exact. The loss, log-probs and entropy are exact. 0: every gradient is exact; 0.005 to 0.02
+                      errs about as bf16 rounding does: docs/sparse.md. metrics["drpo/sparse_share"] says how many
+                      rows it was. Not with an entropy bonus, vocab_shard, batch_invariant or a sequence objective
     """
 
     objective: Objective = DRPO()
@@ -115,6 +122,7 @@ class PolicyOptions(LogprobOptions):
     token_weights: Tensor | None = None
     compact: str = "active"
     loss_scale: float = 1.0
+    sparse_grad: float = 0.0
 
 
 def _documentation(options: type) -> str:

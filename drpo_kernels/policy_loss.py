@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import ops
-from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kl import kl_loss
-from drpo_kernels.metrics import policy_metrics
+from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.tokens import Tokens
@@ -164,6 +164,9 @@ def _policy_loss(
             options.objective, logprobs, entropy, outcome[Outcome.SLOPE], logprobs if old_logprobs is None else old,
             inputs.rows[Row.ADVANTAGE], inputs.computed, inputs.valid, inputs.unscorable,
         )  # fmt: skip
+        if options.sparse_grad:
+            active = inputs.rows[Row.KIND] == RowKind.ACTIVE
+            metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
     shape = targets.shape
     return PolicyLossOutput(
         loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics

@@ -260,6 +260,26 @@ def check_policy_options(
     _check_choice("compact", options.compact, COMPACT)
     if options.kl_coef and options.ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given with kl_coef = {options.kl_coef}, got None")
+    _check_sparse_grad(options)
+
+
+def _check_sparse_grad(options: PolicyOptions) -> None:
+    check_number("sparse_grad", options.sparse_grad, positive=False)
+    if not 0 <= options.sparse_grad < 1:
+        raise ValueError(f"sparse_grad must be in [0, 1), got {options.sparse_grad}")
+    if not options.sparse_grad:
+        return
+    shard = options.vocab_shard
+    for name, clash in (
+        ("entropy_coef", options.entropy_coef != 0),  # its gradient is not bounded by the mass left out
+        ("vocab_shard", shard is not None and len(shard.sizes) > 1),
+        ("batch_invariant", options.batch_invariant),
+        ("backend", options.backend == "reference"),
+        ("objective", options.objective.sequence_level),
+    ):
+        if clash:
+            value = getattr(options, name)
+            raise ValueError(f"sparse_grad must be 0 with {name} = {value!r}, got {options.sparse_grad}")
 
 
 def _check_spread(name: str, value: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:

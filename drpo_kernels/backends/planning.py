@@ -93,6 +93,7 @@ class SweepPlan:
     forward: ChunkPlan  # of the rows without
     retained: bool  # one window of all rows, on top of the workspace
     weight_gradient: WeightGradient
+    compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
 
     @property
     def in_place(self) -> bool:
@@ -102,7 +103,7 @@ class SweepPlan:
         over float32 logits lands on another element, which another thread of the row's program may not have loaded yet,
         and nothing orders the two: then dlogits have a buffer of their own.
         """
-        return self.storage.logits == self.storage.dlogits
+        return self.storage.logits == self.storage.dlogits and not self.compacts
 
     @property
     def logits_rows(self) -> int:
@@ -167,12 +168,17 @@ def plan(
     workspace: int | None = None,
     row_multiple: int = 1,
     main_grad: bool = False,
+    sparse: bool = False,
 ) -> SweepPlan:
-    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows."""
+    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows.
+
+    `sparse`: of `sparse_grad`, whose windows are those of all rows being dense, and whose dW is always a sum.
+    """
     # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
-    accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator
+    accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator and not sparse
     retained = accumulates and storage.dlogits == torch.bfloat16 and retain_dlogits(sizes.active, sizes.hidden)
-    in_place, logit_bytes = storage.logits == storage.dlogits, storage.logits.itemsize
+    compacts = sparse and device.type != "cpu"
+    in_place, logit_bytes = storage.logits == storage.dlogits and not compacts, storage.logits.itemsize
     beside = 0 if in_place or retained or not sizes.active else storage.dlogits.itemsize
     budget = workspace_bytes(device, sizes.vocab, logit_bytes + beside, workspace)
     row, copied = sizes.vocab * logit_bytes, sizes.hidden * storage.copied
@@ -189,11 +195,13 @@ def plan(
     forward = _equal(sizes.forward, most)
     return SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
-        _weight_gradient(storage, windows, wanted.weight, main_grad),
+        _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
     )  # fmt: skip
 
 
-def _weight_gradient(storage: Storage, windows: ChunkPlan, wanted: bool, main_grad: bool) -> WeightGradient:
+def _weight_gradient(
+    storage: Storage, windows: ChunkPlan, wanted: bool, main_grad: bool, sparse: bool
+) -> WeightGradient:
     if not wanted:
         return WeightGradient.NONE
     if main_grad:
@@ -201,7 +209,7 @@ def _weight_gradient(storage: Storage, windows: ChunkPlan, wanted: bool, main_gr
     if storage.weight == storage.accumulator:
         return WeightGradient.OWN_SUM
     # float16 waits in float32 for the upstream scale
-    rounds = len(windows) <= 1 and storage.weight == storage.dlogits != torch.float16
+    rounds = len(windows) <= 1 and not sparse and storage.weight == storage.dlogits != torch.float16
     return WeightGradient.PRODUCT if rounds else WeightGradient.WIDE_SUM
 
 

@@ -54,6 +54,13 @@ class Outcome(IntEnum):
     SLOPE = 3  # dℓ/dlogπ of the policy term alone, without its coefficient
 
 
+class Sparsity(IntEnum):
+    """What follows `Outcome` in a row's report where `sparse_grad` is used."""
+
+    ENTRIES = 4  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
+    LEFT_OUT = 5  # probability mass of the others, which have no gradient
+
+
 @dataclass(frozen=True)
 class Transform:
     """How raw logits x become z = factor · b.
@@ -89,6 +96,18 @@ class RowBatch(NamedTuple):
     transform: Transform
     bias: Tensor | None = None  # [V]
     sharded: bool = False  # a target outside [0, V) belongs to another shard: no bad one, in no column here
+    order: Tensor | None = None  # [N] int64, ascending: whose logits targets and rows are of; None: row for row
+    exponentials: bool = False  # the logits hold 2^q of `TorchRows` by now
+
+
+class Selection(NamedTuple):
+    """The largest entries of the sparse rows of a chunk, ordered by row, their targets not among them."""
+
+    sparse: Tensor  # bool [n]
+    counts: Tensor  # of a row, [n] int64; 0 where it is dense
+    columns: Tensor  # [M] int64
+    probs: Tensor  # [M], times 1 - tanh² of a softcap
+    left_out: Tensor  # mass of the other entries, [n]; 0 where it is dense
 
 
 class RowOps(Protocol):
@@ -99,6 +118,14 @@ class RowOps(Protocol):
 
     def statistics(self, batch: RowBatch) -> Tensor:
         """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+
+    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
+        """Statistics of logits that nobody but `select` and `write_gradient` will read, and the batch to hand them."""
+
+    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
+        """Of each ACTIVE row the fewest entries that leave out at most tolerance · (1 - p_y); more than `limit` make
+        it dense. A row whose largest `limit` entries leave out only half as much is sparse for certain.
+        """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [1 or 2, N]."""

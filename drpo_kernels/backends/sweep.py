@@ -45,6 +45,7 @@ class Execution:
     shard: VocabShard | None = None
     head_dtype: str | None = None  # of the logits' product alone, which it does change: see fp8_head.py
     batch_invariant: bool = False  # products in one order: see triton/invariant.py
+    sparse_grad: float = 0.0  # the share of 1 - p_y that a row's gradient may leave out: see sparse.py
 
 
 class Head(NamedTuple):
@@ -141,6 +142,7 @@ class LinearSweep:
             workspace=self.execution.workspace_bytes,
             row_multiple=matmul.row_multiple,
             main_grad=self.head.main_grad is not None,
+            sparse=self.execution.sparse_grad > 0,
         )
 
     def _allocate(self) -> None:
@@ -158,7 +160,8 @@ class LinearSweep:
         hidden_dtype = stored_gradient_dtype(self.hidden.dtype)
         hidden_gradient = weight_gradient = bias_gradient = None
         if self.wanted.hidden:
-            make = torch.zeros_like if self.active < self.count else torch.empty_like
+            written = self.active == self.count and not self.execution.sparse_grad  # no product writes a SKIPPED row
+            make = torch.empty_like if written else torch.zeros_like
             hidden_gradient = make(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
             hidden_gradient = hidden_gradient.view(-1, self.hidden.shape[-1])
         if self.wanted.weight and self.head.main_grad is None:
@@ -191,21 +194,22 @@ class LinearSweep:
             undo = compute(rows, self._batch(rows, logits), dlogits)
         return undo
 
-    def hidden_rows(self, rows: slice) -> Tensor:
+    def hidden_rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
         x = self.matmul.operand(self._selected(rows))
         if self.execution.every_row:
             x = torch.where((self.rows[Row.KIND, rows] > RowKind.SKIPPED)[:, None], x, 0)
         return x
 
-    def _selected(self, rows: slice) -> Tensor:
+    def _selected(self, rows: slice | Tensor) -> Tensor:
         """Hidden states as they are, [n, H]: a view where rows follow each other, or a copy of these alone."""
         if self._hidden_view is not None:
             return self._hidden_view[rows if self.index is None else self.index[rows]]
-        if self.index is None:
+        positions = rows
+        if isinstance(rows, slice):
             positions = torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        else:
-            positions = self.index[rows]
+        if self.index is not None:
+            positions = self.index[positions]
         places = []
         for size in reversed(self.hidden.shape[:-1]):  # torch.unravel_index would send the shape to the device
             places.insert(0, positions % size)
@@ -219,8 +223,11 @@ class LinearSweep:
 
     def _accumulate(self, window: slice, undo: Tensor | None) -> None:
         """Add the window's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
-        first = window.start == 0
         dlogits = (self._logits if self._dlogits is None else self._dlogits)[: window.stop - window.start]
+        self._accumulate_rows(window, dlogits, undo, first=window.start == 0)
+
+    def _accumulate_rows(self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None, first: bool) -> None:
+        """Of the rows of a window, a range or positions [n], whose dlogits [n, V] are ready."""
         complete = self._add_hidden_gradient(window, dlogits, undo) if self.wanted.hidden else _nothing
         if self.wanted.weight:
             adds = self.head.main_grad is not None
@@ -230,7 +237,7 @@ class LinearSweep:
             self.matmul.add_bias_gradient(dlogits, self._gradients.bias[: self.head.vocab], first=first, undo=undo)
         complete()
 
-    def _add_hidden_gradient(self, window: slice, dlogits: Tensor, undo: Tensor | None) -> Callable[[], None]:
+    def _add_hidden_gradient(self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None) -> Callable[[], None]:
         """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
 
         Sums over a shard's group are in the accumulator's precision, and under way while dW is computed.
@@ -239,17 +246,18 @@ class LinearSweep:
         sums = self.shard is not None and not self.shard.partial_hidden_gradient
         direct = not sums and gradient.dtype in self.matmul.hidden_gradient_dtypes
 
-        def place(rows: slice, dx: Tensor, complete_sum: Callable[[], object]) -> None:
+        def place(rows: slice | Tensor, dx: Tensor, complete_sum: Callable[[], object]) -> None:
             complete_sum()
             gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
 
         complete = _nothing
-        if direct and self.index is None:
+        ranged = isinstance(window, slice)
+        if direct and self.index is None and ranged:
             self._hidden_gradient(dlogits, gradient[window], undo)
             return complete
         for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
-            rows = slice(window.start + piece.start, window.start + piece.stop)
+            rows = slice(window.start + piece.start, window.start + piece.stop) if ranged else window[piece]
             dtype = gradient.dtype if direct else self.matmul.accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
             self._hidden_gradient(dlogits[piece], dx, undo)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Stat, Terms, row_losses
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Selection, Stat, Terms, row_losses
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
@@ -18,6 +18,10 @@ LOWEST_SHIFT = -1e5
 # logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
 CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
+# columns whose maximum is taken before any of them is looked at
+LANE = 64
+# of a share of 1 - p_y that was added up in float32
+ROUNDING = 4e-6
 # elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
 SCALE_BLOCK = 1 << 24
 
@@ -41,7 +45,39 @@ class TorchRows:
         statistics = _from_sums(*sums, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
+    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
+        kept = (
+            batch.transform.softcap is None
+            and batch.logits.dtype == batch.rows.dtype
+            and batch.logits.device.type == "cpu"
+            and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
+        )
+        statistics = self._statistics(batch, keep=kept)
+        return statistics, batch._replace(exponentials=kept, bias=None if kept else batch.bias)
+
+    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
+        scratch, others = _Scratch(batch), statistics[Stat.MISS] * statistics[Stat.SUM]
+        index, _ = _safe(batch)
+        # below this, `limit` entries weigh half of what may be left out: none of them matters to whether they suffice
+        floor = others * (tolerance / (2 * limit))
+        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
+        parts = []
+        for block in scratch.blocks(RowKind.ACTIVE):
+            first = block.start if isinstance(block, slice) else None
+            e, chain = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
+            rows, columns, values = _above(e, floor[block], 3 * limit)
+            chained = values if chain is None else values * chain[rows, columns]
+            parts.append((rows + first if first is not None else block[rows], columns, values, chained))
+        if not parts:
+            parts.append((index.new_empty(0), index.new_empty(0), floor.new_empty(0), floor.new_empty(0)))
+        candidates = [torch.cat(part) for part in zip(*parts, strict=True)]
+        active = batch.rows[Row.KIND] == RowKind.ACTIVE
+        return _fewest(*candidates, others, statistics[Stat.SUM], active, tolerance, limit)
+
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        if batch.exponentials:
+            self._scale_exponentials(batch, statistics, slopes, out)
+            return
         vocab = batch.logits.shape[1]
         scratch = _Scratch(batch)
         per_row = _GradientRows.of(batch, statistics, slopes)
@@ -55,6 +91,19 @@ class TorchRows:
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
         if not scratch.on_cpu or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
+
+    def _scale_exponentials(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        """slope · (onehot - p) from the 2^q that are there: in order, so that `out` may be an earlier part of them."""
+        per_row = _GradientRows.of(batch, statistics, slopes)
+        count, vocab = batch.rows.shape[1], batch.logits.shape[1]
+        together = batch.order is None or len(batch.order) == len(batch.logits)
+        step = max(CPU_BLOCK // max(vocab, 1), 1)
+        for block in (slice(start, min(start + step, count)) for start in range(0, count, step)):
+            e = batch.logits[block] if together else batch.logits[batch.order[block]]
+            gradient = torch.mul(e, per_row.scale[block], out=out[block] if together else e)
+            gradient.scatter_(1, per_row.index[block], per_row.at_target[block])
+            if not together:
+                out[block] = gradient
 
     def fuses(self, terms: Terms) -> bool:
         return not terms.entropy_bonus
@@ -100,7 +149,7 @@ class _Scratch:
     def __init__(self, batch: RowBatch):
         self.batch = batch
         self.on_cpu = batch.logits.device.type == "cpu"
-        count, vocab = batch.logits.shape
+        count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
         self._buffers = batch.rows.new_empty(2, self.block, vocab)
         # 16-bit logits and a 16-bit bias would be added, and rounded, in 16 bits
@@ -108,7 +157,7 @@ class _Scratch:
 
     def blocks(self, least: RowKind) -> list[slice | Tensor]:
         """Blocks of the rows of at least this kind; away from the CPU, where asking would synchronise, of all rows."""
-        count = self.batch.logits.shape[0]
+        count = self.batch.rows.shape[1]
         wanted = self.batch.rows[Row.KIND] >= least
         if self.on_cpu and not wanted.all():
             return list(wanted.nonzero()[:, 0].split(self.block)) if wanted.any() else []
@@ -116,7 +165,8 @@ class _Scratch:
 
     def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
         """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
-        x, transform = self.batch.logits[block], self.batch.transform
+        order, transform = self.batch.order, self.batch.transform
+        x = self.batch.logits[block if order is None else order[block]]
         buffers = self._buffers[:, : x.shape[0]]
         if self._bias is not None:
             x = torch.add(x, self._bias, out=buffers[0])
@@ -125,6 +175,72 @@ class _Scratch:
             scale = buffers.new_full((1,), transform.logit_scale / transform.softcap)
             x = torch.mul(x, scale, out=buffers[0]).tanh_()
         return x, buffers
+
+    def exponentials(
+        self, block: slice | Tensor, row_max: Tensor, factor: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(2^q of the block [n, V], 0 at the target; 1 - tanh² of a soft-cap, or None)."""
+        if self.batch.exponentials:
+            return self.batch.logits[block], None
+        base, buffers = self.base(block)
+        chain = None if self.batch.transform.softcap is None else 1 - base.square()
+        q = torch.sub(base, row_max[block, None], out=buffers[0]).mul_(factor[block, None])
+        return q.exp2_().scatter_(1, index[block], 0), chain
+
+
+def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column, value) of the entries of a block e [n, V] that reach their row's floor, ordered by row.
+
+    Stretches of LANE columns are looked into where their maximum does. A row of more than `most` such stretches is
+    given up: none of its entries is returned.
+    """
+    count, vocab = e.shape
+    whole = vocab // LANE * LANE
+    lanes = e[:, :whole].unflatten(1, (-1, LANE)) if whole else e.new_empty(count, 0, LANE)
+    hit = lanes.amax(2) >= floor[:, None] if whole else e.new_empty(count, 0, dtype=torch.bool)
+    hit &= hit.sum(1, keepdim=True) <= most
+    row, lane = hit.nonzero(as_tuple=True)
+    values = lanes[row, lane]
+    stretch, within = (values >= floor[row, None]).nonzero(as_tuple=True)
+    rows, columns = row[stretch], lane[stretch] * LANE + within
+    found = values[stretch, within]
+    if whole < vocab:
+        rest = e[:, whole:]
+        rest_rows, rest_columns = (rest >= floor[:, None]).nonzero(as_tuple=True)
+        pairs = ((rows, rest_rows), (columns, whole + rest_columns), (found, rest[rest_rows, rest_columns]))
+        joined = [torch.cat(pair) for pair in pairs]
+        order = joined[0].argsort(stable=True)
+        rows, columns, found = (part[order] for part in joined)
+    return rows, columns, found
+
+
+def _fewest(
+    rows: Tensor, columns: Tensor, values: Tensor, chained: Tensor, others: Tensor, total: Tensor, active: Tensor,
+    tolerance: float, limit: int,
+) -> Selection:  # fmt: skip
+    """Of candidates ordered by row, each row's smallest are left out while they and the rest weigh at most the budget.
+
+    Weights are over 1 - p_y, in float64.
+    """
+    count = len(others)
+    weights = values.double() / others[rows].double()
+    order = weights.argsort(stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    found = torch.bincount(rows, minlength=count)
+    sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
+    stops = found.cumsum(0)
+    starts = stops - found
+    outside = 1 - (sums[stops] - sums[starts])  # what weighs too little to be a candidate
+    owner = rows[order]
+    with_it = outside[owner] + sums[1:] - sums[starts][owner]
+    kept = torch.empty_like(owner, dtype=torch.bool)
+    kept[order] = with_it > tolerance - ROUNDING
+    counts = torch.bincount(rows[kept], minlength=count)
+    sparse = active & (counts <= limit) & (outside <= tolerance - ROUNDING)
+    kept &= sparse[rows]
+    mass = torch.segment_reduce(weights.where(kept, weights.new_zeros(())), "sum", lengths=found, initial=0)
+    left_out = torch.where(sparse, (1 - mass).clamp(min=0) * (others / total).double(), 0).to(others.dtype)
+    return Selection(sparse, counts.where(sparse, 0), columns[kept], (chained / total[rows])[kept], left_out)
 
 
 def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms
+from drpo_kernels.backends.rows import Outcome, RowBatch, Selection, Stat, Terms
+from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.kl import KL_ESTIMATORS
@@ -28,7 +29,15 @@ class TritonRows:
         self._launch(kernels.statistics_kernel, batch, statistics, statistics.stride(0))
         return statistics
 
+    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
+        return self.statistics(batch), batch
+
+    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
+        return TorchRows().select(batch, statistics, tolerance, limit)
+
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
+        if batch.order is not None:
+            batch = batch._replace(logits=batch.logits[batch.order], order=None)
         self._launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
             out, out.stride(0), out.shape[1], HAS_ENTROPY=slopes.shape[0] > 1,
