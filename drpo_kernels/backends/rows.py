@@ -124,7 +124,7 @@ class RowOps(Protocol):
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         """Of each ACTIVE row the fewest entries that leave out at most tolerance · (1 - p_y); more than `limit` make
-        it dense. A row whose largest `limit` entries leave out only half as much is sparse for certain.
+        it dense, and so may a row of which more than three times as many weigh enough to matter.
         """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:

@@ -41,9 +41,9 @@ class Entries(NamedTuple):
     values: Tensor  # [M]
 
 
-# break-even: entries of a row whose gathers cost as much as its share of dX and dW as products. On two CPU cores an
-# entry takes as long as 32 columns of the products; on an H200 the ratio of matmul rate to bandwidth makes it 264
-COLUMNS_PER_ENTRY = {"cpu": 32, "cuda": 264}
+# break-even: an entry's gathers cost as much as so many columns of the products. An H200: its matmul rate over its
+# bandwidth. Two CPU cores, with the selection of the entry, about as much
+COLUMNS_PER_ENTRY = {"cpu": 256, "cuda": 264}
 LIMIT_LEAST, LIMIT_MOST = 16, 1024
 
 

@@ -191,14 +191,16 @@ class _Scratch:
 def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, value) of the entries of a block e [n, V] that reach their row's floor, ordered by row.
 
-    Stretches of LANE columns are looked into where their maximum does. A row of more than `most` such stretches is
-    given up: none of its entries is returned.
+    Stretches of LANE columns are looked into where their maximum does. A row of more entries than `most`, as far as the
+    number of such stretches tells, is given up: none of its entries there is returned.
     """
     count, vocab = e.shape
     whole = vocab // LANE * LANE
     lanes = e[:, :whole].unflatten(1, (-1, LANE)) if whole else e.new_empty(count, 0, LANE)
     hit = lanes.amax(2) >= floor[:, None] if whole else e.new_empty(count, 0, dtype=torch.bool)
-    hit &= hit.sum(1, keepdim=True) <= most
+    # `most` entries scattered over the stretches reach so many of them
+    reached = hit.shape[1] * -math.expm1(-most / max(hit.shape[1], 1))
+    hit &= hit.sum(1, keepdim=True) <= reached
     row, lane = hit.nonzero(as_tuple=True)
     values = lanes[row, lane]
     stretch, within = (values >= floor[row, None]).nonzero(as_tuple=True)
