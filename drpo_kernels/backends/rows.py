@@ -106,7 +106,7 @@ class Selection(NamedTuple):
     sparse: Tensor  # bool [n]
     counts: Tensor  # of a row, [n] int64; 0 where it is dense
     columns: Tensor  # [M] int64
-    probs: Tensor  # [M], times 1 - tanh² of a softcap
+    probs: Tensor  # [M]
     left_out: Tensor  # mass of the other entries, [n]; 0 where it is dense
 
 

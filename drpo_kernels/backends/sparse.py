@@ -135,14 +135,15 @@ class SparseSweep(LinearSweep):
         chain = slopes[0] * (transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])
         target = batch.targets[rows]
         at_target = chain[rows] * statistics[Stat.MISS, rows]
-        if transform.softcap is not None:
-            at_target = at_target * target_slope(batch, statistics, rows)
         owner = torch.arange(len(chosen.counts), device=rows.device).repeat_interleave(
             chosen.counts, output_size=len(chosen.columns)
         )
-        every = torch.cat([rows, owner])
+        every, columns = torch.cat([rows, owner]), torch.cat([target, chosen.columns])
+        values = torch.cat([at_target, -chain[owner] * chosen.probs])
+        if transform.softcap is not None:
+            logp = torch.cat([statistics[Stat.LOGPROB, rows], chosen.probs.log()])
+            values = values * capped_slope(batch, statistics, every, logp)
         order = every.argsort(stable=True)
-        columns, values = torch.cat([target, chosen.columns]), torch.cat([at_target, -chain[owner] * chosen.probs])
         return Entries(start + every[order], columns[order], values[order])
 
     def _add_entries(self, entries: Entries) -> None:
@@ -177,10 +178,10 @@ class SparseSweep(LinearSweep):
         return self._selected(slice(0, self.active)), rows
 
 
-def target_slope(batch: RowBatch, statistics: Tensor, rows: Tensor) -> Tensor:
-    """1 - b_y² of a soft-cap, from log p_y: b_y = max b + (log p_y + log Σ) / factor."""
+def capped_slope(batch: RowBatch, statistics: Tensor, rows: Tensor, logp: Tensor) -> Tensor:
+    """1 - b² of a soft-cap at entries [M] of `rows` with log-probs `logp`: b = max b + (log p + log Σ) / factor."""
     factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE, rows])
-    q = statistics[Stat.LOGPROB, rows] + statistics[Stat.SUM, rows].log()
+    q = logp + statistics[Stat.SUM, rows].log()
     return 1 - (statistics[Stat.MAX, rows] + q / factor).square()
 
 

@@ -64,12 +64,11 @@ class TorchRows:
         parts = []
         for block in scratch.blocks(RowKind.ACTIVE):
             first = block.start if isinstance(block, slice) else None
-            e, chain = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
+            e = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
             rows, columns, values = _above(e, floor[block], 3 * limit)
-            chained = values if chain is None else values * chain[rows, columns]
-            parts.append((rows + first if first is not None else block[rows], columns, values, chained))
+            parts.append((rows + first if first is not None else block[rows], columns, values))
         if not parts:
-            parts.append((index.new_empty(0), index.new_empty(0), floor.new_empty(0), floor.new_empty(0)))
+            parts.append((index.new_empty(0), index.new_empty(0), floor.new_empty(0)))
         candidates = [torch.cat(part) for part in zip(*parts, strict=True)]
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
         return _fewest(*candidates, others, statistics[Stat.SUM], active, tolerance, limit)
@@ -178,14 +177,13 @@ class _Scratch:
 
     def exponentials(
         self, block: slice | Tensor, row_max: Tensor, factor: Tensor, index: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """(2^q of the block [n, V], 0 at the target; 1 - tanh² of a soft-cap, or None)."""
+    ) -> Tensor:
+        """2^q of the block [n, V], 0 at the target."""
         if self.batch.exponentials:
-            return self.batch.logits[block], None
+            return self.batch.logits[block]
         base, buffers = self.base(block)
-        chain = None if self.batch.transform.softcap is None else 1 - base.square()
         q = torch.sub(base, row_max[block, None], out=buffers[0]).mul_(factor[block, None])
-        return q.exp2_().scatter_(1, index[block], 0), chain
+        return q.exp2_().scatter_(1, index[block], 0)
 
 
 def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,8 +215,8 @@ def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _fewest(
-    rows: Tensor, columns: Tensor, values: Tensor, chained: Tensor, others: Tensor, total: Tensor, active: Tensor,
-    tolerance: float, limit: int,
+    rows: Tensor, columns: Tensor, values: Tensor, others: Tensor, total: Tensor, active: Tensor, tolerance: float,
+    limit: int,
 ) -> Selection:  # fmt: skip
     """Of candidates ordered by row, each row's smallest are left out while they and the rest weigh at most the budget.
 
@@ -242,7 +240,7 @@ def _fewest(
     kept &= sparse[rows]
     mass = torch.segment_reduce(weights.where(kept, weights.new_zeros(())), "sum", lengths=found, initial=0)
     left_out = torch.where(sparse, (1 - mass).clamp(min=0) * (others / total).double(), 0).to(others.dtype)
-    return Selection(sparse, counts.where(sparse, 0), columns[kept], (chained / total[rows])[kept], left_out)
+    return Selection(sparse, counts.where(sparse, 0), columns[kept], (values / total[rows])[kept], left_out)
 
 
 def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.rows import Outcome, RowBatch, Selection, Stat, Terms
-from drpo_kernels.backends.torch_rows import TorchRows
-from drpo_kernels.backends.triton import kernels
+from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.kl import KL_ESTIMATORS
 
@@ -33,7 +32,24 @@ class TritonRows:
         return self.statistics(batch), batch
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        return TorchRows().select(batch, statistics, tolerance, limit)
+        count, miss = batch.rows.shape[1], statistics[Stat.MISS]
+        capacity = 1 << (3 * limit - 1).bit_length()
+        columns = torch.empty(count, capacity, dtype=torch.int32, device=batch.logits.device)
+        shares = batch.rows.new_empty(count, capacity)
+        counts, left_out = columns.new_empty(count), batch.rows.new_empty(count)
+        self._launch(
+            sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit, columns, shares,
+            counts, left_out, CAPACITY=capacity,
+        )  # fmt: skip
+        chosen = counts >= 0
+        kept = counts.clamp(min=0).to(torch.int64)
+        total = int(kept.sum())
+        owner = torch.arange(count, device=kept.device).repeat_interleave(kept, output_size=total)
+        place = torch.arange(total, device=kept.device) - (kept.cumsum(0) - kept)[owner]
+        mass = (left_out * miss).where(chosen, 0)
+        return Selection(
+            chosen, kept, columns[owner, place].to(torch.int64), shares[owner, place] * miss[owner], mass
+        )
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         if batch.order is not None:
