@@ -101,13 +101,23 @@ class RowBatch(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The largest entries of the sparse rows of a chunk, ordered by row, their targets not among them."""
+    """Which rows of a chunk are dense, and the entries of the others: their targets and their largest probabilities."""
 
-    sparse: Tensor  # bool [n]
-    counts: Tensor  # of a row, [n] int64; 0 where it is dense
+    dense: Tensor  # positions, ascending, [D] int64
+    counts: Tensor  # entries of a row, [n] int64; 0 where it is dense, or not ACTIVE
+    rows: Tensor  # of each entry, ascending, [M] int64
     columns: Tensor  # [M] int64
-    probs: Tensor  # [M]
-    left_out: Tensor  # mass of the other entries, [n]; 0 where it is dense
+    weights: Tensor  # p, or p - 1 < 0 at the target, [M]
+    left_out: Tensor  # mass of the entries that are not there, [n]; 0 where counts are
+
+
+class GatheredSums(NamedTuple):
+    """G sums of rows of a table [R, H], each of consecutive factor · row, to be put at a place of its own."""
+
+    index: Tensor  # [M] int64, rows of the table
+    factors: Tensor  # [M], in the accumulator's dtype
+    offsets: Tensor  # [G + 1] int64
+    places: Tensor  # [G] int64, rows of the output; no two are the same
 
 
 class RowOps(Protocol):
@@ -123,8 +133,17 @@ class RowOps(Protocol):
         """Statistics of logits that nobody but `select` and `write_gradient` will read, and the batch to hand them."""
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        """Of each ACTIVE row the fewest entries that leave out at most tolerance · (1 - p_y); more than `limit` make
-        it dense, and so may a row of which more than three times as many weigh enough to matter.
+        """Of each ACTIVE row the fewest entries beside its target that leave out at most tolerance · (1 - p_y); more
+        than `limit` make it dense, and so may a row of which more than three times as many weigh enough to matter.
+        """
+
+    def gathered_sums(
+        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """out[places] += sums, or with `base` (a row [H], factors [G]) out[places] = sums + factors · row.
+
+        Rows of the table are rounded to `dtype`, sums are added in the order given in the accumulator's precision, and
+        rounded once to that of `out` [., H].
         """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:

@@ -1,59 +1,49 @@
-"""Gradients of few entries: the sweep of `sparse_grad`, which pays 4F for the rows alone that many tokens share.
+"""The sweep of `sparse_grad`: a row whose probability few tokens hold pays 2F, not 6F. docs/sparse.md has the bounds.
 
-A row's dlogits are slope · (onehot - p). With S_t its largest other entries, of which those left out weigh at most
-τ · (1 - p_y):
-    dX_t  = slope_t · ((1 - p_y) W[y_t] - Σ_{v in S_t} p_v W[v])
-    dW   += Σ_t slope_t · ((1 - p_y) e_{y_t} - Σ_{v in S_t} p_v e_v) x_tᵀ        by column, in a fixed order
-A row that needs more than `limit` entries is dense: its whole dlogits are kept until a window of such rows is full, of
-which dX and dW are one product each. docs/sparse.md has the bound on the error, and how S_t is found in one pass.
+A row's dlogits are slope · (onehot - p). With S its largest entries other than the target, chosen so that the rest
+weighs m <= τ · (1 - p_y), and W̄ the mean row of the weight:
+    dX_t  = slope · ((1 - p_y) W[y] - Σ_{v in S} p_v W[v] - m W̄)
+    dW   += slope · ((1 - p_y) e_y - Σ_{v in S} p_v e_v - m/V · 1) x_tᵀ         by column, in a fixed order
+so that what is left out is spread evenly, and dlogits still sum to 0. (Behind a soft-cap they need not, and there it
+has no gradient.) A row that needs more entries than the plan's limit is dense: its dlogits wait, among those of other
+such rows, until a window of them is full, of which dX and dW are one product each.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from drpo_kernels.backends.matmul import HeadProducts, cast_rows, exact_float32
-from drpo_kernels.backends.planning import Wanted
+from drpo_kernels.backends.matmul import exact_float32
+from drpo_kernels.backends.planning import Wanted, entry_limit
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import (
+    GatheredSums,
     Outcome,
     Row,
     RowBatch,
-    RowKind,
     Selection,
     Sparsity,
     Stat,
     Terms,
+    float16_scale,
     row_losses,
 )
 from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep
 
 
 class Entries(NamedTuple):
-    """dlogits in coordinates, ordered by row."""
+    """dlogits of sparse rows in coordinates, ordered by row."""
 
+    counts: Tensor  # of each of the rows swept so far, [n] int64; 0 for a dense one
     rows: Tensor  # [M] int64, positions among the swept rows
     columns: Tensor  # [M] int64
     values: Tensor  # [M]
-
-
-# break-even: an entry's gathers cost as much as so many columns of the products. An H200: its matmul rate over its
-# bandwidth. Two CPU cores, with the selection of the entry, about as much
-COLUMNS_PER_ENTRY = {"cpu": 256, "cuda": 264}
-LIMIT_LEAST, LIMIT_MOST = 16, 1024
+    spread: Tensor  # what each row's dlogits leave to all V columns together, [n]
 
 
 def outcome_fields(sparse_grad: float) -> int:
     return len(Outcome) + (len(Sparsity) if sparse_grad else 0)
-
-
-def entry_limit(vocab: int, device: torch.device) -> int:
-    """The most entries of a sparse row."""
-    return min(max(vocab // COLUMNS_PER_ENTRY.get(device.type, 264), LIMIT_LEAST), LIMIT_MOST)
 
 
 class SparseSweep(LinearSweep):
@@ -65,153 +55,143 @@ class SparseSweep(LinearSweep):
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
             batch = self._batch(rows, self._logits[: chunk.stop - chunk.start])
             outcome[: len(Outcome), rows] = policy_rows(self.ops, batch, self.head.vocab, terms, None)[0]
-        self._dense: list[Tensor] = []  # positions of the rows whose dlogits wait
+        self._waiting = self._logits if self._dlogits is None else self._dlogits  # of dense rows, the first `_filled`
+        self._dense: list[Tensor] = []  # their positions
         self._filled, self._products = 0, 0
+        self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
         parts: list[Entries] = []
         start = 0
         while start < self.active:
             stop = min(start + self._room(), self.active)
             parts.append(self._chunk(slice(start, stop), terms, outcome))
             start = stop
-        self._flush(None)
-        self._logits = self._dlogits = None
         if parts:
-            self._add_entries(Entries(*(torch.cat(x) for x in zip(*parts, strict=True))))
+            self._finish(Entries(*(torch.cat(x) for x in zip(*parts, strict=True))))
 
     def _room(self) -> int:
-        """Rows of the next chunk; the window of dense rows is emptied where little is left beside it."""
-        if self._dlogits is None:
-            if 2 * self._filled > len(self._logits):
-                self._flush(None)
-            return len(self._logits) - self._filled
-        rows = len(self._logits)
-        if self._filled + rows > len(self._dlogits):
-            self._flush(None)
-        return min(rows, len(self._dlogits))
+        """Rows of the next chunk, all of which may be dense; the window is emptied where it has no room for them."""
+        if self._dlogits is None:  # the chunk's logits lie behind the rows that wait
+            if 2 * self._filled > len(self._waiting):
+                self._flush()
+            return len(self._waiting) - self._filled
+        most = min(len(self._logits), len(self._waiting))
+        if self._filled + most > len(self._waiting):
+            self._flush()
+        return most
 
     def _chunk(self, rows: slice, terms: Terms, outcome: Tensor) -> Entries:
-        count = rows.stop - rows.start
-        at = self._filled if self._dlogits is None else 0
-        batch = self._batch(rows, self._logits[at : at + count])
-        statistics, batch = self.ops.consume(batch)
+        count, at = rows.stop - rows.start, self._filled if self._dlogits is None else 0
+        statistics, batch = self.ops.consume(self._batch(rows, self._logits[at : at + count]))
         outcome[: len(Outcome), rows], slopes = row_losses(
             statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms
         )
-        limit = entry_limit(self.head.vocab, self.hidden.device)
+        limit = entry_limit(self.head.vocab)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
-        dense = (~chosen.sparse & (batch.rows[Row.KIND] == RowKind.ACTIVE)).nonzero()[:, 0]
-        outcome[Sparsity.ENTRIES, rows] = (chosen.counts + chosen.sparse).to(outcome.dtype)
+        outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
         outcome[Sparsity.LEFT_OUT, rows] = chosen.left_out
-        if len(dense):
-            self._keep(rows.start + dense, dense, batch, statistics, slopes)
-        return self._entries(rows.start, batch, statistics, slopes, chosen)
+        if len(chosen.dense):
+            self._keep(rows.start, chosen.dense, batch, statistics, slopes)
+        return self._entries(rows, batch, statistics, slopes[0], chosen)
 
-    def _keep(self, positions: Tensor, dense: Tensor, batch: RowBatch, statistics: Tensor, slopes: Tensor) -> None:
+    def _keep(self, start: int, dense: Tensor, batch: RowBatch, statistics: Tensor, slopes: Tensor) -> None:
         """Write the dense rows' dlogits behind those that wait."""
-        buffer = self._logits if self._dlogits is None else self._dlogits
-        out = buffer[self._filled : self._filled + len(dense)]
-        undo = gradient_rows(
-            self.ops, batch._replace(targets=batch.targets[dense], rows=batch.rows[:, dense], order=dense),
-            self.head.vocab, statistics[:, dense], slopes[:, dense], out,
-        )  # fmt: skip
-        self._dense.append(positions)
+        out = self._waiting[self._filled : self._filled + len(dense)]
+        batch = batch._replace(targets=batch.targets[dense], rows=batch.rows[:, dense], order=dense)
+        undo = gradient_rows(self.ops, batch, self.head.vocab, statistics[:, dense], slopes[:, dense], out)
+        self._dense.append(start + dense)
         self._filled += len(dense)
-        if undo is not None:
-            self._flush(undo)  # a float16 scale is of one chunk
+        if undo is not None:  # a float16 scale is of one chunk
+            self._flush(undo)
 
-    def _flush(self, undo: Tensor | None) -> None:
-        """dX, dW and db of the dense rows that wait."""
-        if not self._filled:
+    def _entries(self, rows: slice, batch: RowBatch, statistics: Tensor, slope: Tensor, chosen: Selection) -> Entries:
+        transform = batch.transform
+        slope = slope * (transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])  # dz/dx, up to a soft-cap's 1 - tanh²
+        values = -slope[chosen.rows] * chosen.weights
+        spread = torch.zeros_like(slope)
+        if transform.softcap is not None:
+            values = values * _capped(batch, statistics, chosen)
+        else:
+            spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
+            if self.wanted.weight:
+                self._to_all += spread[None] @ self.hidden_rows(rows).to(spread.dtype)
+        return Entries(chosen.counts, rows.start + chosen.rows, chosen.columns, values, spread)
+
+    def _flush(self, undo: Tensor | None = None, last: bool = False) -> None:
+        """dX, dW and db of the dense rows that wait. `last`: and what all columns get, as one more row of the window,
+        so that dW is read and written once for both.
+        """
+        if not (self._filled or last):
             return
-        buffer = self._logits if self._dlogits is None else self._dlogits
-        self._accumulate_rows(torch.cat(self._dense), buffer[: self._filled], undo, first=not self._products)
+        rows = torch.cat([self._to_all.new_empty(0, dtype=torch.int64), *self._dense])
+        dlogits, x, vocab = self._waiting[: self._filled], self.hidden_rows(rows), self.head.vocab
+        complete = self._add_hidden_gradient(rows, dlogits, undo) if self.wanted.hidden and self._filled else None
+        if self.wanted.bias and self._filled:
+            bias = self._gradients.bias[:vocab]
+            self.matmul.add_bias_gradient(dlogits, bias, first=not self._products, undo=undo)
+        if self.wanted.weight:
+            if last:
+                to_all = self._to_all / vocab
+                if x.dtype == torch.float16:  # nothing else waits: each of its chunks has been flushed
+                    scale, undo = float16_scale(to_all)
+                    to_all = to_all * scale
+                dlogits, x = self._waiting[: self._filled + 1], torch.cat([x, to_all.to(x.dtype)])
+                dlogits[-1] = 1
+            self._add_weight_gradient(dlogits, x, undo, first=not self._products)
+        if complete is not None:
+            complete()
         self._dense, self._filled, self._products = [], 0, self._products + 1
 
-    def _entries(
-        self, start: int, batch: RowBatch, statistics: Tensor, slopes: Tensor, chosen: Selection
-    ) -> Entries:
-        """The targets' entries and the selected ones, ordered by row."""
-        transform, rows = batch.transform, chosen.sparse.nonzero()[:, 0]
-        chain = slopes[0] * (transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])
-        target = batch.targets[rows]
-        at_target = chain[rows] * statistics[Stat.MISS, rows]
-        owner = torch.arange(len(chosen.counts), device=rows.device).repeat_interleave(
-            chosen.counts, output_size=len(chosen.columns)
-        )
-        every, columns = torch.cat([rows, owner]), torch.cat([target, chosen.columns])
-        values = torch.cat([at_target, -chain[owner] * chosen.probs])
-        if transform.softcap is not None:
-            logp = torch.cat([statistics[Stat.LOGPROB, rows], chosen.probs.log()])
-            values = values * capped_slope(batch, statistics, every, logp)
-        order = every.argsort(stable=True)
-        return Entries(start + every[order], columns[order], values[order])
-
-    def _add_entries(self, entries: Entries) -> None:
-        vocab = self.head.vocab
+    def _finish(self, entries: Entries) -> None:
+        """The last window, and the sparse rows."""
+        if self._filled == len(self._waiting):
+            self._flush()
+        self._flush(last=True)
+        self._waiting = self._logits = self._dlogits = None  # the sums need the room
         if self.wanted.hidden:
-            rows, counts = entries.rows.unique_consecutive(return_counts=True)
-            for some, sums in weighted_sums(self.matmul, self.head.weight, entries.columns, entries.values, counts):
-                places = rows[some] if self.index is None else self.index[rows[some]]
-                self._gradients.hidden[places] = sums.to(self._gradients.hidden.dtype)
-        if not (self.wanted.weight or self.wanted.bias):
-            return
+            self._add_to_hidden(entries)
+        if self.wanted.weight or self.wanted.bias:
+            self._add_to_head(entries)
+
+    def _add_to_hidden(self, entries: Entries) -> None:
+        sparse = entries.counts.nonzero()[:, 0]
+        sums = GatheredSums(entries.columns, entries.values, _offsets(entries.counts[sparse]), self._places(sparse))
+        mean = self._to_all.new_empty(1, self.hidden.shape[-1])
+        self.matmul.hidden_gradient(mean.new_ones(1, self.head.vocab, dtype=self.matmul.operand_dtype), mean)
+        base = mean[0] / self.head.vocab, entries.spread[sparse]
+        table = self.head.weight[: self.head.vocab]
+        self.ops.gathered_sums(table, sums, self._gradients.hidden, self.execution.compute_dtype, base)
+
+    def _add_to_head(self, entries: Entries) -> None:
         order = entries.columns.argsort(stable=True)  # by column, and within one by row
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
-        values = entries.values[order]
+        values, offsets = entries.values[order], _offsets(counts)
         if self.wanted.weight:
-            adds = self.head.main_grad is not None
-            out = (self.head.main_grad if adds else self._gradients.weight)[:vocab]
-            if not (adds or self._products):
-                out.zero_()
-            table, rows = self._hidden_table(entries.rows[order])
-            for some, sums in weighted_sums(self.matmul, table, rows, values, counts):
-                out[columns[some]] += sums
-        if self.wanted.bias and len(columns):
-            self._gradients.bias[columns] += torch.segment_reduce(values, "sum", lengths=counts).to(
-                self._gradients.bias.dtype
-            )
+            table, rows = self._hidden_view, self._places(entries.rows[order])
+            if table is None:
+                table, rows = self._selected(slice(0, self.active)), entries.rows[order]
+            sums = GatheredSums(rows, values, offsets, columns)
+            self.ops.gathered_sums(table, sums, self._weight_out, self.execution.compute_dtype)
+        if self.wanted.bias:
+            bias = self._gradients.bias[: self.head.vocab]
+            bias += entries.spread.sum() / self.head.vocab
+            bias[columns] += torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
 
-    def _hidden_table(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden states [R, H], where those of the swept `rows` lie among them)."""
-        if self._hidden_view is not None:
-            return self._hidden_view, rows if self.index is None else self.index[rows]
-        return self._selected(slice(0, self.active)), rows
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where swept rows lie among the caller's."""
+        return rows if self.index is None else self.index[rows]
 
 
-def capped_slope(batch: RowBatch, statistics: Tensor, rows: Tensor, logp: Tensor) -> Tensor:
-    """1 - b² of a soft-cap at entries [M] of `rows` with log-probs `logp`: b = max b + (log p + log Σ) / factor."""
-    factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE, rows])
-    q = logp + statistics[Stat.SUM, rows].log()
-    return 1 - (statistics[Stat.MAX, rows] + q / factor).square()
+def _offsets(counts: Tensor) -> Tensor:
+    """[G] -> [G + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def weighted_sums(
-    matmul: HeadProducts, table: Tensor, index: Tensor, factors: Tensor, counts: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Sums of `counts` [G] consecutive factors [M] times rows of the table [R, H] -> (a range of G, [its length, H]).
-
-    In the accumulator's precision and in order.
-    """
-    stops = counts.cumsum(0)
-    offsets = torch.cat([stops.new_zeros(1), stops])
-    if not len(counts):
-        return
-    if table.dtype == matmul.accumulator:
-        yield slice(0, len(counts)), F.embedding_bag(
-            index, table, offsets[:-1], mode="sum", per_sample_weights=factors.to(table.dtype)
-        )
-        return
-    step = cast_rows(table)
-    pieces = torch.searchsorted(stops, torch.arange(step, int(stops[-1]) + step, step, device=stops.device))
-    edges = sorted({0, len(counts), *pieces.clamp(max=len(counts)).tolist()})
-    for first, last in itertools.pairwise(edges):
-        some = slice(int(offsets[first]), int(offsets[last]))
-        gathered = matmul.operand(table[index[some]]).to(matmul.accumulator)
-        positions = torch.arange(len(gathered), device=index.device)
-        weights = factors[some].to(matmul.accumulator)
-        yield slice(first, last), F.embedding_bag(
-            positions, gathered, offsets[first:last] - some.start, mode="sum", per_sample_weights=weights
-        )
+def _capped(batch: RowBatch, statistics: Tensor, chosen: Selection) -> Tensor:
+    """1 - b² of a soft-cap at the entries, [M]: with log p = factor · (b - max b) - log Σ."""
+    factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
+    logp = torch.where(chosen.weights < 0, statistics[Stat.LOGPROB, chosen.rows], chosen.weights.log())
+    q = logp + statistics[Stat.SUM, chosen.rows].log()
+    return 1 - (statistics[Stat.MAX, chosen.rows] + q / factor[chosen.rows]).square()
 
 
 def sparse_policy_sweep(

@@ -223,19 +223,23 @@ class LinearSweep:
 
     def _accumulate(self, window: slice, undo: Tensor | None) -> None:
         """Add the window's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
+        first = window.start == 0
         dlogits = (self._logits if self._dlogits is None else self._dlogits)[: window.stop - window.start]
-        self._accumulate_rows(window, dlogits, undo, first=window.start == 0)
-
-    def _accumulate_rows(self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None, first: bool) -> None:
-        """Of the rows of a window, a range or positions [n], whose dlogits [n, V] are ready."""
         complete = self._add_hidden_gradient(window, dlogits, undo) if self.wanted.hidden else _nothing
         if self.wanted.weight:
-            adds = self.head.main_grad is not None
-            out = (self.head.main_grad if adds else self._gradients.weight)[: self.head.vocab]
-            self.matmul.add_weight_gradient(dlogits, self.hidden_rows(window), out, first=first and not adds, undo=undo)
+            self._add_weight_gradient(dlogits, self.hidden_rows(window), undo, first=first)
         if self.wanted.bias:
             self.matmul.add_bias_gradient(dlogits, self._gradients.bias[: self.head.vocab], first=first, undo=undo)
         complete()
+
+    @property
+    def _weight_out(self) -> Tensor:
+        """What dW [V', H] is added to."""
+        return (self._gradients.weight if self.head.main_grad is None else self.head.main_grad)[: self.head.vocab]
+
+    def _add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, undo: Tensor | None, first: bool) -> None:
+        first = first and self.head.main_grad is None
+        self.matmul.add_weight_gradient(dlogits, hidden, self._weight_out, first=first, undo=undo)
 
     def _add_hidden_gradient(self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None) -> Callable[[], None]:
         """dX of a window, at its place where the product can write it there; call the result to complete the last sum.

@@ -4,13 +4,16 @@ A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), s
 cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Selection, Stat, Terms, row_losses
+from drpo_kernels.backends.matmul import cast_rows
+from drpo_kernels.backends.rows import GatheredSums, Row, RowBatch, RowKind, Selection, Stat, Terms, row_losses
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
@@ -58,20 +61,46 @@ class TorchRows:
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         scratch, others = _Scratch(batch), statistics[Stat.MISS] * statistics[Stat.SUM]
         index, _ = _safe(batch)
-        # below this, `limit` entries weigh half of what may be left out: none of them matters to whether they suffice
+        # `limit` entries below this weigh half of what may be left out
         floor = others * (tolerance / (2 * limit))
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
-        parts = []
+        positions = torch.arange(len(floor), device=floor.device)
+        parts = [(index.new_empty(0), index.new_empty(0), floor.new_empty(0))]
         for block in scratch.blocks(RowKind.ACTIVE):
-            first = block.start if isinstance(block, slice) else None
             e = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
             rows, columns, values = _above(e, floor[block], 3 * limit)
-            parts.append((rows + first if first is not None else block[rows], columns, values))
-        if not parts:
-            parts.append((index.new_empty(0), index.new_empty(0), floor.new_empty(0)))
-        candidates = [torch.cat(part) for part in zip(*parts, strict=True)]
+            parts.append((positions[block][rows], columns, values))
+        rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        kept, counts, left_out = _fewest(rows, values.double() / others[rows].double(), len(others), tolerance)
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
-        return _fewest(*candidates, others, statistics[Stat.SUM], active, tolerance, limit)
+        sparse = active & (counts <= limit) & (left_out <= tolerance)
+        kept &= sparse[rows]
+        chosen, rows = sparse.nonzero()[:, 0], rows[kept]
+        weights = torch.cat([-statistics[Stat.MISS, chosen], values[kept] / statistics[Stat.SUM, rows]])
+        rows, columns = torch.cat([chosen, rows]), torch.cat([batch.targets[chosen], columns[kept]])
+        order = rows.argsort(stable=True)
+        mass = torch.where(sparse, left_out, 0).to(floor.dtype) * torch.where(sparse, statistics[Stat.MISS], 0)
+        counts = torch.where(sparse, counts + 1, 0)
+        return Selection((active & ~sparse).nonzero()[:, 0], counts, rows[order], columns[order], weights[order], mass)
+
+    def gathered_sums(
+        self,
+        table: Tensor,
+        sums: GatheredSums,
+        out: Tensor,
+        dtype: torch.dtype,
+        base: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        for groups, index, rows in _gathered(table, sums, dtype):
+            start, stop = (int(sums.offsets[edge]) for edge in (groups.start, groups.stop))
+            total = torch.nn.functional.embedding_bag(
+                index, rows, sums.offsets[groups] - start, mode="sum", per_sample_weights=sums.factors[start:stop]
+            )
+            places = sums.places[groups]
+            if base is None:
+                out[places] += total
+            else:
+                out[places] = total.addcmul_(base[1][groups, None], base[0]).to(out.dtype)
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         if batch.exponentials:
@@ -214,33 +243,40 @@ def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]
     return rows, columns, found
 
 
-def _fewest(
-    rows: Tensor, columns: Tensor, values: Tensor, others: Tensor, total: Tensor, active: Tensor, tolerance: float,
-    limit: int,
-) -> Selection:  # fmt: skip
-    """Of candidates ordered by row, each row's smallest are left out while they and the rest weigh at most the budget.
-
-    Weights are over 1 - p_y, in float64.
+def _fewest(rows: Tensor, weights: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates [M], ordered by row, with their shares of 1 - p_y in float64 -> (those to keep [M], how many of each
+    row [count], the share of the rest [count], rounded up): a row's smallest are left out while the budget lasts.
     """
-    count = len(others)
-    weights = values.double() / others[rows].double()
+    found = torch.bincount(rows, minlength=count)
     order = weights.argsort(stable=True)
     order = order[rows[order].argsort(stable=True)]
-    found = torch.bincount(rows, minlength=count)
-    sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
+    owner, sums = rows[order], torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
     stops = found.cumsum(0)
-    starts = stops - found
-    outside = 1 - (sums[stops] - sums[starts])  # what weighs too little to be a candidate
-    owner = rows[order]
-    with_it = outside[owner] + sums[1:] - sums[starts][owner]
-    kept = torch.empty_like(owner, dtype=torch.bool)
-    kept[order] = with_it > tolerance - ROUNDING
+    before = sums[stops - found]
+    left_out = (1 - (sums[stops] - before)).clamp(min=0) + ROUNDING  # what weighs too little to be a candidate
+    with_it = left_out[owner] + sums[1:] - before[owner]
+    dropped = with_it <= tolerance
+    kept = torch.empty_like(dropped).index_copy_(0, order, ~dropped)
+    last = torch.cat([left_out.new_zeros(1), torch.where(dropped, with_it, 0)])
     counts = torch.bincount(rows[kept], minlength=count)
-    sparse = active & (counts <= limit) & (outside <= tolerance - ROUNDING)
-    kept &= sparse[rows]
-    mass = torch.segment_reduce(weights.where(kept, weights.new_zeros(())), "sum", lengths=found, initial=0)
-    left_out = torch.where(sparse, (1 - mass).clamp(min=0) * (others / total).double(), 0).to(others.dtype)
-    return Selection(sparse, counts.where(sparse, 0), columns[kept], (values / total[rows])[kept], left_out)
+    # of the sorted candidates of a row, the last one dropped has the sum of them all
+    return kept, counts, torch.where(found > counts, last[stops - counts], left_out)
+
+
+def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(range of groups, their index into a table, that table in the accumulator's dtype): pieces that fit a temporary
+    where the table is of another dtype.
+    """
+    wide, groups = sums.factors.dtype, len(sums.places)
+    if table.dtype == wide == dtype:
+        if groups:
+            yield slice(0, groups), sums.index, table
+        return
+    stops, step = sums.offsets[1:], cast_rows(table)
+    edges = torch.searchsorted(stops, torch.arange(0, len(sums.index), step, device=stops.device), right=True)
+    for first, last in itertools.pairwise(sorted({0, groups, *edges.tolist()})):
+        index = sums.index[int(sums.offsets[first]) : int(sums.offsets[last])]
+        yield slice(first, last), torch.arange(len(index), device=index.device), table[index].to(dtype).to(wide)
 
 
 def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
-from drpo_kernels.backends.triton import invariant, kernels
+from drpo_kernels.backends.planning import entry_limit
+from drpo_kernels.backends.triton import invariant, kernels, sparse
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
-from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile, row_tile
+from drpo_kernels.backends.triton.tiles import (
+    MatmulTile,
+    entry_capacity,
+    gather_tile,
+    matmul_tile,
+    row_tile,
+    select_tile,
+)
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
 from drpo_kernels.triton_support import tl
@@ -102,7 +110,8 @@ def _row_cases(
     divisible += ["vocab", "padded"] if even else []
     for vendor, device in ROW_DEVICES.items():
         tile = row_tile(VOCAB, BYTES[logits], device)
-        constexprs = {"column_stride": 1, "BLOCK": tile.block, **flags} | ({} if bias else {"bias": None})
+        constexprs = {"column_stride": 1, "BLOCK": tile.block, "order": None, "HAS_ORDER": False, **flags}
+        constexprs |= {} if bias else {"bias": None}
         signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
         elements = tile.block // (tile.num_warps * device.warp_size)
         stored = "out" in names and flags.get("WRITE", True)
@@ -150,7 +159,7 @@ def kernel_cases() -> list[KernelCase]:
     cases.extend(
         _row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full)
     )
-    return [*cases, *_scale_cases(), *invariant_cases()]
+    return [*cases, *_scale_cases(), *invariant_cases(), *sparse_cases()]
 
 
 def _scale_cases() -> Iterator[KernelCase]:
@@ -169,6 +178,60 @@ def _scale_cases() -> Iterator[KernelCase]:
                 targets=(vendor,),
                 expected=Expected(128, 128, tile.block * BYTES[values] // (tile.num_warps * device.warp_size)),
             )
+
+
+# --- sparse gradients -------------------------------------------------------------------------------------------------
+
+
+def sparse_cases() -> Iterator[KernelCase]:
+    """The selection of a row's entries, and the sums of the rows they name."""
+    limit = entry_limit(VOCAB)
+    strides = {"row_stride": "i64", "column_stride": "constexpr", "rows_stride": "i64", "statistics_stride": "i64"}
+    for logits, bias in (("fp32", None), ("bf16", None), ("fp32", "bf16")):
+        types = strides | dict.fromkeys(("rows", "statistics", "shares", "left_out"), "*fp32")
+        types |= {"logits": f"*{logits}", "bias": f"*{bias}" if bias else "constexpr", "vocab": "i32", "limit": "i32"}
+        types |= {"targets": "*i64", "columns": "*i32", "counts": "*i64"}
+        types |= dict.fromkeys(("scale", "softcap", "tolerance"), "fp32")
+        for vendor, device in ROW_DEVICES.items():
+            tile = select_tile(VOCAB, BYTES[logits], device)
+            values = {"column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}
+            values |= {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": bias is not None} | ({} if bias else {"bias": None})
+            yield _case(
+                f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, vendor, tile,
+                ("logits", "bias", "row_stride", "vocab"),
+                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias])),  # four columns a thread, or eight of 16 bits
+            )  # fmt: skip
+    types = dict.fromkeys(("index", "offsets", "places"), "*i64") | {"width": "i32", "column_stride": "constexpr"}
+    types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
+    types |= dict.fromkeys(("row_stride", "out_stride"), "i64")
+    for table, out, based in (("bf16", "bf16", True), ("bf16", "fp32", False), ("fp32", "fp32", False)):
+        for vendor in ROW_DEVICES:
+            tile = gather_tile(4096)
+            values = {"column_stride": 1, "ROUNDED": COMPUTE[table], "HAS_BASE": based, "ROWS": tile.rows}
+            values |= {"COLUMNS": tile.columns} | ({} if based else {"base": None, "base_factors": None})
+            yield _case(
+                f"gathered_sums[{table}>{out}{' base' if based else ''}]", sparse.gathered_sums_kernel,
+                types | {"table": f"*{table}", "out": f"*{out}"}, values, vendor, tile,
+                ("table", "out", "base", "row_stride", "out_stride", "width"), Expected(),
+            )  # fmt: skip
+
+
+def _case(
+    label: str, kernel: Any, types: dict, values: dict, vendor: str, tile: Any, divisible: tuple, expected: Expected
+) -> KernelCase:
+    """A launch whose constants are `values`."""
+    names = kernel.arg_names
+    return KernelCase(
+        name=label,
+        kernel=kernel,
+        signature={name: "constexpr" if name in values else types[name] for name in names},
+        constexprs={name: values[name] for name in names if name in values},
+        divisible=tuple(name for name in divisible if name in names and name not in values),
+        num_warps=tile.num_warps,
+        options=LAUNCH_OPTIONS,
+        targets=(vendor,),
+        expected=expected,
+    )
 
 
 # --- the fixed-order products -----------------------------------------------------------------------------------------

@@ -219,11 +219,18 @@ def statistics_kernel(
 @jit
 def gradient_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded, order,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE."""
+    """logits [., V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE.
+
+    With `order` [N] int64 the logits of row t are those at order[t], and `out` is not where they are.
+    """
     t = tl.program_id(0).to(tl.int64)
+    source = t
+    if HAS_ORDER:
+        source = tl.load(order + t)
     rows += t
     if tl.load(rows + 7 * rows_stride) < 2:
         write_zeros(out + t * out_stride, padded, BLOCK)
@@ -238,7 +245,7 @@ def gradient_kernel(
             entropy_slope = tl.load(slopes + slopes_stride + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         write_gradient(
-            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
+            logits + source * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
             tl.load(slopes + t), entropy_slope, out + t * out_stride, padded,
             HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
         )  # fmt: skip

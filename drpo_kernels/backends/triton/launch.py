@@ -1,15 +1,17 @@
 """Row operations as Triton launches: grid, tile and flags for the kernels of this folder."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.rows import Outcome, RowBatch, Selection, Stat, Terms
+from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selection, Stat, Terms
 from drpo_kernels.backends.triton import kernels, sparse
-from drpo_kernels.backends.triton.tiles import RowTile, row_tile
+from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.triton_support import INTERPRETING
 
 # fused multiply-adds, whatever the default of the installed Triton
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -32,31 +34,56 @@ class TritonRows:
         return self.statistics(batch), batch
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        count, miss = batch.rows.shape[1], statistics[Stat.MISS]
-        capacity = 1 << (3 * limit - 1).bit_length()
-        columns = torch.empty(count, capacity, dtype=torch.int32, device=batch.logits.device)
-        shares = batch.rows.new_empty(count, capacity)
-        counts, left_out = columns.new_empty(count), batch.rows.new_empty(count)
+        count, device = batch.rows.shape[1], batch.logits.device
+        capacity = entry_capacity(limit)
+        columns = torch.empty(count, capacity, dtype=torch.int32, device=device)
+        shares, left_out = batch.rows.new_empty(count, capacity), batch.rows.new_empty(count)
+        counts = torch.empty(count, dtype=torch.int64, device=device)
         self._launch(
             sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit, columns, shares,
-            counts, left_out, CAPACITY=capacity,
+            counts, left_out, CAPACITY=capacity, choose=select_tile,
         )  # fmt: skip
-        chosen = counts >= 0
-        kept = counts.clamp(min=0).to(torch.int64)
-        total = int(kept.sum())
-        owner = torch.arange(count, device=kept.device).repeat_interleave(kept, output_size=total)
-        place = torch.arange(total, device=kept.device) - (kept.cumsum(0) - kept)[owner]
-        mass = (left_out * miss).where(chosen, 0)
+        is_dense = counts < 0
+        counts.clamp_(min=0)
+        dense, entries = torch.stack([is_dense.sum(), counts.sum()]).tolist()  # the one synchronisation
+        rows = torch.arange(count, device=device).repeat_interleave(counts, output_size=entries)
+        place = torch.arange(entries, device=device) - (counts.cumsum(0) - counts)[rows]
+        miss = statistics[Stat.MISS]
         return Selection(
-            chosen, kept, columns[owner, place].to(torch.int64), shares[owner, place] * miss[owner], mass
-        )
+            is_dense.to(torch.int8).argsort(descending=True, stable=True)[:dense], counts, rows,
+            columns[rows, place].to(torch.int64), shares[rows, place] * miss[rows],
+            torch.where(counts > 0, left_out * miss, 0),
+        )  # fmt: skip
+
+    def gathered_sums(
+        self,
+        table: Tensor,
+        sums: GatheredSums,
+        out: Tensor,
+        dtype: torch.dtype,
+        base: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        if not len(sums.places):
+            return
+        if INTERPRETING and out.dtype == torch.bfloat16:  # to which the interpreter truncates
+            wide = out.float()
+            self.gathered_sums(table, sums, wide, dtype, base)
+            out.copy_(wide)
+            return
+        width, tile = out.shape[1], gather_tile(out.shape[1])
+        row, factors = base or (None, None)
+        with _on(out):
+            sparse.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
+                table, *table.stride(), sums.index, sums.factors, sums.offsets, sums.places, out, out.stride(0),
+                width, row, factors, ROUNDED=sparse.TYPES[dtype], HAS_BASE=base is not None, ROWS=tile.rows,
+                COLUMNS=tile.columns, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+            )  # fmt: skip
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        if batch.order is not None:
-            batch = batch._replace(logits=batch.logits[batch.order], order=None)
         self._launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
-            out, out.stride(0), out.shape[1], HAS_ENTROPY=slopes.shape[0] > 1,
+            out, out.stride(0), out.shape[1], batch.order, HAS_ENTROPY=slopes.shape[0] > 1,
+            HAS_ORDER=batch.order is not None,
         )  # fmt: skip
 
     def fuses(self, terms: Terms) -> bool:
@@ -84,10 +111,10 @@ class TritonRows:
                     values, values.numel(), factor, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS
                 )
 
-    def _launch(self, kernel, batch: RowBatch, *arguments, **flags) -> None:
+    def _launch(self, kernel, batch: RowBatch, *arguments, choose: Callable = row_tile, **flags) -> None:
         """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
         logits, targets, rows, transform, bias = batch[:5]
-        count, vocab = logits.shape
+        count, vocab = rows.shape[1], logits.shape[1]
         if not count:
             return
         tensors = [x for x in (targets, rows, *arguments) if isinstance(x, Tensor)]
@@ -95,7 +122,7 @@ class TritonRows:
             raise ValueError(
                 "the kernels take logits of any strides; everything else must be contiguous along its last axis"
             )
-        tile = self.tile or row_tile(vocab, logits.element_size(), device_properties(logits.device))
+        tile = self.tile or choose(vocab, logits.element_size(), device_properties(logits.device))
         with _on(logits):
             kernel[(count,)](
                 logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),

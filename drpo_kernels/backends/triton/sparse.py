@@ -1,7 +1,11 @@
 """Kernels of `sparse_grad`: the entries of a row's gradient, and sums of gathered rows. See backends/sparse.py."""
 
+import torch
+
 from drpo_kernels.backends.triton.kernels import head_of, load_base
 from drpo_kernels.triton_support import jit, tl
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # of a share of 1 - p_y that was added up in fp32
 ROUNDING = tl.constexpr(4.0e-6)
@@ -11,7 +15,7 @@ STEPS = tl.constexpr(16)
 
 @jit
 def select_block(
-    row, column_stride, vocab, bias, target, per_row, columns, probs, start, state,
+    row, column_stride, vocab, bias, target, per_row, columns, shares, start, state,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
@@ -31,30 +35,31 @@ def select_block(
         place = found + tl.cumsum(candidate.to(tl.int32), 0) - 1
         fits = candidate & (place < CAPACITY)
         tl.store(columns + place, cols, mask=fits)
-        tl.store(probs + place, share, mask=fits)
+        tl.store(shares + place, share, mask=fits)
     return found + count, outside
 
 
 @jit
 def select_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride, tolerance, limit, columns, probs, counts, left_out,
+    statistics, statistics_stride, tolerance, limit, columns, shares, counts, left_out,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [5, N] -> columns [N, CAPACITY] int32, probs fp32, counts [N] int32, left_out [N].
+    """logits [N, V], statistics [5, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
 
-    The fewest entries other than the target that leave out at most tolerance · (1 - p_y), in ascending order of their
-    columns, with p_v / (1 - p_y) as `probs`; left_out is the share of the rest. A row of more than `limit`, or not
-    ACTIVE, has a count of -1. One read of the row, given up as soon as it is seen to be dense; fp32.
+    The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
+    ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
+    `limit`, 0 where the row is not ACTIVE. One read of the row, given up once it is seen to be dense; all in fp32.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
     statistics += t
     columns += t * CAPACITY
-    probs += t * CAPACITY
-    tl.store(counts + t, -1)
+    shares += t * CAPACITY
+    active = tl.load(rows + 7 * rows_stride) >= 2
     tl.store(left_out + t, 0.0)
-    if tl.load(rows + 7 * rows_stride) >= 2:
+    tl.store(counts + t, tl.where(active, -1, 0))
+    if active:
         inner_scale, factor, _ = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         row_max = tl.load(statistics + 2 * statistics_stride)
         others = tl.load(statistics + 3 * statistics_stride) * tl.load(statistics + 4 * statistics_stride)
@@ -62,34 +67,34 @@ def select_kernel(
         per_row = (inner_scale, factor / 0.6931471805599453, row_max, 1 / others, floor)
         row = logits + t * row_stride
         target = tl.load(targets + t)
-        budget = tolerance - ROUNDING
+        budget = tolerance - ROUNDING  # a NaN among the statistics fails every comparison with it
         found = 0
         outside = 0.0
         start = 0
         whole = vocab // BLOCK * BLOCK
         while (start < whole) & (found <= CAPACITY) & (outside <= budget):
             found, outside = select_block(
-                row, column_stride, vocab, bias, target, per_row, columns, probs, start, (found, outside),
+                row, column_stride, vocab, bias, target, per_row, columns, shares, start, (found, outside),
                 HAS_BIAS, HAS_SOFTCAP, False, BLOCK, CAPACITY,
             )  # fmt: skip
             start += BLOCK
         if (whole < vocab) & (found <= CAPACITY) & (outside <= budget):
             found, outside = select_block(
-                row, column_stride, vocab, bias, target, per_row, columns, probs, whole, (found, outside),
+                row, column_stride, vocab, bias, target, per_row, columns, shares, whole, (found, outside),
                 HAS_BIAS, HAS_SOFTCAP, True, BLOCK, CAPACITY,
             )  # fmt: skip
         if (found <= CAPACITY) & (outside <= budget):
-            trim(columns, probs, found, outside, budget, floor, limit, counts + t, left_out + t, CAPACITY)
+            trim(columns, shares, target, found, outside, budget, floor, limit, counts + t, left_out + t, CAPACITY)
 
 
 @jit
-def trim(columns, probs, found, outside, budget, floor, limit, counts, left_out, CAPACITY: tl.constexpr):
+def trim(
+    columns, shares, target, found, outside, budget, floor, limit, counts, left_out, CAPACITY: tl.constexpr
+):  # fmt: skip
     """Leave out the smallest candidates while all that is left out stays within the budget; by bisection."""
     lanes = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # other threads of the program wrote them
-    share = tl.load(probs + lanes, mask=lanes < found, other=0.0)
-    column = tl.load(columns + lanes, mask=lanes < found, other=0)
-    tl.debug_barrier()
+    share = tl.load(shares + lanes, mask=lanes < found, other=0.0)
     low = tl.log2(floor)
     high = tl.log2(budget) + 1  # no entry of the whole budget is ever left out with another
     for _ in range(STEPS):
@@ -100,8 +105,43 @@ def trim(columns, probs, found, outside, budget, floor, limit, counts, left_out,
     kept = (share >= tl.exp2(low)) & (lanes < found)
     count = tl.sum(kept.to(tl.int32), 0)
     if count <= limit:
-        place = tl.cumsum(kept.to(tl.int32), 0) - 1
+        column = tl.load(columns + lanes, mask=kept, other=0)
+        tl.debug_barrier()  # and other threads' places are about to be written
+        place = tl.cumsum(kept.to(tl.int32), 0)  # behind the target
         tl.store(columns + place, column, mask=kept)
-        tl.store(probs + place, share, mask=kept)
-        tl.store(counts, count)
-        tl.store(left_out, outside + tl.sum(tl.where(kept, 0.0, share), 0))
+        tl.store(shares + place, share, mask=kept)
+        tl.store(columns, target.to(tl.int32))
+        tl.store(shares, -1.0)
+        tl.store(counts, count.to(tl.int64) + 1)
+        tl.store(left_out, outside + tl.sum(tl.where(kept, 0.0, share), 0) + ROUNDING)
+
+
+@jit
+def gathered_sums_kernel(
+    table, row_stride, column_stride, index, factors, offsets, places, out, out_stride, width, base, base_factors,
+    ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[places[g]] += Σ_i factors[i] · table[index[i]], offsets[g] <= i < offsets[g + 1]; with a base [width] fp32
+    out[places[g]] = base_factors[g] · base + that sum.
+
+    table [., width] of any float dtype and strides, rounded to ROUNDED; factors fp32; sums in fp32, ROWS terms at a
+    time in their order, rounded once to out's dtype. One program per sum and COLUMNS columns.
+    """
+    g = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    out += tl.load(places + g) * out_stride + column
+    if HAS_BASE:
+        total = tl.load(base_factors + g) * tl.load(base + column, mask=inside, other=0.0)
+    else:
+        total = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    stop = tl.load(offsets + g + 1)
+    for start in range(tl.load(offsets + g), stop, ROWS):
+        term = start + tl.arange(0, ROWS)
+        there = term < stop
+        row = tl.load(index + term, mask=there, other=0).to(tl.int64)
+        factor = tl.load(factors + term, mask=there, other=0.0)
+        place = table + row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
+        values = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(ROUNDED).to(tl.float32)
+        total += tl.sum(factor[:, None] * values, 0)
+    tl.store(out, total.to(out.dtype.element_ty), mask=inside)

@@ -27,12 +27,37 @@ def row_tile(
     return RowTile(block, max(1, block // (elements * device.warp_size)))
 
 
+def select_tile(vocab: int, itemsize: int, device: DeviceProperties) -> RowTile:
+    """One 16-byte load to a thread: a scan over the block takes the registers of the second."""
+    return row_tile(vocab, itemsize, device, bytes_per_thread=16)
+
+
 def row_tile_candidates(vocab: int, itemsize: int, device: DeviceProperties) -> tuple[RowTile, ...]:
     """What a benchmark on the device may try through `TritonRows(tile)`; the choice of `row_tile` is among them."""
     tiles = [
         row_tile(vocab, itemsize, device, threads, size) for threads in (128, 256, 512, 1024) for size in (16, 32, 64)
     ]
     return tuple(dict.fromkeys(tiles))
+
+
+def entry_capacity(limit: int) -> int:
+    """Candidates that a row of at most `limit` entries may have, three times as many: a power of two, for one block."""
+    return 1 << (3 * limit).bit_length()
+
+
+@dataclass(frozen=True)
+class GatherTile:
+    """`rows` gathered at a time, `columns` of each, by one program: that many loads are in flight."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def gather_tile(width: int) -> GatherTile:
+    """A warp to 256 columns, 16 bytes a thread of 16-bit rows, in two loads of fp32 ones."""
+    columns = max(16, min(1 << (max(width, 1) - 1).bit_length(), 256))
+    return GatherTile(8, columns, 4)
 
 
 @dataclass(frozen=True)
