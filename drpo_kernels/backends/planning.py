@@ -22,8 +22,9 @@ ROW_MULTIPLE = 128
 # read of the weight, twice what keeps any GPU busy. The rest is the window's: dW is read and written once for each
 CHUNK_ROWS = 512
 # an entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense one takes 4H FLOP: by an
-# H200's rates the one is worth 250 of the other, and on two CPU cores, with the search for it, about as many
-COLUMNS_PER_ENTRY, LEAST_ENTRIES, MOST_ENTRIES = 256, 16, 1024
+# H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
+COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
+LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
 # beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
 COPY_BYTES = 32 * MIB
 
@@ -233,9 +234,10 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def entry_limit(vocab: int) -> int:
+def entry_limit(vocab: int, device_type: str) -> int:
     """The most vocabulary entries of a row of `sparse_grad`: beyond, its part of the products is cheaper."""
-    return min(max(vocab // COLUMNS_PER_ENTRY, LEAST_ENTRIES), MOST_ENTRIES)
+    columns = CPU_COLUMNS_PER_ENTRY if device_type == "cpu" else COLUMNS_PER_ENTRY
+    return min(max(vocab // columns, LEAST_ENTRIES), MOST_ENTRIES)
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:

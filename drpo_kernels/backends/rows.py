@@ -15,6 +15,10 @@ from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens
 
+# Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
+# levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
+SHARE_ROUNDING, LEVELS, LEVELS_PER_OCTAVE = 4e-6, 128, 8
+
 
 class Row(IntEnum):
     """Inputs, packed [len(Row), N] in the statistics dtype."""

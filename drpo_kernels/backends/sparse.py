@@ -85,7 +85,7 @@ class SparseSweep(LinearSweep):
         outcome[: len(Outcome), rows], slopes = row_losses(
             statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms
         )
-        limit = entry_limit(self.head.vocab)
+        limit = entry_limit(self.head.vocab, self.hidden.device.type)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
         outcome[Sparsity.LEFT_OUT, rows] = chosen.left_out

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.matmul import cast_rows
-from drpo_kernels.backends.rows import GatheredSums, Row, RowBatch, RowKind, Selection, Stat, Terms, row_losses
+from drpo_kernels.backends.rows import (
+    LEVELS,
+    LEVELS_PER_OCTAVE,
+    SHARE_ROUNDING,
+    GatheredSums,
+    Row,
+    RowBatch,
+    RowKind,
+    Selection,
+    Stat,
+    Terms,
+    row_losses,
+)
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
@@ -23,8 +35,8 @@ CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
 # columns whose maximum is taken before any of them is looked at
 LANE = 64
-# of a share of 1 - p_y that was added up in float32
-ROUNDING = 4e-6
+# the grain of whole-number sums of shares of 1 - p_y
+UNIT = 1 << 40
 # elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
 SCALE_BLOCK = 1 << 24
 
@@ -71,7 +83,7 @@ class TorchRows:
             rows, columns, values = _above(e, floor[block], 3 * limit)
             parts.append((positions[block][rows], columns, values))
         rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        kept, counts, left_out = _fewest(rows, values.double() / others[rows].double(), len(others), tolerance)
+        kept, counts, left_out = _fewest(rows, values / others[rows], len(others), tolerance, limit)
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
         sparse = active & (counts <= limit) & (left_out <= tolerance)
         kept &= sparse[rows]
@@ -243,24 +255,23 @@ def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]
     return rows, columns, found
 
 
-def _fewest(rows: Tensor, weights: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates [M], ordered by row, with their shares of 1 - p_y in float64 -> (those to keep [M], how many of each
-    row [count], the share of the rest [count], rounded up): a row's smallest are left out while the budget lasts.
+def _fewest(
+    rows: Tensor, shares: Tensor, count: int, tolerance: float, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates [M] with their shares of 1 - p_y -> (those to keep [M], how many of each row [count], the share of the
+    rest [count]): a row's smallest are left out while the budget lasts, all of one level or none.
     """
-    found = torch.bincount(rows, minlength=count)
-    order = weights.argsort(stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    owner, sums = rows[order], torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
-    stops = found.cumsum(0)
-    before = sums[stops - found]
-    left_out = (1 - (sums[stops] - before)).clamp(min=0) + ROUNDING  # what weighs too little to be a candidate
-    with_it = left_out[owner] + sums[1:] - before[owner]
-    dropped = with_it <= tolerance
-    kept = torch.empty_like(dropped).index_copy_(0, order, ~dropped)
-    last = torch.cat([left_out.new_zeros(1), torch.where(dropped, with_it, 0)])
-    counts = torch.bincount(rows[kept], minlength=count)
-    # of the sorted candidates of a row, the last one dropped has the sum of them all
-    return kept, counts, torch.where(found > counts, last[stops - counts], left_out)
+    floor = math.log2(tolerance / (2 * limit))
+    level = shares.log2().sub_(floor).mul_(LEVELS_PER_OCTAVE).to(torch.int64).clamp_(0, LEVELS - 1)
+    # whole numbers, whose sums are the same in any order
+    units = shares.to(torch.float64).mul_(UNIT).ceil_().to(torch.int64)
+    mass = units.new_zeros(count * LEVELS).index_add_(0, rows * LEVELS + level, units).view(count, LEVELS)
+    outside = (UNIT - mass.sum(1)).clamp_(min=0) + int(SHARE_ROUNDING * UNIT)  # what is no candidate
+    with_level = outside[:, None] + mass.cumsum(1)
+    cut = (with_level[:, :-1] <= int(tolerance * UNIT)).sum(1)
+    left_out = torch.cat([outside[:, None], with_level], 1).gather(1, cut[:, None])[:, 0]
+    kept = level >= cut[rows]
+    return kept, torch.bincount(rows[kept], minlength=count), left_out / UNIT
 
 
 def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -185,7 +185,7 @@ def _scale_cases() -> Iterator[KernelCase]:
 
 def sparse_cases() -> Iterator[KernelCase]:
     """The selection of a row's entries, and the sums of the rows they name."""
-    limit = entry_limit(VOCAB)
+    limit = entry_limit(VOCAB, "cuda")
     strides = {"row_stride": "i64", "column_stride": "constexpr", "rows_stride": "i64", "statistics_stride": "i64"}
     for logits, bias in (("fp32", None), ("bf16", None), ("fp32", "bf16")):
         types = strides | dict.fromkeys(("rows", "statistics", "shares", "left_out"), "*fp32")

@@ -2,15 +2,16 @@
 
 import torch
 
+from drpo_kernels.backends import rows as contract
 from drpo_kernels.backends.triton.kernels import head_of, load_base
 from drpo_kernels.triton_support import jit, tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# of a share of 1 - p_y that was added up in fp32
-ROUNDING = tl.constexpr(4.0e-6)
-# halvings of the range, 2K, in which a row's threshold lies
-STEPS = tl.constexpr(16)
+ROUNDING = tl.constexpr(contract.SHARE_ROUNDING)
+LEVELS = tl.constexpr(contract.LEVELS)
+LEVELS_PER_OCTAVE = tl.constexpr(contract.LEVELS_PER_OCTAVE)
+STEPS = tl.constexpr(contract.LEVELS.bit_length() - 1)  # halvings that leave one level
 
 
 @jit
@@ -91,18 +92,19 @@ def select_kernel(
 def trim(
     columns, shares, target, found, outside, budget, floor, limit, counts, left_out, CAPACITY: tl.constexpr
 ):  # fmt: skip
-    """Leave out the smallest candidates while all that is left out stays within the budget; by bisection."""
+    """Leave out the smallest candidates, by whole levels, while all that is left out stays within the budget."""
     lanes = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # other threads of the program wrote them
     share = tl.load(shares + lanes, mask=lanes < found, other=0.0)
-    low = tl.log2(floor)
-    high = tl.log2(budget) + 1  # no entry of the whole budget is ever left out with another
+    low = 0
+    high = LEVELS - 1
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        fits = outside + tl.sum(tl.where(share < tl.exp2(middle), share, 0.0), 0) <= budget
+        middle = (low + high + 1) // 2
+        below = share < floor * tl.exp2(middle.to(tl.float32) / LEVELS_PER_OCTAVE)
+        fits = outside + tl.sum(tl.where(below, share, 0.0), 0) <= budget
         low = tl.where(fits, middle, low)
-        high = tl.where(fits, high, middle)
-    kept = (share >= tl.exp2(low)) & (lanes < found)
+        high = tl.where(fits, high, middle - 1)
+    kept = (share >= floor * tl.exp2(low.to(tl.float32) / LEVELS_PER_OCTAVE)) & (lanes < found)
     count = tl.sum(kept.to(tl.int32), 0)
     if count <= limit:
         column = tl.load(columns + lanes, mask=kept, other=0)
