@@ -97,6 +97,16 @@ def ratio(method: str, base: str, results: Results, dtype: str = "bfloat16", sha
     return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
 
 
+def of_mixed(base: str, results: Results) -> tuple[float, str]:
+    """The sparse path's median over another's, on the mixed entropies that sparse gradients are held to."""
+    mixed = Results([record for record in results.records if record["inputs"] == "mixed"])
+    sparse = mixed.one("sparse", SPARSE)
+    seconds = mixed.seconds("sparse", base)
+    error = max(sparse["gradient_error"].values())
+    remark = f"{1e3 * sparse['median_s']:.2f} ms over {1e3 * seconds:.2f} ms, gradient error {error:.2%}"
+    return sparse["median_s"] / seconds, remark
+
+
 def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
     """Of the copy's, counting one read and one write of the logits for both."""
     inverse, remark = ratio("policy_loss", "copy", results, dtype)
@@ -148,7 +158,7 @@ def _gib(count: int | None) -> str:
 
 
 LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
-FROZEN = "linear_policy_loss_frozen_head"
+FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
 BARS = (
     Bar("all rows active, over three bare products", 1.10, partial(ratio, LOSS, WHOLE)),
     Bar("the same with a workspace of 1 GiB", 1.18, partial(ratio, f"{LOSS}_1gib", WHOLE)),
@@ -166,4 +176,5 @@ BARS = (
     Bar("recompute with entropy, over four bare products", 1.12, partial(ratio, LOGPROBS, "gemms_recompute")),
     Bar("TRL's and verl's heads' time over the recompute path's", 1.0, partial(against, LOGPROBS, OTHER_HEADS), True),
     Bar("frozen head, over trained", 0.72, partial(ratio, FROZEN, LOSS)),
+    Bar("sparse gradients of mixed entropies, over three bare products", 0.60, partial(of_mixed, WHOLE)),
 )

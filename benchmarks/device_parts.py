@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plans
+from benchmarks import plans, sparsity_tables
 from benchmarks.measure import Case, Record, measure
 from benchmarks.method import Unsupported
 from benchmarks.methods import FLOORS, METHODS, OURS
@@ -191,6 +191,7 @@ def plan_of(part: str) -> list[Case]:
     slow = ("liger_grpo", "eager_compiled", "cce_exact", "cce")
     quick = [name for name in PEERS if name not in slow and METHODS[name].takes == "hidden"]
     by_logits = ("copy", "policy_loss", "eager_from_logits", "liger_triton_grpo")
+    sparse = [name for name in sparsity_tables.METHODS if name != "cce"] + ["cce_exact", "cce"]
     wide = replace(MAIN, dtype="float32")
     cases = {
         "ours": [Case(name, MAIN) for name in hidden]
@@ -198,6 +199,7 @@ def plan_of(part: str) -> list[Case]:
         + [Case(name, workload) for workload in (MAIN, wide) for name in logits],
         "peers": [Case(name, MAIN) for name in (*beside, "liger_scaled_sm90", *quick, "eager")],
         "slow_peers": [Case(name, MAIN) for name in (*beside, *slow, *by_logits)],
+        "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in sparsity_tables.KINDS for name in sparse],
         "memory": [
             Case(name, replace(MAIN, tokens=tokens))
             for tokens in (65_536, 8192, 16_384, 32_768, 2048)
@@ -275,6 +277,7 @@ PARTS = {
     "floors": Part(10, "bare products and copy, each alone", floors),
     "ours": Part(75, "our paths at the workload of the bars", functools.partial(speed, "ours", 20), SPEED),
     "peers": Part(65, "peers there, ours beside them", functools.partial(speed, "peers", 10), SPEED),
+    "sparse": Part(75, "sparse gradients over the entropy", functools.partial(speed, "sparse", 5), SPEED),
     "memory": Part(45, "ours over T up to 65,536", functools.partial(speed, "memory", 2), SPEED),
     "slow_peers": Part(60, "peers that compile or tune themselves", functools.partial(speed, "slow_peers", 5), SPEED),
     "tiles": Part(20, "candidate tiles of the row kernel", tiles),

@@ -29,6 +29,7 @@ from benchmarks.exact import WRONG, Exact, verdict
 from benchmarks.memory import peak_in_fresh_process, peak_on_device
 from benchmarks.method import OBJECTIVE, Method, Step, Unsupported
 from benchmarks.methods import METHODS
+from benchmarks.mixes import quantiles
 from benchmarks.progress import Progress
 from benchmarks.timing import clock, interleaved_seconds
 from benchmarks.workloads import Inputs, Workload
@@ -61,6 +62,7 @@ class Attempt:
     status: str = OVER_BUDGET
     step: Step | None = None
     gradient_error: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
     peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -180,6 +182,8 @@ def _check_one(attempt: Attempt, inputs: Inputs, exact: Exact) -> None:
         found = attempt()
         if attempt.step is not None and not method.floor:
             attempt.gradient_error = exact.errors(found, method)
+            if found.metrics is not None:
+                attempt.metrics = {name: value.item() for name, value in found.metrics.items()}
             attempt.status = verdict(attempt.gradient_error, method, dtype)
             if attempt.status == WRONG:
                 attempt.step = None
@@ -253,6 +257,7 @@ def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
         "shape": asdict(case.workload.shape),
         "dtype": case.workload.dtype,
         "entropy_nats": None if inputs is None else round(inputs.entropy, 3),
+        "entropy_quantiles": None if inputs is None else quantiles(inputs.entropies),
         "objective": str(OBJECTIVE),
         "method": case.method,
         "active_share": case.active_share,
@@ -263,6 +268,7 @@ def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
         "rounds_away": method.rounds,
         "status": attempt.status,
         "gradient_error": attempt.gradient_error,
+        "metrics": attempt.metrics,
         "seconds": [round(sample, 7) for sample in seconds],
         "median_s": statistics.median(seconds) if seconds else None,
         "min_s": min(seconds, default=None),

@@ -37,12 +37,16 @@ class Unsupported(Exception):
 
 
 class Result(NamedTuple):
-    """The loss, 0-d, and its gradients: [T, H], [V, H], [T, V]; None where the method does not differentiate."""
+    """The loss, 0-d, and its gradients: [T, H], [V, H], [T, V]; None where the method does not differentiate.
+
+    metrics   what the method reports of itself and the record should say, 0-d each
+    """
 
     loss: Tensor
     hidden: Tensor | None = None
     weight: Tensor | None = None
     logits: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
 
 
 Step = Callable[[], Result | None]
@@ -80,6 +84,11 @@ class Method:
     def takes(self) -> str:
         """ "hidden" or "logits"."""
         return "logits" if self.wrt == LOGITS else "hidden"
+
+
+def sparsity_of(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that tell what `sparse_grad` did."""
+    return {name: value for name, value in metrics.items() if "sparse" in name or "left_out" in name}
 
 
 def mean_token_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:

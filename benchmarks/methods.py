@@ -17,15 +17,19 @@ from benchmarks.method import (
     LOGITS,
     OBJECTIVE,
     Method,
+    Result,
     Step,
     Unsupported,
     differentiated,
     mean_token_loss,
+    sparsity_of,
 )
 from benchmarks.peers import PEERS
 from benchmarks.workloads import Inputs, capped
-from drpo_kernels import linear_policy_loss, linear_token_logprobs, policy_loss
+from drpo_kernels import PolicyLossOutput, linear_policy_loss, linear_token_logprobs, policy_loss
 
+# docs/sparse.md says why: within 2× of what rounding dlogits to bf16 costs, and below it
+SPARSE_GRAD, TIGHT_SPARSE_GRAD = 0.01, 0.003
 # logits of a chunk of the chunked floor
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
@@ -102,12 +106,28 @@ def fused(inputs: Inputs, wrt: tuple[str, ...] = HEAD, **options) -> Step:
     """Ours, 6F (4F with a frozen head): the gradient is formed in the forward."""
 
     def loss(hidden: Tensor, weight: Tensor = inputs.weight) -> Tensor:
-        return linear_policy_loss(
-            hidden, weight, inputs.targets, inputs.old_logprobs, inputs.advantages,
-            objective=OBJECTIVE, softcap=inputs.softcap, **options,
-        ).loss  # fmt: skip
+        return _output(inputs, hidden, weight, **options).loss
 
     return differentiated(inputs, loss, wrt)
+
+
+def sparse(inputs: Inputs, tolerance: float) -> Step:
+    """Ours with gradients of the fewest tokens, 2F for most rows of a decided policy; and what it left out."""
+
+    def step() -> Result:
+        leaves = [x.detach().requires_grad_() for x in (inputs.hidden, inputs.weight)]
+        out = _output(inputs, *leaves, sparse_grad=tolerance)
+        gradients = torch.autograd.grad(out.loss, leaves)
+        return Result(out.loss.detach(), *gradients, metrics=sparsity_of(out.metrics))
+
+    return step
+
+
+def _output(inputs: Inputs, hidden: Tensor, weight: Tensor, **options) -> PolicyLossOutput:
+    return linear_policy_loss(
+        hidden, weight, inputs.targets, inputs.old_logprobs, inputs.advantages,
+        objective=OBJECTIVE, softcap=inputs.softcap, **options,
+    )  # fmt: skip
 
 
 def main_grad(inputs: Inputs) -> Step:
@@ -142,7 +162,7 @@ def from_logits(inputs: Inputs, inplace: bool = False) -> Step:
     return differentiated(inputs, loss, wrt=LOGITS)
 
 
-BF16_LOGITS = "bf16 logits"
+BF16_LOGITS, SPARSE = "bf16 logits", "sparse gradient"
 FLOORS = {
     "gemms_whole": Method(whole_gemms, floor=True, held_to=None),
     "gemms": Method(chunked_gemms, floor=True, held_to=None),
@@ -159,6 +179,8 @@ OURS = {
     "linear_policy_loss_not_compacted": Method(partial(fused, compact="none")),
     "linear_policy_loss_frozen_head": Method(partial(fused, wrt=FROZEN_HEAD), FROZEN_HEAD, held_to="gemms_frozen"),
     "linear_policy_loss_main_grad": Method(main_grad, reuses=("weight",)),
+    "linear_policy_loss_sparse": Method(partial(sparse, tolerance=SPARSE_GRAD), rounds=SPARSE),
+    "linear_policy_loss_sparse_tight": Method(partial(sparse, tolerance=TIGHT_SPARSE_GRAD), rounds=SPARSE),
     "linear_token_logprobs": Method(recompute, held_to="gemms_recompute"),
     "batch_invariant": Method(partial(fused, batch_invariant=True), gpu=True),
     "policy_loss": Method(from_logits, LOGITS, held_to="copy"),

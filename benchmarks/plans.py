@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.measure import Case
 from benchmarks.methods import METHODS
-from benchmarks.workloads import KINDS, Workload
+from benchmarks.workloads import Workload
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
 # measured at every share: what drops rows, and the same with all of them
@@ -96,7 +96,7 @@ def product(
 ) -> list[Case]:
     """Every method at every combination, floors with all rows active only; for None the standard plan's own choice."""
     workloads = itertools.product(
-        models or [standard.model], tokens or [standard.tokens], kinds or KINDS[-1:], dtypes or [standard.dtype]
+        models or [standard.model], tokens or [standard.tokens], kinds or ["trained"], dtypes or [standard.dtype]
     )
     return [
         Case(name, Workload(*workload), share)

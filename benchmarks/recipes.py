@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.method import sparsity_of
 from benchmarks.regimes import OBJECTIVE, Case, Operands, Result
 from drpo_kernels import PolicyGradient, Tokens, linear_policy_loss, policy_loss
 from drpo_kernels.backends.quantize import FORMATS, dequantized, per_block, per_row, per_tensor
@@ -91,6 +92,17 @@ def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **
     )
     gradients = torch.autograd.grad(out.loss * scale, leaves)
     return Result(out.logprobs, out.loss.detach(), *(g if scale == 1 else g.double() / scale for g in gradients))
+
+
+def sparse(case: Case, dtype: torch.dtype, tolerance: float) -> tuple[Result, dict[str, float]]:
+    """`ours` with sparse gradients, and what its metrics say of them."""
+    leaves = [x.to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
+    out = linear_policy_loss(
+        *leaves, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, sparse_grad=tolerance,
+        **case.transform,
+    )  # fmt: skip
+    metrics = {name: value.item() for name, value in sparsity_of(out.metrics).items()}
+    return Result(out.logprobs, out.loss.detach(), *torch.autograd.grad(out.loss, leaves)), metrics
 
 
 def float16(case: Case) -> Result:

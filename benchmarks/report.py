@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks import precision_tables, speed_tables
+from benchmarks import precision_tables, sparsity_tables, speed_tables
 from benchmarks.roofline import tables as roofline
 from benchmarks.speed_tables import NOTHING, milliseconds, row
 
@@ -29,7 +31,7 @@ class Block:
     """A part of a page, between two markers, and the results it is written from.
 
     absent  what the page says while there are no such results
-    plots   True: PNG files beside the results are drawn from them too
+    plots   the module that draws PNG files beside the results from them
     """
 
     name: str
@@ -38,7 +40,7 @@ class Block:
     module: str  # what measures it: `benchmarks.` and the name of the benchmark in the records
     render: Callable[[Sequence[Record]], str]
     absent: str | None = None
-    plots: bool = False
+    plots: str | None = None
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -68,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 complaints.append(f"{results.name} is of another version: run `python -m {block.module}` again")
                 continue
             _report(block, records, page)
-            if block.plots:
-                draw_plots(records, results)
+            if block.plots is not None:
+                draw_plots(block.plots, records, results)
     for complaint in dict.fromkeys(complaints):
         print(f"error: {complaint}", file=sys.stderr)
     return 2 if complaints else 0
 
 
-def draw_plots(records: Sequence[Record], results: Path) -> None:
+def draw_plots(module: str, records: Sequence[Record], results: Path) -> None:
     try:
-        from benchmarks.speed_plots import draw
+        draw = importlib.import_module(f"benchmarks.{module}").draw
     except ModuleNotFoundError as error:  # a GPU machine without matplotlib: the tables are written all the same
         print(f"no plots: {error.name} not installed", file=sys.stderr)
         return
@@ -124,6 +126,20 @@ def _speed_origin(records: Sequence[Record]) -> str:
     counts = {len(record["seconds"]) for record in records} - {0}
     samples = "no" if not counts else str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return _origin(records[0] | {"command": commands}, samples)
+
+
+def render_sparse_speed(records: Sequence[Record]) -> str:
+    """Of this benchmark, or of a GPU's run of everything."""
+    records = [record for record in records if record.get("part", "speed") in ("speed", "sparse")]
+    if not sparsity_tables.by_kind(records):
+        return NOT_YET
+    lines = [*sparsity_tables.speed(records), "", *sparsity_tables.cce(records), ""]
+    return "\n".join([*lines, _speed_origin(records)])
+
+
+def render_sparsity(part: str, table: Callable, records: Sequence[Record]) -> str:
+    records = sparsity_tables.of_part(records, part)
+    return "\n".join([*table(records), "", _origin(records[0])]) if records else NOT_YET
 
 
 def render_trainers(records: Sequence[Record]) -> str:
@@ -192,12 +208,24 @@ def _origin(record: Record, samples: int | str | None = None) -> str:
 BLOCKS = {
     block.name: block
     for block in (
-        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots=True),
-        Block("gpu", "gpu.jsonl", "README.md", "benchmarks.speed", render_speed, NOT_ON_A_GPU, plots=True),
+        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots="speed_plots"),
+        Block("gpu", "gpu.jsonl", "README.md", "benchmarks.speed", render_speed, NOT_ON_A_GPU, plots="speed_plots"),
         Block("every-cpu", "cpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed),
         Block("every-gpu", "gpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed, NOT_YET),
         Block("roofline", "cpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.render),
         Block("roofline-gpu", "gpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.comparison, NOT_YET),
+        Block(
+            "sparse-speed", "sparsity.jsonl", "docs/sparse.md", "benchmarks.sparsity", render_sparse_speed,
+            plots="sparsity_plots",
+        ),
+        Block("sparse-gpu", "gpu.jsonl", "docs/sparse.md", "benchmarks.speed", render_sparse_speed, NOT_YET),
+        *(
+            Block(
+                f"sparse-{part}", "sparsity.jsonl", "docs/sparse.md", "benchmarks.sparsity",
+                partial(render_sparsity, part, table),
+            )
+            for part, table in sparsity_tables.PARTS.items()
+        ),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
         Block("invariance", "invariance.jsonl", "docs/determinism.md", "benchmarks.invariance", render_invariance),
         *(

@@ -59,7 +59,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
         "active": lambda: active_figure(over_tokens[main.tokens], where),
     }
     for name in pictures(records):
-        _save(figures[name](), records[0], folder / f"{stem}_{name}.png")
+        save(figures[name](), records[0], folder / f"{stem}_{name}.png")
 
 
 def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
@@ -196,11 +196,12 @@ def _mebibytes(value: float) -> str:
     return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
 
 
-def _save(figure: Figure, record: Record, path: Path) -> None:
+def save(figure: Figure, record: Record, path: Path) -> None:
     device = record["device"]
     commit = (record["commit"] or "unknown")[:12] + (" with changes" if record["dirty"] else "")
-    figure.supxlabel(f"{device.get('gpu', device['cpu'])}, commit {commit}, {record['date'][:10]}; median of "
-                     f"{len(record['seconds'])} samples", fontsize=8, color=GREY, x=0.99, ha="right")  # fmt: skip
+    samples = f"; median of {len(record['seconds'])} samples" if record.get("seconds") else ""
+    source = f"{device.get('gpu', device['cpu'])}, commit {commit}, {record['date'][:10]}{samples}"
+    figure.supxlabel(source, fontsize=8, color=GREY, x=0.99, ha="right")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI)
     plt.close(figure)

@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.exact import WRONG
+from benchmarks.mixes import MIXES
 
 NOTHING = "–"
 HEADER = (
     "method", "median ms (min to max)", "× its floor", "× eager", "peak extra memory", "beyond gradients",
     "gradient error",
 )  # fmt: skip
-KINDS = {"random": "random inputs", "trained": "trained-looking inputs"}
+KINDS = {
+    "random": "random inputs",
+    "trained": "trained-looking inputs",
+    **{name: mix.label for name, mix in MIXES.items()},
+}
 LABELS = {
     "gemms_whole": "floor: three GEMMs, unchunked",
     "gemms": "three GEMMs, in chunks",
@@ -28,6 +33,8 @@ LABELS = {
     "linear_policy_loss_not_compacted": '`linear_policy_loss`, `compact="none"`',
     "linear_policy_loss_frozen_head": "`linear_policy_loss`, frozen head",
     "linear_policy_loss_main_grad": "`linear_policy_loss`, `main_grad`",
+    "linear_policy_loss_sparse": "`linear_policy_loss`, `sparse_grad=0.01`",
+    "linear_policy_loss_sparse_tight": "`linear_policy_loss`, `sparse_grad=0.003`",
     "linear_token_logprobs": "`linear_token_logprobs` + objective",
     "batch_invariant": "`linear_policy_loss`, `batch_invariant=True`",
     "policy_loss": "`policy_loss`",

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KINDS = ("random", "trained")
+from benchmarks.mixes import MIXES, hidden_states
+
+KINDS = ("random", "trained", *MIXES)
 # of a trained model on its own samples: most tokens are certain, a few are not
 TRAINED_ENTROPY = 0.5
 # rows on which the trained-looking inputs are calibrated
@@ -74,7 +76,7 @@ class Workload:
 class Inputs:
     """hidden [T, H], weight [V, H], targets [T] int64, old_logprobs [T] and advantages [T] float32, all on one device
 
-    entropy   of the distributions, the mean in nats
+    entropies of the distributions, [T] float32 in nats
     softcap   c of the logits c · tanh(hidden @ weight.T / c), or None
     logits    [T, V] in the dtype of `hidden`, soft-capped, for what starts from logits; None until `with_logits`
     """
@@ -84,9 +86,14 @@ class Inputs:
     targets: Tensor
     old_logprobs: Tensor
     advantages: Tensor
-    entropy: float
+    entropies: Tensor
     softcap: float | None = None
     logits: Tensor | None = None
+
+    @property
+    def entropy(self) -> float:
+        """The mean, in nats."""
+        return self.entropies.mean().item()
 
     def with_active_share(self, share: float) -> Inputs:
         """A = 0 in all rows but a share of them, scattered as the completions of a batch are."""
@@ -129,13 +136,19 @@ def make_inputs(
         targets = torch.randint(shape.vocab, (shape.tokens,), generator=generator, device=device)
     else:
         targets = zipf(shape, generator)
-        hidden = peaked(hidden, weight, targets, generator, softcap=softcap)
+        if kind == "trained":
+            hidden = peaked(hidden, weight, targets, generator, softcap=softcap)
+        elif softcap is not None:
+            raise ValueError(f"softcap={softcap}: the rows of kind={kind!r} are made without one")
+        else:
+            nats = MIXES[kind].entropies(shape.tokens, generator)
+            hidden = hidden_states(hidden, weight, targets, nats, MIXES[kind].spread)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    logprobs, entropy = _logprobs_and_entropy(hidden, weight, targets, softcap)
+    logprobs, entropies = _logprobs_and_entropy(hidden, weight, targets, softcap)
     noise = 0.2 * torch.randn(shape.tokens, generator=generator, device=device)
     advantages = torch.randn(shape.tokens, generator=generator, device=device)
     old_logprobs = (logprobs + noise).clamp(max=0)
-    return Inputs(hidden, weight, targets, old_logprobs, advantages, entropy.mean().item(), softcap)
+    return Inputs(hidden, weight, targets, old_logprobs, advantages, entropies, softcap)
 
 
 def zipf_weights(count: int, device: torch.device | str = "cpu") -> Tensor:

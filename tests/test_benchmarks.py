@@ -18,14 +18,16 @@ from benchmarks.measure import Attempt, Case
 from benchmarks.memory import peak_on_device
 from benchmarks.method import FROZEN_HEAD, HEAD, LOGITS, Method, Result, Unsupported, differentiated
 from benchmarks.methods import METHODS
+from benchmarks.mixes import MIXES
 from benchmarks.timing import clock, interleaved_seconds
-from benchmarks.workloads import KINDS, TRAINED_ENTROPY, Inputs, Shape, Workload, logit_blocks, make_inputs
+from benchmarks.workloads import TRAINED_ENTROPY, Inputs, Shape, Workload, logit_blocks, make_inputs
 from drpo_kernels import backends
 
 FIELDS = {
     "benchmark", "workload", "inputs", "shape", "dtype", "entropy_nats", "objective", "method", "active_share", "takes",
-    "floor", "held_to", "same_loss", "rounds_away", "status", "gradient_error", "seconds", "median_s", "min_s", "max_s",
-    "peak_extra_bytes", "peak_beyond_gradients_bytes", "device", "versions", "commit", "dirty", "command", "date",
+    "floor", "held_to", "same_loss", "rounds_away", "status", "gradient_error", "metrics", "seconds", "median_s",
+    "min_s", "max_s", "peak_extra_bytes", "peak_beyond_gradients_bytes", "entropy_quantiles", "device", "versions",
+    "commit", "dirty", "command", "date",
 }  # fmt: skip
 TINY = Workload("cpu_small", 48, "random", "float32")
 CPU = torch.device("cpu")
@@ -285,7 +287,26 @@ def test_a_softcap_that_allows_no_peak_is_an_error():
         make_inputs("trained", Shape(8, 8, 1000), softcap=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_mix_has_no_softcap():
+    with pytest.raises(ValueError, match=r"softcap=30.*mixed"):
+        make_inputs("mixed", Shape(8, 8, 100), softcap=30.0)
+
+
+@pytest.mark.parametrize("kind", MIXES)
+def test_rows_of_a_mix_have_its_entropies(kind):
+    mix = MIXES[kind]
+    wanted = mix.entropies(4000, torch.Generator().manual_seed(3)).sort().values
+    for share, nats in mix.knots[1:-1]:
+        assert (wanted < nats).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert mix.knots[0][1] * 0.999 <= wanted[0] and wanted[-1] <= mix.knots[-1][1] * 1.001
+    inputs = make_inputs(kind, Shape(64, 32, 500), seed=1)
+    logp = (inputs.hidden.double() @ inputs.weight.double().T).log_softmax(-1)
+    entropies = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(inputs.entropies.double(), entropies, rtol=1e-3, atol=1e-6)
+    assert entropies.max() <= mix.knots[-1][1] * 1.01 and entropies.min() >= mix.knots[0][1] * 0.9
+
+
+@pytest.mark.parametrize("kind", ["random", "trained"])
 def test_logits_are_those_of_the_head(kind):
     inputs = make_inputs(kind, Shape(20, 32, 30), softcap=20.0, dtype=torch.bfloat16).with_logits()
     expected = 20 * torch.tanh(inputs.hidden.double() @ inputs.weight.double().T / 20)

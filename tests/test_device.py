@@ -201,12 +201,15 @@ def test_malformed_arguments(arguments, message, capsys, monkeypatch):
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 
-def record(part, method, milliseconds, dtype="bfloat16", share=1.0, tokens=8192, beyond=0.0, status="ok"):
+def record(
+    part, method, milliseconds, dtype="bfloat16", share=1.0, tokens=8192, beyond=0.0, status="ok", inputs="trained"
+):
     shape = {"tokens": tokens, "hidden": 4096, "vocab": 151_936}
     return {
         "part": part, "method": method, "dtype": dtype, "active_share": share, "shape": shape, "status": status,
         "median_s": milliseconds and milliseconds / 1e3, "peak_beyond_gradients_bytes": round(beyond * bars.GIB),
-        "device": {"gpu": "NVIDIA H200"}, "workload": "Qwen3-8B", "inputs": "trained", "peak_extra_bytes": None,
+        "device": {"gpu": "NVIDIA H200"}, "workload": "Qwen3-8B", "inputs": inputs, "peak_extra_bytes": None,
+        "gradient_error": {"hidden": 0.003, "weight": 0.002},
     }  # fmt: skip
 
 
@@ -221,6 +224,9 @@ PASSING = [
     record("peers", "trl", 80, beyond=3), record("peers", "liger_scaled", 130),
     record("slow_peers", "linear_policy_loss", 43), record("slow_peers", "cce_exact", 60),
     record("slow_peers", "cce", 30),
+    record("sparse", "gemms_whole", 40, inputs="mixed"), record("sparse", "gemms_whole", 50, inputs="random"),
+    record("sparse", "linear_policy_loss_sparse", 23, inputs="mixed"),
+    record("sparse", "linear_policy_loss_sparse", 44, inputs="random"),
     record("memory", "linear_policy_loss", 43, beyond=1 + GRANTED),
     record("memory", "linear_policy_loss_frozen_head", 30, beyond=1.05),
     record("memory", "linear_policy_loss_frozen_head", 240, tokens=65_536, beyond=1.09),
@@ -236,6 +242,7 @@ def test_bars_that_are_met():
     assert {verdict.word for verdict in found} == {"PASS"}, [(v.bar.what, v.number, v.remark) for v in found]
     assert found[2].number == "1.395×"  # cce_exact: what filters does not count
     assert "fastest: cce_exact" in found[2].remark and "liger_scaled_sm90: no record" in found[2].remark
+    assert found[11].number == "0.575×" and "gradient error 0.30%" in found[11].remark
     assert found[3].number == "0.090 GiB" and "T=65536" in found[3].remark
 
 
@@ -253,10 +260,11 @@ def test_bars_that_are_met():
         (8, record("ours", "linear_token_logprobs", 59.4)),
         (9, record("peers", "trl", 57)),
         (10, record("ours", "linear_policy_loss_frozen_head", 31)),
+        (11, record("sparse", "linear_policy_loss_sparse", 24.1, inputs="mixed")),
     ],
 )
 def test_bars_that_are_missed(bar, changed):
-    keys = ("part", "method", "dtype", "active_share", "shape")
+    keys = ("part", "method", "dtype", "active_share", "shape", "inputs")
     kept = [old for old in PASSING if any(old[key] != changed[key] for key in keys)]
     assert len(kept) == len(PASSING) - 1
     assert words([*kept, changed])[bar] == "MISS"
@@ -274,11 +282,11 @@ def test_bars_without_numbers():
 def test_bars_name_methods_and_parts_that_exist():
     """A row that is renamed must not turn a bar into "not measured" for ever."""
     planned = {
-        (part, case.method, case.workload.dtype, case.active_share)
+        (part, case.method, case.workload.dtype, case.active_share, case.workload.kind)
         for part in SPEED_PARTS
         for case in device_parts.plan_of(part)
     }
-    made_up = {(row["part"], row["method"], row["dtype"], row["active_share"]) for row in PASSING}
+    made_up = {(row["part"], row["method"], row["dtype"], row["active_share"], row["inputs"]) for row in PASSING}
     assert made_up <= planned
     assert {case.workload for case in device_parts.plan_of("peers")} == {MAIN}
     assert set(bars.EXACT_PEERS) <= set(METHODS) and Unsupported.__doc__
