@@ -24,7 +24,7 @@ from torch import Tensor
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard, gather, group_size, summed
-from drpo_kernels.metrics import METRICS, PREFIX, combined_metrics
+from drpo_kernels.metrics import METRICS, PREFIX, SPARSITY_METRICS, combined_metrics
 from drpo_kernels.tokens import Sequences, scorable
 
 if TYPE_CHECKING:
@@ -168,25 +168,29 @@ def reduce_metrics(
     """`out.metrics` of this rank's micro-batches, one or a list that may be empty, as those of the whole batch.
 
     Means are weighted by the rows they are over, extremes are extremes over the ranks that have any, counts are summed
-    (`drpo_kernels.metrics.METRICS` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a
-    rank's is. One collective.
+    (`drpo_kernels.metrics` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a rank's is;
+    those of `sparse_grad` where this rank has them. One collective.
 
     Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
     """
     records = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-    keys = [PREFIX + name for name in METRICS]
+    always, every = ([PREFIX + name for name in names] for names in (METRICS, METRICS | SPARSITY_METRICS))
     for record in records:
         if not isinstance(record, Mapping):
             raise TypeError(f"metrics must be out.metrics or a list of them, got {type(record).__name__}")
-        if record.keys() != set(keys):
-            amiss = sorted(record.keys() ^ set(keys))
+        expected = every if PREFIX + "sparse_rows" in record else always
+        if record.keys() != set(expected):
+            amiss = sorted(record.keys() ^ set(expected))
             raise ValueError(f"metrics must have the keys of out.metrics, got missing or additional ones: {amiss}")
+    keys = every if any(len(record) == len(every) for record in records) else always
     device = _device([record[keys[0]] for record in records], device)
-    # a batch of no rows: neutral, and what a rank without micro-batches reports
-    nothing = _wide(torch.zeros(len(keys), device=device))
-    stacked = torch.stack([nothing, *(torch.stack([_wide(record[key]) for key in keys]) for record in records)])
-    local = torch.stack(list(combined_metrics(dict(zip(keys, stacked.T, strict=True))).values()))
-    return combined_metrics(dict(zip(keys, gather(local, group).T, strict=True)))
+    # a batch of no rows: neutral, and what a rank without micro-batches reports. All ranks send all that there may be
+    nothing = torch.zeros(len(every), device=device)
+    rows = [torch.stack([_wide(record.get(key, nothing[0])) for key in every]) for record in records]
+    stacked = torch.stack([_wide(nothing), *rows])
+    local = torch.stack(list(combined_metrics(dict(zip(every, stacked.T, strict=True))).values()))
+    of_all = combined_metrics(dict(zip(every, gather(local, group).T, strict=True)))
+    return {key: of_all[key] for key in keys}
 
 
 def _batches(name: str, values: Tensor | Sequence[Tensor]) -> list[Tensor]:

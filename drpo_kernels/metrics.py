@@ -53,6 +53,15 @@ METRICS = {
     "computed": Metric("sum", "computed"),
     "weighted": Metric("sum", "weighted"),
 }
+# what `sparse_grad` adds to them
+SPARSITY_METRICS = {
+    "sparse_share": Metric("mean", "with_gradient"),
+    "sparse_entries": Metric("mean", "sparse_rows"),
+    "left_out_mean": Metric("mean", "sparse_rows"),
+    "left_out_share_max": Metric("max", "sparse_rows"),
+    "with_gradient": Metric("sum", "with_gradient"),
+    "sparse_rows": Metric("sum", "sparse_rows"),
+}
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
@@ -130,32 +139,41 @@ def policy_metrics(
         "far_below_share": (tokens.log_ratio < -FAR_BELOW).to(weight.dtype),
         "active_share": computed.to(weight.dtype),
     }
-    return {
-        PREFIX + name: REDUCE[how](values[name], flags[count]).detach() for name, (how, count) in METRICS.items()
-    }
+    return _reduced(METRICS, values, flags)
 
 
 def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
     """What `sparse_grad` did, all inputs [N]; 0 where no row qualifies.
 
     sparse_share     rows whose gradient is sparse over rows with a gradient
-    sparse_entries   their mean number of vocabulary entries with a gradient, the target among them
+    sparse_entries   their mean number of vocabulary entries with a gradient of their own, the target among them
     left_out_mean    their mean probability mass without one; left_out_share_max the largest over 1 - p_y, at most τ
+    with_gradient, sparse_rows  counts
     """
     sparse = active & (entries > 0)
     miss = -torch.expm1(logprobs)
-    values = {
-        "sparse_share": _mean(sparse.to(entries.dtype), active),
-        "sparse_entries": _mean(entries, sparse),
-        "left_out_mean": _mean(left_out, sparse),
-        "left_out_share_max": _extreme(left_out / torch.where(miss > 0, miss, 1), sparse, largest=True),
+    flags = {"with_gradient": active, "sparse_rows": sparse}
+    values = flags | {
+        "sparse_share": sparse.to(entries.dtype),
+        "sparse_entries": entries,
+        "left_out_mean": left_out,
+        "left_out_share_max": left_out / torch.where(miss > 0, miss, 1),
     }
-    return {PREFIX + name: value.detach() for name, value in values.items()}
+    return _reduced(SPARSITY_METRICS, values, flags)
+
+
+def _reduced(
+    metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {
+        PREFIX + name: REDUCE[how](values[name], flags[count]).detach() for name, (how, count) in metrics.items()
+    }
 
 
 def combined_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The metrics of M batches, [M] under each name, as those of their union, 0-d."""
     return {
         PREFIX + name: REDUCE[how](metrics[PREFIX + name], metrics[PREFIX + count])
-        for name, (how, count) in METRICS.items()
+        for name, (how, count) in (METRICS | SPARSITY_METRICS).items()
+        if PREFIX + name in metrics
     }

@@ -294,6 +294,21 @@ def test_the_engine_s_logprobs_are_the_behaviour_policy(tmp_path):
         assert close(ours._metrics["train"][name], series), name
 
 
+def test_sparse_gradients(tmp_path):
+    _, exact = pair(tmp_path)
+    want_loss, want = loss_and_gradient(exact, batch(exact))
+    errors = []
+    for tolerance in (0.5, 1e-3):
+        args = tiny_trl.arguments(DRPOConfig, tmp_path, objective=PPO(), sparse_grad=tolerance)
+        sparse = tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model())
+        loss, found = loss_and_gradient(sparse, batch(sparse))
+        assert loss == pytest.approx(want_loss, rel=1e-6)
+        assert sparse._metrics["train"]["drpo/left_out_share_max"][0] <= tolerance
+        errors.append((found - want).norm() / want.norm())
+    # every token's dlogits are within τ of themselves; their sum may cancel, but not to a twentieth
+    assert errors[0] > 1e-3 and errors[1] < 20 * 1e-3
+
+
 def test_skipping_tokens_without_advantage(tmp_path):
     theirs, ours = pair(tmp_path)
     args = tiny_trl.arguments(DRPOConfig, tmp_path, objective=PPO(), compact="active")
@@ -357,7 +372,8 @@ def test_config_survives_the_command_line_and_json(tmp_path):
     assert config.objective == PPO(clip_high=0.28)
     saved = json.loads(config.to_json_string())
     assert parse_objective(saved["objective"]) == config.objective
-    assert set(saved) == {*GRPOConfig(str(tmp_path), bf16=False, use_cpu=True).to_dict(), "objective", "compact"}
+    added = {"objective", "compact", "sparse_grad"}
+    assert set(saved) == {*GRPOConfig(str(tmp_path), bf16=False, use_cpu=True).to_dict(), *added}
     torch.save(config, tmp_path / "args.bin")
     assert torch.load(tmp_path / "args.bin", weights_only=False).objective == config.objective
     assert DRPOConfig(str(tmp_path), bf16=False, use_cpu=True).objective == DRPO()
@@ -378,6 +394,9 @@ def test_config_survives_the_command_line_and_json(tmp_path):
         ({"vllm_importance_sampling_mode": "token_truncate"}, "vllm_importance_sampling_correction=True"),
         ({"vllm_importance_sampling_clip_max": 2.0}, "vllm_importance_sampling_correction=True"),
         ({"compact": "active", "use_adaptive_entropy": True}, "compact"),
+        ({"sparse_grad": 1.0}, "sparse_grad"),
+        ({"sparse_grad": 0.01, "entropy_coef": 0.1}, "sparse_grad"),
+        ({"sparse_grad": 0.01, "objective": GSPO()}, "sparse_grad"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):

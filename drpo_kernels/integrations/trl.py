@@ -223,6 +223,7 @@ class DRPOTrainer(GRPOTrainer):
 
     def _loss_options(self, inputs: dict, entropy_coef: float) -> dict[str, Any]:
         options = {"objective": self.objective, "compact": self.args.compact, "entropy_coef": entropy_coef}
+        options["sparse_grad"] = self.args.sparse_grad
         if self.beta:
             options |= {"kl_coef": self.beta, "ref_logprobs": inputs["ref_per_token_logps"]}
             options["kl_importance"] = bool(self.args.use_bias_correction_kl)

@@ -50,6 +50,8 @@ class DRPOConfig(GRPOConfig):
                 sequence-level ratio is asked for with `objective=GSPO(...)`
     compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in GRPOTrainer. "active": they
                 cost nothing, and the logged entropy is that of the tokens with A ≠ 0
+    sparse_grad τ in [0, 1) of `linear_policy_loss`: tokens whose policy is decided cost a third, and their gradients
+                are within τ of themselves (docs/sparse.md). 0: exact
 
     vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
     one, so the ratio itself corrects the mismatch. True is TRL's decoupled form: old log-probs recomputed by the
@@ -62,6 +64,10 @@ class DRPOConfig(GRPOConfig):
     compact: str = field(
         default="mask",
         metadata={"help": "'mask': tokens with zero advantage cost a forward; 'active': they cost nothing."},
+    )
+    sparse_grad: float = field(
+        default=0.0,
+        metadata={"help": "Gradients of the fewest vocabulary entries, each token's within this of itself; 0: exact."},
     )
     vllm_importance_sampling_correction: bool = field(
         default=False,
@@ -108,6 +114,13 @@ class DRPOConfig(GRPOConfig):
             raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
         if self.compact == "active" and self.use_adaptive_entropy:
             raise ValueError("compact must be 'mask' with use_adaptive_entropy (it measures all tokens), got 'active'")
+        if not 0 <= self.sparse_grad < 1:
+            raise ValueError(f"sparse_grad must be in [0, 1), got {self.sparse_grad!r}")
+        if self.sparse_grad and (self.entropy_coef or self.use_adaptive_entropy or self.objective.sequence_level):
+            raise ValueError(
+                f"sparse_grad must be 0 with entropy_coef, use_adaptive_entropy or a sequence-level objective, got "
+                f"{self.sparse_grad!r}"
+            )
         if self.objective.sequence_level and self.beta and self.use_bias_correction_kl:
             raise ValueError(
                 f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta: "
