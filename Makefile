@@ -5,7 +5,7 @@
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
-# make longrun  2,000 optimiser steps on one recorded stream, ours beside fp64, into bench_results/
+# make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
 # make stability  six losses, four settings, five seeds: an hour or two on 2 cores, resumable; rewrites docs/stability.md
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on spills, narrow or repeated loads
 # make doctor   what this machine has, which backend will run, and a self-check
@@ -81,7 +81,7 @@ fuzz: $(STAMP)
 	$(BIN)/python tests/run_fuzz.py $(FUZZ_ARGS)
 
 longrun: $(STAMP)
-	$(BIN)/python -m benchmarks.longrun
+	$(BIN)/python -m benchmarks.longrun && $(BIN)/python -m benchmarks.longrun_sparse
 
 stability: $(STAMP)
 	$(BIN)/python -m benchmarks.stability $(STABILITY_ARGS)

@@ -12,18 +12,20 @@ The bound, by which the exit status goes: curves within 1e-4 of the mean |loss| 
 and ours within 10 times eager's distance, in the curve and in the weights.
 
 Writes one JSON line per run to bench_results/longrun.jsonl, curves sampled, and a plot beside it.
+`python -m benchmarks.longrun_sparse` does the same for `sparse_grad`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +34,14 @@ from torch import Tensor, nn
 
 from benchmarks.memory import STATUS
 from benchmarks.provenance import ROOT, provenance
-from drpo_kernels import DRPO, linear_policy_loss
+from drpo_kernels import DRPO, PolicyLossOutput, linear_policy_loss
 
 RESULTS = ROOT / "bench_results" / "longrun.jsonl"
 OBJECTIVE = DRPO(delta=0.2)
 LOSS_BOUND, EAGER_BOUND = 1e-4, 10.0
 EDGE = 50  # steps whose times are averaged at either end of a run
 KNOWN = 0.4  # how much of the behaviour policy is the right answer
-RUNS = {"exact": (torch.float64, "reference"), "eager": (torch.float32, "reference"), "ours": (torch.float32, None)}
+CURVES = ("loss", "ratio_max", "sparse_share", "sparse_entries")  # a number per step, the latter two of `sparse_grad`
 Record = dict[str, object]
 
 
@@ -53,6 +55,29 @@ class Size:
     vocab: int = 128
     hidden: int = 32
     learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one copy of the weights is trained.
+
+    dtype     of the hidden states and the head that the loss takes
+    options   further keywords of the loss
+    disturb   what becomes of the gradients of those two on their way back
+    rate      factor on the learning rate
+    """
+
+    dtype: torch.dtype = torch.float32
+    options: dict[str, object] = field(default_factory=dict)
+    disturb: Callable[[Tensor], Tensor] | None = None
+    rate: float = 1.0
+
+
+RUNS = {
+    "exact": Run(torch.float64, {"entropy_coef": 1e-3, "backend": "reference"}),
+    "eager": Run(torch.float32, {"entropy_coef": 1e-3, "backend": "reference"}),
+    "ours": Run(torch.float32, {"entropy_coef": 1e-3}),
+}
 
 
 class Batch(NamedTuple):
@@ -85,11 +110,14 @@ def fresh(size: Size) -> Policy:
     return Policy(size).double()
 
 
-def loss_of(policy: Policy, batch: Batch, dtype: torch.dtype, backend: str | None):
-    hidden = policy(batch.tokens[:, :-1]).to(dtype)
+def loss_of(policy: Policy, batch: Batch, run: Run) -> PolicyLossOutput:
+    hidden, weight = policy(batch.tokens[:, :-1]).to(run.dtype), policy.head.weight.to(run.dtype)
+    if run.disturb is not None:
+        hidden.register_hook(run.disturb)
+        weight.register_hook(run.disturb)
     return linear_policy_loss(
-        hidden, policy.head.weight.to(dtype), batch.tokens[:, 1:], batch.old_logprobs, batch.advantages, batch.mask,
-        objective=OBJECTIVE, entropy_coef=1e-3, backend=backend,
+        hidden, weight, batch.tokens[:, 1:], batch.old_logprobs, batch.advantages, batch.mask,
+        objective=OBJECTIVE, **run.options,
     )  # fmt: skip
 
 
@@ -99,27 +127,27 @@ def sample(policy: Policy, size: Size, generator: torch.Generator) -> Batch:
     tokens = torch.randint(size.vocab, (size.batch, 1), generator=generator)
     old = torch.zeros(size.batch, size.length)
     for i in range(size.length):
-        answer = nn.functional.one_hot(_answer(tokens[:, -1], size), size.vocab)
+        answer = nn.functional.one_hot(right_answer(tokens[:, -1], size), size.vocab)
         probs = (1 - KNOWN) * policy.head(policy(tokens[:, -2:])[:, -1]).softmax(-1) + KNOWN * answer
         tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], dim=1)
         old[:, i] = probs.gather(1, tokens[:, -1:])[:, 0].log()
-    right = (tokens[:, 1:] == _answer(tokens[:, :-1], size)).float()
+    right = (tokens[:, 1:] == right_answer(tokens[:, :-1], size)).float()
     advantages = (right - right.mean()) / (right.std() + 1e-3)
     lengths = torch.randint(size.length // 2, size.length + 1, (size.batch, 1), generator=generator)
     return Batch(tokens, old, advantages, torch.arange(size.length) < lengths)
 
 
-def _answer(tokens: Tensor, size: Size) -> Tensor:
+def right_answer(tokens: Tensor, size: Size) -> Tensor:
     return (5 * tokens + 3) % size.vocab
 
 
-def record_stream(size: Size) -> list[Batch]:
-    generator, policy = torch.Generator().manual_seed(1), fresh(size)
+def record_stream(policy: Policy, size: Size) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
     return [sample(policy, size, generator) for _ in range(size.steps)]
 
 
-def _step(policy: Policy, optimizer, schedule, batch: Batch, dtype: torch.dtype, backend: str | None):
-    out = loss_of(policy, batch, dtype, backend)
+def _step(policy: Policy, optimizer, schedule, batch: Batch, run: Run) -> PolicyLossOutput:
+    out = loss_of(policy, batch, run)
     optimizer.zero_grad()
     out.loss.backward()
     nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -128,23 +156,34 @@ def _step(policy: Policy, optimizer, schedule, batch: Batch, dtype: torch.dtype,
     return out
 
 
-def train(name: str, stream: Sequence[Batch], size: Size) -> tuple[Record, Policy]:
-    """One run over the stream: its curves, memory and step times, and the trained policy."""
-    policy = fresh(size)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=size.learning_rate, eps=1e-5)
+def train(
+    initial: Policy,
+    stream: Sequence[Batch],
+    size: Size,
+    run: Run,
+    before: Callable[[int, Policy, Batch], None] | None = None,
+) -> tuple[Record, Policy]:
+    """One run over the stream: its curves, memory and step times, and the trained policy. `before` sees every step."""
+    policy = copy.deepcopy(initial)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=run.rate * size.learning_rate, eps=1e-5)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=size.steps)
-    losses, ratios, seconds, tensors, resident = [], [], [], [], []
+    curves: dict[str, list[float]] = {"loss": []}
+    seconds, tensors, resident = [], [], []
     for step, batch in enumerate(stream):
+        if before is not None:
+            before(step, policy, batch)
         start = time.perf_counter()
-        out = _step(policy, optimizer, schedule, batch, *RUNS[name])
-        losses.append(out.loss.item())
+        out = _step(policy, optimizer, schedule, batch, run)
+        curves["loss"].append(out.loss.item())
         seconds.append(time.perf_counter() - start)
-        ratios.append(out.metrics["drpo/ratio_max"].item())
+        for name in CURVES:
+            if f"drpo/{name}" in out.metrics:
+                curves.setdefault(name, []).append(out.metrics[f"drpo/{name}"].item())
         if step in (20, len(stream) // 2, len(stream) - 1):
             del out
             tensors.append(live_tensors())
             resident.append(resident_bytes())
-    record = {"run": name, "loss": losses, "ratio_max": ratios, "live_tensors": tensors, "resident_bytes": resident}
+    record = curves | {"live_tensors": tensors, "resident_bytes": resident}
     edge = min(EDGE, len(stream) // 2 - 10)
     early, late = seconds[20 : 20 + edge], seconds[-edge:]
     record["step_ms"] = [round(1e3 * statistics.median(part), 3) for part in (early, late)]
@@ -164,30 +203,31 @@ def resident_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def distances(records: dict[str, Record], policies: dict[str, Policy]) -> None:
+def distances(records: dict[str, Record], policies: dict[str, Policy], initial: Policy) -> None:
     """Add to each record how far its curve and its weights are from the exact run's."""
     exact = torch.tensor(records["exact"]["loss"], dtype=torch.float64)
-    weights = nn.utils.parameters_to_vector(policies["exact"].parameters()).detach()
-    travelled = weights - nn.utils.parameters_to_vector(fresh_like(policies["exact"]).parameters()).detach()
+    weights = weights_of(policies["exact"])
+    travelled = weights - weights_of(initial)
     for name, record in records.items():
         gap = (torch.tensor(record["loss"], dtype=torch.float64) - exact).abs()
-        own = nn.utils.parameters_to_vector(policies[name].parameters()).detach()
         record["loss_gap_max"] = gap.max().item()
         record["loss_scale"] = exact.abs().mean().item()
-        record["weight_gap"] = ((own - weights).norm() / travelled.norm()).item()  # over the way the weights went
+        # over the way the weights went
+        record["weight_gap"] = ((weights_of(policies[name]) - weights).norm() / travelled.norm()).item()
 
 
-def fresh_like(policy: Policy) -> Policy:
-    vocab, hidden = policy.head.weight.shape
-    return fresh(Size(vocab=vocab, hidden=hidden))
+def weights_of(policy: Policy) -> Tensor:
+    return nn.utils.parameters_to_vector(policy.parameters()).detach()
 
 
 def measure(size: Size) -> dict[str, Record]:
-    stream = record_stream(size)
+    initial = fresh(size)
+    stream = record_stream(initial, size)
     records, policies = {}, {}
-    for name in RUNS:
-        records[name], policies[name] = train(name, stream, size)
-    distances(records, policies)
+    for name, run in RUNS.items():
+        record, policies[name] = train(initial, stream, size, run)
+        records[name] = {"run": name, **record}
+    distances(records, policies, initial)
     return records
 
 
@@ -222,16 +262,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = Size(steps=options.steps)
     source = provenance(f"python -m benchmarks.longrun --steps {options.steps}")
     records = measure(size)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    every = max(size.steps // 200, 1)
-    thin = {n: {**r, "loss": r["loss"][::every], "ratio_max": r["ratio_max"][::every]} for n, r in records.items()}
-    lines = [json.dumps({**r, "every": every, "size": vars(size), **source}) for r in thin.values()]
-    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(records, options.out, {"size": vars(size), **source})
     plot(records, options.out.with_suffix(".png"))
-    for name, record in records.items():
-        shown = {key: value for key, value in record.items() if key not in ("loss", "ratio_max")}
-        print(name, json.dumps(shown))
     return int(not stays_together(records))
+
+
+def write(records: dict[str, Record], path: Path, further: Record) -> None:
+    """One line per run, its curves sampled, with the `further` fields; the rest of each is printed too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, record in records.items():
+        curves = {key: record[key] for key in CURVES if key in record}
+        every = max(len(record["loss"]) // 200, 1)
+        thin = {key: curve[::every] for key, curve in curves.items()}
+        lines.append(json.dumps({**record, **thin, "every": every, **further}))
+        print(name, json.dumps({key: value for key, value in record.items() if key not in curves}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def stays_together(records: dict[str, Record]) -> bool:

@@ -166,6 +166,25 @@ def test_reinforcement_raises_an_easy_reward_and_is_reproducible(monkeypatch):
     assert runs[0][-1]["reward"] > 0.8
 
 
+def test_sparse_gradients_learn_as_well(monkeypatch):
+    """The same easy reward. With 14 tokens every row may be sparse: its entry limit is 16."""
+    monkeypatch.setattr(rolling, "rewards", lambda _, completions: (completions[:, 0] == IDS["7"]).float())
+    settings = replace(TINY, steps=30, prompts=16, lr=5e-3, sparse_grad=0.01)
+    history, _ = reinforce(build_model(settings, CPU), problems(100), settings, generator())
+    assert history[-1]["reward"] > 0.8
+    assert history[0]["drpo/sparse_share"] == 1
+    assert history[-1]["drpo/sparse_entries"] < len(IDS)
+    assert 0 < history[-1]["drpo/left_out_share_max"] <= 0.01 * (1 + 1e-4)
+
+
+def test_the_trained_batch_is_that_of_the_run():
+    batch = running.trained_batch(replace(TINY, steps=2), CPU)
+    logprobs = torch.log_softmax(batch.hidden @ batch.weight.T, -1).gather(-1, batch.targets[..., None])[..., 0]
+    shift = (logprobs - batch.old_logprobs)[batch.mask].abs()
+    assert 0 < shift.max() < 1  # one step's updates away from the behaviour policy
+    assert batch.advantages.shape == batch.targets.shape == batch.hidden.shape[:2]
+
+
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
@@ -229,3 +248,11 @@ def test_a_quick_run_reports_and_plots(tmp_path, capsys):
         content = (tmp_path / "plots" / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 20_000
+
+
+def test_sparse_grad_reaches_the_report_and_is_checked(tmp_path, capsys):
+    assert command.main(["--quick", "--device", "cpu", "--sparse-grad", "0.01", "--out", str(tmp_path)]) == 0
+    assert "sparse_grad = 0.01: in the last 5 steps" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        command.main(["--sparse-grad", "1"])
+    assert "--sparse-grad must be in [0, 1), got 1.0" in capsys.readouterr().err

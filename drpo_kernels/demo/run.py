@@ -5,17 +5,39 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
-from drpo_kernels.demo.compare import TOLERANCE, Comparison, compare, comparison_table, large_head_batch, run_batch
+from drpo_kernels.demo.compare import (
+    TOLERANCE,
+    Batch,
+    Comparison,
+    compare,
+    comparison_table,
+    large_head_batch,
+    run_batch,
+)
 from drpo_kernels.demo.model import build_model
 from drpo_kernels.demo.plots import plot_run, plot_weights
+from drpo_kernels.demo.rollout import Rollout
 from drpo_kernels.demo.settings import OBJECTIVES, Settings
-from drpo_kernels.demo.task import split_problems
-from drpo_kernels.demo.train import evaluate, reinforce, warm_up
+from drpo_kernels.demo.task import ALPHABET, Problem, split_problems
+from drpo_kernels.demo.train import History, evaluate, reinforce, warm_up
+
+LATE = 20  # steps at the end over which the metrics of `sparse_grad` are averaged
+
+
+class Training(NamedTuple):
+    """What a run's training leaves behind, beside the trained model; `before` and `after` are evaluations."""
+
+    history: History
+    rollout: Rollout
+    before: dict[str, float]
+    after: dict[str, float]
 
 
 @contextlib.contextmanager
@@ -27,6 +49,28 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def train(
+    model: PreTrainedModel,
+    training: list[Problem],
+    held_out: list[Problem],
+    settings: Settings,
+    generator: torch.Generator,
+) -> Training:
+    with one_thread():
+        warm_up(model, training, settings)
+        before = evaluate(model, held_out, settings, generator)
+        history, rollout = reinforce(model, training, settings, generator)
+        return Training(history, rollout, before, evaluate(model, held_out, settings, generator))
+
+
+def trained_batch(settings: Settings, device: torch.device) -> Batch:
+    """The last batch of a whole run under its final weights, for benchmarks: a minute on a CPU core."""
+    model = build_model(settings, device)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    result = train(model, *split_problems(settings.seed, settings.held_out), settings, generator)
+    return run_batch(model, result.rollout)
 
 
 def run(settings: Settings, device_name: str | None, out: Path) -> int:
@@ -43,19 +87,19 @@ def run(settings: Settings, device_name: str | None, out: Path) -> int:
         f"Qwen3 architecture, {model.num_parameters():,} parameters, random weights, on {device}."
     )
 
-    with one_thread():
-        warm_up(model, training, settings)
-        before = evaluate(model, held_out, settings, generator)
-        history, rollout = reinforce(model, training, settings, generator)
-        after = evaluate(model, held_out, settings, generator)
+    history, rollout, before, after = train(model, training, held_out, settings, generator)
     console.print(_reward_table(before, after, settings))
+    if settings.sparse_grad:
+        console.print(_sparsity(history, settings))
 
     batches = run_batch(model, rollout), large_head_batch(*settings.large_head, generator)
     comparisons = [compare(batch, objective, settings.repeats) for batch in batches]
     console.print(comparison_table(comparisons, objective))
 
     out.mkdir(parents=True, exist_ok=True)
-    plot_run(history, (before, after), f"{objective} on two-digit additions, seed {settings.seed}", out / "run.png")
+    sparse = f", sparse_grad {settings.sparse_grad:g}" if settings.sparse_grad else ""
+    title = f"{objective} on two-digit additions, seed {settings.seed}{sparse}"
+    plot_run(history, (before, after), title, out / "run.png")
     plot_weights(out / "gradient_weight.png")
     console.print(f"Plots: {out / 'run.png'}, {out / 'gradient_weight.png'}")
     console.print(f"{time.perf_counter() - start:.0f} s in all.")
@@ -71,6 +115,16 @@ def _reward_table(before: dict[str, float], after: dict[str, float], settings: S
         gain = after[key] - before[key]
         table.add_row(title, f"{before[key]:.1%}", f"{after[key]:.1%}", f"{gain:+.1%}")
     return table
+
+
+def _sparsity(history: History, settings: Settings) -> str:
+    late = history[-LATE:]
+    share, entries = (sum(step[f"drpo/sparse_{name}"] for step in late) / len(late) for name in ("share", "entries"))
+    found = f"{share:.0%} of the rows with a gradient were sparse, with {entries:.1f} of {len(ALPHABET)} entries each"
+    return (
+        f"sparse_grad = {settings.sparse_grad:g}: in the last {len(late)} steps "
+        f"{found if share else 'no row had a sparse gradient'}."
+    )
 
 
 def _verdict(gain: float, comparisons: list[Comparison], settings: Settings) -> int:

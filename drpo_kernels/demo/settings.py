@@ -35,6 +35,7 @@ class Settings:
     lr: float = 8e-4
     grad_clip: float = 1.0
     temperature: float = 1.0
+    sparse_grad: float = 0.0  # of `linear_policy_loss`; 0: exact gradients
     min_gain: float = 0.1  # the run fails unless the sampled reward on held-out problems rises by this
 
     large_head: tuple[int, ...] = (16, 128, 256, 32768)  # sequences, length, width, vocabulary of the comparison

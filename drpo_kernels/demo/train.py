@@ -71,6 +71,7 @@ def update(
         batch.mask,
         objective=OBJECTIVES[settings.objective],
         temperature=settings.temperature,
+        sparse_grad=settings.sparse_grad,
     )
     optimizer.zero_grad(set_to_none=True)
     out.loss.backward()
