@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,15 +23,22 @@ import torch
 from torch import Tensor
 
 from benchmarks import plans, recipes, tails
+from benchmarks.exact import Exact
 from benchmarks.measure import Case, Record, measure, write
 from benchmarks.method import OBJECTIVE
-from benchmarks.methods import SPARSE_GRAD
+from benchmarks.methods import METHODS as SPEED_METHODS
+from benchmarks.methods import SPARSE_GRAD, fused
+from benchmarks.methods import sparse as sparse_step
+from benchmarks.mixes import quantiles
 from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.regimes import REGIMES, exact_result
 from benchmarks.regimes import Case as RegimeCase
 from benchmarks.sparsity_tables import KINDS, METHODS
-from benchmarks.workloads import Shape, Workload, make_inputs
+from benchmarks.timing import interleaved_seconds
+from benchmarks.workloads import Inputs, Shape, Workload, make_inputs
+from drpo_kernels.demo.run import trained_batch
+from drpo_kernels.demo.settings import Settings
 
 RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
 ROUNDS = {"cpu": 5, "cuda": 20}
@@ -113,8 +121,32 @@ def rounded_gradients(case: RegimeCase) -> tuple[Tensor, Tensor]:
     return dlogits.double() @ weight, dlogits.double().T @ hidden
 
 
+# --- a model that is really trained -----------------------------------------------------------------------------------
+
+
 def demo(options: argparse.Namespace) -> Iterator[Record]:
-    yield from ()
+    """The last batch of `make demo` under the trained weights, every token with an advantage of its own."""
+    settings = Settings.quick() if options.quick else Settings()
+    batch = trained_batch(settings, torch.device("cpu"))
+    rows = [x[batch.mask] for x in (batch.hidden, batch.targets, batch.old_logprobs)]
+    advantages = torch.randn(len(rows[0]), generator=torch.Generator().manual_seed(0))
+    logp = (rows[0] @ batch.weight.T).log_softmax(-1)
+    inputs = Inputs(rows[0], batch.weight, *rows[1:], advantages, -(logp.exp() * logp).sum(-1))
+    exact = Exact(inputs)
+    sparse = {str(tolerance): sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
+    steps = {"dense": fused(inputs), **sparse}
+    seconds = interleaved_seconds(steps, 3 if options.quick else 30, lambda: None)
+    over = {}
+    for tolerance, step in sparse.items():
+        found = step()
+        metrics = {name: value.item() for name, value in found.metrics.items()}
+        errors = exact.errors(found, SPEED_METHODS["linear_policy_loss_sparse"])
+        over[tolerance] = {"errors": errors, "median_s": statistics.median(seconds[tolerance]), **metrics}
+    shape = Shape(len(advantages), *reversed(batch.weight.shape))
+    yield {
+        **_sized(shape), "dtype": "float32", "settings": str(settings), "dense_s": statistics.median(seconds["dense"]),
+        "entropy_quantiles": quantiles(inputs.entropies), "over_tolerance": over,
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {

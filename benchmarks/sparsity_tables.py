@@ -135,4 +135,21 @@ def within(record: Record, tolerance: str, times: float = 1.0) -> bool:
     return all(error <= times * record["rounded"][name] for name, error in errors.items())
 
 
-PARTS = {"ways": ways, "regimes": regimes}
+def demo(records: Sequence[Record]) -> Iterator[str]:
+    """A sentence and a table over τ."""
+    (record,) = records
+    median, most, largest = record["entropy_quantiles"]
+    yield "T={tokens} H={hidden} V={vocab}, ".format(**record["shape"]) + (
+        f"float32; entropies of a median of {median:.2g} nat, 80 % below {most:.2g}, all below {largest:.2g}. "
+        f"The dense path takes {1e3 * record['dense_s']:.2f} ms."
+    )
+    yield ""
+    yield row(("τ", "sparse rows", "tokens", "error of dX", "error of dW", "sparse, ms"))
+    yield row(("---:", *["---:"] * 5))
+    for tolerance, found in record["over_tolerance"].items():
+        errors = (f"{found['errors'][name]:.2%}" for name in ("hidden", "weight"))
+        share, tokens = f"{found['drpo/sparse_share']:.0%}", f"{found['drpo/sparse_entries']:.1f}"
+        yield row((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
+
+
+PARTS = {"ways": ways, "regimes": regimes, "demo": demo}

@@ -165,7 +165,7 @@ def _policy_loss(
             inputs.rows[Row.ADVANTAGE], inputs.computed, inputs.valid, inputs.unscorable,
         )  # fmt: skip
         if options.sparse_grad:
-            active = inputs.rows[Row.KIND] == RowKind.ACTIVE
+            active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
             metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
     shape = targets.shape
     return PolicyLossOutput(

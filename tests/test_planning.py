@@ -44,14 +44,14 @@ def assert_covers(chunks, rows):
     active=st.integers(0, 70_000), forward=st.integers(0, 70_000), hidden=st.sampled_from([64, 1024, 4096, 8192]),
     vocab=st.integers(1, 270_000), storage=st.sampled_from(STORED), device=st.sampled_from(sorted(PRESETS)),
     workspace=st.sampled_from([None, 1, 8 * MIB, 300 * MIB, 2 * GIB]), multiple=st.sampled_from([1, 64]),
-    wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(),
+    wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(), sparse=st.booleans(),
 )  # fmt: skip
-def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad):
+def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad, sparse):
     """Every row once; the workspace, and beyond it the least of what dW may take."""
     main_grad = main_grad and wanted.weight
     made = plan(
         PRESETS[device], Sizes(active, forward, hidden, vocab), storage, wanted,
-        workspace=workspace, row_multiple=multiple, main_grad=main_grad,
+        workspace=workspace, row_multiple=multiple, main_grad=main_grad, sparse=sparse,
     )  # fmt: skip
     assert_covers(made.windows, active)
     assert_covers(made.forward, forward)
@@ -68,6 +68,28 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
     beyond = made.retained_bytes + made.accumulator_bytes
     accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator
     assert beyond <= (wide if accumulates else 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100", "mi300x"])
+@pytest.mark.parametrize("storage", STORED)
+def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
+    """As many rows as without at a time, with dW as a sum, for no window of dense rows is known to be the only one.
+    On a GPU they are moved together beside the logits, whose programs run in no order.
+    """
+    sizes = Sizes(4096, 0, 4096, 151_936)
+    made, without = (plan(PRESETS[device], sizes, storage, ALL, sparse=sparse) for sparse in (True, False))
+    assert not made.retained and made.weight_gradient in (WeightGradient.OWN_SUM, WeightGradient.WIDE_SUM)
+    assert made.in_place == (without.in_place and device == "cpu")
+    assert made.buffer_bytes <= planning.workspace_bytes(PRESETS[device], 151_936, storage.logits.itemsize, None)
+
+
+@pytest.mark.parametrize(
+    "vocab, on_cpu, on_a_gpu", [(1, 16, 16), (1087, 16, 16), (1088, 17, 16), (32_000, 500, 125), (151_936, 1024, 593)]
+)
+def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
+    """By what an entry costs beside a column; 16 at least, for small vocabularies to have sparse rows; 1024 at most."""
+    assert planning.entry_limit(vocab, "cpu") == on_cpu
+    assert planning.entry_limit(vocab, "cuda") == planning.entry_limit(vocab, "mps") == on_a_gpu
 
 
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])

@@ -89,9 +89,10 @@ class SparseSweep(LinearSweep):
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
         outcome[Sparsity.LEFT_OUT, rows] = chosen.left_out
-        if len(chosen.dense):
+        entries = self._entries(rows, batch, slopes[0], chosen)
+        if len(chosen.dense):  # whose dlogits overwrite the logits
             self._keep(rows.start, chosen.dense, batch, statistics, slopes)
-        return self._entries(rows, batch, statistics, slopes[0], chosen)
+        return entries
 
     def _keep(self, start: int, dense: Tensor, batch: RowBatch, statistics: Tensor, slopes: Tensor) -> None:
         """Write the dense rows' dlogits behind those that wait."""
@@ -103,13 +104,13 @@ class SparseSweep(LinearSweep):
         if undo is not None:  # a float16 scale is of one chunk
             self._flush(undo)
 
-    def _entries(self, rows: slice, batch: RowBatch, statistics: Tensor, slope: Tensor, chosen: Selection) -> Entries:
+    def _entries(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
         transform = batch.transform
         slope = slope * (transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])  # dz/dx, up to a soft-cap's 1 - tanh²
         values = -slope[chosen.rows] * chosen.weights
         spread = torch.zeros_like(slope)
         if transform.softcap is not None:
-            values = values * _capped(batch, statistics, chosen)
+            values = values * _capped(batch, chosen)
         else:
             spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
             if self.wanted.weight:
@@ -186,12 +187,11 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _capped(batch: RowBatch, statistics: Tensor, chosen: Selection) -> Tensor:
-    """1 - b² of a soft-cap at the entries, [M]: with log p = factor · (b - max b) - log Σ."""
-    factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
-    logp = torch.where(chosen.weights < 0, statistics[Stat.LOGPROB, chosen.rows], chosen.weights.log())
-    q = logp + statistics[Stat.SUM, chosen.rows].log()
-    return 1 - (statistics[Stat.MAX, chosen.rows] + q / factor[chosen.rows]).square()
+def _capped(batch: RowBatch, chosen: Selection) -> Tensor:
+    """1 - tanh² of a soft-cap at the entries, [M]."""
+    x = batch.logits[chosen.rows, chosen.columns].to(chosen.weights.dtype)
+    x = x if batch.bias is None else x + batch.bias[chosen.columns].to(x.dtype)
+    return 1 - torch.tanh(x * (batch.transform.logit_scale / batch.transform.softcap)).square()
 
 
 def sparse_policy_sweep(

@@ -83,7 +83,8 @@ class TorchRows:
             rows, columns, values = _above(e, floor[block], 3 * limit)
             parts.append((positions[block][rows], columns, values))
         rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        kept, counts, left_out = _fewest(rows, values / others[rows], len(others), tolerance, limit)
+        shares = torch.where(others[rows] > 0, values / others[rows], 0)
+        kept, counts, left_out = _fewest(rows, shares, len(others), tolerance, limit)
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
         sparse = active & (counts <= limit) & (left_out <= tolerance)
         kept &= sparse[rows]
@@ -237,9 +238,10 @@ def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]
     whole = vocab // LANE * LANE
     lanes = e[:, :whole].unflatten(1, (-1, LANE)) if whole else e.new_empty(count, 0, LANE)
     hit = lanes.amax(2) >= floor[:, None] if whole else e.new_empty(count, 0, dtype=torch.bool)
-    # `most` entries scattered over the stretches reach so many of them
-    reached = hit.shape[1] * -math.expm1(-most / max(hit.shape[1], 1))
-    hit &= hit.sum(1, keepdim=True) <= reached
+    # `most` entries scattered over the stretches reach so many of them; of few, a handful of entries may reach all
+    stretches = max(hit.shape[1], 1)
+    if most <= 3 * stretches:
+        hit &= hit.sum(1, keepdim=True) <= stretches * -math.expm1(-most / stretches)
     row, lane = hit.nonzero(as_tuple=True)
     values = lanes[row, lane]
     stretch, within = (values >= floor[row, None]).nonzero(as_tuple=True)
@@ -262,7 +264,7 @@ def _fewest(
     rest [count]): a row's smallest are left out while the budget lasts, all of one level or none.
     """
     floor = math.log2(tolerance / (2 * limit))
-    level = shares.log2().sub_(floor).mul_(LEVELS_PER_OCTAVE).to(torch.int64).clamp_(0, LEVELS - 1)
+    level = shares.log2().sub_(floor).mul_(LEVELS_PER_OCTAVE).clamp_(0, LEVELS - 1).to(torch.int64)
     # whole numbers, whose sums are the same in any order
     units = shares.to(torch.float64).mul_(UNIT).ceil_().to(torch.int64)
     mass = units.new_zeros(count * LEVELS).index_add_(0, rows * LEVELS + level, units).view(count, LEVELS)

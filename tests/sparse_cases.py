@@ -1,0 +1,353 @@
+"""Problems of `sparse_grad`, what their gradients are in float64, and what a call left out of them.
+
+Hidden states, weights and biases are whole multiples of 1/16 and few of them to a logit, so that every float32 logit is
+exact: what a row leaves out does not hang on the rounding of a product. What remains is the softmax, `Exact.rounding`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import drpo_kernels as dk
+import problems
+from drpo_kernels import ops
+from drpo_kernels.backends.planning import entry_limit
+from drpo_kernels.backends.rows import LEVELS_PER_OCTAVE, SHARE_ROUNDING, Sparsity
+from problems import SPECS, Problem, generator
+
+ULP = 2.0**-24
+
+
+class Shift(dk.Objective):
+    """An objective of a user: no twin, not registered, a gradient where A = 0."""
+
+    def token_loss(self, tokens):
+        return 0.3 * tokens.log_ratio.square() - tokens.advantages * tokens.logprobs
+
+
+def shift(rows):
+    """`Shift` for the oracle."""
+    return 0.3 * rows.log_ratio.square() - rows.adv * rows.logp
+
+
+OBJECTIVES = {name: (spec, spec) for name, spec in SPECS.items() if name != "gspo"}  # (the package's, the oracle's)
+OBJECTIVES["user"] = ((Shift, {}), (shift, {}))
+
+
+@dataclass(frozen=True)
+class Case:
+    problem: Problem
+    objective: str = "drpo-active"
+    tau: float = 0.02
+
+    @property
+    def vocab(self) -> int:
+        return self.problem.options.get("vocab_size") or self.problem.weight.shape[0]
+
+    def with_options(self, **changes) -> Case:
+        return replace(self, problem=self.problem.with_options(**changes))
+
+    def with_tensors(self, **changes) -> Case:
+        return replace(self, problem=replace(self.problem, **changes))
+
+
+def sixteenths(values: Tensor) -> Tensor:
+    """Float32 multiples of 1/16, to which rounding to bfloat16 does nothing below 16."""
+    return (16 * values).round().clamp(-255, 255).div(16).float()
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def rows_between(g, shape, hidden, vocab, spread, pull, miss=0.2):
+    """(hidden, weight, targets): logits of a standard deviation of 0 to `spread`, one of them pulled up by 0 to `pull`:
+    the target's, or in a share `miss` of the rows another's.
+    """
+    weight = sixteenths(torch.randn(vocab, hidden, generator=g))
+    targets = torch.randint(vocab, shape, generator=g)
+    stray = torch.rand(shape, generator=g) < miss
+    aim = weight[torch.where(stray, torch.randint(vocab, shape, generator=g), targets)]
+    height, width = (most * torch.rand(*shape, 1, generator=g) for most in (pull, spread / hidden**0.5))
+    x = width * torch.randn(*shape, hidden, generator=g)
+    return sixteenths(x + height * aim / aim.square().sum(-1, keepdim=True).clamp(min=0.5)), weight, targets
+
+
+def with_behaviour(g, problem: Problem, spread=0.3) -> Problem:
+    """And old log-probs near the policy's own, advantages of both signs and of none."""
+    shape = problem.targets.shape
+    logp = problems.current_logprobs(
+        problem.hidden, problem.weight, problem.bias, problem.targets, problem.options
+    )  # fmt: skip
+    advantages = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.15)
+    old, ref = (problems.behaviour(logp, g, spread) for _ in range(2))
+    options = problem.options | ({"ref_logprobs": ref} if problem.options.get("kl_coef") else {})
+    return replace(problem, old_logprobs=old, advantages=advantages, options=options)
+
+
+def case_of(seed=0, shape=(24,), hidden=16, vocab=130, *, spread=5.0, pull=12.0, bias=False, tau=0.02,
+            objective="drpo-active", **options) -> Case:  # fmt: skip
+    g = generator(seed)
+    x, weight, targets = rows_between(g, shape, hidden, vocab, spread, pull)
+    targets = targets % options.get("vocab_size", vocab)
+    offset = sixteenths(torch.randn(vocab, generator=g)) if bias else None
+    problem = Problem(targets, None, None, hidden=x, weight=weight, bias=offset, options=options)
+    return Case(with_behaviour(g, problem), objective, tau)
+
+
+def options_of(r: random.Random, g, shape, vocab: int) -> dict:
+    """Any mixture of what may stand beside `sparse_grad`."""
+    options = {"compact": r.choice(["active", "mask", "none"])}
+    heat = r.choice([None, "number", "tensor"])
+    if heat:
+        options["temperature"] = r.uniform(0.6, 2) if heat == "number" else 0.6 + 1.4 * torch.rand(shape, generator=g)
+    if r.random() < 0.3:
+        options["logit_scale"] = r.choice([0.5, 1.25])
+    if r.random() < 0.25:
+        options["softcap"] = r.uniform(6, 30)
+    if r.random() < 0.3:
+        options |= {"kl_coef": 0.1, "kl_estimator": r.choice(["k1", "k2", "k3"]), "kl_importance": r.random() < 0.5}
+    if r.random() < 0.3:
+        options["token_weights"] = 0.5 + torch.rand(shape, generator=g)
+    if len(shape) > 1:
+        options |= {"reduction": r.choice(problems.REDUCTIONS), "horizon": 11.0}
+    elif r.random() < 0.3:
+        options["reduction"] = tuple(torch.rand(shape, generator=g) for _ in range(3))
+    if r.random() < 0.8:
+        options["workspace_bytes"] = 4 * vocab * r.choice([1, 3, 8, 20])  # so many rows of logits
+    return options
+
+
+def drawn(seed: int) -> Case:
+    """50 rows of any problem."""
+    r, g = random.Random(seed), generator(1000 + seed)
+    shape = r.choice([(50,), (5, 10)])
+    hidden = r.randint(1, 40)
+    vocab = r.choice([1, 2, 3, 7, 40, 64, 65, 100, 128, 130, 200, 257, 320, 511, 640, 1000, 1500])
+    x, weight, targets = rows_between(g, shape, hidden, vocab, r.uniform(0.3, 8), r.uniform(2, 18), r.random() / 2)
+    options = options_of(r, g, shape, vocab)
+    if vocab > 8 and r.random() < 0.2:
+        options["vocab_size"] = vocab - r.randint(1, 7)
+        targets = targets % options["vocab_size"]
+    bias = sixteenths(r.uniform(0.2, 2) * torch.randn(vocab, generator=g)) if r.random() < 0.4 else None
+    mask = torch.rand(shape, generator=g) < 0.8 if r.random() < 0.5 else None
+    problem = Problem(targets, None, None, mask, x, weight, bias, options=options)
+    tau = math.exp(r.uniform(math.log(1e-4), math.log(0.5)))
+    problem = with_behaviour(g, problem)
+    if r.random() < 0.15:
+        problem = replace(problem, old_logprobs=None)
+    return Case(problem, r.choice(list(OBJECTIVES)), tau)
+
+
+REST = 3  # columns of a head, beyond those that show the logits' gradient
+
+
+def visible(case: Case, seed=0) -> Case:
+    """The case with a head [I, R] over hidden states that are logits: the first V columns of dX *are* dlogits."""
+    p, g = case.problem, generator(seed)
+    vocab = p.weight.shape[0]
+    raw = p.hidden.double() @ p.weight.double().T  # multiples of 1/256
+    rest = sixteenths(torch.randn(vocab, REST, generator=g))
+    x = sixteenths(0.3 * torch.randn(*p.targets.shape, REST, generator=g))
+    hidden = torch.cat([(raw - x.double() @ rest.double().T).float(), x], -1)
+    return case.with_tensors(hidden=hidden, weight=torch.cat([torch.eye(vocab), rest], 1))
+
+
+# --- the exact gradients ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exact:
+    """In float64, of the N flattened rows: dlogits = slope · pushes · cap, with slope the loss's own times dz/dx up to
+    a soft-cap's 1 - tanh², which is cap.
+    """
+
+    dlogits: Tensor  # [N, V]
+    pushes: Tensor  # onehot - p, [N, V]
+    probs: Tensor  # [N, V]
+    cap: Tensor  # [N, V]
+    at_target: Tensor  # bool [N, V]
+    slope: Tensor  # [N]
+    miss: Tensor  # 1 - p_y, [N]
+    active: Tensor  # bool [N], has a gradient
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H], of the real vocabulary
+    rounding: Tensor  # relative, of a p or a logprob's effect on a slope in float32, [N]
+
+    @property
+    def uncertain(self) -> Tensor:
+        """What a slope's rounding may be, [N]: relative to the largest, for the terms of a small one may cancel."""
+        return torch.where(self.active, self.rounding * (self.slope.abs() + self.slope.abs().max()), 0)
+
+    @property
+    def slack(self) -> Tensor:
+        """What rounding may do to dlogits, [N, V]; 1 - tanh² near the cap is a difference of what has been rounded."""
+        return (self.uncertain[:, None] * self.cap + 8 * ULP * self.slope.abs()[:, None]) * self.pushes.abs()
+
+
+def exact(case: Case) -> Exact:
+    """By the oracle on z itself, whatever it was made from."""
+    p, vocab = case.problem, case.vocab
+    options, softcap, scale = dict(p.options), p.options.get("softcap"), p.options.get("logit_scale", 1.0)
+    heat = torch.as_tensor(options.pop("temperature", 1.0)).double().expand(p.targets.shape)[..., None]
+    for name in ("softcap", "logit_scale", "vocab_size", "head_dtype"):
+        options.pop(name, None)
+    hidden, weight = p.hidden.double(), p.weight.double()[:vocab]
+    raw = hidden @ weight.T
+    raw = scale * (raw if p.bias is None else raw + p.bias.double()[:vocab])
+    tanh = torch.zeros_like(raw) if softcap is None else torch.tanh(raw / softcap)
+    z = (raw if softcap is None else softcap * tanh) / heat
+    ready = replace(p, logits=z.detach(), hidden=None, weight=None, bias=None, options=options)
+    _, grads = problems.solve(ready, OBJECTIVES[case.objective][1])
+    # z - max z is rounded five times on its way into exp2; then a few dozen sums and products
+    span = (z.amax(-1) - z.masked_fill(z.isinf(), torch.inf).amin(-1)).detach().flatten()
+    dz, probs = (x.detach().flatten(0, -2) for x in (grads["logits"], z.softmax(-1)))
+    counted = torch.ones(len(dz), dtype=torch.bool) if p.mask is None else p.mask.flatten()
+    target = torch.where(counted, p.targets.flatten(), 0)
+    at_target = torch.nn.functional.one_hot(target, vocab).bool()
+    others = probs.masked_fill(at_target, 0)
+    miss = others.sum(1)
+    pushes = torch.where(at_target, miss[:, None], -probs)
+    # from the other tokens: autograd's own gradient of the target is s · (1 - p_y) by a difference, 0 where p_y is 1
+    slope = -(dz * others).sum(1) / others.square().sum(1).clamp(min=1e-300) * (scale / heat).flatten()
+    cap = 1 - tanh.square().flatten(0, -2)
+    return Exact(
+        slope[:, None] * pushes * cap, pushes, probs, cap, at_target, slope, miss, slope != 0, hidden.flatten(0, -2),
+        weight, ULP * (5 * span + 64),
+    )  # fmt: skip
+
+
+# --- a call and what is asked of it -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A call with `sparse_grad`; gradients in float64 [N, H], [V, H], [V], None where they were not wanted."""
+
+    out: dk.PolicyLossOutput
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    entries: Tensor  # that each row reports, [N]; 0: dense
+    left_out: Tensor  # [N]
+
+
+def found(case: Case, backend="torch", device="cpu", upstream=1.0, **extra) -> Found:
+    outcomes = []
+
+    def spy(*arguments):
+        result = sweep(*arguments)
+        outcomes.append(result[0].cpu().double())
+        return result
+
+    sweep = ops.sparse_policy_sweep
+    with mock.patch.object(ops, "sparse_policy_sweep", spy):
+        out, grads = problems.run(
+            case.problem, problems.build(OBJECTIVES[case.objective][0]), backend, device, upstream,
+            **{"sparse_grad": case.tau, **extra},
+        )  # fmt: skip
+    (outcome,) = outcomes
+    grads = {name: grad.cpu().double() / upstream for name, grad in grads.items()}
+    return Found(
+        out, grads["hidden"].flatten(0, -2), grads["weight"], grads.get("bias"),
+        outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT],
+    )  # fmt: skip
+
+
+def assert_below(error: Tensor, bound: Tensor, what: str) -> None:
+    """NaN is not below anything."""
+    error, bound = torch.broadcast_tensors(error, bound)
+    bad = ~(error <= bound)
+    assert not bad.any(), f"{what}: {error[bad][:4].tolist()} > {bound[bad][:4].tolist()}"
+
+
+def assert_within_bounds(case: Case, got: Found, want: Exact | None = None, stored=0.0) -> None:
+    """The bounds of docs/sparse.md against float64. A row's dlogits err by e_v = p_v [v left out] - m / V times its
+    slope, m <= τ (1 - p_y) being all that is left out, so that with W̄ the mean row
+        |ΔdX_t| = |s_t Σ_{left out} p_v (W_v - W̄)| <= |s_t| τ (1 - p_y) max |W_v - W̄|
+        ‖ΔdW‖  <= Σ_t |s_t| |e| |x_t|,  |e|² = Σ_{left out} p_v² - m²/V <= m²
+        |Δdb|  <= Σ_t |s_t| |e|
+    and with a soft-cap, where e_v = p_v (1 - tanh²) of what is left out alone, the same without W̄. Rounding is
+    that of dlogits, times |W_v| and |x_t|; `stored` is relative, of dlogits or gradients kept in 16 bits.
+    """
+    want = want or exact(case)
+    mean = 0 if case.problem.options.get("softcap") else want.weight.mean(0)
+    left = want.slope.abs() * case.tau * want.miss
+    slack = want.slack + stored * want.dlogits.abs()
+    assert_below(
+        (got.hidden - want.dlogits @ want.weight).norm(dim=1),
+        left * (want.weight - mean).norm(dim=1).max() + slack @ want.weight.norm(dim=1), "dX",
+    )  # fmt: skip
+    assert_below(
+        (got.weight[: case.vocab] - want.dlogits.T @ want.hidden).norm(),
+        ((left + slack.norm(dim=1)) * want.hidden.norm(dim=1)).sum(), "dW",
+    )  # fmt: skip
+    assert not got.weight[case.vocab :].any()
+    if got.bias is not None:
+        assert_below((got.bias[: case.vocab] - want.dlogits.sum(0)).norm(), (left + slack.norm(dim=1)).sum(), "db")
+        assert not got.bias[case.vocab :].any()
+    assert_below(got.left_out, case.tau * want.miss * (1 + want.rounding), "what a row says it left out")
+
+
+def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") -> None:
+    """Of a `visible` case: every entry of dlogits is the exact one or its row's even share, and the latter are the
+    smallest, together at most τ (1 - p_y), and as many as that allows, within a level of 1/8 octave.
+    """
+    want, vocab, limit = exact(case), case.vocab, entry_limit(case.vocab, device_type)
+    capped = case.problem.options.get("softcap") is not None
+    d = got.hidden[:, :vocab]
+    assert not got.hidden[~want.active].any()
+    sparse, scale = got.entries > 0, want.slope.abs() * want.miss
+    even = torch.zeros_like(scale) if capped else -want.slope * got.left_out / vocab
+    # an entry that was kept differs from the share by no less than the smallest candidate weighs
+    gap = torch.zeros_like(scale) if capped else 0.5 * scale * case.tau / (2 * limit)
+    left = sparse[:, None] & ~want.at_target & ((d - even[:, None]).abs() <= gap[:, None])
+    some = want.active & (want.miss > 0)  # where anything can be seen
+    sparse &= some
+    left &= some[:, None]
+    assert (left.sum(1) == vocab - got.entries)[sparse].all()
+
+    error = (d - torch.where(left, 0, want.dlogits) - even[:, None]).abs()
+    known = torch.where(some, want.uncertain / want.slope.abs(), 0)[:, None]
+    assert_below(error, want.slack + known * even[:, None].abs(), "dlogits")
+
+    mass = torch.where(left, want.probs, 0).sum(1)
+    assert_below(mass, case.tau * want.miss, "mass left out")
+    allowed = torch.where(sparse, (SHARE_ROUNDING + want.rounding) * want.miss, 0)
+    assert_below((got.left_out - mass).abs()[some], allowed[some], "mass left out, beside what was reported")
+    if not capped:
+        size = want.dlogits.norm(dim=1)
+        assert_below((d - want.dlogits).norm(dim=1), case.tau * size + want.slack.norm(dim=1), "dlogits")
+        assert_below(d.sum(1).abs(), want.slack.sum(1) + SHARE_ROUNDING * scale, "Σ dlogits")
+
+    others = want.probs.masked_fill(want.at_target, 0)
+    least_kept = torch.where(left | want.at_target, torch.inf, others).amin(1)
+    least_kept *= 1 + want.rounding
+    assert_below(torch.where(left, others, 0).amax(1)[sparse], least_kept[sparse], "the largest left out")
+    few = fewest(want, case.tau - SHARE_ROUNDING - want.rounding)
+    assert_below((got.entries - 1)[sparse], few[sparse], "entries")
+
+    x, weight, sums = want.hidden, want.weight, ULP * (8 + vocab**0.5)  # roundings of a sum of V terms add at random
+    assert_below((got.hidden[:, vocab:] - d @ weight[:, vocab:]).abs(), sums * d.abs() @ weight[:, vocab:].abs(), "dX")
+    size = d.norm(dim=1)
+    assert_below((got.weight[:vocab] - d.T @ x).norm(), sums * (size * x.norm(dim=1)).sum(), "dW")
+    if got.bias is not None:
+        assert_below((got.bias[:vocab] - d.sum(0)).norm(), sums * size.sum(), "db")
+
+
+def fewest(want: Exact, tau: Tensor) -> Tensor:
+    """The fewest entries beside the target that leave out at most τ (1 - p_y), and what lies within a level of the
+    smallest of them, [N].
+    """
+    others = want.probs.masked_fill(want.at_target, 0)
+    ordered = others.sort(dim=1, descending=True).values
+    rest = ordered.flip(1).cumsum(1).flip(1)  # from an entry on
+    count = (rest > (tau * want.miss)[:, None]).sum(1)
+    smallest = ordered.gather(1, (count - 1).clamp(min=0)[:, None])
+    near = others >= smallest * 2 ** (-1 / LEVELS_PER_OCTAVE) * (1 - want.rounding[:, None])
+    return torch.where(count > 0, near.sum(1), 0)
