@@ -104,9 +104,10 @@ class PolicyOptions(LogprobOptions):
     sparse_grad       τ in [0, 1), of `linear_policy_loss`: a row's gradient reaches its target and the fewest other
                       tokens that leave out at most τ · (1 - p_y) of the row's probability, by gathering their rows of
                       the weight; 2F in place of 6F for rows that few tokens suffice for, while the others stay dense
-                      and exact. What is left out is spread evenly. The loss, log-probs and entropy are exact. 0: every
-                      gradient is exact; 0.003 errs less than rounding dlogits to bf16, 0.01 up to twice as much, but
-                      always the same way (docs/sparse.md). metrics["drpo/sparse_share"] says how many rows it was.
+                      and exact (all of them, for τ below 4e-6). What is left out is spread evenly. The loss, log-probs
+                      and entropy are exact. 0: every gradient is exact; 0.003 errs less than rounding dlogits to bf16,
+                      0.01 up to twice as much, but the same way in every step (docs/sparse.md).
+                      metrics["drpo/sparse_share"] says how many rows it was.
                       Not with an entropy bonus, vocab_shard, batch_invariant or a sequence objective
     """
 

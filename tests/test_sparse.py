@@ -400,7 +400,6 @@ def test_a_second_backward_is_refused_as_without(device):
 
 @pytest.mark.parametrize("options", [{}, {"compact": "none", "softcap": 25.0, "workspace_bytes": ROW * 5}], ids=str)
 def test_in_one_graph(options, device):
-    # fails: in a graph `rows[Row.KIND] == RowKind.ACTIVE` of policy_loss.py is the bool False, for want of `.value`
     case = case_of(20, (4, 6), **options)
     leaves = {name: value.to(device).requires_grad_() for name, value in case.problem.leaves().items()}
 
@@ -417,7 +416,6 @@ def test_in_one_graph(options, device):
 
 
 def test_main_grad_in_one_graph(device):
-    # fails for the same reason
     case = case_of(21)
     hidden = case.problem.hidden.to(device).requires_grad_()
     weight = case.problem.weight.to(device).requires_grad_()

@@ -266,7 +266,7 @@ def _fewest(
     floor = math.log2(tolerance / (2 * limit))
     level = shares.log2().sub_(floor).mul_(LEVELS_PER_OCTAVE).clamp_(0, LEVELS - 1).to(torch.int64)
     # whole numbers, whose sums are the same in any order
-    units = shares.to(torch.float64).mul_(UNIT).ceil_().to(torch.int64)
+    units = (shares * UNIT).ceil_().to(torch.int64)
     mass = units.new_zeros(count * LEVELS).index_add_(0, rows * LEVELS + level, units).view(count, LEVELS)
     outside = (UNIT - mass.sum(1)).clamp_(min=0) + int(SHARE_ROUNDING * UNIT)  # what is no candidate
     with_level = outside[:, None] + mass.cumsum(1)
