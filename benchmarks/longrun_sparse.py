@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size, tau = replace(SIZE, steps=options.steps), options.sparse_grad
     source = provenance(f"python -m benchmarks.longrun_sparse --steps {options.steps} --sparse-grad {tau:g}")
     records = measure(size, tau)
-    write(records, options.out, {"sparse_grad": tau, "pretraining": PRETRAINING, "size": vars(size), **source})
+    setting = {"sparse_grad": tau, "pretraining": PRETRAINING, "size": vars(size)}
+    write(records, options.out, {"benchmark": "longrun_sparse", **setting, **source})
     plot(records, tau, options.out.with_suffix(".png"))
     print(f"share of sparse rows {share_of(records['sparse']):.1%}")
     return int(not stays_together(records))

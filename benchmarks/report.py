@@ -142,6 +142,10 @@ def render_sparsity(part: str, table: Callable, records: Sequence[Record]) -> st
     return "\n".join([*table(records), "", _origin(records[0])]) if records else NOT_YET
 
 
+def render_sparse_longrun(records: Sequence[Record]) -> str:
+    return "\n".join([*sparsity_tables.longrun(records), "", _origin(records[0])])
+
+
 def render_trainers(records: Sequence[Record]) -> str:
     """The Markdown of a comparison of trainers."""
     size = records[0]["size"]
@@ -225,6 +229,10 @@ BLOCKS = {
                 partial(render_sparsity, part, table),
             )
             for part, table in sparsity_tables.PARTS.items()
+        ),
+        Block(
+            "sparse-longrun", "longrun_sparse.jsonl", "docs/sparse.md", "benchmarks.longrun_sparse",
+            render_sparse_longrun,
         ),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
         Block("invariance", "invariance.jsonl", "docs/determinism.md", "benchmarks.invariance", render_invariance),

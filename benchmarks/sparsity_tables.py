@@ -152,4 +152,32 @@ def demo(records: Sequence[Record]) -> Iterator[str]:
         yield row((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
 
 
+RUNS = {
+    "sparse": "`sparse_grad={tau:g}`",
+    "slower": "exact, learning rate lower by {tau:.0%}: **the bound**",
+    "bf16": "exact, hidden states and head in bf16",
+    "noise": "exact, dX and dW with random noise of 0.18 %",
+}
+
+
+def longrun(records: Sequence[Record]) -> Iterator[str]:
+    """A row per run, and how much of the sparse one was sparse."""
+    by_name = {record["run"]: record for record in records}
+    sparse = by_name["sparse"]
+    shares = sparse["sparse_share"]
+    yield (
+        "{steps} steps, V={vocab} H={hidden}, ".format(**sparse["size"])
+        + f"a mean |loss| of {sparse['loss_scale']:.2f}; {sum(shares) / len(shares):.0%} of the rows were sparse, "
+        f"{shares[0]:.0%} at the beginning and {shares[-1]:.0%} at the end."
+    )
+    yield ""
+    yield row(("run", "gradient error, mean (max)", "furthest from the exact loss", "weights: distance over way"))
+    yield row(("---", *["---:"] * 3))
+    for name, label in RUNS.items():
+        record = by_name[name]
+        error = f"{record['gradient_error_mean']:.2%} ({record['gradient_error_max']:.2%})"
+        gaps = f"{record['smoothed_gap_max']:.1e}", f"{record['weight_gap']:.2%}"
+        yield row((label.format(tau=record["sparse_grad"]), error, *gaps))
+
+
 PARTS = {"ways": ways, "regimes": regimes, "demo": demo}

@@ -22,6 +22,12 @@ from drpo_kernels.backends.rows import LEVELS_PER_OCTAVE, SHARE_ROUNDING, Sparsi
 from problems import SPECS, Problem, generator
 
 ULP = 2.0**-24
+COMPACT = ("active", "mask", "none")
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ROW = 4 * 130  # bytes of the logits of a row of `case_of`
+SHARES = ("drpo/sparse_share", "drpo/sparse_entries", "drpo/left_out_mean", "drpo/left_out_share_max")
+# of a gradient in its dtype
+STORED = {FP64: 0.0, FP32: 0.0, BF16: 2 * 2.0**-8, FP16: 2 * 2.0**-11}
 
 
 class Shift(dk.Objective):
@@ -351,3 +357,54 @@ def fewest(want: Exact, tau: Tensor) -> Tensor:
     smallest = ordered.gather(1, (count - 1).clamp(min=0)[:, None])
     near = others >= smallest * 2 ** (-1 / LEVELS_PER_OCTAVE) * (1 - want.rounding[:, None])
     return torch.where(count > 0, near.sum(1), 0)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+def gradients(case: Case, wanted=("hidden", "weight", "bias"), device="cpu", upstream=1.0, backend="torch", **extra):
+    """(output, gradients by name) of a call in which only `wanted` require them."""
+    leaves = {k: v.detach().to(device).requires_grad_(k in wanted) for k, v in case.problem.leaves().items()}
+    objective = problems.build(OBJECTIVES[case.objective][0])
+    out = problems.call(case.problem, objective, backend, device, leaves, **{"sparse_grad": case.tau, **extra})
+    (upstream * out.loss).backward()
+    return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def assert_same(got: dict, want: dict, bound=0.0) -> None:
+    """Bitwise, or norm-wise up to `bound`."""
+    assert got.keys() == want.keys()
+    for name in want:
+        if bound:
+            assert problems.relative(got[name], want[name]) <= bound, name
+        else:
+            assert torch.equal(got[name], want[name]), name
+
+
+def one_row(logits, target=0, tau=0.02, **options) -> Case:
+    """A row of these logits, which the first of its hidden states multiplies."""
+    weight = torch.stack([logits, torch.linspace(-1, 1, len(logits))], 1)
+    problem = problems.Problem(
+        torch.tensor([target]), torch.tensor([-1.0]), torch.tensor([1.5]), hidden=torch.tensor([[1.0, 0.5]]),
+        weight=weight, options=options,
+    )  # fmt: skip
+    return Case(problem, "pg", tau)
+
+
+def replace_objective(case: Case, objective: str) -> Case:
+    return Case(case.problem, objective, case.tau)
+
+
+def rows_of(case: Case, rows, **options) -> Case:
+    """Some rows of a case of shape [T]."""
+    names = ("hidden", "targets", "old_logprobs", "advantages", "mask")
+    tensors = {n: getattr(case.problem, n) for n in names if getattr(case.problem, n) is not None}
+    return case.with_tensors(**{n: x[rows] for n, x in tensors.items()}).with_options(**options)
+
+
+def in_dtype(case: Case, dtype) -> Case:
+    p = case.problem
+    bias = None if p.bias is None else p.bias.to(dtype)
+    return case.with_tensors(hidden=p.hidden.to(dtype), weight=p.weight.to(dtype), bias=bias)
+
+
+# of dlogits and of the gradients: half an ulp each, twice that for what adds up

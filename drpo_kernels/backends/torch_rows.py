@@ -35,6 +35,8 @@ CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
 # columns whose maximum is taken before any of them is looked at
 LANE = 64
+# columns from one sampled column to the next, and the least limit of entries at which a sample is trusted
+STRIDE, SAMPLED = 8, 64
 # the grain of whole-number sums of shares of 1 - p_y
 UNIT = 1 << 40
 # elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
@@ -80,7 +82,7 @@ class TorchRows:
         parts = [(index.new_empty(0), index.new_empty(0), floor.new_empty(0))]
         for block in scratch.blocks(RowKind.ACTIVE):
             e = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
-            rows, columns, values = _above(e, floor[block], 3 * limit)
+            rows, columns, values = _above(e, floor[block], limit)
             parts.append((positions[block][rows], columns, values))
         rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
         shares = torch.where(others[rows] > 0, values / others[rows], 0)
@@ -228,20 +230,23 @@ class _Scratch:
         return q.exp2_().scatter_(1, index[block], 0)
 
 
-def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def _above(e: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, value) of the entries of a block e [n, V] that reach their row's floor, ordered by row.
 
-    Stretches of LANE columns are looked into where their maximum does. A row of more entries than `most`, as far as the
-    number of such stretches tells, is given up: none of its entries there is returned.
+    Stretches of LANE columns are looked into where their maximum does. A row that seems to need more than `limit`
+    entries is given up: none of its entries there is returned.
     """
     count, vocab = e.shape
     whole = vocab // LANE * LANE
     lanes = e[:, :whole].unflatten(1, (-1, LANE)) if whole else e.new_empty(count, 0, LANE)
     hit = lanes.amax(2) >= floor[:, None] if whole else e.new_empty(count, 0, dtype=torch.bool)
+    reached, stretches, most = hit.sum(1), max(hit.shape[1], 1), 3 * limit
     # `most` entries scattered over the stretches reach so many of them; of few, a handful of entries may reach all
-    stretches = max(hit.shape[1], 1)
-    if most <= 3 * stretches:
-        hit &= hit.sum(1, keepdim=True) <= stretches * -math.expm1(-most / stretches)
+    given_up = reached > stretches * (-math.expm1(-most / stretches) if most <= 3 * stretches else 1)
+    if limit >= SAMPLED:
+        unsure = (~given_up & (reached > limit // 4)).nonzero()[:, 0]
+        given_up[unsure] = _hopeless(e[unsure, ::STRIDE], floor[unsure], limit)
+    hit &= ~given_up[:, None]
     row, lane = hit.nonzero(as_tuple=True)
     values = lanes[row, lane]
     stretch, within = (values >= floor[row, None]).nonzero(as_tuple=True)
@@ -255,6 +260,19 @@ def _above(e: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]
         order = joined[0].argsort(stable=True)
         rows, columns, found = (part[order] for part in joined)
     return rows, columns, found
+
+
+def _hopeless(sample: Tensor, floor: Tensor, limit: int) -> Tensor:
+    """Rows that leave out over 1.5 of their budget, 2 · limit · floor, with any `limit` entries, as far as every
+    STRIDE-th column [n, ...] tells.
+
+    Of entries N of at least x and a sum L of the smaller ones, K entries leave out L - (K - N) x at least. At x = 8
+    floors L is a sum of many small terms: a sample knows it well.
+    """
+    share = sample / floor[:, None]
+    small = share < 8
+    smaller, larger = STRIDE * (share * small).sum(1), STRIDE * (~small).sum(1)
+    return smaller - 8 * (limit - larger) > 3 * limit
 
 
 def _fewest(
