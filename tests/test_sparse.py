@@ -105,6 +105,28 @@ def test_extreme_tolerances(tau, device):
     assert (got.entries > 0).any() == (tau > SHARE_ROUNDING)
 
 
+@pytest.mark.parametrize("spread", [3.0, 4.0, 5.0, 8.0])
+def test_rows_that_a_sample_gives_up_are_dense(spread, device):
+    """And such as leave out thrice their budget at best are given up."""
+    limit, tau = entry_limit(32_768, "cpu"), 0.01
+    e = (spread * torch.randn(100, 32_768, generator=problems.generator(5))).exp().to(device)
+    total = e.sum(1)
+    given_up = torch_rows._hopeless(e[:, :: torch_rows.STRIDE], total * (tau / (2 * limit)), limit)
+    left_out = 1 - e.topk(limit, dim=1).values.sum(1) / total
+    assert (left_out[given_up] > tau).all()
+    assert given_up[left_out > 3 * tau].all()
+    assert given_up.any() == (spread < 8) and given_up.all() == (spread < 4)
+
+
+@pytest.mark.parametrize("spread, tau", [(6.0, 0.05), (10.0, 0.01)])
+def test_a_large_vocabulary(spread, tau, device):
+    """Large enough for that sample to be taken: some rows are given up, and some that it was not sure of are sparse."""
+    case = case_of(8, (24,), vocab=8192, hidden=24, spread=spread, pull=0.0, tau=tau)
+    got = found(case, device=device)
+    assert_within_bounds(case, got)
+    assert (got.entries > entry_limit(8192, device.type) // 4).sum() > 0 and (got.entries == 0).any()
+
+
 # --- what is not left out is exact ------------------------------------------------------------------------------------
 
 
