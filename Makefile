@@ -4,6 +4,7 @@
 # make lint     ruff
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
+# make sparsity  what sparse_grad saves and costs on this machine (20 minutes), its plots, docs/sparse.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
 # make stability  six losses, four settings, five seeds: an hour or two on 2 cores, resumable; rewrites docs/stability.md
@@ -34,7 +35,7 @@ STAMP := $(VENV)/.installed
 VERL := $(VENV)/verl
 PEERS := $(VENV)/.peers
 
-.PHONY: help venv verl-env demo test lint bench precision fuzz longrun stability compile doctor wheel clean distclean
+.PHONY: help venv verl-env demo test lint bench precision sparsity fuzz longrun stability compile doctor wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -76,6 +77,9 @@ bench: $(PEERS)
 
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
+
+sparsity: $(PEERS)
+	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/run_fuzz.py $(FUZZ_ARGS)
