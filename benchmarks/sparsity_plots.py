@@ -67,6 +67,7 @@ def _entropies(record: Record) -> str:
 def error_figure(records: Sequence[Record]) -> Figure:
     """float32 inputs: the larger error of dX and dW, over what rounding dlogits to bf16 makes of it, against τ."""
     figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
     ends = []
     for record in (record for record in records if record["dtype"] == "float32"):
         over = record["over_tolerance"].items()
