@@ -5,6 +5,7 @@
     ways      what may become of the probabilities that are left out: dropped, renormalised, spread evenly, sampled
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     demo      the same on the model that the demo trains
+    learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 
 Parts are measured alone or together; the lines of the others stay as they are.
 """
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,11 +41,14 @@ from benchmarks.regimes import Case as RegimeCase
 from benchmarks.sparsity_tables import KINDS, METHODS
 from benchmarks.timing import interleaved_seconds
 from benchmarks.workloads import Inputs, Shape, Workload, make_inputs
-from drpo_kernels.demo.run import trained_batch
+from drpo_kernels.demo.model import build_model
+from drpo_kernels.demo.run import train, trained_batch
 from drpo_kernels.demo.settings import Settings
+from drpo_kernels.demo.task import split_problems
 
 RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
 ROUNDS = {"cpu": 5, "cuda": 20}
+SEEDS = 8
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
 WAYS_KINDS, WAYS_SHAPE, QUICK_WAYS_SHAPE = ("mixed", "reasoning"), Shape(256, 512, 32_768), Shape(16, 16, 512)
 REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(16, 64, 256), ("random", "trained")
@@ -149,11 +156,32 @@ def demo(options: argparse.Namespace) -> Iterator[Record]:
     }  # fmt: skip
 
 
+def learning(options: argparse.Namespace) -> Iterator[Record]:
+    """Pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
+    make = Settings.quick if options.quick else Settings
+    seeds = range(2 if options.quick else SEEDS)
+    runs = [make(seed=seed, sparse_grad=tolerance) for seed in seeds for tolerance in (0.0, SPARSE_GRAD)]
+    progress = Progress(len(runs))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for settings, rewards in zip(runs, pool.map(trained_rewards, runs), strict=True):
+            yield {"seed": settings.seed, "sparse_grad": settings.sparse_grad, "settings": str(settings), **rewards}
+            progress.advance()
+    progress.close()
+
+
+def trained_rewards(settings: Settings) -> dict[str, float]:
+    """On held-out problems after the training: "sampled" and "greedy"."""
+    device = torch.device("cpu")
+    model, generator = build_model(settings, device), torch.Generator(device).manual_seed(settings.seed)
+    return train(model, *split_problems(settings.seed, settings.held_out), settings, generator).after
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
     "speed": speed,
     "ways": ways,
     "regimes": regimes,
     "demo": demo,
+    "learning": learning,
 }
 
 

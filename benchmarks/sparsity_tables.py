@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.mixes import MIXES
@@ -152,6 +153,23 @@ def demo(records: Sequence[Record]) -> Iterator[str]:
         yield row((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
 
 
+def learning(records: Sequence[Record]) -> Iterator[str]:
+    """Mean rewards and the paired difference with its standard error, in points."""
+    seeds = dict.fromkeys(record["seed"] for record in records)
+    tolerance = max(record["sparse_grad"] for record in records)
+    yield row(("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points"))
+    yield row(("---", *["---:"] * 3))
+    for name in ("sampled", "greedy"):
+        exact, sparse = (
+            [100 * next(r[name] for r in records if (r["seed"], r["sparse_grad"]) == (seed, t)) for seed in seeds]
+            for t in (0.0, tolerance)
+        )
+        paired = [b - a for a, b in zip(exact, sparse, strict=True)]
+        error = statistics.stdev(paired) / len(paired) ** 0.5
+        means = (f"{statistics.mean(values):.1f} %" for values in (exact, sparse))
+        yield row((f"{name}, {len(seeds)} seeds", *means, f"{statistics.mean(paired):+.1f} ± {error:.1f}"))
+
+
 RUNS = {
     "sparse": "`sparse_grad={tau:g}`",
     "slower": "exact, learning rate lower by {tau:.0%}: **the bound**",
@@ -180,4 +198,4 @@ def longrun(records: Sequence[Record]) -> Iterator[str]:
         yield row((label.format(tau=record["sparse_grad"]), error, *gaps))
 
 
-PARTS = {"ways": ways, "regimes": regimes, "demo": demo}
+PARTS = {"ways": ways, "regimes": regimes, "demo": demo, "learning": learning}

@@ -145,3 +145,23 @@ def test_the_trained_demo(tmp_path):
     assert record["shape"]["vocab"] == 14 and set(record["over_tolerance"]) == {str(t) for t in sparsity.TOLERANCES}
     text = report.render_sparsity("demo", sparsity_tables.demo, [record])
     assert text.startswith("T=") and "| 0.01 | " in text
+
+
+def test_paired_rewards():
+    exact, sparse = (0.7, 0.8, 0.9), (0.71, 0.79, 0.93)
+    records = [
+        {"seed": seed, "sparse_grad": tolerance, "sampled": rewards[seed], "greedy": 1.0}
+        for tolerance, rewards in ((0.0, exact), (0.01, sparse))
+        for seed in range(3)
+    ]
+    lines = list(sparsity_tables.learning(records))
+    assert lines[2] == "| sampled, 3 seeds | 80.0 % | 81.0 % | +1.0 ± 1.2 |"
+    assert lines[3] == "| greedy, 3 seeds | 100.0 % | 100.0 % | +0.0 ± 0.0 |"
+
+
+def test_runs_that_are_paired(tmp_path):
+    out = tmp_path / "sparsity.jsonl"
+    assert sparsity.main(["--quick", "--parts", "learning", "--out", str(out)]) == 0
+    records = report.read(out)
+    assert [(record["seed"], record["sparse_grad"]) for record in records] == [(0, 0.0), (0, 0.01), (1, 0.0), (1, 0.01)]
+    assert all(0 <= record[name] <= 1 for record in records for name in ("sampled", "greedy"))
