@@ -235,7 +235,7 @@ def test_own_methods_agree_with_float64(name, softcap, dtype):
     inputs = make_inputs("trained", Shape(48, 32, 96), dtype=dtype, softcap=softcap).with_active_share(0.25)
     assert (inputs.advantages != 0).sum() == 12
     attempt = Attempt(Case(name, TINY), method)
-    measure.check([attempt], inputs.with_logits())
+    measure.check(attempt, inputs.with_logits())
     if attempt.status in ("takes bfloat16 only", "no soft-cap"):
         pytest.skip(attempt.status)
     assert attempt.status == "ok" or (method.rounds and attempt.status.startswith("ok"))
