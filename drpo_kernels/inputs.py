@@ -9,7 +9,7 @@ from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
 from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
-from drpo_kernels.backends.rows import Row, RowKind, Terms, Transform, recordable
+from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
 from drpo_kernels.ops import Spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
@@ -173,7 +173,7 @@ class Problem:
             Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value,
         }
         zeros = torch.zeros_like(fields[Row.KIND])
-        return torch.stack([fields.get(row, zeros) for row in Row])
+        return torch.stack([fields.get(row, zeros) for row in ROWS])
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     fields[Row.REF_LOGPROB] = problem.flat(options.ref_logprobs, valid)
     fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
     fields[Row.KIND] = _kinds(options, fields, valid, sequences).to(problem.dtype)
-    rows = torch.stack([fields[row] for row in Row])
+    rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
     return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)

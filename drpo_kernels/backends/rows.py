@@ -33,6 +33,9 @@ class Row(IntEnum):
     KIND = 7  # a RowKind
 
 
+ROWS = tuple(Row)  # a graph of PyTorch 2.11 cannot iterate over an enumeration
+
+
 class RowKind(IntEnum):
     SKIPPED = 0  # reports zeros, gradient zero
     FORWARD = 1  # statistics only, gradient zero

@@ -72,14 +72,15 @@ def matmul_tile(itemsize: int, stored: int, device: DeviceProperties, accumulate
     itemsize  of what is multiplied; `stored` of the widest operand in memory, rounded on its way to the product
     accumulates  whether the totals are read back first, whose addresses take registers beside them
 
-    16-bit operands: 128 x 256 is two warpgroups' wgmma on sm_90, 128 fp32 totals a thread, and its stages take 144 KiB
-    of shared memory (96 on sm_80, of 163); totals that are read back would spill, so there 128 x 128. Wider operands in
-    memory, or less room (sm_86, sm_89, sm_120, gfx942): a shallow 128 x 128. fp32 operands: FMAs, 64 totals a thread.
+    16-bit operands: 128 x 256 is two warpgroups' wgmma on sm_90, 128 fp32 totals a thread, in steps of 32, as 64 would
+    spill under Triton 3.6. So would totals that are read back, and sm_80's operands, which are in registers too: there
+    128 x 128. Wider operands in memory, or less room (sm_86, sm_89, sm_120, gfx942): a shallow 128 x 128. fp32
+    operands: FMAs, 64 totals a thread.
     """
     if itemsize >= 4:
         return MatmulTile(128, 128, 16, num_warps=8, num_stages=3)
     if device.shared_memory_bytes < 160 * 1024 or stored > itemsize:
         return MatmulTile(128, 128, 32, num_warps=8, num_stages=2)
-    if accumulates:
+    if accumulates or device.shared_memory_bytes < 200 * 1024:
         return MatmulTile(128, 128, 64, num_warps=8, num_stages=4)
-    return MatmulTile(128, 256, 64, num_warps=8, num_stages=3)
+    return MatmulTile(128, 256, 32, num_warps=8, num_stages=4)
