@@ -47,8 +47,9 @@ UNAVAILABLE, STOPPED, LOST = 3, 4, 5
 REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled_sm90", "copy", "policy_loss"), 4
 # seconds that a program started by a part leaves for writing down how it ended
 RESERVE = 3.0
-# tests of what only size, streams and graphs show; the rest of the GPU tests follow them
+# tests of what only size, streams and graphs show, and the other files with tests of a GPU
 SCALE = "tests/test_scale.py"
+OTHERS = [f"tests/test_{name}.py" for name in ("cases", "invariance", "fp8", "benchmarks", "distributed", "verl")]
 # processes that share the device, each with a context of its own
 WORKERS = {"scale": 3, "tests": 6, "suite": 12}
 
@@ -332,7 +333,7 @@ PARTS = {
     "memory": _speed_part(45, "memory over T to 65,536", "memory", 3),
     "rows": Part(40, "the row kernels by themselves, at three tiles, beside a copy", rows),
     "profile": Part(25, "kernels, short kernels and gaps of a step", profile),
-    "tests": _tests_part(60, "pytest -m gpu, the rest", "tests", "-m", "gpu", f"--ignore={SCALE}",
+    "tests": _tests_part(60, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
                          rehearsed="tests/test_benchmarks.py"),
     "liger_sm90": _speed_part(35, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 30),
     "slow_peers": _speed_part(50, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
