@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ torch.set_num_threads(1)  # the tensors here are tiny: on a busy machine a secon
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # the files whose tests marked `gpu` come first, in order of importance
 FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_benchmarks.py")
@@ -23,11 +25,13 @@ FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", 
 
 @pytest.hookimpl(trylast=True)  # when `-m` has made its choice
 def pytest_collection_modifyitems(items):
-    gpu = [item for item in items if "gpu" in item.keywords]
+    unfit, reason = ("interpreted", "the tensors are on the CPU") if ON_GPU else ("gpu", "needs a GPU")
+    for item in items:
+        if unfit in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if not ON_GPU:
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         return
+    gpu = [item for item in items if "gpu" in item.keywords]
     # pytest-xdist hands each process a stretch of the list: the large ones, which wait for each other, stay together
     gpu.sort(key=lambda item: ("large" not in item.keywords, [*FIRST, item.path.name].index(item.path.name)))
     items[:] = gpu + [item for item in items if "gpu" not in item.keywords]
@@ -54,6 +58,17 @@ def _turn():
     with Path(tempfile.gettempdir(), f"drpo_kernels-{os.getuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_run_on_the_device(request, monkeypatch):
+    """A test whose kernels would get CPU tensors on a machine with a GPU fails on one without."""
+    if not ON_GPU and HAS_TRITON and "device" not in request.fixturenames and "interpreted" not in request.keywords:
+
+        def refuse(*_, **__):
+            pytest.fail("a test that launches a kernel takes `device` for its tensors, or is marked `interpreted`")
+
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", refuse)
 
 
 @pytest.fixture(scope="session")
