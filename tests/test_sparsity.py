@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from benchmarks import measure, report, sparsity, sparsity_plots, sparsity_tables, tails
 from benchmarks.tails import WAYS, Rows, cce_filter, compare, with_common_mean
 from benchmarks.workloads import Shape, make_inputs
