@@ -68,6 +68,7 @@ ROW = Expected(load_bits=128, store_bits=128, loop_load_bytes=32)
         ([], GOOD, ROW),
         ([], Usage(), Expected()),
         (["SPILLS"], Usage(local_bytes=8), Expected()),
+        ([], Usage(local_bytes=8), Expected(local_bytes=8)),
         (["SHARED"], Usage(shared_bytes=232_449), Expected()),
         (["NARROW"], Usage(load_bits=64), Expected(load_bits=128)),
         (["NARROW"], Usage(load_bits=128, store_bits=128, loops=(*GOOD.loops, Loop(32, 16, 32, 128))), ROW),

@@ -223,7 +223,12 @@ def test_scaled_mm_routes_compute_the_same(route, columns, monkeypatch):
     out = torch.empty(5, columns + 3)[:, :columns]
     for choice in (route, None):
         monkeypatch.setattr(fp8_head, "scaled_mm_route", lambda device, form, choice=choice: choice)
-        fp8_head.quantized_product(a, b, out.fill_(math.nan))
+        try:
+            fp8_head.quantized_product(a, b, out.fill_(math.nan))
+        except RuntimeError as error:
+            if "only supports per-tensor scaling for CPU" in str(error):
+                pytest.skip("on a CPU this PyTorch takes one scale for a whole tensor")
+            raise
         assert relative(out, want) <= 1e-6
 
 

@@ -1,8 +1,6 @@
 """The plan of a sweep: what it promises of memory, at any size; and what `LinearSweep` makes of it."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradien
 from drpo_kernels.backends.rows import Row, RowKind, Transform
 from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
 from drpo_kernels.commands import plan as command
+from launcher import launch
 from problems import SPECS, full_problem, random_problem, relative
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -344,7 +343,6 @@ def test_main_grad_the_way_of_a_gpu(dtype, device, monkeypatch, tensor_cores):
 def test_peak_memory(case, limit_mib):
     """main-grad-bf16: a head of 128 MiB, a workspace of 16: neither an accumulator (256) nor a gradient (128) fits.
     strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole."""
-    probe = Path(__file__).with_name("memory_probe.py")
-    result = subprocess.run([sys.executable, str(probe), case], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split()[-1]) <= limit_mib
+    status, output = launch("memory_probe", case)
+    assert status == 0, output
+    assert float(output.split()[-1]) <= limit_mib

@@ -51,6 +51,7 @@ def written(path, records):
 
 
 def test_report_rewrites_its_block_alone(measured, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results, readme = written(tmp_path / "cpu.jsonl", recorded(measured)), tmp_path / "README.md"
     start, end = report.BLOCKS["cpu"].markers
     readme.write_text(f"# Title\n\n{start}\nold\n{end}\n\nAfter.\n")

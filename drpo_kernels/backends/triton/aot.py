@@ -37,6 +37,7 @@ class Expected:
     store_bits: int = 0
     loop_load_bytes: int | None = None  # the most that a thread may load in an iteration: each element once
     tails: int = 0  # loops that a mask keeps narrow
+    local_bytes: int = 0  # of a thread's registers that may wait in memory while a loop runs
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _row_cases(
         signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
         elements = tile.block // (tile.num_warps * device.warp_size)
         stored = "out" in names and flags.get("WRITE", True)
+        # on AMD each element of a tail may have a branch of its own, which looks like a loop
+        tails = 0 if even else 1 if vendor == "sm_" else 16
         yield KernelCase(
             name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
             kernel=kernel,
@@ -124,7 +127,7 @@ def _row_cases(
             num_warps=tile.num_warps,
             options=LAUNCH_OPTIONS,
             targets=(vendor,),
-            expected=Expected(128, 128 if stored else 0, elements * (BYTES[logits] + BYTES[bias]), 0 if even else 1),
+            expected=Expected(128, 128 if stored else 0, elements * (BYTES[logits] + BYTES[bias]), tails),
         )
 
 
@@ -308,13 +311,14 @@ def _products(
             num_stages=tile.num_stages,
             options=LAUNCH_OPTIONS,
             targets=targets,
-            expected=_expected_of(tile, warp_size, a, b, out),
+            expected=_expected_of(tile, warp_size, a, b, out, accumulate),
         )
 
 
-def _expected_of(tile: MatmulTile, warp_size: int, a: str, b: str, out: str) -> Expected:
+def _expected_of(tile: MatmulTile, warp_size: int, a: str, b: str, out: str, accumulate: bool) -> Expected:
     if warp_size == 64:
         # an MFMA leaves four consecutive results in a lane; and LLVM unrolls the loop, by a factor that is not told
         return Expected(128, min(128, 4 * 8 * BYTES[out]))
     loaded = tile.depth * (tile.rows * BYTES[a] + tile.columns * BYTES[b])
-    return Expected(128, 128, loaded // (tile.num_warps * warp_size))
+    waiting = 16 if accumulate else 0  # Triton 3.4: two addresses of the totals, during the loop
+    return Expected(128, 128, loaded // (tile.num_warps * warp_size), local_bytes=waiting)
