@@ -25,7 +25,7 @@ VARYING = (
 )  # fmt: skip
 
 
-def row_kernel(function):
+def row_jit(function):
     """`jit` for which the arguments of `VARYING` are values like any other."""
     names = [name for name in VARYING if name in inspect.signature(function).parameters]
     return jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
@@ -206,7 +206,7 @@ def write_zeros(out, padded, BLOCK: tl.constexpr):
         tl.store(out + whole + cols, zeros, mask=whole + cols < padded)
 
 
-@row_kernel
+@row_jit
 def statistics_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride,
@@ -232,7 +232,7 @@ def statistics_kernel(
         tl.store(statistics + 4 * statistics_stride, miss)
 
 
-@row_kernel
+@row_jit
 def gradient_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded, order,
@@ -267,7 +267,7 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@row_kernel
+@row_jit
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     outcome, outcome_stride, out, out_stride, padded, hyper,

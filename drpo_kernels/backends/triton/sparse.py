@@ -3,7 +3,7 @@
 import torch
 
 from drpo_kernels.backends import rows as contract
-from drpo_kernels.backends.triton.kernels import head_of, load_base, row_kernel
+from drpo_kernels.backends.triton.kernels import head_of, load_base, row_jit
 from drpo_kernels.triton_support import jit, tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -40,7 +40,7 @@ def select_block(
     return found + count, outside
 
 
-@row_kernel
+@row_jit
 def select_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride, tolerance, limit, columns, shares, counts, left_out,
