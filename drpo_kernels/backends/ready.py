@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, float16_scale, row_losses
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, float16_scale
 
 
 def matrices(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -78,5 +78,5 @@ def policy_rows(
         parts = [ops.policy(piece, terms, gradient) for _, piece, gradient in _parts(batch, vocab, out)]
         return in_one(parts, batch.rows), None
     statistics = statistics_rows(ops, batch, vocab)
-    outcome, slopes = row_losses(statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms)
+    outcome, slopes = ops.losses(statistics, batch.rows, terms)
     return outcome, None if out is None else gradient_rows(ops, batch, vocab, statistics, slopes, out)

@@ -156,6 +156,9 @@ class RowOps(Protocol):
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [1 or 2, N]."""
 
+    def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""
+
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
 
@@ -166,8 +169,9 @@ class RowOps(Protocol):
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
 
 
-def row_losses(logprobs: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """The loss on [N] log-probs through PyTorch's autograd: -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""
+def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """`RowOps.losses` through PyTorch's autograd."""
+    logprobs, entropy = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY]
     with torch.inference_mode(False), torch.enable_grad():
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])

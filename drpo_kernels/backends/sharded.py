@@ -49,6 +49,9 @@ class ShardedRows:
             local = batch._replace(targets=batch.targets - self.shard.start, sharded=True)
             self.inner.write_gradient(local, statistics, slopes, out)
 
+    def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        return self.inner.losses(statistics, rows, terms)
+
     def fuses(self, terms: Terms) -> bool:
         return False  # the loss needs every rank's statistics first
 

@@ -24,10 +24,8 @@ from drpo_kernels.backends.rows import (
     RowBatch,
     Selection,
     Sparsity,
-    Stat,
     Terms,
     float16_scale,
-    row_losses,
 )
 from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep
 
@@ -82,9 +80,7 @@ class SparseSweep(LinearSweep):
     def _chunk(self, rows: slice, terms: Terms, outcome: Tensor) -> Entries:
         count, at = rows.stop - rows.start, self._filled if self._dlogits is None else 0
         statistics, batch = self.ops.consume(self._batch(rows, self._logits[at : at + count]))
-        outcome[: len(Outcome), rows], slopes = row_losses(
-            statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms
-        )
+        outcome[: len(Outcome), rows], slopes = self.ops.losses(statistics, batch.rows, terms)
         limit = entry_limit(self.head.vocab, self.hidden.device.type)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)

@@ -159,10 +159,13 @@ class TorchRows:
         for block in values.view(-1).split(SCALE_BLOCK):
             torch.mul(block, factor, out=block)
 
+    def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        return row_losses(statistics, rows, terms)
+
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         in_place = out is not None and _may_keep_exponentials(batch, out)
         statistics = self._statistics(batch, keep=in_place)
-        outcome, slopes = row_losses(statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms)
+        outcome, slopes = self.losses(statistics, batch.rows, terms)
         if in_place:
             per_row = _GradientRows.of(batch, statistics, slopes)
             for block in _Scratch(batch).blocks(RowKind.ACTIVE):

@@ -21,7 +21,7 @@ from drpo_kernels.triton_support import jit, tl
 # row's last bit would depend on how many rows are beside it, and each new count might compile again
 VARYING = (
     "targets", "rows", "rows_stride", "statistics", "statistics_stride", "slopes", "slopes_stride", "order", "outcome",
-    "outcome_stride",
+    "outcome_stride", "count",
 )  # fmt: skip
 
 
@@ -267,6 +267,70 @@ def gradient_kernel(
         )  # fmt: skip
 
 
+@jit
+def row_loss(
+    rows, rows_stride, inside, logp, entropy, hyper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row, or of a block of rows where `inside` is not None -> (loss, slope, entropy_slope,
+    dℓ/dlogπ of the policy term alone without its coefficient).
+
+    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ, their sum) are the twins;
+    KL may be None, and KL_IMPORTANCE multiplies it by the ratio.
+    """
+    other = None
+    if inside is not None:
+        other = 0.0
+    old = tl.load(rows, mask=inside, other=other)
+    old = tl.where(old != old, logp, old)  # NaN: on-policy
+    advantage = tl.load(rows + rows_stride, mask=inside, other=other)
+    coefficient = tl.load(rows + 2 * rows_stride, mask=inside, other=other)
+    policy_loss, policy_slope = OBJECTIVE(logp, old, advantage, hyper)
+    # tl.minimum and tl.maximum drop a NaN; a bad row must not look like a good one
+    policy_loss = tl.where(logp == logp, policy_loss, logp)
+    policy_slope = tl.where(logp == logp, policy_slope, logp)
+    loss = coefficient * policy_loss
+    slope = coefficient * policy_slope
+    if KL is not None:
+        kl_coefficient = tl.load(rows + 3 * rows_stride, mask=inside, other=other)
+        kl, kl_slope, kl_total = KL(logp, tl.load(rows + 5 * rows_stride, mask=inside, other=other))
+        if KL_IMPORTANCE:
+            kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
+        loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
+        slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
+    entropy_slope = 0.0
+    if HAS_ENTROPY:
+        entropy_slope = -tl.load(rows + 4 * rows_stride, mask=inside, other=other)
+        loss += entropy_slope * entropy
+    return loss, slope, entropy_slope, policy_slope
+
+
+@row_jit
+def losses_kernel(
+    statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count, hyper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """statistics [5, N], rows [8, N] -> outcome [4, N] and slopes [1 or 2, N] of their losses, zeros where a row is
+    SKIPPED: the middle of `policy_kernel`, for those that need it between two kernels.
+    """
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < count
+    computed = inside & (tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) >= 1)
+    logp = tl.load(statistics + t, mask=computed, other=0.0)
+    entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
+    loss, slope, entropy_slope, policy_slope = row_loss(
+        rows + t, rows_stride, computed, logp, entropy, hyper, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
+    )
+    tl.store(outcome + t, logp, mask=inside)
+    tl.store(outcome + outcome_stride + t, entropy, mask=inside)
+    tl.store(outcome + 2 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
+    tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
+    tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
+    if HAS_ENTROPY:
+        tl.store(slopes + slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
+
+
 @row_jit
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
@@ -276,8 +340,7 @@ def policy_kernel(
 ):  # fmt: skip
     """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] (`Outcome`), with WRITE out [N, padded].
 
-    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ, their sum) are the twins;
-    KL may be None, and KL_IMPORTANCE multiplies it by the ratio.
+    OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
@@ -295,26 +358,9 @@ def policy_kernel(
             logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
         )  # fmt: skip
         logp, entropy, _, _, _ = known
-        old = tl.load(rows)
-        old = tl.where(old != old, logp, old)  # NaN: on-policy
-        coefficient = tl.load(rows + 2 * rows_stride)
-        policy_loss, policy_slope = OBJECTIVE(logp, old, tl.load(rows + rows_stride), hyper)
-        # tl.minimum and tl.maximum drop a NaN; a bad row must not look like a good one
-        policy_loss = tl.where(logp == logp, policy_loss, logp)
-        policy_slope = tl.where(logp == logp, policy_slope, logp)
-        loss = coefficient * policy_loss
-        slope = coefficient * policy_slope
-        if KL is not None:
-            kl_coefficient = tl.load(rows + 3 * rows_stride)
-            kl, kl_slope, kl_total = KL(logp, tl.load(rows + 5 * rows_stride))
-            if KL_IMPORTANCE:
-                kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
-            loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
-            slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
-        entropy_slope = 0.0
-        if HAS_ENTROPY:
-            entropy_slope = -tl.load(rows + 4 * rows_stride)
-            loss += entropy_slope * entropy
+        loss, slope, entropy_slope, policy_slope = row_loss(
+            rows, rows_stride, None, logp, entropy, hyper, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
+        )
         tl.store(outcome, logp)
         tl.store(outcome + outcome_stride, entropy)
         tl.store(outcome + 2 * outcome_stride, loss)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selection, Stat, Terms
+from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selection, Stat, Terms, row_losses
 from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.kl import KL_ESTIMATORS
@@ -21,6 +21,8 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 PROGRAMS = 8
 # tokens at a time of the one program that reduces a batch's metrics, four to a thread
 METRICS_BLOCK = 1024
+# rows to a program of the kernel that computes losses alone
+LOSSES_BLOCK = 128
 
 
 class TritonRows:
@@ -93,15 +95,26 @@ class TritonRows:
     def fuses(self, terms: Terms) -> bool:
         return terms.objective.twin is not None
 
+    def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        if not self.fuses(terms):
+            return row_losses(statistics, rows, terms)
+        count = rows.shape[1]
+        outcome, slopes = rows.new_empty(len(Outcome), count), rows.new_empty(1 + terms.entropy_bonus, count)
+        if count:
+            with _on(rows):
+                kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
+                    statistics, statistics.stride(0), rows, rows.stride(0), outcome, outcome.stride(0), slopes,
+                    slopes.stride(0), count, terms.objective.hyper, **_twins(terms), BLOCK=LOSSES_BLOCK,
+                    num_warps=LOSSES_BLOCK // 32, **LAUNCH_OPTIONS,
+                )  # fmt: skip
+        return outcome, slopes
+
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
         written = outcome if out is None else out  # without `out` nothing is written, and logits may have any strides
         self._launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
-            terms.objective.hyper, OBJECTIVE=terms.objective.twin,
-            KL=None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
-            KL_IMPORTANCE=terms.kl_importance,
-            HAS_ENTROPY=terms.entropy_bonus, WRITE=out is not None,
+            terms.objective.hyper, **_twins(terms), WRITE=out is not None,
         )  # fmt: skip
         return outcome
 
@@ -149,6 +162,18 @@ class TritonRows:
             )  # fmt: skip
 
 
+def _twins(terms: Terms) -> dict[str, object]:
+    """What `row_loss` is compiled for."""
+    return {
+        "OBJECTIVE": terms.objective.twin,
+        "KL": None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
+        "KL_IMPORTANCE": terms.kl_importance,
+        "HAS_ENTROPY": terms.entropy_bonus,
+    }
+
+
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device: make it the tensor's, where it is another."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
