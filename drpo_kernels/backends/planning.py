@@ -192,7 +192,8 @@ def plan(
     if retained and not in_place:
         chunk_rows = _equal(sizes.active, most).chunk_rows
     elif beside and storage.dlogits != torch.float16:  # a float16 scale is of one chunk
-        most = min(most, max(CHUNK_ROWS, _up(budget // 4 // row, ROW_MULTIPLE)))
+        share = 2 if sparse else 4  # few rows of `sparse_grad` wait, and each of its chunks waits for the host
+        most = min(most, max(CHUNK_ROWS, _up(budget // share // row, ROW_MULTIPLE)))
         room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
         windows = _equal(sizes.active, room, row_multiple)
         chunk_rows = _equal(windows.largest, most).chunk_rows

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from drpo_kernels import metrics
 from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
 from drpo_kernels.backends.planning import entry_limit
 from drpo_kernels.backends.triton import invariant, kernels, sparse
-from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK
 from drpo_kernels.backends.triton.tiles import (
     MatmulTile,
+    RowTile,
     entry_capacity,
     gather_tile,
     matmul_tile,
@@ -162,7 +164,7 @@ def kernel_cases() -> list[KernelCase]:
     cases.extend(
         _row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full)
     )
-    return [*cases, *_scale_cases(), *invariant_cases(), *sparse_cases()]
+    return [*cases, *_scale_cases(), *_token_cases(), *invariant_cases(), *sparse_cases()]
 
 
 def _scale_cases() -> Iterator[KernelCase]:
@@ -181,6 +183,21 @@ def _scale_cases() -> Iterator[KernelCase]:
                 targets=(vendor,),
                 expected=Expected(128, 128, tile.block * BYTES[values] // (tile.num_warps * device.warp_size)),
             )
+
+
+def _token_cases() -> Iterator[KernelCase]:
+    """The kernels of [N]: losses between two kernels, and a batch's metrics."""
+    types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32") | {"count": "i32", "hyper": ("fp32",)}
+    types |= {"valid": "*u8", "unscorable": "*u8", "counts": "*i64"}
+    terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
+    clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
+    for vendor in ROW_DEVICES:
+        for label, kernel, values, (block, per_thread) in (
+            ("losses[drpo k3 entropy]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
+            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 4)),
+        ):
+            tile = RowTile(block, block // per_thread // 32)
+            yield _case(label, kernel, types, values | {"BLOCK": block}, vendor, tile, (), Expected())
 
 
 # --- sparse gradients -------------------------------------------------------------------------------------------------
