@@ -488,10 +488,11 @@ def test_a_padded_vocabulary(device):
         ("objective", {"sparse_grad": 0.1, "objective": dk.GSPO()}),
     ],
 )
-def test_what_cannot_be_asked_for(name, options):
+def test_what_cannot_be_asked_for(name, options, device):
     p = case_of(0, (4, 6)).problem
+    arguments = [x.to(device) for x in (p.hidden, p.weight, p.targets, p.old_logprobs, p.advantages)]
     with pytest.raises(ValueError, match=name):
-        linear_policy_loss(p.hidden, p.weight, p.targets, p.old_logprobs, p.advantages, **options)
+        linear_policy_loss(*arguments, **options)
 
 
 def test_a_split_vocabulary_cannot_either():
