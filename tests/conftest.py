@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from launcher import INTERPRETER_FAILS, WHY
+
 torch.set_num_threads(1)  # the tensors here are tiny: on a busy machine a second thread costs a hundredfold
 
 if not torch.cuda.is_available():
@@ -18,6 +20,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        if INTERPRETER_FAILS and "only 0-dimensional arrays can be converted to Python scalars" in str(error):
+            pytest.skip(WHY)
+        raise
 
 
 @pytest.fixture(scope="session")
