@@ -8,13 +8,16 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import Record
+from benchmarks.device_parts import MAIN, MIDDLE, SMALL
 from benchmarks.method import HEAD
+from benchmarks.methods import METHODS
 from benchmarks.peers import PEERS
+from benchmarks.records import Record
+from benchmarks.tiles import COPY
 from drpo_kernels.backends.planning import workspace_bytes
 
 GIB = 1 << 30
-PEER_PARTS = ("peers", "slow_peers")
+PEER_PARTS = ("peers", "liger_sm90", "slow_peers")
 # log-probs to any loss from hidden states, and every gradient: what filters is another bargain
 EXACT_PEERS = tuple(
     name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter"
@@ -28,24 +31,28 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """The lines of speed.jsonl, each with the part of the run that wrote it."""
+    """The lines of speed.jsonl, each with the part of the run that wrote it, and those of device.jsonl."""
 
     records: Sequence[Record]
+    device: Sequence[Record] = ()
 
-    def of(self, part: str, method: str, dtype: str = "bfloat16", share: float = 1.0) -> list[Record]:
-        wanted = {"part": part, "method": method, "dtype": dtype, "active_share": share}
+    def of(self, part: str, method: str, share: float = 1.0, inputs: str = "trained") -> list[Record]:
+        wanted = {"part": part, "method": method, "dtype": "bfloat16", "active_share": share, "inputs": inputs}
         return [record for record in self.records if wanted.items() <= record.items()]
 
-    def one(self, part: str, method: str, dtype: str = "bfloat16", share: float = 1.0) -> Record:
+    def one(
+        self, part: str, method: str, share: float = 1.0, inputs: str = "trained", model=MAIN.model, tokens=MAIN.tokens
+    ) -> Record:
         """The timed record."""
-        found = self.of(part, method, dtype, share)
+        found = [
+            record
+            for record in self.of(part, method, share, inputs)
+            if (record["workload"], record["shape"]["tokens"]) == (model, tokens)
+        ]
         timed = [record for record in found if record["median_s"] is not None]
         if not timed:
             raise NotMeasured(f"{method}: {found[-1]['status'] if found else 'no record'}")
         return timed[-1]
-
-    def seconds(self, part: str, method: str, dtype: str = "bfloat16", share: float = 1.0) -> float:
-        return self.one(part, method, dtype, share)["median_s"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,9 @@ class Verdict:
     remark: str
 
 
-def verdicts(records: Sequence[Record]) -> list[Verdict]:
+def verdicts(records: Sequence[Record], device: Sequence[Record] = ()) -> list[Verdict]:
     """Of every bar; a CPU's records are a rehearsal, whose numbers are computed and not shown."""
-    results, found = Results(records), []
+    results, found = Results(records, device), []
     rehearsal = not all("gpu" in record["device"] for record in records)
     for bar in BARS:
         try:
@@ -91,30 +98,67 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
     return found
 
 
-def ratio(method: str, base: str, results: Results, dtype: str = "bfloat16", share: float = 1.0) -> tuple[float, str]:
-    """Of medians, both of the part "ours"; the base with every row active."""
-    times = results.seconds("ours", method, dtype, share), results.seconds("ours", base, dtype)
+def failed_tests(results: Results) -> tuple[float, str]:
+    """Of every part that runs tests; one that has not come to its end counts as one more."""
+    runs = [record for record in results.device if "tests" in record]
+    if not runs:
+        raise NotMeasured("no test was run")
+    failed = [name for run in runs for name in run["failed"]]
+    cut_off = [run["tests"] for run in runs if not run["finished"]]
+    passed = sum(run["passed"] for run in runs)
+    remark = "; ".join([f"{passed} passed", *(f"`{tests}` was cut off" for tests in cut_off)])
+    return len(failed) + len(cut_off), remark
+
+
+def of_floor(record: Record) -> tuple[float, str]:
+    """Its median over that of its floor, the samples of the two interleaved."""
+    if record["floor_median_s"] is None:
+        raise NotMeasured(f"{record['method']}: its floor has no time")
+    times = record["median_s"], record["floor_median_s"]
     return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
 
 
-def of_mixed(base: str, results: Results) -> tuple[float, str]:
-    """The sparse path's median over another's, on the mixed entropies that sparse gradients are held to."""
-    mixed = Results([record for record in results.records if record["inputs"] == "mixed"])
-    sparse = mixed.one("sparse", SPARSE)
-    seconds = mixed.seconds("sparse", base)
-    error = max(sparse["gradient_error"].values())
-    remark = f"{1e3 * sparse['median_s']:.2f} ms over {1e3 * seconds:.2f} ms, gradient error {error:.2%}"
-    return sparse["median_s"] / seconds, remark
+def held(method: str, results: Results, part: str = "ours", **where) -> tuple[float, str]:
+    """Over the floor it is held to."""
+    return of_floor(results.one(part, method, **where))
+
+
+def against_dense(method: str, share: float, results: Results) -> tuple[float, str]:
+    """Over `linear_policy_loss` with every row active, both of the part "ours"."""
+    times = results.one("ours", method, share)["median_s"], results.one("ours", LOSS)["median_s"]
+    return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
+
+
+def sparse_over_floor(results: Results) -> tuple[float, str]:
+    """On the mixed entropies that sparse gradients are held to."""
+    record = results.one("sparse", SPARSE, inputs="mixed")
+    value, remark = of_floor(record)
+    return value, f"{remark}, gradient error {max(record['gradient_error'].values()):.2%}"
+
+
+def over_eager(results: Results) -> tuple[float, str]:
+    """The smallest of eager's times over ours, over the shapes of small models."""
+    found = []
+    for model, tokens in (*SMALL, MIDDLE):
+        ours, eager = (results.one("small", name, model=model, tokens=tokens) for name in (LOSS, "eager"))
+        found.append((eager["median_s"] / ours["median_s"], model, tokens))
+    value, model, tokens = min(found)
+    faster = sum(ratio >= 1 for ratio, _, _ in found)
+    return value, f"worst: {model} T={tokens}; faster at {faster} of {len(found)} shapes"
 
 
 def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
-    """Of the copy's, counting one read and one write of the logits for both."""
-    inverse, remark = ratio("policy_loss", "copy", results, dtype)
-    return 1 / inverse, remark
+    """The row kernel's TB/s at the tile that is chosen, over a copy's, both by themselves."""
+    rows = [r for r in results.device if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
+    kernel = [r["TB/s"] for r in rows if r["chosen"]]
+    copy = [r["TB/s"] for r in rows if r["row_kernel"] == COPY]
+    if not kernel or not copy:
+        raise NotMeasured("the row kernels have no times")
+    return kernel[-1] / copy[-1], f"{kernel[-1]:.2f} of {copy[-1]:.2f} TB/s, one read and one write counted"
 
 
 def against(method: str, peers: Sequence[str], results: Results) -> tuple[float, str]:
-    """The fastest peer's median over ours, both of one process, and the memory of both."""
+    """The fastest peer's time over ours, each in units of the floor beside it, and the memory of both."""
     found, missing = [], []
     for peer in peers:
         part = next((part for part in PEER_PARTS if results.of(part, peer)), PEER_PARTS[0])
@@ -123,12 +167,18 @@ def against(method: str, peers: Sequence[str], results: Results) -> tuple[float,
         except NotMeasured as reason:
             missing.append(str(reason))
         else:
-            found.append((theirs["median_s"] / ours["median_s"], peer, ours, theirs))
+            found.append((in_floors(theirs) / in_floors(ours), peer, ours, theirs))
     if not found:
         raise NotMeasured("; ".join(missing))
     value, peer, ours, theirs = min(found, key=lambda row: row[0])
     memory = " against ".join(_gib(record["peak_beyond_gradients_bytes"]) for record in (ours, theirs))
     return value, "; ".join([f"fastest: {peer}", f"beyond the gradients {memory}", *missing])
+
+
+def in_floors(record: Record) -> float:
+    """A time in units of the three bare products, whatever its own floor is."""
+    products = {WHOLE: 3, "gemms_recompute": 4}[METHODS[record["method"]].held_to]
+    return of_floor(record)[0] * products / 3
 
 
 def beyond_allowance(method: str, trains_weight: bool, results: Results) -> tuple[float, str]:
@@ -160,9 +210,18 @@ def _gib(count: int | None) -> str:
 LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
 FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
 BARS = (
-    Bar("all rows active, over three bare products", 1.10, partial(ratio, LOSS, WHOLE)),
-    Bar("the same with a workspace of 1 GiB", 1.18, partial(ratio, f"{LOSS}_1gib", WHOLE)),
+    Bar("GPU tests that fail", 0, failed_tests, form="{:.0f}"),
+    Bar("T=8192 H=4096 V=151936, over three bare products", 1.10, partial(held, LOSS)),
     Bar("the best exact peer's time over ours", 1.2, partial(against, LOSS, EXACT_PEERS), at_least=True),
+    *(
+        Bar(what, limit, partial(held, LOSS, part="small", model=model, tokens=tokens))
+        for what, limit, model, tokens in (
+            ("T=8192 H=2048, over three bare products", 1.15, *MIDDLE),
+            ("T=1024 H=1536, over three bare products", 1.25, "Qwen2.5-1.5B", 1024),
+            ("T=512 H=896, over three bare products", 1.50, "Qwen2.5-0.5B", 512),
+        )
+    ),
+    Bar("eager's time over ours at small shapes, the least", 1.0, over_eager, at_least=True),
     Bar(
         "peak beyond gradients and workspace, frozen head",
         0.1,
@@ -170,11 +229,13 @@ BARS = (
         form="{:.3f} GiB",
     ),
     Bar("the same beyond what dW is granted", 0.1, partial(beyond_allowance, LOSS, True), form="{:.3f} GiB"),
-    Bar("25 % of rows active, over dense", 0.29, partial(ratio, LOSS, LOSS, share=0.25)),
-    Bar("bf16 logits, share of copy bandwidth", 0.80, partial(bandwidth_share, "bfloat16"), True, "{:.1%}"),
-    Bar("fp32 logits, share of copy bandwidth", 0.60, partial(bandwidth_share, "float32"), True, "{:.1%}"),
-    Bar("recompute with entropy, over four bare products", 1.12, partial(ratio, LOGPROBS, "gemms_recompute")),
+    Bar("25 % of rows active, over dense", 0.29, partial(against_dense, LOSS, 0.25)),
+    Bar("frozen head, over dense", 0.72, partial(against_dense, FROZEN, 1.0)),
+    Bar("sparse gradients of mixed entropies, over three bare products", 0.60, sparse_over_floor),
+    *(
+        Bar(f"row kernel on {dtype} logits, of a copy's TB/s", limit, partial(bandwidth_share, dtype), True, "{:.1%}")
+        for dtype, limit in (("bfloat16", 0.80), ("float32", 0.60))
+    ),
+    Bar("recompute with entropy, over four bare products", 1.12, partial(held, LOGPROBS)),
     Bar("TRL's and verl's heads' time over the recompute path's", 1.0, partial(against, LOGPROBS, OTHER_HEADS), True),
-    Bar("frozen head, over trained", 0.72, partial(ratio, FROZEN, LOSS)),
-    Bar("sparse gradients of mixed entropies, over three bare products", 0.60, partial(of_mixed, WHOLE)),
 )

@@ -1,19 +1,24 @@
-"""`python -m benchmarks.device --out DIR`: everything that only a GPU can tell, for one that is at hand for minutes.
+"""`python -m benchmarks.device --sitting first --out DIR`: what only a GPU can tell, for one that is there for minutes.
+
+Three sittings, by what a failure would cost: `first` (under three minutes) is the device, bare products, our own
+methods and the tests of size, graphs and streams; `second` (eight minutes) is peers, small models, memory, row kernels,
+a profile, the other GPU tests and a run; `third` is what is left, or `--parts` for what has failed.
 
 Parts run in order, each in a process and a time box of its own: a share of what is left, so that one that ends early
-leaves its time to the rest. Results are lines of at most six files in DIR as soon as they are measured; summary.md,
-rewritten after every part and printed last, puts each bar beside its number. A part that is done in DIR is skipped
-unless --again. Peers are measured where Python finds them (PYTHONPATH); nothing is installed or fetched.
+leaves its time to the rest. Results are lines of at most six files in DIR as soon as they are measured. A process that
+dies, hangs or loses the device costs the case that it had begun: the next one goes on behind it. summary.md, rewritten
+after every part and printed last, puts each bar beside its number. A part that is done in DIR is skipped unless
+--again. Peers are measured where Python finds them (PYTHONPATH); nothing is installed or fetched. Without a repository
+around it, the environment's DRPO_COMMIT names the commit.
 
-In more than one sitting: the default, then `--parts suite`, then what the summary calls not measured. speed.jsonl is
-what `benchmarks.report` reads. `--rehearse` goes through the same lines on a CPU at tiny shapes; its numbers mean
-nothing.
+The exit status is 0 if every part came to its end and no test failed, else 1: another sitting is worth it.
+speed.jsonl is what `benchmarks.report` reads. `--rehearse` goes through the same lines on a CPU at tiny shapes; its
+numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -21,20 +26,35 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from benchmarks.device_parts import DEVICE, INVARIANCE, PARTS, PRECISION, SPEED, STOPPED, UNAVAILABLE, append
+from benchmarks.device_parts import (
+    DEVICE,
+    INVARIANCE,
+    LOST,
+    PARTS,
+    PRECISION,
+    SITTINGS,
+    SPEED,
+    STOPPED,
+    UNAVAILABLE,
+    key_of,
+)
 from benchmarks.device_summary import summary
-from benchmarks.measure import Record
+from benchmarks.measure import is_broken
 from benchmarks.provenance import ROOT
+from benchmarks.records import Record, append, read, write
 
 SUMMARY, LOG = "summary.md", "log.txt"
 # beyond its box, for a part that watches the clock itself; and of the limit, for the summary
 GRACE, LAST = 8.0, 5.0
 # a box is no shorter: importing PyTorch takes as long
 LEAST = 5.0
-DEFAULT = tuple(name for name, part in PARTS.items() if part.seconds)
+# how often a running part is looked at, and what its end is called where it had to be ended
+GLANCE = 0.2
+SILENT, OVERTIME = "no answer", "over its box"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("no GPU here; --rehearse runs every part on a CPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.time_limit - LAST
+    parts, seconds = SITTINGS[options.sitting]
+    parts = options.parts or parts
+    deadline = time.monotonic() + (options.time_limit or seconds) - LAST
     done = set() if options.again else _done(options.out, options.rehearse)
-    waiting = [name for name in PARTS if name in options.parts and name not in done]
+    waiting = [name for name in parts if name not in done]
     while waiting:
         left = deadline - time.monotonic()
         share = left * _weight(waiting[0]) / sum(map(_weight, waiting))
@@ -59,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (options.out / SUMMARY).write_text(summary(_read(options.out)), encoding="utf-8")
     records = _read(options.out)
     print(summary(records, short=True), end="")
-    return int(any(record["part"] in options.parts and _bad(record) for record in records[DEVICE]))
+    found = [record for name in (DEVICE, SPEED) for record in records[name]]
+    return int(any(record["part"] in parts and _bad(record) for record in found))
 
 
 def _done(folder: Path, rehearsal: bool) -> set[str]:
@@ -69,12 +92,14 @@ def _done(folder: Path, rehearsal: bool) -> set[str]:
 
 
 def _bad(record: Record) -> bool:
-    """A part that has not come to its end, or tests that failed in one that has."""
+    """A part that has not come to its end, tests that failed in one that has, and methods of ours that are wrong."""
+    if "method" in record:
+        return is_broken(record["method"], record["status"])
     return record.get("end", "").startswith(("failed", "stopped", "not run")) or bool(record.get("failed"))
 
 
 def _weight(part: str) -> float:
-    return PARTS[part].seconds or 300.0
+    return PARTS[part].seconds
 
 
 def _run(part: str, box: float, folder: Path, rehearse: bool) -> None:
@@ -89,27 +114,55 @@ def _run(part: str, box: float, folder: Path, rehearse: bool) -> None:
 
 
 def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
-    command = [sys.executable, "-m", "benchmarks.device_parts", part, "--out", str(folder.resolve())]
-    command += ["--seconds", f"{box:.1f}", *(["--rehearse"] if rehearse else [])]
-    settings = (
-        os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"} | ({"TRITON_INTERPRET": "1"} if rehearse else {})
-    )
+    """How it ended; a part whose cases are lines of their own is started again behind the one that ended it."""
+    deadline = time.monotonic() + box
     with (folder / LOG).open("a", encoding="utf-8") as log:
-        print(f"\n===== {part} =====", file=log, flush=True)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
-        )
-        try:
-            status = process.wait(box + GRACE)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {box + GRACE:.0f} s"
-        finally:
-            _stop(process)
-    if status == STOPPED:
-        return "stopped: out of time"
+        while True:
+            print(f"\n===== {part} =====", file=log, flush=True)
+            before, left = _size(folder, part), deadline - time.monotonic()
+            status = _process(part, left, folder, rehearse, log)
+            again = PARTS[part].file == SPEED and _size(folder, part) > before
+            again &= deadline - time.monotonic() > LEAST
+            again &= status in (LOST, SILENT) or (isinstance(status, int) and status < 0)
+            if not again:
+                break
+            print(f"{part:<12} goes on in a new process: {status}", flush=True)
     if status == UNAVAILABLE:
-        return next(record["unavailable"] for record in _read(folder)[DEVICE][::-1] if "unavailable" in record)
-    return "done" if status == 0 else f"failed: exit {status}, see {LOG}"
+        return next(record["unavailable"] for record in read(folder / DEVICE)[::-1] if "unavailable" in record)
+    if status in (STOPPED, OVERTIME):
+        return "stopped: out of time"
+    return "done" if status == 0 else f"failed: {status}, see {LOG}"
+
+
+def _process(part: str, seconds: float, folder: Path, rehearse: bool, log: IO[str]) -> int | str:
+    """Its exit status, or why it had to be stopped: no line for as long as the part has patience, or out of its box."""
+    command = [sys.executable, "-m", "benchmarks.device_parts", part, "--out", str(folder.resolve())]
+    command += ["--seconds", f"{seconds:.1f}", *(["--rehearse"] if rehearse else [])]
+    settings = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    settings |= {"TRITON_INTERPRET": "1"} if rehearse else {}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+    )
+    deadline = time.monotonic() + seconds + GRACE
+    size, heard = _size(folder, part), time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(GLANCE)
+            now = time.monotonic()
+            if (found := _size(folder, part)) != size:
+                size, heard = found, now
+            if now > deadline:
+                return OVERTIME
+            if now - heard > PARTS[part].patience:
+                return SILENT
+        return process.returncode
+    finally:
+        _stop(process)
+
+
+def _size(folder: Path, part: str) -> int:
+    path = folder / PARTS[part].file
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -122,12 +175,10 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _read(folder: Path) -> dict[str, list[Record]]:
-    """The lines of each file; none where there is no file."""
-    paths = {name: folder / name for name in (DEVICE, SPEED, INVARIANCE, PRECISION)}
-    return {
-        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        for name, path in paths.items()
-    }
+    """The lines of each file; of a case the last one, and none where there is no file."""
+    files = {name: read(folder / name) for name in (DEVICE, SPEED, INVARIANCE, PRECISION)}
+    files[SPEED] = list({key_of(record): record for record in files[SPEED]}.values())
+    return files
 
 
 def _forget(part: str, folder: Path) -> None:
@@ -135,14 +186,15 @@ def _forget(part: str, folder: Path) -> None:
     for name, records in _read(folder).items():
         kept = [record for record in records if record["part"] != part]
         if len(kept) < len(records):
-            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            write(folder / name, kept)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder")
-    parser.add_argument("--parts", type=_parts, default=list(DEFAULT), help="names with commas between; see --list")
-    parser.add_argument("--time-limit", type=float, default=540, help="seconds for all parts together (default 540)")
+    parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which parts, and for how long")
+    parser.add_argument("--parts", type=_parts, help="in place of the sitting's: names with commas between; see --list")
+    parser.add_argument("--time-limit", type=float, help="seconds for all parts together, in place of the sitting's")
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--list", action="store_true", help="print the parts and their shares of the time")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import statistics
@@ -24,30 +24,42 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plans, sparsity_tables
-from benchmarks.measure import Case, Record, measure
+from benchmarks import device_measures, plans, sparsity_tables, tiles
+from benchmarks.measure import FAILED, Case, in_order, measured, started
 from benchmarks.method import Unsupported
 from benchmarks.methods import FLOORS, METHODS, OURS
 from benchmarks.peers import PEERS
 from benchmarks.provenance import ROOT, provenance
+from benchmarks.records import Record, append, read
 from benchmarks.speed import summary
-from benchmarks.tiles import measure as measure_tiles
 from benchmarks.timing import clock, interleaved_seconds
 from benchmarks.workloads import Workload
 
 STANDARD = plans.STANDARD["cuda"]
 MAIN = Workload(STANDARD.model, STANDARD.tokens, "trained", STANDARD.dtype)
+# of small models and small batches, where most runs are: (model, T)
+SMALL = tuple((model, tokens) for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tokens in (512, 1024, 256, 2048))
+MIDDLE = ("Qwen3-30B-A3B", 8192)
 DEVICE, SPEED, INVARIANCE, PRECISION = "device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl"
-# exit statuses of a part: it cannot run on this machine, or what it started had to be stopped
-UNAVAILABLE, STOPPED = 3, 4
+# exit statuses of a part: it cannot run on this machine, what it started had to be stopped, or the device is lost
+UNAVAILABLE, STOPPED, LOST = 3, 4, 5
 # what a rehearsal measures: the first few of these in every part
 REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled_sm90", "copy", "policy_loss"), 4
 # seconds that a program started by a part leaves for writing down how it ended
 RESERVE = 3.0
+# tests of what only size, streams and graphs show, and the other files with tests of a GPU
+SCALE = "tests/test_scale.py"
+OTHERS = [f"tests/test_{name}.py" for name in ("cases", "invariance", "fp8", "benchmarks", "distributed", "verl")]
+# processes that share the device, each with a context of its own
+WORKERS = {"scale": 3, "tests": 6, "suite": 12}
 
 
 class Stopped(Exception):
     """A program that a part had started was out of time."""
+
+
+class Lost(Exception):
+    """The device answers no more in this process."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """`seconds` is its share of the whole run's time; `run` raises `Unsupported` where it cannot."""
+    """seconds   its share of the whole run's time
+    run       raises `Unsupported` where it cannot, `Lost` where a new process may go on
+    patience  seconds without a new line after which it is taken to hang
+    """
 
     seconds: float
     what: str
     run: Callable[[Run], Iterator[Record]]
     file: str = DEVICE
+    patience: float = math.inf
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -105,15 +121,8 @@ def environment(run: Run) -> Iterator[Record]:
         if status == 0:
             yield {"nvidia_smi": dict(zip(fields.split(","), lines[0].split(", "), strict=True))}
     packages = dict.fromkeys(method.package for method in PEERS.values() if method.package)
-    yield {"peers": {package: _imports(package) for package in (*packages, "cutlass")}}
-
-
-def _imports(package: str) -> str:
-    try:
-        importlib.import_module(package)
-    except Exception as error:  # in a word: messages name paths of this machine
-        return f"{type(error).__name__} {getattr(error, 'name', None) or ''}".strip()
-    return "ok"
+    found = {package: importlib.util.find_spec(package) is not None for package in (*packages, "cutlass", "xdist")}
+    yield {"packages": found}
 
 
 # of `pytest -v`, alone and under xdist
@@ -121,24 +130,25 @@ TEST_LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b
 XDIST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/\S+::.+?) *$")
 
 
-def gpu_tests(run: Run) -> Iterator[Record]:
-    yield _tests(run, "-m", "gpu", *(["tests/test_scale.py"] if run.rehearse else []))
-
-
-def whole_suite(run: Run) -> Iterator[Record]:
-    """On a GPU nothing is interpreted: every test of a kernel then runs on the device."""
-    spread = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    yield _tests(run, "-m", "not gpu", *(["tests/test_layouts.py"] if run.rehearse else spread))
-
-
-def _tests(run: Run, *arguments: str) -> Record:
+def tests_of(part: str, selection: Sequence[str], rehearsed: str, run: Run) -> Iterator[Record]:
     """What was passed, and what failed, by name; also of a run that was stopped."""
-    status, lines = output(python("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments), run.seconds)
+    spread = []
+    if importlib.util.find_spec("xdist") and not run.rehearse:
+        spread = ["-n", str(WORKERS[part]), "--dist", "worksteal"]
+    arguments = [*selection, *([rehearsed] if run.rehearse else []), *spread]
+    options = ["-v", "--tb=short", "--durations=12", "-p", "no:cacheprovider"]
+    status, lines = output(python("pytest", *options, *arguments), run.seconds)
     outcomes = [match.groups() for match in map(TEST_LINE.match, lines) if match]
     outcomes += [match.groups()[::-1] for match in map(XDIST_LINE.match, lines) if match]
     counts = {word.lower(): sum(found == word for _, found in outcomes) for word in ("PASSED", "SKIPPED")}
     failed = [name for name, found in outcomes if found in ("FAILED", "ERROR")]
-    return {"tests": " ".join(arguments), **counts, "failed": failed, "finished": status is not None, "exit": status}
+    yield {"tests": " ".join(selection), **counts, "failed": failed, "finished": status is not None, "exit": status}
+    if status is None:
+        raise Stopped
+    if status not in (0, 1):  # 1: tests have failed; 2 to 5: none, or not all, were run
+        raise RuntimeError(f"pytest exited with {status}")
+    if not (counts["passed"] or failed or run.rehearse):
+        raise RuntimeError("every test was skipped")
 
 
 def invariance(run: Run) -> Iterator[Record]:
@@ -187,18 +197,26 @@ def plan_of(part: str) -> list[Case]:
     logits = [name for name in ("copy", *OURS) if METHODS[name].takes == "logits"]
     hidden = [name for name in (*FLOORS, *OURS) if METHODS[name].takes == "hidden"]
     beside = ("gemms_whole", "linear_policy_loss", "linear_token_logprobs")
-    # last, for they compile or tune themselves at their first call
-    slow = ("liger_grpo", "eager_compiled", "cce_exact", "cce")
-    quick = [name for name in PEERS if name not in slow and METHODS[name].takes == "hidden"]
+    # compile or tune themselves at their first call
+    slow = ("liger_grpo", "cce_exact", "cce", "eager_compiled")
+    quick = [name for name in PEERS if name not in (*slow, HANGS) and METHODS[name].takes == "hidden"]
     by_logits = ("copy", "policy_loss", "eager_from_logits", "liger_triton_grpo")
-    sparse = [name for name in sparsity_tables.METHODS if name != "cce"] + ["cce_exact", "cce"]
+    small = ("gemms_whole", "eager", "linear_policy_loss", "eager_compiled")
+    sparse = [name for name in sparsity_tables.METHODS if name != "cce"]
     wide = replace(MAIN, dtype="float32")
     cases = {
         "ours": [Case(name, MAIN) for name in hidden]
         + [Case("linear_policy_loss", MAIN, 0.25)]
         + [Case(name, workload) for workload in (MAIN, wide) for name in logits],
-        "peers": [Case(name, MAIN) for name in (*beside, "liger_scaled_sm90", *quick, "eager")],
+        "peers": [Case(name, MAIN) for name in (*beside, *quick, "eager")],
+        "liger_sm90": [Case(name, MAIN) for name in ("gemms_whole", "linear_policy_loss", HANGS)],
         "slow_peers": [Case(name, MAIN) for name in (*beside, *slow, *by_logits)],
+        "small": [
+            Case(name, replace(MAIN, model=model, tokens=tokens))
+            for model, tokens in (*SMALL, MIDDLE)
+            for name in small
+            if name != "eager_compiled" or (model, tokens) in COMPILED
+        ],
         "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in sparsity_tables.KINDS for name in sparse],
         "memory": [
             Case(name, replace(MAIN, tokens=tokens))
@@ -206,27 +224,54 @@ def plan_of(part: str) -> list[Case]:
             for name in ("linear_policy_loss", "linear_policy_loss_frozen_head")
         ],
     }
-    taken = {case for name in ("ours", "peers", "slow_peers") for case in cases[name]}
+    taken = {case for name in ("ours", "peers", "liger_sm90", "slow_peers") for case in cases[name]}
     cases["sweep"] = [case for case in STANDARD.cases() if case not in taken]
     return list(dict.fromkeys(cases[part]))
 
 
+# its backward is one kernel with a barrier across the whole device, which can wait for ever
+HANGS = "liger_scaled_sm90"
+# of SMALL, where the eager loss is compiled too: each compilation takes seconds
+COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
+
+
 def speed(part: str, rounds: int, run: Run) -> Iterator[Record]:
-    """A workload at a time, so that what is measured is also written."""
+    """A line when a case begins, which its record replaces; a case that an earlier process has begun is left alone."""
     plan = plan_of(part)
     if run.rehearse:
         plan = [case for case in plans.quick(plan) if case.method in REHEARSED][:REHEARSED_CASES]
         rounds = 2
+    path = run.folder / SPEED
+    begun = {key_of(record) for record in read(path) if record["part"] == part}
     source = provenance(f"python -m benchmarks.device --parts {part}", run.device)
-    for workload in dict.fromkeys(case.workload for case in plan):
-        cases = [case for case in plan if case.workload == workload]
-        records = measure(cases, source, device=run.device, rounds=rounds, budget_seconds=run.seconds)
-        print("\n".join(summary(records)), flush=True)
-        yield from records
+
+    def begin(case: Case) -> None:
+        append(path, {"part": part, **started(case), **source})
+
+    plan = [case for case in in_order(plan) if key_of({"part": part, **started(case)}) not in begun]
+    for record in measured(plan, source, run.device, rounds, run.deadline - RESERVE, begin):
+        print("\n".join(summary([record])), flush=True)
+        yield record
+        if record["status"].startswith(FAILED) and run.device.type == "cuda":
+            _still_there(run.device)
+
+
+def key_of(record: Record) -> tuple:
+    """Of a line of speed.jsonl: of two with the same key, the later one counts."""
+    names = ("part", "workload", "inputs", "dtype", "method", "active_share")
+    return (*(record[name] for name in names), record["shape"]["tokens"])
+
+
+def _still_there(device: torch.device) -> None:
+    """After some errors every later call fails too, until the process ends."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        raise Lost from error
 
 
 def floors(run: Run) -> Iterator[Record]:
-    """TFLOP/s of the three products, each alone, and TB/s of a copy of the logits."""
+    """TFLOP/s of the three products, each alone, and TB/s of a copy of the logits; then products at chunk shapes."""
     case = plans.quick([Case("gemms_whole", MAIN)])[0] if run.rehearse else Case("gemms_whole", MAIN)
     shape, dtype = case.workload.shape, getattr(torch, MAIN.dtype)
     hidden, weight = (
@@ -249,50 +294,67 @@ def floors(run: Run) -> Iterator[Record]:
         median = statistics.median(samples)
         rate = {"TB/s": 2 * logits.nbytes / median / 1e12} if name == "copy" else {"TFLOP/s": flop / median / 1e12}
         yield {"floor": name, "shape": vars(shape), "dtype": MAIN.dtype, "median_s": median, **rate}
+    yield from device_measures.products(run.device, run.rehearse, run.deadline)
 
 
-def tiles(run: Run) -> Iterator[Record]:
-    """The row kernel with every candidate tile: "chosen" is what `row_tile` picks without being told."""
-    yield from measure_tiles(run.device, run.rehearse, run.deadline)
+def rows(run: Run) -> Iterator[Record]:
+    yield from tiles.measure(run.device, run.rehearse, run.deadline)
 
 
 def profile(run: Run) -> Iterator[Record]:
-    """Where the microseconds of one `linear_policy_loss` go, by kernel."""
-    workload = plans.quick([Case("gemms_whole", MAIN)])[0].workload if run.rehearse else MAIN
-    step = METHODS["linear_policy_loss"].prepare(workload.inputs(run.device))
-    for _ in range(2):
-        step()
-    kind = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kind.CPU if run.device.type == "cpu" else kind.CUDA]) as trace:
-        step()
-    field = "self_cpu_time_total" if run.device.type == "cpu" else "self_device_time_total"
-    kernels = sorted(trace.key_averages(), key=lambda event: -getattr(event, field))
-    for event in kernels[:24]:
-        yield {"kernel": event.key[:160], "calls": event.count, "microseconds": getattr(event, field)}
+    """At the workload of the bars, and where a call is short."""
+    small = [replace(MAIN, model=model, tokens=tokens) for model, tokens in COMPILED]
+    workloads = [MAIN, *small]
+    if run.rehearse:
+        workloads = [plans.quick([Case("gemms_whole", MAIN)])[0].workload]
+    yield from device_measures.profile(workloads, run.device)
+
+
+def demo(run: Run) -> Iterator[Record]:
+    yield from device_measures.demo(run.device, run.rehearse)
+
+
+def _speed_part(seconds: float, what: str, name: str, rounds: int, patience: float = 45) -> Part:
+    return Part(seconds, what, functools.partial(speed, name, rounds), SPEED, patience)
+
+
+def _tests_part(seconds: float, what: str, name: str, *selection: str, rehearsed: str = SCALE) -> Part:
+    return Part(seconds, what, functools.partial(tests_of, name, selection, rehearsed))
 
 
 PARTS = {
-    "environment": Part(15, "device, driver, clocks, versions, peers", environment),
-    "tests": Part(90, "pytest -m gpu", gpu_tests),
-    "floors": Part(10, "bare products and copy, each alone", floors),
-    "ours": Part(75, "our paths at the workload of the bars", functools.partial(speed, "ours", 20), SPEED),
-    "peers": Part(65, "peers there, ours beside them", functools.partial(speed, "peers", 10), SPEED),
-    "sparse": Part(75, "sparse gradients over the entropy", functools.partial(speed, "sparse", 5), SPEED),
-    "memory": Part(45, "ours over T up to 65,536", functools.partial(speed, "memory", 2), SPEED),
-    "slow_peers": Part(60, "peers that compile or tune themselves", functools.partial(speed, "slow_peers", 5), SPEED),
-    "tiles": Part(20, "candidate tiles of the row kernel", tiles),
-    "profile": Part(10, "kernel times of one step", profile),
-    "invariance": Part(25, "python -m benchmarks.invariance", invariance, INVARIANCE),
-    "precision": Part(25, "python -m benchmarks.precision", precision, PRECISION),
+    "environment": Part(5, "device, driver, clocks, versions, packages", environment),
+    "floors": Part(25, "matrix rates of bare products, whole and at chunk shapes, and copy bandwidth", floors),
+    "ours": _speed_part(60, "floors and ours at the workload of the bars", "ours", 20),
+    "scale": _tests_part(70, "pytest on a GPU: sizes, graphs, streams, bits", "scale", "-m", "gpu", SCALE),
+    "small": _speed_part(60, "small models and batches, eager and compiled beside ours", "small", 20),
+    "peers": _speed_part(35, "the peers that start at once", "peers", 10),
+    "sparse": _speed_part(40, "sparse gradients over entropies", "sparse", 6),
+    "memory": _speed_part(45, "memory over T to 65,536", "memory", 3),
+    "rows": Part(40, "the row kernels by themselves, at three tiles, beside a copy", rows),
+    "profile": Part(25, "kernels, short kernels and gaps of a step", profile),
+    "tests": _tests_part(60, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
+                         rehearsed="tests/test_benchmarks.py"),
+    "liger_sm90": _speed_part(35, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 30),
+    "slow_peers": _speed_part(50, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
+    "demo": Part(45, "the demo's training, before and after", demo),
+    "invariance": Part(20, "python -m benchmarks.invariance", invariance, INVARIANCE),
+    "precision": Part(20, "python -m benchmarks.precision", precision, PRECISION),
     "sanitizer": Part(40, "compute-sanitizer on the row kernels", sanitizer),
-    "sweep": Part(60, "other inputs, shares, models and T", functools.partial(speed, "sweep", 5), SPEED),
-    "suite": Part(0, "every other test, on the device; only where it is asked for", whole_suite),
-}
-
-
-def append(path: Path, record: Record) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    "sweep": _speed_part(60, "other inputs, shares, models and T", "sweep", 5),
+    "suite": _tests_part(90, "every other test, on the device", "suite", "-m", "not gpu",
+                         rehearsed="tests/test_layouts.py"),
+}  # fmt: skip
+# in the order in which they run, and seconds for all of them
+SITTINGS = {
+    "first": (("environment", "floors", "ours", "scale"), 160.0),
+    "second": (
+        ("peers", "small", "sparse", "memory", "rows", "profile", "tests", "liger_sm90", "slow_peers", "demo",
+         "invariance", "precision"),
+        480.0,
+    ),
+    "third": (("sanitizer", "sweep", "suite"), 480.0),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -314,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNAVAILABLE
     except Stopped:
         return STOPPED
+    except Lost:
+        return LOST
     return 0
 
 

@@ -8,7 +8,6 @@ shapes; on a CPU, which runs no Triton kernels, without.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import ROOT, provenance
+from benchmarks.records import Record, append, write
 from benchmarks.workloads import Shape
 from drpo_kernels import DRPO
 from drpo_kernels.backends.rows import Outcome
@@ -34,20 +34,19 @@ QUICK_SHAPES = (Shape(8, 5, 33),)
 QUANTITIES = {"logprob": Outcome.LOGPROB, "entropy": Outcome.ENTROPY, "loss": Outcome.LOSS}
 METHODS = {"default": False, "batch_invariant": True}
 LOGIT_BYTES = 4  # of the workspace; a GPU keeps 16-bit dlogits beside them and takes two rows for three
-Record = dict[str, object]
 
 
 class Batch:
     """Rows against one head; a row's coefficient is 1, so that its loss and dX are its own."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
-        g = torch.Generator().manual_seed(0)
-        hidden = torch.randn(shape.tokens, shape.hidden, generator=g)
-        weight = torch.randn(shape.vocab, shape.hidden, generator=g) / shape.hidden**0.5
-        targets = torch.randint(shape.vocab, (shape.tokens,), generator=g)
-        old, advantages = -2 - torch.rand(shape.tokens, generator=g), torch.randn(shape.tokens, generator=g)
-        self.hidden, self.weight = hidden.to(device, dtype), weight.to(device, dtype)
-        self.rows = [x.to(device) for x in (targets, old, advantages)]
+        g, on = torch.Generator(device).manual_seed(0), {"device": device}
+        hidden = torch.randn(shape.tokens, shape.hidden, generator=g, **on)
+        weight = torch.randn(shape.vocab, shape.hidden, generator=g, **on).div_(shape.hidden**0.5)
+        targets = torch.randint(shape.vocab, (shape.tokens,), generator=g, **on)
+        old = -2 - torch.rand(shape.tokens, generator=g, **on)
+        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.rows = [targets, old, torch.randn(shape.tokens, generator=g, **on)]
         self.mask = (torch.arange(shape.tokens) % 3 > 0).to(device)
 
     def run(self, rows: Tensor | None = None, masked: bool = False, **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,14 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     shapes = QUICK_SHAPES if options.quick else CPU_SHAPES if options.device == "cpu" else CUDA_SHAPES
-    source = provenance(" ".join(["python -m benchmarks.invariance", *(["--quick"] if options.quick else [])]))
-    if options.device == "cuda":
-        source["device"] = {**source["device"], "gpu": torch.cuda.get_device_name()}
-    records = [{**record, **source} for record in _records(options.device, shapes, options.dtypes)]
-    out = options.out or (None if options.quick else RESULTS)
+    command = " ".join(["python -m benchmarks.invariance", *(["--quick"] if options.quick else [])])
+    source = provenance(command, torch.device(options.device))
+    out, records = options.out or (None if options.quick else RESULTS), []
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write(out, [])
+    for record in _records(options.device, shapes, options.dtypes):
+        records.append({**record, **source})
+        if out is not None:
+            append(out, records[-1])
     return int(any(broken(record) for record in records))
 
 

@@ -2,17 +2,16 @@
 
     records = measure(plan, provenance(command, device), device=device, budget_seconds=120, out=Path("gpu.jsonl"))
 
-Of each workload's cases: gradients first (a wrong method gets no time), then the peak memory of each method, then the
-times of all of them interleaved, floors among them. What starts from logits is a round of its own, after the rest.
-After `budget_seconds` nothing is started: what has samples keeps them, what has none is a record with the status "not
-run: time budget". A workload's gradients may take 60 % of what is left. `out` holds what has been measured whenever the
-run ends.
+A case is measured from start to end before the next one begins, and its record is then final: gradients first (a wrong
+method gets no time), then its peak memory, then its times, interleaved with those of its floor. So what a later case
+does to the machine costs no earlier number, and a clock that drifts meets a method and its floor alike. What starts
+from logits comes after the rest of its workload. After `budget_seconds` nothing is started: what has samples keeps
+them, what has none is a record with the status "not run: time budget".
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import subprocess
@@ -31,13 +30,12 @@ from benchmarks.method import OBJECTIVE, Method, Step, Unsupported
 from benchmarks.methods import METHODS
 from benchmarks.mixes import quantiles
 from benchmarks.progress import Progress
+from benchmarks.records import Record, write
 from benchmarks.timing import clock, interleaved_seconds
 from benchmarks.workloads import Inputs, Workload
 
 OVER_BUDGET, FAILED = "not run: time budget", "failed"
-# of the time left, for the gradients, and of what is then left, for memory
-CHECKED, WEIGHED = 0.6, 0.5
-Record = dict[str, object]
+DIED = f"{FAILED}: the process ended or gave no answer"
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Attempt:
     metrics: dict[str, float] | None = None
     peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
+    floor_seconds: list[float] = field(default_factory=list)  # of its floor, between its own samples
 
     def __call__(self) -> object:
         """One step; a failure is this row's end, not the run's."""
@@ -78,7 +77,7 @@ class Attempt:
 
     def fail(self, error: Exception) -> None:
         """The status in a word: messages name paths of this machine."""
-        self.step, self.peak_bytes, self.seconds = None, None, []
+        self.step, self.peak_bytes, self.seconds, self.floor_seconds = None, None, [], []
         if self.method.package is not None and isinstance(error, ModuleNotFoundError):
             self.status = f"{(error.name or self.method.package).split('.')[0]} not installed"
         elif isinstance(error, Unsupported):
@@ -104,70 +103,84 @@ def measure(
     budget_seconds: float = math.inf,
     out: Path | None = None,
 ) -> list[Record]:
-    """A record per case, in the order of the plan's workloads, each with the fields of `source` (see `provenance`)."""
-    deadline = time.monotonic() + budget_seconds
+    """A record per case, in the order of `in_order`, each with the fields of `source` (see `provenance`)."""
     records: list[Record] = []
-    progress = Progress(len(plan) * (rounds + 3))
-    for workload in dict.fromkeys(case.workload for case in plan):
-        progress.say(f"{workload.model} T={workload.tokens} {workload.kind} {workload.dtype}")
-        cases = [case for case in plan if case.workload == workload]
-        for group in _measure_workload(workload, cases, device, rounds, deadline, progress):
-            records += [record | source for record in group]
-            if out is not None:
-                write(out, records)
+    progress = Progress(len(plan))
+
+    def begin(case: Case) -> None:
+        workload = case.workload
+        progress.say(f"{workload.model} T={workload.tokens} {workload.kind} {workload.dtype} {case.method}")
+
+    for record in measured(plan, source, device, rounds, time.monotonic() + budget_seconds, begin):
+        records.append(record)
+        progress.advance()
+        if out is not None:
+            write(out, records)
     progress.close()
     return records
 
 
-def write(out: Path, records: Sequence[Record]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+def in_order(plan: Sequence[Case]) -> list[Case]:
+    """Workload by workload, in each what starts from hidden states first; neighbours share their exact gradients."""
+    workloads = list(dict.fromkeys(case.workload for case in plan))
+
+    def key(case: Case) -> tuple:
+        method = METHODS[case.method]
+        return workloads.index(case.workload), method.takes == "logits", -case.active_share, not method.same_loss
+
+    return sorted(plan, key=key)
 
 
-def _measure_workload(
-    workload: Workload, cases: Sequence[Case], device: torch.device, rounds: int, deadline: float, progress: Progress
-) -> Iterator[list[Record]]:
-    """The records of what starts from hidden states, then of what starts from logits."""
-    inputs = None
-    torch.compiler.reset()  # or the limit on recompilations is met after a few workloads
-    for takes in ("hidden", "logits"):
-        attempts = [Attempt(case, METHODS[case.method]) for case in cases if METHODS[case.method].takes == takes]
-        if not attempts:
-            continue
-        try:
-            if time.monotonic() <= deadline:
-                inputs = inputs or workload.inputs(device)
-                inputs = inputs.with_logits() if takes == "logits" else inputs
-                check(attempts, inputs, _before(deadline, CHECKED), progress.advance)
-                _take_peaks(attempts, inputs, _before(deadline, WEIGHED), progress)
-                _take_times(attempts, device, rounds, deadline, progress)
-        except torch.OutOfMemoryError as error:  # of the inputs or the exact gradients: the device is too small
-            for attempt in attempts:
-                attempt.fail(error)
-        yield [_record(attempt, inputs) for attempt in attempts]
-
-
-def _before(deadline: float, share: float) -> float:
-    """The time at which a share of what is left has passed: a slow check must not leave nothing to measure with."""
-    return time.monotonic() + share * (deadline - time.monotonic())
-
-
-def check(
-    attempts: Sequence[Attempt],
-    inputs: Inputs,
+def measured(
+    plan: Sequence[Case],
+    source: Record,
+    device: torch.device,
+    rounds: int,
     deadline: float = math.inf,
-    advance: Callable[[], object] = lambda: None,
-) -> None:
-    """Run each once and compare its gradients with the exact ones: only what is right keeps its step."""
-    # one set of exact gradients at a time: at large shapes each is gigabytes
-    for share, same_loss in dict.fromkeys((a.case.active_share, a.method.same_loss) for a in attempts):
-        chosen = inputs.with_active_share(share)
-        exact = Exact(chosen, same_loss)
-        for attempt in attempts:
-            if (attempt.case.active_share, attempt.method.same_loss) == (share, same_loss):
-                if time.monotonic() <= deadline:
-                    _check_one(attempt, chosen, exact)
-                advance()
+    begin: Callable[[Case], object] = lambda case: None,
+) -> Iterator[Record]:
+    """The records of `measure`, each as soon as its case is done; `begin` is told of a case before it is started."""
+    inputs = Prepared(device)
+    for case in in_order(plan):
+        begin(case)
+        attempt = Attempt(case, METHODS[case.method])
+        if time.monotonic() <= deadline:
+            try:
+                chosen, exact = inputs.of(case)
+                _check_one(attempt, chosen, exact)
+                _take_peak(attempt, chosen)
+                _take_times(attempt, chosen, device, rounds, deadline)
+            except torch.OutOfMemoryError as error:  # of the inputs or the exact gradients: the device is too small
+                attempt.fail(error)
+        yield _record(attempt, inputs.made) | source
+
+
+class Prepared:
+    """The inputs of one workload and the exact gradients of one loss at a time: at large shapes each is gigabytes."""
+
+    def __init__(self, device: torch.device):
+        self.made: Inputs | None = None
+        self._device, self._workload, self._exact, self._key = device, None, None, None
+
+    def of(self, case: Case) -> tuple[Inputs, Exact]:
+        method = METHODS[case.method]
+        if case.workload != self._workload:
+            self.made = self._workload = self._exact = self._key = None
+            torch.compiler.reset()  # or the limit on recompilations is met after a few workloads
+            self.made, self._workload = case.workload.inputs(self._device), case.workload
+        if method.takes == "logits" and self.made.logits is None:
+            self.made, self._exact, self._key = self.made.with_logits(), None, None
+        key = case.active_share, method.same_loss
+        if key != self._key:
+            self._exact, self._key = None, key
+            self._exact = Exact(self.made.with_active_share(case.active_share), method.same_loss)
+        return self._exact.inputs, self._exact
+
+
+def check(attempt: Attempt, inputs: Inputs) -> None:
+    """Run it once and compare its gradients with the exact ones: only what is right keeps its step."""
+    chosen = inputs.with_active_share(attempt.case.active_share)
+    _check_one(attempt, chosen, Exact(chosen, attempt.method.same_loss))
 
 
 def _check_one(attempt: Attempt, inputs: Inputs, exact: Exact) -> None:
@@ -198,49 +211,49 @@ def _unsuited(method: Method, dtype: torch.dtype, device: torch.device) -> str |
     return None if dtype in names else f"takes {' and '.join(method.dtypes)} only"
 
 
-def _take_peaks(attempts: Sequence[Attempt], inputs: Inputs, deadline: float, progress: Progress) -> None:
-    """On a GPU in this process, on a CPU in a fresh one each."""
-    device = inputs.hidden.device
+def _take_peak(attempt: Attempt, inputs: Inputs) -> None:
+    """On a GPU in this process, on a CPU in a fresh one."""
+    if attempt.step is None or attempt.method.floor:
+        return
+    if inputs.hidden.device.type == "cuda":
+        _release(inputs.hidden.device)
+        peak = peak_on_device(attempt, inputs.hidden.device)
+        attempt.peak_bytes = None if attempt.step is None else peak
+        return
     with tempfile.TemporaryDirectory() as folder:
-        saved: dict[float, Path] = {}
-        for attempt in attempts:
-            progress.advance()
-            if attempt.step is None or attempt.method.floor or time.monotonic() > deadline:
-                continue
-            if device.type == "cuda":
-                _release(device)
-                peak = peak_on_device(attempt, device)
-                attempt.peak_bytes = None if attempt.step is None else peak
-                continue
-            share = attempt.case.active_share
-            if share not in saved:
-                saved[share] = Path(folder, f"{share}.pt")
-                inputs.with_active_share(share).save(saved[share])
-            try:
-                attempt.peak_bytes = peak_in_fresh_process(saved[share], attempt.case.method)
-            except subprocess.CalledProcessError as error:
-                attempt.fail(error)
+        saved = Path(folder, "inputs.pt")
+        inputs.save(saved)
+        try:
+            attempt.peak_bytes = peak_in_fresh_process(saved, attempt.case.method)
+        except subprocess.CalledProcessError as error:
+            attempt.fail(error)
 
 
-def _take_times(
-    attempts: Sequence[Attempt], device: torch.device, rounds: int, deadline: float, progress: Progress
-) -> None:
-    ready = {attempt.case: attempt for attempt in attempts if attempt.step is not None}
-    progress.advance((len(attempts) - len(ready)) * (rounds + 1))
+def _take_times(attempt: Attempt, inputs: Inputs, device: torch.device, rounds: int, deadline: float) -> None:
+    """Its samples, and between them those of its floor with all rows active."""
+    if attempt.step is None:
+        return
     _release(device)
-    seconds = interleaved_seconds(ready, rounds, progress.advance, clock(device), deadline)
-    for case, attempt in ready.items():
-        if attempt.step is None:
-            continue  # it failed meanwhile
-        attempt.seconds = seconds[case]
-        if not attempt.seconds:
-            attempt.status = OVER_BUDGET
+    functions: dict[str, Callable] = {"own": attempt}
+    if attempt.method.held_to is not None:
+        functions["floor"] = METHODS[attempt.method.held_to].prepare(inputs)
+    seconds = interleaved_seconds(functions, rounds, lambda: None, clock(device), deadline)
+    if attempt.step is None:
+        return  # it failed meanwhile
+    attempt.seconds, attempt.floor_seconds = seconds["own"], seconds.get("floor", [])
+    if not attempt.seconds:
+        attempt.status = OVER_BUDGET
 
 
 def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def started(case: Case) -> Record:
+    """What stands for a case until its own record does: it says that the process has not survived it."""
+    return _record(Attempt(case, METHODS[case.method], DIED), None)
 
 
 def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
@@ -273,6 +286,7 @@ def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
         "median_s": statistics.median(seconds) if seconds else None,
         "min_s": min(seconds, default=None),
         "max_s": max(seconds, default=None),
+        "floor_median_s": statistics.median(attempt.floor_seconds) if attempt.floor_seconds else None,
         "peak_extra_bytes": peak,
         "peak_beyond_gradients_bytes": beyond,
     }

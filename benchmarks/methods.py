@@ -172,7 +172,6 @@ FLOORS = {
 }
 OURS = {
     "linear_policy_loss": Method(fused),
-    "linear_policy_loss_1gib": Method(partial(fused, workspace_bytes=1 << 30), gpu=True),
     "linear_policy_loss_bf16_logits": Method(
         partial(fused, logits_dtype=torch.bfloat16), rounds=BF16_LOGITS, dtypes=("bfloat16",)
     ),

@@ -16,7 +16,6 @@ over |logit|, and the bars. The plots are drawn beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from benchmarks.mismatch import measure_mismatch, quantile
 from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.recipes import OPERANDS, RECIPES, Recipe
+from benchmarks.records import Record, append, write
 from benchmarks.regimes import REGIMES, Case, Exact, Result, exact_result
 from benchmarks.workloads import Shape
 
@@ -41,7 +41,6 @@ QUICK_REGIMES = ("random", "moderate", "bias+1e4", "softcap")
 SWEEP = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 SWEEP_SHAPE = Shape(64, 512, 2048)
 SWEPT = ("fp32", "bf16", "bf16-logits", "eager-bf16", "trl", "fp8_e4m3-row")
-Record = dict[str, object]
 Errors = dict[str, list[float]]
 
 
@@ -122,7 +121,7 @@ def measure_regime(name: str, shape: Shape, device: torch.device, advance: Calla
     """Records of a regime: itself, every recipe, every engine against every trainer, the bars."""
     regime = REGIMES[name]
     shape = regime.shape or shape
-    case = regime.case(shape).to(device)
+    case = regime.case(shape, device=device)
     exact = ExactResults(case)
     default = exact.of("bf16", RECIPES["bf16"])
     facts = {"entropy_nats": _short(default.entropy), "largest_logit": _short(default.largest_logit)}
@@ -167,7 +166,7 @@ def measure_sweep(shape: Shape, device: torch.device) -> Iterator[Record]:
     """Errors of log-probs over the largest |logit|."""
     for size in SWEEP:
         regime = regimes.Regime("", lambda s, g, size=size: regimes.offset(s, g, size, regimes.random))
-        case = regime.case(shape).to(device)
+        case = regime.case(shape, device=device)
         exact, found = ExactResults(case), {}
         for key in SWEPT:
             if RECIPES[key].obstacle(case) is None:
@@ -187,21 +186,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = QUICK if options.quick else FULL if options.full else NORMAL
     names = options.regimes or (QUICK_REGIMES if options.quick else list(REGIMES))
     folder = options.out or (None if options.quick else FOLDER)
-    source = provenance(_command(options))
-    records = [{"kind": "run", "benchmark": "precision", "shape": vars(shape), **source}]
-    progress = Progress(len(names) * len(RECIPES))
-    for name in names:
-        progress.say(name)
-        records += measure_regime(name, shape, options.device, progress.advance)
-    progress.say("errors over |logit|")
-    records += measure_sweep(QUICK if options.quick else SWEEP_SHAPE, options.device)
-    progress.close()
+    records = []
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / NAME).write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        write(folder / NAME, [])
+    for record in _records(options, names, shape):
+        records.append(record)
+        if folder is not None:
+            append(folder / NAME, record)
+    if folder is not None:
         _plot(records, folder)
     print("\n".join(_lines(records)))
     return 0
+
+
+def _records(options: argparse.Namespace, names: Sequence[str], shape: Shape) -> Iterator[Record]:
+    source = provenance(_command(options), options.device)
+    yield {"kind": "run", "benchmark": "precision", "shape": vars(shape), **source}
+    progress = Progress(len(names) * len(RECIPES))
+    for name in names:
+        progress.say(name)
+        yield from measure_regime(name, shape, options.device, progress.advance)
+    progress.say("errors over |logit|")
+    yield from measure_sweep(QUICK if options.quick else SWEEP_SHAPE, options.device)
+    progress.close()
 
 
 def _plot(records: Sequence[Record], folder: Path) -> None:

@@ -17,6 +17,8 @@ from drpo_kernels.triton_support import triton
 ROOT = Path(__file__).resolve().parent.parent
 # a change elsewhere (README, results) does not change what is measured
 MEASURED = ("drpo_kernels", "benchmarks")
+# of the environment: the commit of a copy that has no repository around it
+COMMIT = "DRPO_COMMIT"
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
 
 
@@ -26,7 +28,7 @@ def provenance(command: str, device: torch.device | None = None) -> dict[str, ob
     return {
         "device": describe(device or torch.device("cpu")),
         "versions": versions(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT),
         "dirty": None if changes is None else changes != "",
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

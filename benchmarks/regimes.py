@@ -55,10 +55,6 @@ class Case:
         z = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         return z / self.temperature
 
-    def to(self, device: torch.device) -> Case:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
-
 
 class Operands(NamedTuple):
     """What a recipe multiplies, [T, H] and [V, H] in float64: for the logits, and for the gradients."""
@@ -132,8 +128,12 @@ class Regime:
     rare: bool = False  # targets of probability RARE in place of the likely ones
     bias: float | None = None  # on every logit
 
-    def case(self, shape: Shape, seed: int = 0) -> Case:
-        generator = torch.Generator().manual_seed(seed)
+    def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Case:
+        """Drawn by the device's own generator."""
+        with torch.device(device):
+            return self._drawn(shape, torch.Generator(device).manual_seed(seed))
+
+    def _drawn(self, shape: Shape, generator: torch.Generator) -> Case:
         hidden, weight, targets = self.make(shape, generator)
         blank = torch.zeros(shape.tokens)
         bias = None if self.bias is None else torch.full((shape.vocab,), self.bias, dtype=torch.bfloat16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import precision_tables, sparsity_tables, speed_tables
+from benchmarks.records import Record, read
 from benchmarks.roofline import tables as roofline
 from benchmarks.speed_tables import NOTHING, milliseconds, row
 
@@ -23,7 +23,6 @@ NOT_ON_A_GPU = """\
 **Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register
 spill, 128-bit loads and stores) and run in the interpreter against float64, but no GPU has run this code yet: GPU
 correctness, speed and memory are open. `make bench` on a machine with a GPU fills this part in."""
-Record = dict
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,6 @@ def _report(block: Block, records: Sequence[Record], page: Path) -> None:
     text = block.render(records)
     if rehearsal or not rewrite(page, block, text):
         print(text)
-
-
-def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def rewrite(page: Path, block: Block, text: str) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import plans, recipes, tails
 from benchmarks.exact import Exact
-from benchmarks.measure import Case, Record, measure, write
+from benchmarks.measure import Case, measure
 from benchmarks.method import OBJECTIVE
 from benchmarks.methods import METHODS as SPEED_METHODS
 from benchmarks.methods import SPARSE_GRAD, fused
@@ -36,15 +36,17 @@ from benchmarks.methods import sparse as sparse_step
 from benchmarks.mixes import quantiles
 from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT, provenance
+from benchmarks.records import Record, write
 from benchmarks.regimes import REGIMES, exact_result
 from benchmarks.regimes import Case as RegimeCase
 from benchmarks.sparsity_tables import KINDS, METHODS
 from benchmarks.timing import interleaved_seconds
 from benchmarks.workloads import Inputs, Shape, Workload, make_inputs
 from drpo_kernels.demo.model import build_model
-from drpo_kernels.demo.run import train, trained_batch
+from drpo_kernels.demo.run import trained_batch
 from drpo_kernels.demo.settings import Settings
 from drpo_kernels.demo.task import split_problems
+from drpo_kernels.demo.train import train
 
 RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
 ROUNDS = {"cpu": 5, "cuda": 20}

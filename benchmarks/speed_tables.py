@@ -28,7 +28,6 @@ LABELS = {
     "eager_compiled": "eager PyTorch under `torch.compile`",
     "eager_from_logits": "eager PyTorch from logits",
     "linear_policy_loss": "`linear_policy_loss`",
-    "linear_policy_loss_1gib": "`linear_policy_loss`, 1 GiB workspace",
     "linear_policy_loss_bf16_logits": "`linear_policy_loss`, bf16 logits",
     "linear_policy_loss_not_compacted": '`linear_policy_loss`, `compact="none"`',
     "linear_policy_loss_frozen_head": "`linear_policy_loss`, frozen head",
@@ -114,7 +113,11 @@ def dense(group: Sequence[Record]) -> list[Record]:
 
 
 def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
-    """The record's median over that of a method with all rows active, measured by the same process beside it."""
+    """The record's median over that of a method with all rows active, measured by the same process beside it; over its
+    floor's by the samples of the two that were interleaved.
+    """
+    if method == record["held_to"] and record.get("floor_median_s") and record["median_s"] is not None:
+        return record["median_s"] / record["floor_median_s"]
     process = {name: record[name] for name in ("command", "date")}
     wanted = {"method": method, "active_share": 1, **process}.items()
     medians = (r["median_s"] for r in group if wanted <= r.items())

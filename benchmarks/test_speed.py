@@ -62,7 +62,7 @@ def device_clock() -> DeviceSeconds:
 @pytest.mark.parametrize("case", cases())
 def test_forward_backward(benchmark, case):
     attempt = Attempt(case, METHODS[case.method])
-    check([attempt], inputs_of(case.workload, attempt.method.takes))
+    check(attempt, inputs_of(case.workload, attempt.method.takes))
     assert not is_broken(case.method, attempt.status), attempt.status
     if attempt.step is None:
         pytest.skip(attempt.status)

@@ -36,6 +36,8 @@ class Model:
 MODELS = {
     "cpu_small": Model(16, 512),
     "cpu": Model(512, 32_768),
+    "Qwen2.5-0.5B": Model(896, 151_936),
+    "Qwen2.5-1.5B": Model(1536, 151_936),
     "Qwen3-0.6B": Model(1024, 151_936),
     "Qwen3-4B": Model(2560, 151_936),
     "Qwen3-30B-A3B": Model(2048, 151_936),

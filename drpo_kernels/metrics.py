@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.objectives import Objective
-from drpo_kernels.tokens import Tokens
+from drpo_kernels.tokens import Tokens, clamped_log_ratio, expm1, prob_shift
+from drpo_kernels.triton_support import jit, tl
 
+PREFIX = "drpo/"
 # w of a token that an objective left alone differs from 1 by rounding only
 UNCLIPPED = 1 - 1e-5
-PREFIX = "drpo/"
 # nats: a token this far below its old log-prob was hardly scored on the text it was sampled from
 FAR_BELOW = 5.0
 
@@ -53,6 +54,9 @@ METRICS = {
     "computed": Metric("sum", "computed"),
     "weighted": Metric("sum", "weighted"),
 }
+# the counts come last, and are integers
+COUNTS = sum(metric.how == "sum" for metric in METRICS.values())
+MEASURES = len(METRICS) - COUNTS
 # what `sparse_grad` adds to them
 SPARSITY_METRICS = {
     "sparse_share": Metric("mean", "with_gradient"),
@@ -142,6 +146,116 @@ def policy_metrics(
     return _reduced(METRICS, values, flags)
 
 
+# how an objective's clipping shows: not at all, in the weight, or in a slope of 0
+NO_CLIPS, WEIGHT_CLIPS, SLOPE_CLIPS = 0, 1, 2
+
+
+def clips_of(objective: Objective) -> int:
+    if not objective.clips:
+        return NO_CLIPS
+    return SLOPE_CLIPS if objective.sequence_level else WEIGHT_CLIPS
+
+
+@jit
+def add(total, flag, value):
+    return total + tl.where(flag, value, 0.0)
+
+
+@jit
+def larger(most, flag, value):
+    """The larger of the two where the flag is set; a NaN, once seen, stays."""
+    return tl.where(flag & ((value > most) | (value != value)), value, most)
+
+
+@jit
+def largest(most, count):
+    """Of all lanes, 0 where nothing was counted; a NaN in one is the result."""
+    found = tl.where(tl.sum((most != most).to(tl.int32), 0) > 0, float("nan"), tl.max(most, 0))
+    return tl.where(count > 0, found, 0.0)
+
+
+@jit(do_not_specialize=["rows_stride", "outcome_stride", "count"])
+def policy_metrics_kernel(
+    rows, rows_stride, outcome, outcome_stride, valid, unscorable, values, counts, count,
+    CLIPS: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The twin of `policy_metrics`, one launch of one program: rows [8, N] (`Row`), outcome [4, N] (`Outcome`), valid
+    and unscorable uint8 [N] -> values fp32 [16], counts int64 [5], in the order of `METRICS`. Sums are in fp32.
+    """
+    nothing = tl.zeros([BLOCK], tl.float32)
+    none = tl.full([BLOCK], float("-inf"), tl.float32)
+    ratio_sum, k1_sum, k3_sum, shift_sum, weight_sum = nothing, nothing, nothing, nothing, nothing
+    beyond_sum, clipped_sum, entropy_sum, logp_sum, below_sum = nothing, nothing, nothing, nothing, nothing
+    ratio_most, shift_most, weight_least, weight_most, old_most = none, none, none, none, none
+    token_count, computed_count, weighted_count = nothing, nothing, nothing
+    unscorable_count, nonfinite_count = nothing, nothing
+    for start in range(0, count, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = t < count
+        logp = tl.load(outcome + t, mask=inside, other=0.0)
+        entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
+        slope = tl.load(outcome + 3 * outcome_stride + t, mask=inside, other=0.0)
+        old = tl.load(rows + t, mask=inside, other=0.0)
+        old = tl.where(old == old, old, logp)  # on-policy
+        advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
+        computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
+        weighted = computed & (advantage != 0)
+        log_ratio = clamped_log_ratio(logp, old)
+        ratio = tl.exp(log_ratio)
+        shift = tl.abs(prob_shift(logp, old))
+        weight = -slope / tl.where(weighted, advantage * ratio, 1.0)
+        clipped = inside & False
+        if CLIPS == 1:
+            clipped = weight < UNCLIPPED
+        if CLIPS == 2:
+            clipped = slope == 0
+        ratio_sum = add(ratio_sum, computed, ratio)
+        ratio_most = larger(ratio_most, computed, ratio)
+        k1_sum = add(k1_sum, computed, -log_ratio)
+        k3_sum = add(k3_sum, computed, expm1(log_ratio) - log_ratio)
+        shift_sum = add(shift_sum, computed, shift)
+        shift_most = larger(shift_most, computed, shift)
+        weight_sum = add(weight_sum, weighted, weight)
+        weight_least = larger(weight_least, weighted, -weight)
+        weight_most = larger(weight_most, weighted, weight)
+        beyond_sum = add(beyond_sum, weighted & (weight <= 0) & (advantage * log_ratio > 0), 1.0)
+        clipped_sum = add(clipped_sum, weighted & clipped, 1.0)
+        entropy_sum = add(entropy_sum, computed, entropy)
+        logp_sum = add(logp_sum, computed, logp)
+        old_most = larger(old_most, computed, old)
+        below_sum = add(below_sum, computed & (log_ratio < -FAR_BELOW), 1.0)
+        finite = (tl.abs(logp) < float("inf")) & (tl.abs(slope) < float("inf"))
+        token_count = add(token_count, tl.load(valid + t, mask=inside, other=0) != 0, 1.0)
+        unscorable_count = add(unscorable_count, tl.load(unscorable + t, mask=inside, other=0) != 0, 1.0)
+        nonfinite_count = add(nonfinite_count, computed & ~finite, 1.0)
+        computed_count = add(computed_count, computed, 1.0)
+        weighted_count = add(weighted_count, weighted, 1.0)
+    n, w = tl.sum(computed_count, 0), tl.sum(weighted_count, 0)
+    per_computed, per_weighted = 1 / tl.maximum(n, 1.0), 1 / tl.maximum(w, 1.0)
+    all_tokens = tl.sum(token_count, 0)
+    tl.store(values, tl.sum(ratio_sum, 0) * per_computed)
+    tl.store(values + 1, largest(ratio_most, n))
+    tl.store(values + 2, tl.sum(k1_sum, 0) * per_computed)
+    tl.store(values + 3, tl.sum(k3_sum, 0) * per_computed)
+    tl.store(values + 4, tl.sum(shift_sum, 0) * per_computed)
+    tl.store(values + 5, largest(shift_most, n))
+    tl.store(values + 6, tl.sum(weight_sum, 0) * per_weighted)
+    tl.store(values + 7, -largest(weight_least, w))
+    tl.store(values + 8, largest(weight_most, w))
+    tl.store(values + 9, tl.sum(beyond_sum, 0) * per_weighted)
+    tl.store(values + 10, tl.sum(clipped_sum, 0) * per_weighted)
+    tl.store(values + 11, tl.sum(entropy_sum, 0) * per_computed)
+    tl.store(values + 12, tl.sum(logp_sum, 0) * per_computed)
+    tl.store(values + 13, largest(old_most, n))
+    tl.store(values + 14, tl.sum(below_sum, 0) * per_computed)
+    tl.store(values + 15, n / tl.maximum(all_tokens, 1.0))
+    tl.store(counts, tl.sum(unscorable_count, 0).to(tl.int64))
+    tl.store(counts + 1, tl.sum(nonfinite_count, 0).to(tl.int64))
+    tl.store(counts + 2, all_tokens.to(tl.int64))
+    tl.store(counts + 3, n.to(tl.int64))
+    tl.store(counts + 4, w.to(tl.int64))
+
+
 def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
     """What `sparse_grad` did, all inputs [N]; 0 where no row qualifies.
 
@@ -160,6 +274,11 @@ def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active
         "left_out_share_max": left_out / torch.where(miss > 0, miss, 1),
     }
     return _reduced(SPARSITY_METRICS, values, flags)
+
+
+def named_metrics(values: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """What the kernel has written, as `policy_metrics` returns it."""
+    return {PREFIX + name: value for name, value in zip(METRICS, (*values.unbind(), *counts.unbind()), strict=True)}
 
 
 def _reduced(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import ops
+from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kl import kl_loss
@@ -157,13 +158,9 @@ def _policy_loss(
     problem = Problem.checked(source, targets, mask, options)
     inputs = policy_inputs(problem, old_logprobs, advantages)
     loss, outcome = _route(inputs)
-    old = inputs.rows[Row.OLD_LOGPROB]
     logprobs, entropy = outcome[Outcome.LOGPROB], outcome[Outcome.ENTROPY]
     with torch.no_grad():
-        metrics = policy_metrics(
-            options.objective, logprobs, entropy, outcome[Outcome.SLOPE], logprobs if old_logprobs is None else old,
-            inputs.rows[Row.ADVANTAGE], inputs.computed, inputs.valid, inputs.unscorable,
-        )  # fmt: skip
+        metrics = _metrics(inputs, outcome, old_logprobs is None)
         if options.sparse_grad:
             active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
             metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
@@ -171,6 +168,19 @@ def _policy_loss(
     return PolicyLossOutput(
         loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics
     )
+
+
+def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str, Tensor]:
+    """One launch where Triton runs; a graph fuses the formula itself."""
+    objective, rows = inputs.terms.objective, inputs.rows
+    if inputs.problem.backend == "triton" and not torch.compiler.is_compiling():
+        return row_ops("triton").metrics(objective, rows, outcome, inputs.valid, inputs.unscorable)
+    logprobs = outcome[Outcome.LOGPROB]
+    return policy_metrics(
+        objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE],
+        logprobs if on_policy else rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], inputs.computed, inputs.valid,
+        inputs.unscorable,
+    )  # fmt: skip
 
 
 def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,13 @@ def log1p(x):
 
 
 @jit
+def clamped_log_ratio(logp, old):
+    """Δ, the twin of `Tokens.log_ratio`; a NaN stays one, which tl.minimum would drop."""
+    difference = logp - old
+    return tl.where(difference == difference, tl.minimum(tl.maximum(difference, -20.0), 20.0), difference)
+
+
+@jit
 def ratio_terms(logp, old):
     """-> (r, r - 1, dr/dlogπ): the derivative is 0 beyond the clamp."""
     difference = logp - old

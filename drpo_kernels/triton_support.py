@@ -17,8 +17,8 @@ except ImportError:
     triton = tl = None
     HAS_TRITON = False
 
-    def jit(function):
-        return function
+    def jit(function=None, **_):
+        return jit if function is None else function
 
 
 # Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.

@@ -1,6 +1,13 @@
 """Shared set-up: without a GPU the Triton kernels run in the interpreter, which must be chosen before any import."""
 
+import contextlib
+import gc
+import importlib.util
 import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +16,61 @@ from launcher import INTERPRETER_FAILS, WHY
 
 torch.set_num_threads(1)  # the tensors here are tiny: on a busy machine a second thread costs a hundredfold
 
-if not torch.cuda.is_available():
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# the files whose tests marked `gpu` come first, in order of importance
+FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_benchmarks.py")
 
 
+@pytest.hookimpl(trylast=True)  # when `-m` has made its choice
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    unfit, reason = ("interpreted", "the tensors are on the CPU") if ON_GPU else ("gpu", "needs a GPU")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if unfit in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if not ON_GPU:
+        return
+    gpu = [item for item in items if "gpu" in item.keywords]
+    # pytest-xdist hands each process a stretch of the list: the large ones, which wait for each other, stay together
+    gpu.sort(key=lambda item: ("large" not in item.keywords, [*FIRST, item.path.name].index(item.path.name)))
+    items[:] = gpu + [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A GPU test gives back the device's memory, which several processes share; those marked `large` take turns."""
+    if not ON_GPU or "gpu" not in item.keywords:
+        return (yield)
+    with _turn() if "large" in item.keywords else contextlib.nullcontext():
+        try:
+            return (yield)
+        finally:
+            traceback.clear_frames(getattr(sys, "last_traceback", None))  # of a failure, whose tensors it holds
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _turn():
+    import fcntl  # not on Windows
+
+    with Path(tempfile.gettempdir(), f"drpo_kernels-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_run_on_the_device(request, monkeypatch):
+    """A test whose kernels would get CPU tensors on a machine with a GPU fails on one without."""
+    if not ON_GPU and HAS_TRITON and "device" not in request.fixturenames and "interpreted" not in request.keywords:
+
+        def refuse(*_, **__):
+            pytest.fail("a test that launches a kernel takes `device` for its tensors, or is marked `interpreted`")
+
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", refuse)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,4 +86,4 @@ def pytest_runtest_call(item):
 @pytest.fixture(scope="session")
 def device():
     """Where the tests put their tensors."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if ON_GPU else "cpu")

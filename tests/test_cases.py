@@ -109,6 +109,7 @@ def test_more_rows_than_a_grid_dimension(form, masked, backend, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("form", ["linear", "logits"])
 def test_more_logits_than_int32(form, device):
     """T * V > 2^31: the last rows must equal the same rows alone."""

@@ -11,7 +11,6 @@ from drpo_kernels.diagnosis import CONDITIONS, diagnose
 from drpo_kernels.distributed import reduce_metrics
 
 ROWS, LENGTH, VOCAB = 16, 32, 64
-CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the inputs are on the CPU")
 
 
 def batch(seed=0, temperature=1.0, spread=3.0):
@@ -157,21 +156,20 @@ def test_distributed_tensors_are_refused_at_the_door(name):
         dk.linear_policy_loss(**given)
 
 
-@CPU
 @pytest.mark.parametrize("backend", problems.BACKENDS)
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("shape", ["sequence", "column", "packed"])
-def test_temperature_per_sequence(shape, form, backend):
+def test_temperature_per_sequence(shape, form, backend, device):
     """As advantages: [B], [B, 1] or one per packed sequence equals the same temperature on each of its tokens."""
     problem = problems.random_problem(4, (3, 2), 5, 11)
     problem = problem if form == "linear" else problem.as_logits()
     heat = torch.tensor([0.6, 1.0, 1.7])
     per_token = heat[:, None].expand(3, 2)
     given = {"sequence": heat, "column": heat[:, None], "packed": heat}[shape]
-    want = problems.run(problem.with_options(temperature=per_token), dk.DRPO(), backend)
+    want = problems.run(problem.with_options(temperature=per_token), dk.DRPO(), backend, device)
     other = problem.with_options(temperature=None)
     other = problems.packed(other) if shape == "packed" else other
-    got = problems.run(other.with_options(temperature=given), dk.DRPO(), backend)
+    got = problems.run(other.with_options(temperature=given), dk.DRPO(), backend, device)
     assert torch.equal(got[0].loss, want[0].loss)
     for name, gradient in got[1].items():
         assert torch.equal(gradient.reshape(want[1][name].shape), want[1][name]), name

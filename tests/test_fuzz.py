@@ -2,14 +2,13 @@
 case, and its error budget, is in fuzz.py and fuzz_budget.py."""
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 from fuzz import check
 from fuzz_cases import CASES, HAZARDS, Case
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU"),
+    pytest.mark.interpreted,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the interpreter: poison overflows
 ]
 

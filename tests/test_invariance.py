@@ -279,7 +279,8 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
 def test_real_shapes(hidden, vocab, route, dtype, device, monkeypatch):
     """The chosen tiles, compiled: rows bitwise alone, permuted, compacted and chunked; dW by chunks."""
     rows = 517
-    problem = row_problem(dtype, rows, hidden, vocab)
+    with device:
+        problem = row_problem(dtype, rows, hidden, vocab)
     whole, dx, dw, db = reported(problem, route, device, monkeypatch)
     chunked = reported(problem, route, device, monkeypatch, workspace_bytes=128 * 4 * vocab)
     assert same(chunked, (whole, dx, dw, db))

@@ -1,10 +1,9 @@
 """The README's Python runs, as a reader would paste it; TRL's and verl's snippets run in their own tests."""
 
+import pytest
 import torch
-import transformers
 
 import drpo_kernels as dk
-import tiny_trl
 from snippets import README, run, snippet, snippets
 
 
@@ -29,6 +28,10 @@ def test_objective_of_one_s_own():
 
 
 def test_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    import tiny_trl
+
     model = tiny_trl.model(transformers.Qwen3ForCausalLM)
     ids = torch.randint(4, tiny_trl.VOCAB, (2, 9))
     mask = torch.ones(2, 9, dtype=torch.bool)

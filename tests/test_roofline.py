@@ -29,7 +29,7 @@ LONG = Problem(16_384, 4096, 151_936, workspace=GIB)
 # how many T·V·H each takes
 F_COUNTS = {
     "gemms_whole": 6, "gemms_frozen": 4, "gemms_recompute": 8, "copy": 0,
-    "linear_policy_loss": 6, "linear_policy_loss_1gib": 6, "linear_policy_loss_bf16_logits": 6,
+    "linear_policy_loss": 6, "linear_policy_loss_bf16_logits": 6,
     "linear_policy_loss_frozen_head": 4, "linear_token_logprobs": 8, "policy_loss": 0, "policy_loss_inplace": 0,
     "eager": 6, "eager_compiled": 6, "trl": 8, "verl": 8, "liger_grpo": 8, "cce_exact": 8, "bound_8f": 8,
 }  # fmt: skip

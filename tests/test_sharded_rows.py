@@ -34,8 +34,8 @@ class Place(VocabShard):
         return self.place
 
 
-def rows_of(count, dtype, kinds=None, temperature=1.0):
-    rows = torch.zeros(len(Row), count, dtype=dtype)
+def rows_of(count, kinds=None, temperature=1.0, device=None):
+    rows = torch.zeros(len(Row), count, device=device)
     rows[Row.INV_TEMPERATURE] = 1 / temperature
     rows[Row.KIND] = RowKind.ACTIVE.value if kinds is None else kinds
     return rows
@@ -50,7 +50,7 @@ def shards(logits, sizes, vocab):
 def together(backend, logits, targets, sizes, vocab, transform=PLAIN, rows=None, slopes=None):
     """(statistics [len(Stat), n], gradient [n, vocab]) as the ranks of a group would find them."""
     inner = row_ops(backend)
-    rows = rows_of(len(logits), torch.float32) if rows is None else rows
+    rows = rows_of(len(logits), device=logits.device) if rows is None else rows
     parts = [
         ShardedRows(inner, place).contribution(RowBatch(part, targets, rows, transform))
         for place, part in shards(logits, sizes, vocab)
@@ -68,27 +68,28 @@ def together(backend, logits, targets, sizes, vocab, transform=PLAIN, rows=None,
 
 def alone(backend, logits, targets, vocab, transform=PLAIN, rows=None, slopes=None):
     ops, logits = row_ops(backend), logits[:, :vocab].clone()
-    rows = rows_of(len(logits), torch.float32) if rows is None else rows
+    rows = rows_of(len(logits), device=logits.device) if rows is None else rows
     statistics = ops.statistics(RowBatch(logits, targets, rows, transform))
     out = torch.empty_like(logits)
     ops.write_gradient(RowBatch(logits, targets, rows, transform), statistics, slopes, out)
     return statistics, out
 
 
-def random_rows(seed, scale=4.0):
+def random_rows(seed, device, scale=4.0):
     g = generator(seed)
     logits = scale * torch.randn(8, VOCAB, generator=g)
     targets = torch.tensor([0, 5, 7, 8, 12, 15, 18, 19])  # in every shard of every split
-    return logits, targets, torch.randn(2, 8, generator=g)
+    return (x.to(device) for x in (logits, targets, torch.randn(2, 8, generator=g)))
 
 
 @every_backend
 @pytest.mark.parametrize("sizes, vocab", SPLITS)
 @pytest.mark.parametrize("transform", [PLAIN, Transform(1.3, 4.0)], ids=["plain", "softcap"])
-def test_shards_make_whole_rows(transform, sizes, vocab, backend):
+def test_shards_make_whole_rows(transform, sizes, vocab, backend, device):
     """Rounding only: sums in another order, each of a few ulp."""
-    logits, targets, slopes = random_rows(1)
-    rows = rows_of(8, torch.float32, torch.tensor([2, 2, 0, 2, 1, 2, 2, 2]), torch.linspace(0.5, 2, 8))
+    logits, targets, slopes = random_rows(1, device)
+    kinds, temperature = torch.tensor([2, 2, 0, 2, 1, 2, 2, 2]), torch.linspace(0.5, 2, 8)
+    rows = rows_of(8, kinds.to(device), temperature.to(device), device)
     arguments = {"transform": transform, "rows": rows, "slopes": slopes}
     want, gradient = alone(backend, logits, targets, vocab, **arguments)
     got, found = together(backend, logits, targets, sizes, vocab, **arguments)
@@ -99,9 +100,9 @@ def test_shards_make_whole_rows(transform, sizes, vocab, backend):
 
 @every_backend
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_far_from_zero(offset, backend):
+def test_far_from_zero(offset, backend, device):
     """All logits at ±1e4, and one shard 2e4 away from the others: its share underflows, its log-probs do not."""
-    logits, targets, slopes = random_rows(2)
+    logits, targets, slopes = random_rows(2, device)
     logits += offset
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
@@ -115,13 +116,14 @@ def test_far_from_zero(offset, backend):
 
 
 @every_backend
-def test_certain_tokens(backend):
+def test_certain_tokens(backend, device):
     """p_y within 1e-7 of 1: 1 - p_y, log p_y and the gradient keep their digits, with the rest in either shard."""
     targets = torch.tensor([2, 2, 14, 14])
     logits = torch.full((4, VOCAB), -3.0)
     logits[range(4), targets] = torch.tensor([16.0, 17.5, 16.0, 22.0])
     logits[1, 15] = 1.0  # most of what is left of row 1 in the other shard
     slopes = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 0.1, 0.0, -0.3]])
+    logits, targets, slopes = (x.to(device) for x in (logits, targets, slopes))
     exact = logits.double()
     miss = (exact.softmax(1)).scatter(1, targets[:, None], 0).sum(1)
     got, found = together(backend, logits, targets, (12, 11), VOCAB, slopes=slopes)
@@ -139,10 +141,10 @@ def test_certain_tokens(backend):
 
 
 @every_backend
-def test_banned_shards(backend):
+def test_banned_shards(backend, device):
     """-inf on a whole shard: it holds nothing. A banned target has log p = -inf; with every token banned, NaN."""
-    logits, targets, _ = random_rows(3)
-    slopes = torch.ones(1, 8)
+    logits, targets, _ = random_rows(3, device)
+    slopes = torch.ones(1, 8, device=device)
     logits[:, 6:12] = -torch.inf  # the targets of rows 2 and 3
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
@@ -157,10 +159,10 @@ def test_banned_shards(backend):
 
 @every_backend
 @pytest.mark.parametrize("sizes", [(6, 6, 6, 5), (1, 20, 2)])
-def test_a_nan_in_any_shard_is_never_a_number(sizes, backend):
+def test_a_nan_in_any_shard_is_never_a_number(sizes, backend, device):
     """A NaN logit, a whole shard of them, and a target that is no real entry."""
-    logits, targets, _ = random_rows(4)
-    vocab, slopes = 22, torch.ones(1, 8)
+    logits, targets, _ = random_rows(4, device)
+    vocab, slopes = 22, torch.ones(1, 8, device=device)
     logits[0, 21] = torch.nan
     logits[1, :6] = torch.nan
     logits[2, 0] = torch.nan  # the whole of a shard of one column
@@ -175,7 +177,7 @@ def test_every_rank_plans_the_same_chunks(retain):
     """A rank that cut its rows by its own share of the vocabulary would wait for the others for ever."""
     sizes, hidden_size = (3, 40, 17), 4
     targets = torch.zeros(50, dtype=torch.int64)
-    rows = rows_of(50, torch.float32, torch.tensor([2, 1] * 25))
+    rows = rows_of(50, torch.tensor([2, 1] * 25))
     plans = set()
     for rank, size in enumerate(sizes):
         place = Place(None, sizes, place=rank)

@@ -14,7 +14,6 @@ import problems
 from drpo_kernels.backends import matmul, torch_rows
 from drpo_kernels.backends.planning import LEAST_ENTRIES, entry_limit
 from drpo_kernels.backends.rows import SHARE_ROUNDING
-from drpo_kernels.demo.train import _summarise
 from drpo_kernels.distributed import reduce_metrics
 from sparse_cases import (
     BF16,
@@ -211,8 +210,12 @@ def test_metrics_of_batches_combine():
 
 
 def test_the_demo_summarises_and_diagnose_reads_them():
+    for package in ("transformers", "tqdm"):
+        pytest.importorskip(package)
+    from drpo_kernels.demo import train
+
     metrics = [found(case_of(seed, tau=0.05)).out.metrics for seed in (8, 9)]
-    summary = _summarise(metrics)
+    summary = train._summarise(metrics)
     for name in SHARES:
         values = [m[name].item() for m in metrics]
         expected = max(values) if name.endswith("_max") else sum(values) / 2

@@ -1,9 +1,12 @@
 """The benchmark of `sparse_grad`: what it compares, and that its tables and pictures come from its lines alone."""
+# ruff: noqa: E402 (the benchmark trains the demo, whose packages may be missing, which skips this file)
 
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+for package in ("transformers", "matplotlib", "tqdm", "rich"):
+    pytest.importorskip(package)
+
 from benchmarks import measure, report, sparsity, sparsity_plots, sparsity_tables, tails
 from benchmarks.tails import WAYS, Rows, cce_filter, compare, with_common_mean
 from benchmarks.workloads import Shape, make_inputs

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16' peft")
+pytest.importorskip("peft", reason="peft is not installed")
 import transformers
 from peft import LoraConfig
 from transformers import (

@@ -27,9 +27,6 @@ METHODS = {
     "gemms_recompute": Method("four bare products (8F)", lambda p: ours.whole_products(p, 2), held_to=None),
     "copy": Method("a copy of the logits", ours.copy, held_to=None),
     "linear_policy_loss": Method("`linear_policy_loss`", ours.linear),
-    "linear_policy_loss_1gib": Method(
-        "`linear_policy_loss`, 1 GiB", lambda p: ours.linear(replace(p, workspace=1 << 30))
-    ),
     "linear_policy_loss_bf16_logits": Method(
         "`linear_policy_loss`, bf16 logits", lambda p: ours.linear(replace(p, logits_itemsize=p.itemsize))
     ),

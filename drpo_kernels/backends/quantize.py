@@ -27,8 +27,11 @@ class Quantized(NamedTuple):
 
 
 def scale_of(largest: Tensor, form: torch.dtype) -> Tensor:
-    """max|x| -> float32 scale of the same shape."""
-    return (largest.to(torch.float32) / torch.finfo(form).max).clamp(min=SMALLEST_SCALE)
+    """max|x| -> float32 scale of the same shape, the same on every device: by a number a GPU divides inexactly, by a
+    tensor as it should, and where quotients are ties a scale's last bit decides how they are rounded.
+    """
+    most = largest.new_full((), torch.finfo(form).max, dtype=torch.float32)
+    return (largest.to(torch.float32) / most).clamp(min=SMALLEST_SCALE)
 
 
 def per_tensor(x: Tensor, form: torch.dtype) -> Quantized:

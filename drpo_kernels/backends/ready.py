@@ -11,6 +11,9 @@ from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, 
 def matrices(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """[..., V] logits as 2-D views with the range of rows each covers: `logits[:, :-1]` must not cost a copy."""
     count = logits.shape[:-1].numel()
+    if logits.dim() == 2:  # as it is: a view gives a single row a stride of its own, and so a kernel of its own
+        yield slice(start, start + count), logits
+        return
     try:
         view = logits.view(count, logits.shape[-1])
     except RuntimeError:
@@ -24,8 +27,9 @@ def matrices(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
 def _parts(batch: RowBatch, vocab: int, out: Tensor | None) -> Iterator[tuple[slice, RowBatch, Tensor | None]]:
     """(range of rows, their batch with logits [n, vocab], their part of `out` [n, V])."""
     count = batch.rows.shape[1]
+    flat = out if out is None or out.dim() == 2 else out.view(count, out.shape[-1])
     for part, view in matrices(batch.logits):
-        gradient = view if out is batch.logits else None if out is None else out.view(count, out.shape[-1])[part]
+        gradient = view if out is batch.logits else None if flat is None else flat[part]
         piece = batch._replace(logits=view[:, :vocab], targets=batch.targets[part], rows=batch.rows[:, part])
         yield part, piece, gradient
 

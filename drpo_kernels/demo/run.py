@@ -1,16 +1,12 @@
 """The demo from start to end: warm up, evaluate, reinforce, evaluate, compare with the eager loss, plot."""
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from drpo_kernels.demo.compare import (
     TOLERANCE,
@@ -23,46 +19,11 @@ from drpo_kernels.demo.compare import (
 )
 from drpo_kernels.demo.model import build_model
 from drpo_kernels.demo.plots import plot_run, plot_weights
-from drpo_kernels.demo.rollout import Rollout
 from drpo_kernels.demo.settings import OBJECTIVES, Settings
-from drpo_kernels.demo.task import ALPHABET, Problem, split_problems
-from drpo_kernels.demo.train import History, evaluate, reinforce, warm_up
+from drpo_kernels.demo.task import ALPHABET, split_problems
+from drpo_kernels.demo.train import History, train
 
 LATE = 20  # steps at the end over which the metrics of `sparse_grad` are averaged
-
-
-class Training(NamedTuple):
-    """What a run's training leaves behind, beside the trained model; `before` and `after` are evaluations."""
-
-    history: History
-    rollout: Rollout
-    before: dict[str, float]
-    after: dict[str, float]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """A model this small gains nothing from a second thread, and on a busy machine waits for it at every operation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def train(
-    model: PreTrainedModel,
-    training: list[Problem],
-    held_out: list[Problem],
-    settings: Settings,
-    generator: torch.Generator,
-) -> Training:
-    with one_thread():
-        warm_up(model, training, settings)
-        before = evaluate(model, held_out, settings, generator)
-        history, rollout = reinforce(model, training, settings, generator)
-        return Training(history, rollout, before, evaluate(model, held_out, settings, generator))
 
 
 def trained_batch(settings: Settings, device: torch.device) -> Batch:

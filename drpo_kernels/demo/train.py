@@ -1,7 +1,9 @@
 """The two training phases, supervised warm-up and reinforcement learning, and the evaluation around them."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -14,6 +16,40 @@ from drpo_kernels.demo.settings import OBJECTIVES, Settings
 from drpo_kernels.demo.task import COMPLETION_LENGTH, PROMPT_LENGTH, Problem, encode, rewards, until_end
 
 History = list[dict[str, float]]
+
+
+class Training(NamedTuple):
+    """What a run's training leaves behind, beside the trained model; `before` and `after` are evaluations."""
+
+    history: History
+    rollout: Rollout
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A model this small gains nothing from a second thread, and on a busy machine waits for it at every operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(
+    model: PreTrainedModel,
+    training: list[Problem],
+    held_out: list[Problem],
+    settings: Settings,
+    generator: torch.Generator,
+) -> Training:
+    with one_thread():
+        warm_up(model, training, settings)
+        before = evaluate(model, held_out, settings, generator)
+        history, rollout = reinforce(model, training, settings, generator)
+        return Training(history, rollout, before, evaluate(model, held_out, settings, generator))
 
 
 def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Settings) -> None:

@@ -10,9 +10,25 @@ maximum, logp = -log1p(others) without cancellation.
 The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
 """
 
+import inspect
+
 from drpo_kernels.kl import importance_weighted
 from drpo_kernels.tokens import expm1, log1p
 from drpo_kernels.triton_support import jit, tl
+
+# What a kernel is given of a batch beside its logits. Triton would compile a kernel of its own where such a stride is 1
+# or a multiple of 16, or such a pointer 16-byte aligned, and another binary may fuse a · b + c · d the other way: a
+# row's last bit would depend on how many rows are beside it, and each new count might compile again
+VARYING = (
+    "targets", "rows", "rows_stride", "statistics", "statistics_stride", "slopes", "slopes_stride", "order", "outcome",
+    "outcome_stride",
+)  # fmt: skip
+
+
+def row_jit(function):
+    """`jit` for which the arguments of `VARYING` are values like any other."""
+    names = [name for name in VARYING if name in inspect.signature(function).parameters]
+    return jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
 
 
 @jit
@@ -190,7 +206,7 @@ def write_zeros(out, padded, BLOCK: tl.constexpr):
         tl.store(out + whole + cols, zeros, mask=whole + cols < padded)
 
 
-@jit
+@row_jit
 def statistics_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride,
@@ -216,7 +232,7 @@ def statistics_kernel(
         tl.store(statistics + 4 * statistics_stride, miss)
 
 
-@jit
+@row_jit
 def gradient_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded, order,
@@ -251,7 +267,7 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@jit
+@row_jit
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     outcome, outcome_stride, out, out_stride, padded, hyper,

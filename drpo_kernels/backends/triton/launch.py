@@ -11,12 +11,16 @@ from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selectio
 from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.kl import KL_ESTIMATORS
+from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
+from drpo_kernels.objectives import Objective
 from drpo_kernels.triton_support import INTERPRETING
 
 # fused multiply-adds, whatever the default of the installed Triton
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 # to a multiprocessor, of a kernel that walks over a tensor
 PROGRAMS = 8
+# tokens at a time of the one program that reduces a batch's metrics, four to a thread
+METRICS_BLOCK = 1024
 
 
 class TritonRows:
@@ -100,6 +104,19 @@ class TritonRows:
             HAS_ENTROPY=terms.entropy_bonus, WRITE=out is not None,
         )  # fmt: skip
         return outcome
+
+    def metrics(
+        self, objective: Objective, rows: Tensor, outcome: Tensor, valid: Tensor, unscorable: Tensor
+    ) -> dict[str, Tensor]:
+        values = rows.new_empty(MEASURES)
+        counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
+        with _on(rows):
+            policy_metrics_kernel[(1,)](
+                rows, rows.stride(0), outcome, outcome.stride(0), valid.view(torch.uint8), unscorable.view(torch.uint8),
+                values, counts, rows.shape[1], CLIPS=clips_of(objective), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
+                BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 128, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+        return named_metrics(values, counts)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         device = device_properties(values.device)

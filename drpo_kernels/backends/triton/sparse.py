@@ -3,7 +3,7 @@
 import torch
 
 from drpo_kernels.backends import rows as contract
-from drpo_kernels.backends.triton.kernels import head_of, load_base
+from drpo_kernels.backends.triton.kernels import head_of, load_base, row_jit
 from drpo_kernels.triton_support import jit, tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -40,7 +40,7 @@ def select_block(
     return found + count, outside
 
 
-@jit
+@row_jit
 def select_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride, tolerance, limit, columns, shares, counts, left_out,
@@ -118,7 +118,7 @@ def trim(
         tl.store(left_out, outside + tl.sum(tl.where(kept, 0.0, share), 0) + ROUNDING)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["index", "factors", "offsets", "places"])
 def gathered_sums_kernel(
     table, row_stride, column_stride, index, factors, offsets, places, out, out_stride, width, base, base_factors,
     ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -32,14 +32,6 @@ def select_tile(vocab: int, itemsize: int, device: DeviceProperties) -> RowTile:
     return row_tile(vocab, itemsize, device, bytes_per_thread=16)
 
 
-def row_tile_candidates(vocab: int, itemsize: int, device: DeviceProperties) -> tuple[RowTile, ...]:
-    """What a benchmark on the device may try through `TritonRows(tile)`; the choice of `row_tile` is among them."""
-    tiles = [
-        row_tile(vocab, itemsize, device, threads, size) for threads in (128, 256, 512, 1024) for size in (16, 32, 64)
-    ]
-    return tuple(dict.fromkeys(tiles))
-
-
 def entry_capacity(limit: int) -> int:
     """Candidates that a row of at most `limit` entries may have, three times as many: a power of two, for one block."""
     return 1 << (3 * limit).bit_length()
