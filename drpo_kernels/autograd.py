@@ -81,13 +81,15 @@ class LinearPolicyLoss(torch.autograd.Function):
         ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(outcome)
-        return _total(outcome) / loss_scale, outcome
+        ctx.set_materialize_grads(False)
+        total = _total(outcome)
+        return total if loss_scale == 1 else total / loss_scale, outcome
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
         _spend(ctx, "linear_policy_loss")
-        factor = upstream / ctx.loss_scale
+        factor = upstream if ctx.loss_scale == 1 else upstream / ctx.loss_scale
         if ctx.declares:
             _assert_declared(factor, ctx.loss_scale)
         gradients = [
@@ -134,6 +136,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient, undo)
         ctx.spec = spec
         ctx.mark_non_differentiable(outcome)
+        ctx.set_materialize_grads(False)
         return _total(outcome), outcome
 
     @staticmethod

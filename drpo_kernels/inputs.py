@@ -108,7 +108,7 @@ class Problem:
         vocab = source.vocab if shard is None else shard.total
         validation.check_logprob_options(options, targets, source.lead, source.tensor, vocab)
         validation.check_mask(mask, targets)
-        unmasked = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask != 0) & (mask == mask)
+        unmasked = _unmasked(mask, targets)
         device = source.tensor.device
         backend = choose_backend(options.backend, device, source.compute_dtype, options.batch_invariant).name
         problem = Problem(source, targets, mask, options, unmasked, backend, options.vocab_size or vocab)
@@ -153,17 +153,19 @@ class Problem:
         local_vocab = self.vocab if shard is None else shard.real_rows(self.vocab)
         return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)
 
-    def flat(self, values: Tensor | None, valid: Tensor, otherwise: float = 0.0) -> Tensor:
+    def constant(self, valid: Tensor, value: float) -> Tensor:
+        """[N] in the statistics dtype."""
+        return torch.full(valid.shape, value, dtype=self.dtype, device=valid.device)
+
+    def flat(self, values: Tensor, valid: Tensor, otherwise: Tensor) -> Tensor:
         """Per-token values as [N] in the statistics dtype; masked positions, which may carry anything, replaced."""
-        if values is None:
-            return torch.full(valid.shape, otherwise, dtype=self.dtype, device=valid.device)
         return torch.where(valid, values.detach().reshape(-1).to(self.dtype), otherwise)
 
     def inv_temperature(self, valid: Tensor) -> Tensor:
         """1 / temperature, [N]."""
         if self.temperature is None:
-            return self.flat(None, valid, 1.0 / self.options.temperature)
-        return 1 / self.flat(self.temperature, valid, 1.0)
+            return self.constant(valid, 1.0 / self.options.temperature)
+        return 1 / self.flat(self.temperature, valid, self.constant(valid, 1.0))
 
     def logprob_rows(self) -> Tensor:
         """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
@@ -203,20 +205,30 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     if validation.wants_values(options, problem.targets.device):
         validation.check_advantage_values(advantages, problem.unmasked)
     unmasked = problem.unmasked.reshape(-1)
-    unscorable = torch.zeros_like(unmasked) if old_logprobs is None else unmasked & ~scorable(old_logprobs).reshape(-1)
-    valid = unmasked & ~unscorable
-    fields = _coefficients(problem, valid, sequences)
+    on_policy = old_logprobs is None
+    valid = unmasked if on_policy else unmasked & scorable(old_logprobs).reshape(-1)
+    unscorable = unmasked ^ valid
+    zeros = problem.constant(valid, 0.0)
+    fields = _coefficients(problem, valid, sequences, zeros)
     fields[Row.OLD_LOGPROB] = (
-        problem.flat(old_logprobs, valid) if old_logprobs is not None else problem.flat(None, valid, torch.nan)
+        problem.constant(valid, torch.nan) if on_policy else problem.flat(old_logprobs, valid, zeros)
     )
-    fields[Row.ADVANTAGE] = problem.flat(advantages, valid)
-    fields[Row.REF_LOGPROB] = problem.flat(options.ref_logprobs, valid)
+    fields[Row.ADVANTAGE] = problem.flat(advantages, valid, zeros)
+    ref = options.ref_logprobs
+    fields[Row.REF_LOGPROB] = zeros if ref is None else problem.flat(ref, valid, zeros)
     fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
-    fields[Row.KIND] = _kinds(options, fields, valid, sequences).to(problem.dtype)
+    fields[Row.KIND] = _kinds(options, fields, valid, sequences)
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
     return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)
+
+
+def _unmasked(mask: Tensor | None, targets: Tensor) -> Tensor:
+    """bool, shaped like targets; a NaN in the mask masks."""
+    if mask is None:
+        return torch.ones_like(targets, dtype=torch.bool)
+    return mask if mask.dtype == torch.bool else (mask != 0) & (mask == mask)
 
 
 def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:
@@ -230,12 +242,14 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
     return values.expand(shape)
 
 
-def _coefficients(problem: Problem, valid: Tensor, sequences: Sequences | None) -> dict[Row, Tensor]:
+def _coefficients(
+    problem: Problem, valid: Tensor, sequences: Sequences | None, zeros: Tensor
+) -> dict[Row, Tensor]:
     """Coefficients of the policy, KL and entropy terms, [N] each, 0 where masked."""
     options: PolicyOptions = problem.options
     if isinstance(options.reduction, TokenCoefficients):
-        policy = problem.flat(options.reduction.policy, valid)
-        kl, entropy = (policy if c is None else problem.flat(c, valid) for c in options.reduction[1:])
+        policy = problem.flat(options.reduction.policy, valid, zeros)
+        kl, entropy = (policy if c is None else problem.flat(c, valid, zeros) for c in options.reduction[1:])
     else:
         normalizer = options.normalizer
         if isinstance(normalizer, Tensor):
@@ -244,15 +258,19 @@ def _coefficients(problem: Problem, valid: Tensor, sequences: Sequences | None) 
             options.reduction, valid, sequences, normalizer, options.horizon, problem.dtype
         )
     if options.token_weights is not None:
-        policy = policy * problem.flat(options.token_weights, valid)
-    return {Row.POLICY: policy, Row.KL: options.kl_coef * kl, Row.ENTROPY: options.entropy_coef * entropy}
+        policy = policy * problem.flat(options.token_weights, valid, zeros)
+    kl, entropy = (
+        coefficient * values if coefficient else zeros
+        for coefficient, values in ((options.kl_coef, kl), (options.entropy_coef, entropy))
+    )
+    return {Row.POLICY: policy, Row.KL: kl, Row.ENTROPY: entropy}
 
 
 def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
-    """RowKind of each row, [N] int64."""
+    """RowKind of each row, [N]."""
     contributes = valid
     if options.objective.zero_if_no_advantage and options.compact != "none":
-        needed = valid & (fields[Row.ADVANTAGE] != 0)
+        contributes = needed = fields[Row.ADVANTAGE] != 0  # which is 0 where a row is not valid
         if options.objective.sequence_level:
             # one token's advantage keeps its whole sequence: the others are in its ratio
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
@@ -260,6 +278,7 @@ def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, seq
             needed = needed | (fields[Row.KL] != 0)
         if options.entropy_coef:
             needed = needed | (fields[Row.ENTROPY] != 0)
-        contributes = valid & needed
-    floor = RowKind.FORWARD if options.compact == "mask" else RowKind.SKIPPED
-    return torch.where(contributes, RowKind.ACTIVE.value, valid.to(torch.int64) * floor.value)
+        if needed is not contributes:
+            contributes = valid & needed
+    kinds = contributes.to(fields[Row.ADVANTAGE].dtype)
+    return kinds + valid if options.compact == "mask" else RowKind.ACTIVE.value * kinds

@@ -1,6 +1,6 @@
 """Row operations on logits that are ready: a chunk of the linear sweep, or the caller's own whatever its strides."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ def _parts(batch: RowBatch, vocab: int, out: Tensor | None) -> Iterator[tuple[sl
         gradient = view if out is batch.logits else None if flat is None else flat[part]
         piece = batch._replace(logits=view[:, :vocab], targets=batch.targets[part], rows=batch.rows[:, part])
         yield part, piece, gradient
+
+
+def in_one(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """What consecutive rows report, side by side: [K, n] each -> [K, N]; no copy of a single one."""
+    if not parts:
+        return rows.new_empty(len(Outcome), 0)
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1)
 
 
 def statistics_rows(ops: RowOps, batch: RowBatch, vocab: int) -> Tensor:
@@ -68,10 +75,8 @@ def policy_rows(
     One launch where the backend fuses these terms; else statistics, the loss on [N] in PyTorch, and the gradient.
     """
     if ops.fuses(terms) and (out is None or out.dtype != torch.float16):
-        outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
-        for part, piece, gradient in _parts(batch, vocab, out):
-            outcome[:, part] = ops.policy(piece, terms, gradient)
-        return outcome, None
+        parts = [ops.policy(piece, terms, gradient) for _, piece, gradient in _parts(batch, vocab, out)]
+        return in_one(parts, batch.rows), None
     statistics = statistics_rows(ops, batch, vocab)
     outcome, slopes = row_losses(statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], batch.rows, terms)
     return outcome, None if out is None else gradient_rows(ops, batch, vocab, statistics, slopes, out)

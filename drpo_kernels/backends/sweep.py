@@ -18,8 +18,8 @@ from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.fp8_head import Fp8Logits
 from drpo_kernels.backends.matmul import HeadProducts, exact_float32
 from drpo_kernels.backends.planning import ChunkPlan, Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
-from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
+from drpo_kernels.backends.ready import gradient_rows, in_one, policy_rows
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 from drpo_kernels.backends.sharded import ShardedRows
 from drpo_kernels.collectives import VocabShard, start_sum
 
@@ -111,9 +111,8 @@ class LinearSweep:
             self.active, self.swept = (count if with_gradient else 0), count
         else:
             kinds = rows[Row.KIND]
-            active, forward = torch.stack(
-                [(kinds == kind).sum() for kind in (RowKind.ACTIVE, RowKind.FORWARD)]
-            ).tolist()
+            levels = torch.arange(RowKind.FORWARD, RowKind.ACTIVE + 1, device=kinds.device)
+            forward, active = (kinds == levels[:, None]).sum(1).tolist()
             self.swept = active + forward
             self.active = active if with_gradient else 0
             if max(active, forward) < count:
@@ -168,7 +167,8 @@ class LinearSweep:
             make = torch.empty if self.active else torch.zeros
             dtype = weight.dtype if self.plan.weight_gradient is WeightGradient.PRODUCT else accumulator
             weight_gradient = make(weight.shape, dtype=dtype, device=weight.device)
-            weight_gradient[self.head.vocab :] = 0
+            if self.head.vocab < weight.shape[0]:
+                weight_gradient[self.head.vocab :] = 0
         if self.wanted.bias:
             bias_gradient = torch.zeros(self.head.bias.shape, dtype=accumulator, device=weight.device)
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
@@ -297,14 +297,15 @@ def policy_sweep(
     6F with both gradients, 4F with a frozen head, 2F with none.
     """
     sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
-    outcome = rows.new_empty(len(Outcome), sweep.swept)
+    outcomes: dict[int, Tensor] = {}  # by the first row of the chunk
 
     def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None) -> Tensor | None:
-        outcome[:, chunk], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
+        outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
         return undo
 
     with torch.autocast(hidden.device.type, enabled=False), exact_float32():
         sweep.run(compute)
+        outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
         return sweep.scatter(outcome), sweep.gradients()
 
 

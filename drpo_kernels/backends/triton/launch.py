@@ -108,13 +108,14 @@ class TritonRows:
     def metrics(
         self, objective: Objective, rows: Tensor, outcome: Tensor, valid: Tensor, unscorable: Tensor
     ) -> dict[str, Tensor]:
+        flags = (flag.contiguous().view(torch.uint8) for flag in (valid, unscorable))
         values = rows.new_empty(MEASURES)
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
         with _on(rows):
             policy_metrics_kernel[(1,)](
-                rows, rows.stride(0), outcome, outcome.stride(0), valid.view(torch.uint8), unscorable.view(torch.uint8),
-                values, counts, rows.shape[1], CLIPS=clips_of(objective), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
-                BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 128, **LAUNCH_OPTIONS,
+                rows, rows.stride(0), outcome, outcome.stride(0), *flags, values, counts, rows.shape[1],
+                CLIPS=clips_of(objective), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW, BLOCK=METRICS_BLOCK,
+                num_warps=METRICS_BLOCK // 128, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return named_metrics(values, counts)
 
