@@ -1,7 +1,7 @@
 """Every launch of every kernel through Triton's own JIT, compiler and launcher for an sm_90, without a GPU.
 
-The interpreter, in which the other tests run the kernels, takes any arguments that NumPy takes. Here a missing or
-misplaced argument, an absent pointer, a tuple, or a specialisation that does not compile fails.
+The interpreter, in which the other tests run the kernels, takes any arguments that NumPy takes. Here a missing
+argument, one of another kind, an absent pointer, a tuple, or a specialisation that does not compile fails.
 """
 
 import ast
