@@ -1,5 +1,6 @@
 # make demo     train a small transformer with the fused loss, on whatever this machine has
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
+# make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
@@ -9,6 +10,7 @@
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
 # make stability  six losses, four settings, five seeds: an hour or two on 2 cores, resumable; rewrites docs/stability.md
 # make compile  compile every kernel ahead of time for sm_80, sm_90, sm_100, gfx942; fails on spills, narrow or repeated loads
+# make compile-oldest, compile-middle  the same under the Triton of test-oldest, test-middle
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
 # make clean    remove what the above made, except the virtual environment; make distclean removes that too
@@ -35,7 +37,12 @@ STAMP := $(VENV)/.installed
 VERL := $(VENV)/verl
 PEERS := $(VENV)/.peers
 
-.PHONY: help venv verl-env demo test lint bench precision sparsity fuzz longrun stability compile doctor wheel clean distclean
+# What must hold on every version that we support, on the GPU machines' too
+CORE := cases conformance edges errors fp8 fused_head invariance launches layouts main_grad outputs sharded_rows sparse \
+	sparse_calls
+
+.PHONY: help venv verl-env versions demo test lint bench precision sparsity fuzz longrun stability compile doctor wheel \
+	test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +70,20 @@ $(VERL)/.installed: tests/requirements-verl.txt | $(STAMP)
 test: $(STAMP)
 	@$(MAKE) --no-print-directory verl-env || echo "make verl-env failed: the tests against verl will be skipped"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+# Several GB each, of PyTorch's CUDA builds: there are no others of these versions. The package is not installed in them.
+versions: $(VENV)/oldest/.installed $(VENV)/middle/.installed
+
+$(VENV)/oldest/.installed $(VENV)/middle/.installed: $(VENV)/%/.installed: tests/requirements-%.txt
+	$(PYTHON) -m venv --clear $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip install --disable-pip-version-check --no-compile --progress-bar off -r $<
+	@touch $@
+
+test-oldest test-middle: test-%: $(VENV)/%/.installed
+	$(VENV)/$*/bin/python -m pytest -n auto --dist worksteal $(CORE:%=tests/test_%.py) $(PYTEST_ARGS)
+
+compile-oldest compile-middle: compile-%: $(VENV)/%/.installed
+	$(VENV)/$*/bin/python -m drpo_kernels compile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

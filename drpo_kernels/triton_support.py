@@ -6,6 +6,7 @@ refuses to run.
 """
 
 import os
+from types import SimpleNamespace
 
 try:
     import triton
@@ -14,7 +15,7 @@ try:
     HAS_TRITON = True
     jit = triton.jit
 except ImportError:
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=object)  # which annotates a kernel's arguments
     HAS_TRITON = False
 
     def jit(function=None, **_):

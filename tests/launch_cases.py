@@ -21,14 +21,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Calls = Iterator[tuple[str, Callable[[], object]]]
 GROUPS: dict[str, Callable[[], Calls]] = {}
 LAUNCHED: dict[str, set[str]] = {}
+ALWAYS = ("policy", "policy_metrics", "statistics", "gradient", "scale")
 
 
 def group(*kernels: str):
-    """Register a group that launches these kernels, without the `_kernel` of their names."""
+    """Register a group that launches these kernels and those of ALWAYS, without the `_kernel` of their names."""
 
     def register(function):
         GROUPS[function.__name__] = function
-        LAUNCHED[function.__name__] = {f"{kernel}_kernel" for kernel in kernels}
+        LAUNCHED[function.__name__] = {f"{kernel}_kernel" for kernel in (*ALWAYS, *kernels)}
         return function
 
     return register
@@ -71,7 +72,7 @@ def forward_only() -> None:
         linear(torch.bfloat16)
 
 
-@group("policy", "statistics", "gradient", "scale")
+@group()
 def objectives() -> Calls:
     """Those without a twin take the recompute route."""
     for name, (objective, hyper) in problems.SPECS.items():
@@ -79,7 +80,7 @@ def objectives() -> Calls:
         yield name, partial(linear, torch.bfloat16, **options)
 
 
-@group("policy", "statistics", "gradient", "scale")
+@group()
 def terms() -> Calls:
     reference = {"kl_coef": 0.1, "ref_logprobs": -torch.rand(48)}
     for dtype in DTYPES:
@@ -97,7 +98,7 @@ def terms() -> Calls:
         yield f"{estimator}, with importance", partial(linear, torch.bfloat16, **options)
 
 
-@group("policy", "statistics", "gradient", "scale")
+@group()
 def routes() -> Calls:
     """Ways to the logits and to the gradient, on every form of input."""
     for dtype in DTYPES:
@@ -116,7 +117,7 @@ def routes() -> Calls:
     yield "in place", lambda: ready(torch.randn(48, 1040), inplace=True)
 
 
-@group("policy", "statistics", "gradient", "scale", "matmul")
+@group("matmul")
 def sizes() -> Calls:
     """Sizes and strides that are 1, that 16 does not divide, and that need 64 bits."""
     for count, vocab in ((1, 1040), (48, 1), (48, 1037), (1, 1)):
@@ -131,7 +132,7 @@ def sizes() -> Calls:
     yield "2^31 elements", lambda: launch.TritonRows().scale(many, torch.ones(()))
 
 
-@group("policy", "statistics", "gradient", "scale", "matmul", "column_sum")
+@group("matmul", "column_sum")
 def batch_invariant() -> Calls:
     for dtype in DTYPES:
         yield f"one chunk {dtype}", partial(linear, dtype, bias=True, batch_invariant=True)
@@ -147,7 +148,7 @@ def autocast() -> None:
         linear(torch.float32, batch_invariant=True)
 
 
-@group("policy", "statistics", "gradient", "scale", "select", "gathered_sums")
+@group("select", "gathered_sums")
 def sparse_grad() -> Calls:
     for dtype in DTYPES:
         for options in ({"compact": "mask"}, {"softcap": 30.0}, {"bias": True}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -14,6 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # a launch takes 15 to 30 s on two idle cores; a hang must not take the suite with it
 TIMEOUT = 240
+
+
+def older(package: str, *release: int) -> bool:
+    """Whether the package is here, in a release before (major, minor)."""
+    try:
+        return tuple(int(n) for n in importlib.metadata.version(package).split(".")[:2]) < release
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+INTERPRETER_FAILS = older("triton", 3, 9) and not older("numpy", 2, 4)
+WHY = "the interpreter of Triton before 3.9 runs no kernel on NumPy 2.4 and later"
 
 
 def launch(*words: str, **environment: str) -> tuple[int, str]:

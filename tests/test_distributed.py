@@ -13,7 +13,7 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.distributed import global_normalizer, reduce_loss, reduce_metrics, sequence_coefficients
 from drpo_kernels.metrics import METRICS, REDUCE
-from launcher import ROOT, assert_cases_pass, torchrun
+from launcher import INTERPRETER_FAILS, ROOT, WHY, assert_cases_pass, torchrun
 
 
 def assert_equal_one(processes, tmp_path, *arguments):
@@ -23,6 +23,7 @@ def assert_equal_one(processes, tmp_path, *arguments):
     assert_cases_pass(report, *result, at_least=30)
 
 
+@pytest.mark.skipif(INTERPRETER_FAILS, reason=WHY)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_equal_one(processes, tmp_path):
     assert_equal_one(processes, tmp_path)

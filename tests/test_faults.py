@@ -53,7 +53,7 @@ def state(problem, leaves):
     tensors += [value for value in problem.options.values() if isinstance(value, torch.Tensor)]
     settings = [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
     settings += [torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_num_threads()]
-    for where in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+    for where in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
         settings.append(getattr(where, "fp32_precision", None))
     gradients = [None if x.grad is None else x.grad.clone() for x in leaves.values()]
     return [x.detach().clone() for x in tensors], gradients, settings, torch.get_rng_state()

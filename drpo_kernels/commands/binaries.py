@@ -75,13 +75,12 @@ def compile_case(case: KernelCase, target: str) -> CompiledKernel:
     import triton
 
     triton.knobs.compilation.always_compile = True
-    # of AMD's the assembly alone is read, and the wheel of Triton 3.4 has no linker: `true` leaves the binary empty
-    os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
     start = time.perf_counter()
     try:
         binary = triton.compile(case.source(), target=gpu_target(target), options=case.launch_options())
     except Exception as error:  # whatever a compiler stage raises belongs in the table; the other cases go on
-        return CompiledKernel(case.name, target, time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}" + (f"\n{error.__cause__}" if error.__cause__ else "")
+        return CompiledKernel(case.name, target, time.perf_counter() - start, error=reason)
     seconds = time.perf_counter() - start
     usage = read_usage(binary)
     return CompiledKernel(case.name, target, seconds, usage, faults=dict(faults(case.expected, target, usage)))
@@ -111,6 +110,8 @@ def gpu_target(name: str) -> Any:
     if match := re.fullmatch(r"sm_(\d+)", name):
         return GPUTarget("cuda", int(match[1]), 32)
     if re.fullmatch(r"gfx9\w+", name):
+        # its assembly is what is read, and the wheel of Triton 3.4 has no linker: `true` leaves the binary empty
+        os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
         return GPUTarget("hip", name, 64)  # CDNA: 64 lanes in a wavefront
     raise ValueError(f"target {name!r} is neither an NVIDIA sm_<number> nor an AMD gfx9<...>")
 
