@@ -108,10 +108,10 @@ class Span:
     end: float
 
 
-def profile(workloads: Sequence[Workload], device: torch.device) -> Iterator[Record]:
-    """Of a step of `linear_policy_loss` on each: what takes the time, how much of it is short kernels, and the gaps."""
-    for workload in workloads:
-        step = METHODS["linear_policy_loss"].prepare(workload.inputs(device))
+def profile(steps: Sequence[tuple[str, Workload]], device: torch.device) -> Iterator[Record]:
+    """Of a step of each method on its workload: what takes the time, how much of it is short kernels, and the gaps."""
+    for method, workload in steps:
+        step = METHODS[method].prepare(workload.inputs(device))
         for _ in range(3):
             step()
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -127,7 +127,7 @@ def profile(workloads: Sequence[Workload], device: torch.device) -> Iterator[Rec
             for event in trace.events()
             if event.device_type == wanted
         ]
-        shape = {"model": workload.model, **vars(workload.shape)}
+        shape = {"model": workload.model, "method": method, **vars(workload.shape)}
         yield {"profile": shape, **overheads(spans)}
         for name, calls, microseconds in by_kernel(spans)[:KERNELS]:
             yield {"kernel": name[:160], "shape": shape, "calls": calls, "microseconds": round(microseconds, 1)}

@@ -209,7 +209,7 @@ def plan_of(part: str) -> list[Case]:
         + [Case("linear_policy_loss", MAIN, 0.25)]
         + [Case(name, workload) for workload in (MAIN, wide) for name in logits],
         "peers": [Case(name, MAIN) for name in (*beside, *quick, "eager")],
-        "liger_sm90": [Case(name, MAIN) for name in ("gemms_whole", "linear_policy_loss", HANGS)],
+        "liger_sm90": [Case(HANGS, MAIN)],
         "slow_peers": [Case(name, MAIN) for name in (*beside, *slow, *by_logits)],
         "small": [
             Case(name, replace(MAIN, model=model, tokens=tokens))
@@ -220,7 +220,7 @@ def plan_of(part: str) -> list[Case]:
         "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in sparsity_tables.KINDS for name in sparse],
         "memory": [
             Case(name, replace(MAIN, tokens=tokens))
-            for tokens in (65_536, 8192, 16_384, 32_768, 2048)
+            for tokens in (8192, 65_536, 2048, 32_768, 16_384)
             for name in ("linear_policy_loss", "linear_policy_loss_frozen_head")
         ],
     }
@@ -229,6 +229,7 @@ def plan_of(part: str) -> list[Case]:
     return list(dict.fromkeys(cases[part]))
 
 
+LOSS = "linear_policy_loss"
 # its backward is one kernel with a barrier across the whole device, which can wait for ever
 HANGS = "liger_scaled_sm90"
 # of SMALL, where the eager loss is compiled too: each compilation takes seconds
@@ -304,10 +305,11 @@ def rows(run: Run) -> Iterator[Record]:
 def profile(run: Run) -> Iterator[Record]:
     """At the workload of the bars, and where a call is short."""
     small = [replace(MAIN, model=model, tokens=tokens) for model, tokens in COMPILED]
-    workloads = [MAIN, *small]
+    steps = [(LOSS, workload) for workload in (MAIN, *small)]
+    steps.append((f"{LOSS}_sparse", replace(MAIN, kind="mixed")))
     if run.rehearse:
-        workloads = [plans.quick([Case("gemms_whole", MAIN)])[0].workload]
-    yield from device_measures.profile(workloads, run.device)
+        steps = [(LOSS, plans.quick([Case("gemms_whole", MAIN)])[0].workload)]
+    yield from device_measures.profile(steps, run.device)
 
 
 def demo(run: Run) -> Iterator[Record]:
@@ -325,17 +327,17 @@ def _tests_part(seconds: float, what: str, name: str, *selection: str, rehearsed
 PARTS = {
     "environment": Part(5, "device, driver, clocks, versions, packages", environment),
     "floors": Part(25, "matrix rates of bare products, whole and at chunk shapes, and copy bandwidth", floors),
-    "ours": _speed_part(60, "floors and ours at the workload of the bars", "ours", 20),
+    "ours": _speed_part(60, "floors and ours at the workload of the bars", "ours", 10),
     "scale": _tests_part(70, "pytest on a GPU: sizes, graphs, streams, bits", "scale", "-m", "gpu", SCALE),
     "small": _speed_part(60, "small models and batches, eager and compiled beside ours", "small", 20),
     "peers": _speed_part(35, "the peers that start at once", "peers", 10),
     "sparse": _speed_part(40, "sparse gradients over entropies", "sparse", 6),
-    "memory": _speed_part(45, "memory over T to 65,536", "memory", 3),
+    "memory": _speed_part(45, "memory over T to 65,536", "memory", 2),
     "rows": Part(40, "the row kernels by themselves, at three tiles, beside a copy", rows),
     "profile": Part(25, "kernels, short kernels and gaps of a step", profile),
     "tests": _tests_part(60, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
                          rehearsed="tests/test_benchmarks.py"),
-    "liger_sm90": _speed_part(35, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 30),
+    "liger_sm90": _speed_part(35, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 45),
     "slow_peers": _speed_part(50, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
     "demo": Part(45, "the demo's training, before and after", demo),
     "invariance": Part(20, "python -m benchmarks.invariance", invariance, INVARIANCE),
