@@ -1,0 +1,123 @@
+"""What a call launches around its products is little, at any size; and the kernel of the metrics is their formula."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import drpo_kernels as dk
+from drpo_kernels.backends import matmul, row_ops
+from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.metrics import policy_metrics
+
+pytest.importorskip("triton")
+
+# of views and allocations nothing is launched
+FREE = {
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
+    "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+# forward and backward with defaults: 30, three of them products, three row kernels, one the metrics; 4 to a further chunk
+MOST, MOST_A_CHUNK = 32, 4
+
+
+class Launches(TorchDispatchMode):
+    """Counts the calls that would launch a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Row kernels and products are launches of their own; only what is around them is counted here."""
+    monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
+    monkeypatch.setattr(matmul, "product", lambda a, b, out, accumulate=False: out.fill_(0.5))
+    ops = row_ops("triton")
+
+    class Rows(type(ops)):
+        def _launch(self, *arguments, **options):
+            torch.zeros(1)
+
+        def scale(self, values, factor):
+            torch.zeros(1)
+
+        def metrics(self, objective, rows, *arguments):
+            torch.zeros(1)
+            return {}
+
+    for module in ("autograd", "policy_loss", "backends.sweep"):
+        monkeypatch.setattr(sys.modules[f"drpo_kernels.{module}"], "row_ops", lambda name: Rows())
+
+
+def launches(tokens: int, **options) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 16, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(64, 16, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(64, (tokens,), generator=generator)
+    old, advantages = -4 - torch.rand(tokens, generator=generator), 1 + torch.rand(tokens, generator=generator)
+    mask = torch.ones(tokens, dtype=torch.bool)
+    with Launches() as found:
+        out = dk.linear_policy_loss(
+            hidden, weight, targets, old, advantages, mask, backend="triton", validate=False, **options
+        )
+        out.loss.backward()
+    return found.names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
+@pytest.mark.parametrize("tokens", [8, 300])
+def test_a_call_launches_little_around_its_products(tokens, like_a_gpu):
+    found = launches(tokens)
+    assert len(found) <= MOST, found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
+def test_a_chunk_launches_little(like_a_gpu):
+    chunks = 6
+    one, many = launches(6 * 128), launches(6 * 128, workspace_bytes=128 * 64 * 8 + 1)
+    assert len(many) - len(one) <= MOST_A_CHUNK * (chunks - 1), many[len(one) :]
+
+
+@pytest.mark.parametrize("poison", [None, "logprob", "slope"])
+@pytest.mark.parametrize(
+    "objective", [dk.DRPO(delta=0.2), dk.PPO(), dk.GSPO(3e-4, 4e-4)], ids=lambda o: type(o).__name__
+)
+@pytest.mark.parametrize("count", [0, 1, 2500])
+def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device):
+    """Over several blocks; a NaN shows in the metrics in which the formula shows it, and in no other."""
+    generator = torch.Generator().manual_seed(count)
+    rows, outcome = torch.zeros(len(Row), count), torch.zeros(len(Outcome), count)
+    rows[Row.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
+    rows[Row.ADVANTAGE] = torch.randn(count, generator=generator) * (torch.rand(count, generator=generator) < 0.8)
+    rows[Row.KIND] = torch.randint(3, (count,), generator=generator).float()
+    outcome[Outcome.LOGPROB] = rows[Row.OLD_LOGPROB] + 3 * torch.randn(count, generator=generator)
+    outcome[Outcome.ENTROPY] = torch.rand(count, generator=generator)
+    outcome[Outcome.SLOPE] = torch.randn(count, generator=generator).clamp(min=-0.5)
+    rows[Row.OLD_LOGPROB, ::7] = torch.nan  # on-policy
+    if poison and count:
+        rows[Row.KIND, -1] = 2
+        outcome[Outcome[poison.upper()], -1] = torch.nan
+    valid, unscorable = rows[Row.KIND] > 0, torch.rand(count, generator=generator) < 0.1
+    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])
+    logprobs, entropy, _, slope = outcome
+    want = policy_metrics(
+        objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable
+    )
+    placed = (x.to(device) for x in (rows, outcome, valid, unscorable))
+    found = row_ops("triton").metrics(objective, *placed)
+    assert list(found) == list(want)
+    for name, value in found.items():
+        assert value.dtype == want[name].dtype and value.shape == ()
+        # float32 sums of 2500 numbers in another order
+        torch.testing.assert_close(value.cpu(), want[name], rtol=3e-6, atol=1e-7, equal_nan=True, msg=name)
