@@ -51,7 +51,7 @@ RESERVE = 3.0
 SCALE = "tests/test_scale.py"
 OTHERS = [f"tests/test_{name}.py" for name in ("cases", "invariance", "fp8", "benchmarks", "distributed", "verl")]
 # processes that share the device, each with a context of its own
-WORKERS = {"scale": 3, "tests": 6, "suite": 12}
+WORKERS = {"scale": 3, "tests": 6, "gpu": 6, "suite": 12}
 
 
 class Stopped(Exception):
@@ -135,7 +135,7 @@ def tests_of(part: str, selection: Sequence[str], rehearsed: str, run: Run) -> I
     spread = []
     if importlib.util.find_spec("xdist") and not run.rehearse:
         spread = ["-n", str(WORKERS[part]), "--dist", "worksteal"]
-    arguments = [*selection, *([rehearsed] if run.rehearse else []), *spread]
+    arguments = [*selection, *([rehearsed] if run.rehearse and rehearsed else []), *spread]
     options = ["-v", "--tb=short", "--durations=12", "-p", "no:cacheprovider"]
     status, lines = output(python("pytest", *options, *arguments), run.seconds)
     outcomes = [match.groups() for match in map(TEST_LINE.match, lines) if match]
@@ -325,23 +325,24 @@ def _tests_part(seconds: float, what: str, name: str, *selection: str, rehearsed
 
 
 PARTS = {
-    "environment": Part(5, "device, driver, clocks, versions, packages", environment),
-    "floors": Part(25, "matrix rates of bare products, whole and at chunk shapes, and copy bandwidth", floors),
-    "ours": _speed_part(60, "floors and ours at the workload of the bars", "ours", 10),
-    "scale": _tests_part(70, "pytest on a GPU: sizes, graphs, streams, bits", "scale", "-m", "gpu", SCALE),
-    "small": _speed_part(60, "small models and batches, eager and compiled beside ours", "small", 20),
+    "environment": Part(6, "device, driver, clocks, versions, packages", environment),
+    "floors": Part(9, "matrix rates of bare products, whole and at chunk shapes, and copy bandwidth", floors),
+    "ours": _speed_part(34, "floors and ours at the workload of the bars", "ours", 10),
+    "scale": _tests_part(34, "pytest on a GPU: sizes, graphs, streams, bits", "scale", "-m", "gpu", SCALE),
+    "small": _speed_part(40, "small models and batches, eager and compiled beside ours", "small", 20),
     "peers": _speed_part(35, "the peers that start at once", "peers", 10),
-    "sparse": _speed_part(40, "sparse gradients over entropies", "sparse", 6),
-    "memory": _speed_part(45, "memory over T to 65,536", "memory", 2),
-    "rows": Part(40, "the row kernels by themselves, at three tiles, beside a copy", rows),
-    "profile": Part(25, "kernels, short kernels and gaps of a step", profile),
-    "tests": _tests_part(60, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
+    "sparse": _speed_part(14, "sparse gradients over entropies", "sparse", 6),
+    "memory": _speed_part(30, "memory over T to 65,536", "memory", 2),
+    "rows": Part(13, "the row kernels by themselves, at three tiles, beside a copy", rows),
+    "profile": Part(16, "kernels, short kernels and gaps of a step", profile),
+    "tests": _tests_part(38, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
                          rehearsed="tests/test_benchmarks.py"),
-    "liger_sm90": _speed_part(35, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 45),
-    "slow_peers": _speed_part(50, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
-    "demo": Part(45, "the demo's training, before and after", demo),
-    "invariance": Part(20, "python -m benchmarks.invariance", invariance, INVARIANCE),
-    "precision": Part(20, "python -m benchmarks.precision", precision, PRECISION),
+    "gpu": _tests_part(55, "pytest on a GPU: all of them at once", "gpu", "-m", "gpu", SCALE, *OTHERS, rehearsed=""),
+    "liger_sm90": _speed_part(42, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 45),
+    "slow_peers": _speed_part(60, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
+    "demo": Part(36, "the demo's training, before and after", demo),
+    "invariance": Part(12, "python -m benchmarks.invariance", invariance, INVARIANCE),
+    "precision": Part(33, "python -m benchmarks.precision", precision, PRECISION),
     "sanitizer": Part(40, "compute-sanitizer on the row kernels", sanitizer),
     "sweep": _speed_part(60, "other inputs, shares, models and T", "sweep", 5),
     "suite": _tests_part(90, "every other test, on the device", "suite", "-m", "not gpu",

@@ -20,7 +20,7 @@ FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
     "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
-# forward and backward with defaults: 30, three of them products, three row kernels, one the metrics; 4 to a further chunk
+# forward and backward with defaults: 30, of them three products, three row kernels, one of metrics; 4 a further chunk
 MOST, MOST_A_CHUNK = 32, 4
 
 
