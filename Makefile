@@ -93,8 +93,16 @@ $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "liger-kernel>=0.8" "cut-cross-entropy>=25.1"
 	@touch $@
 
+ifeq ($(strip $(GPU)),)
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks.speed && $(BIN)/python -m benchmarks.trainers && $(BIN)/python -m benchmarks.report
+else
+bench: $(PEERS)
+	-$(BIN)/python -m benchmarks.device --sitting first --out bench_results/gpu
+	-$(BIN)/python -m benchmarks.device --sitting second --out bench_results/gpu
+	-$(BIN)/python -m benchmarks.device --sitting third --out bench_results/gpu
+	$(BIN)/python -m benchmarks.report
+endif
 
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report

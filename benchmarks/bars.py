@@ -189,13 +189,13 @@ def beyond_allowance(method: str, trains_weight: bool, results: Results) -> tupl
     for record in records:
         if record["peak_beyond_gradients_bytes"] is None:
             raise NotMeasured(f"T={record['shape']['tokens']}: {record['status']}")
-    worst = max(records, key=partial(_excess, trains_weight))
+    worst = max(records, key=partial(excess, trains_weight))
     tokens = [record["shape"]["tokens"] for record in records]
     remark = f"worst at T={worst['shape']['tokens']}, {_gib(worst['peak_beyond_gradients_bytes'])} beyond the gradients"
-    return _excess(trains_weight, worst) / GIB, f"{remark}; T from {min(tokens)} to {max(tokens)}"
+    return excess(trains_weight, worst) / GIB, f"{remark}; T from {min(tokens)} to {max(tokens)}"
 
 
-def _excess(trains_weight: bool, record: Record) -> int:
+def excess(trains_weight: bool, record: Record) -> int:
     tokens, hidden, vocab = (record["shape"][name] for name in ("tokens", "hidden", "vocab"))
     workspace = workspace_bytes(torch.device("cuda" if "gpu" in record["device"] else "cpu"), vocab, 4, None)
     retained = 2 * tokens * vocab if tokens <= 2 * hidden else 0

@@ -30,18 +30,8 @@ from typing import IO
 
 import torch
 
-from benchmarks.device_parts import (
-    DEVICE,
-    INVARIANCE,
-    LOST,
-    PARTS,
-    PRECISION,
-    SITTINGS,
-    SPEED,
-    STOPPED,
-    UNAVAILABLE,
-    key_of,
-)
+from benchmarks.device_parts import DEVICE, LOST, PARTS, SITTINGS, SPEED, STOPPED, UNAVAILABLE
+from benchmarks.device_results import read_run
 from benchmarks.device_summary import summary
 from benchmarks.measure import is_broken
 from benchmarks.provenance import ROOT
@@ -78,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = deadline - time.monotonic()
         share = left * _weight(waiting[0]) / sum(map(_weight, waiting))
         _run(waiting.pop(0), min(max(share, LEAST), left), options.out, options.rehearse)
-        (options.out / SUMMARY).write_text(summary(_read(options.out)), encoding="utf-8")
-    records = _read(options.out)
+        (options.out / SUMMARY).write_text(summary(read_run(options.out)), encoding="utf-8")
+    records = read_run(options.out)
     print(summary(records, short=True), end="")
     found = [record for name in (DEVICE, SPEED) for record in records[name]]
     return int(any(record["part"] in parts and _bad(record) for record in found))
@@ -87,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _done(folder: Path, rehearsal: bool) -> set[str]:
     """A rehearsal does not stand for the run."""
-    ends = [record for record in _read(folder)[DEVICE] if "end" in record]
+    ends = [record for record in read_run(folder)[DEVICE] if "end" in record]
     return {record["part"] for record in ends if record["end"] == "done" and record["rehearsal"] == rehearsal}
 
 
@@ -174,16 +164,9 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _read(folder: Path) -> dict[str, list[Record]]:
-    """The lines of each file; of a case the last one, and none where there is no file."""
-    files = {name: read(folder / name) for name in (DEVICE, SPEED, INVARIANCE, PRECISION)}
-    files[SPEED] = list({key_of(record): record for record in files[SPEED]}.values())
-    return files
-
-
 def _forget(part: str, folder: Path) -> None:
     """What an earlier try has left."""
-    for name, records in _read(folder).items():
+    for name, records in read_run(folder).items():
         kept = [record for record in records if record["part"] != part]
         if len(kept) < len(records):
             write(folder / name, kept)

@@ -113,8 +113,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def environment(run: Run) -> Iterator[Record]:
-    """The device, its driver and clocks, versions, and which peers can be imported."""
-    yield provenance("python -m benchmarks.device", run.device)
+    """The driver, clocks, and which peers can be imported; device and versions are in every line."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.used"
     if shutil.which("nvidia-smi"):
         status, lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], run.seconds)
@@ -152,8 +151,8 @@ def tests_of(part: str, selection: Sequence[str], rehearsed: str, run: Run) -> I
 
 
 def invariance(run: Run) -> Iterator[Record]:
-    for dtype in ("bfloat16", "float32") if run.rehearse else ("bfloat16", "float16", "float32"):
-        yield from _written_by("invariance", run, "--dtypes", dtype)
+    """All dtypes in one program: a promise that one of them breaks shows in its exit status when all have been seen."""
+    yield from _written_by("invariance", run)
 
 
 def precision(run: Run) -> Iterator[Record]:
@@ -371,9 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
     run = Run(options.out, time.monotonic() + options.seconds, options.rehearse, device)
     part = PARTS[options.part]
+    # the lines of the other files bring their own
+    source = provenance(f"python -m benchmarks.device --parts {options.part}", device) if part.file == DEVICE else {}
     try:
         for record in part.run(run):
-            append(run.folder / part.file, {"part": options.part, **record})
+            append(run.folder / part.file, {"part": options.part, **record, **source})
     except Unsupported as reason:
         append(run.folder / DEVICE, {"part": options.part, "unavailable": str(reason)})
         return UNAVAILABLE

@@ -16,19 +16,19 @@ def summary(files: Mapping[str, Sequence[Record]], short: bool = False) -> str:
     """Of the lines of every file of a run; the short one leaves out what takes a screen of its own."""
     device = files[DEVICE]
     sections = {
-        "Bars": _bars(files[SPEED], device),
-        "Tests": _tests(device),
+        "Bars": bars(files[SPEED], device),
+        "Tests": tests(device),
         "Parts": _parts(device, short),
         "Floors": _floors(device),
-        "Batch invariance": _invariance(files[INVARIANCE]),
-        "Precision": _precision(files[PRECISION]),
+        "Batch invariance": invariance(files[INVARIANCE]),
+        "Precision": precision(files[PRECISION]),
     }
     if not short:
         sections["Bare products"] = _products(device)
         sections["Row kernels"] = _row_kernels(device)
         sections["Profiles"] = _profiles(device)
         sections["Kernels of a step"] = _kernels(device)
-        sections["A run"] = _demo(device)
+        sections["A run"] = demo(device)
         sections["Speed and memory"] = _speed(files[SPEED])
     text = "\n\n".join(f"## {title}\n\n{chr(10).join(lines)}" for title, lines in _present(sections))
     return f"# {_device(device)}\n\n{text}\n"
@@ -52,7 +52,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[st
             yield f"| {' | '.join(map(str, row))} |"
 
 
-def _bars(records: Sequence[Record], device: Sequence[Record]) -> Iterator[str]:
+def bars(records: Sequence[Record], device: Sequence[Record]) -> Iterator[str]:
     rows = [
         (v.bar.what, f"{'≥' if v.bar.at_least else '≤'} {v.bar.form.format(v.bar.limit)}", v.number, v.word, v.remark)
         for v in verdicts(records, device)
@@ -60,7 +60,7 @@ def _bars(records: Sequence[Record], device: Sequence[Record]) -> Iterator[str]:
     return _table(("bar", "limit", "measured", "verdict", "remark"), rows)
 
 
-def _tests(records: Sequence[Record]) -> Iterator[str]:
+def tests(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
         if "tests" in record:
             end = f", exit {record['exit']}" if record["finished"] else ", stopped before the end"
@@ -130,7 +130,7 @@ def _kernels(records: Sequence[Record]) -> Iterator[str]:
     return _table(("step", "µs", "calls", "kernel"), rows)
 
 
-def _demo(records: Sequence[Record]) -> Iterator[str]:
+def demo(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
         if "demo" in record:
             before, after = record["demo"]["before"], record["demo"]["after"]
@@ -144,14 +144,14 @@ def _demo(records: Sequence[Record]) -> Iterator[str]:
             )
 
 
-def _invariance(records: Sequence[Record]) -> Iterator[str]:
+def invariance(records: Sequence[Record]) -> Iterator[str]:
     if records:
         wrong = [record for record in records if broken(record)]
         yield f"* {len(records)} cases, {len(wrong)} promises broken"
         yield from (f"    * {r['method']} {r['dtype']} {r['variation']} at {r['shape']}" for r in wrong)
 
 
-def _precision(records: Sequence[Record]) -> Iterator[str]:
+def precision(records: Sequence[Record]) -> Iterator[str]:
     bars = [record for record in records if record.get("kind") == "bar"]
     if bars:
         yield f"* {sum(record['met'] for record in bars)} of {len(bars)} bars met"

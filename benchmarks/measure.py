@@ -1,6 +1,6 @@
 """The one way a method is measured, on a CPU and on a GPU.
 
-    records = measure(plan, provenance(command, device), device=device, budget_seconds=120, out=Path("gpu.jsonl"))
+    records = measure(plan, provenance(command, device), device=device, budget_seconds=120, out=Path("speed.jsonl"))
 
 A case is measured from start to end before the next one begins, and its record is then final: gradients first (a wrong
 method gets no time), then its peak memory, then its times, interleaved with those of its floor. So what a later case

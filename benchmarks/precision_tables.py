@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from benchmarks.provenance import origin
 from benchmarks.recipes import RECIPES
 
 NOTHING = "–"
+# of the default path's bars, as they are named in records and on pages
+BARS = {
+    "logprob": "log π", "ratio": "ratio", "hidden": "dX", "weight": "dW", "GPU hidden": "dX, bf16 dlogits",
+    "GPU weight": "dW, bf16 dlogits", "fp16 hidden": "fp16's dX over bf16's", "fp16 weight": "fp16's dW over bf16's",
+}  # fmt: skip
+TABULATED = tuple(BARS)[:6]
 # of the tables; the plots have all
 COLUMNS = ("random", "moderate", "trained", "rare", "softcap", "temperature0.1", "H8192", "V151936")
 QUANTITIES = {
@@ -62,7 +69,7 @@ def render_choices(records: Sequence[Record]) -> str:
             rows.append((label, record["status"], *[NOTHING] * (len(QUANTITIES) - 1)))
         else:
             rows.append((label, *(_cell(errors, name, 2 if name in NORMWISE else 1) for name in QUANTITIES)))
-    return _table(header, rows) + "\n\n" + origin(records[0])
+    return _table(header, rows) + "\n\n" + origin(records[:1])
 
 
 def render_ratio(records: Sequence[Record]) -> str:
@@ -94,20 +101,19 @@ def render_bars(records: Sequence[Record]) -> str:
     facts = {record["regime"]: record for record in of_kind(records, "regime")}
     rows = []
     for name, bars in by_regime.items():
-        cells = [_bar(bars[bar]) for bar in ("logprob", "ratio", "hidden", "weight", "GPU hidden", "GPU weight")]
-        rows.append((facts[name]["label"], _shape(facts[name]), _number(facts[name]["largest_logit"]), *cells))
+        cells = [_bar(bars[bar]) if bar in bars else NOTHING for bar in TABULATED]  # a run may have ended here
+        rows.append((facts[name]["label"], _shape(facts[name]), number(facts[name]["largest_logit"]), *cells))
     half = by_regime.get("V151936", {})
     note = ""
-    if half:
+    if "fp16 weight" in half:
         pairs = ", ".join(f"d{n} {_bar(half[f'fp16 {k}'])}" for n, k in (("X", "hidden"), ("W", "weight")))
         note = f"\n\nfp16 gradients against bf16's at V = 151936: {pairs}."
-    header = ("regime", "T × H × V", "max abs logit", "log π", "ratio", "dX", "dW",
-              "dX, bf16 dlogits", "dW, bf16 dlogits")  # fmt: skip
+    header = ("regime", "T × H × V", "max abs logit", *(BARS[bar] for bar in TABULATED))
     return _table(header, rows) + note
 
 
 def _bar(record: Record) -> str:
-    text = f"{_number(record['value'])} ≤ {_number(record['bound'])}"
+    text = f"{number(record['value'])} ≤ {number(record['bound'])}"
     return text if record["met"] else f"**{text.replace('≤', '>')}**"
 
 
@@ -129,19 +135,9 @@ def render_mismatch(records: Sequence[Record]) -> str:
     chosen = [record for record in of_kind(records, "mismatch") if record["regime"] == HEADLINE]
     rows = []
     for record in chosen:
-        cells = [f"{_number(mean)} ({_number(p99)})" for _, p99, mean, _ in record["ratio"].values()]
+        cells = [f"{number(mean)} ({number(p99)})" for _, p99, mean, _ in record["ratio"].values()]
         rows.append((f"{ENGINES[record['engine']]}, {record['engine_logits']} logits", *cells))
     return _table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
-
-
-def origin(run: Record) -> str:
-    device, versions = run["device"], run["versions"]
-    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
-    commit = (run["commit"] or "unknown")[:12] + (" with uncommitted changes" if run["dirty"] else "")
-    return (
-        f"Measured on {device['cpu']}, {device['threads']} threads; {software}; commit {commit}; `{run['command']}`; "
-        f"{run['date'][:10]}."
-    )
 
 
 def _shape(facts: Record) -> str:
@@ -149,10 +145,10 @@ def _shape(facts: Record) -> str:
 
 
 def _cell(errors: dict, quantity: str, statistic: int) -> str:
-    return _number(errors[quantity][statistic]) if quantity in errors else NOTHING
+    return number(errors[quantity][statistic]) if quantity in errors else NOTHING
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """0.13, 2e-5, 93: two digits, and a power of ten where that is shorter."""
     if value != value:
         return "NaN"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +11,12 @@ Record = dict[str, object]
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, none where there is no file. A last line that was not written to its end is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    whole, rest = lines[:-1], lines[-1:]
-    records = [json.loads(line) for line in whole if line.strip()]
-    try:
-        return records + [json.loads(line) for line in rest if line.strip()]
-    except json.JSONDecodeError:
-        return records
+    """The records of a file, none where there is no file. A line that was not written to its end is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
@@ -26,12 +25,11 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def append(path: Path, record: Record) -> None:
-    """After a line that was not written to its end, on a line of its own."""
+    """On a line of its own, also where the last one was not written to its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
+        broken = False
         if file.tell():
             file.seek(-1, 2)
             broken = file.read() != b"\n"
-        else:
-            broken = False
         file.write((b"\n" if broken else b"") + json.dumps(record).encode() + b"\n")

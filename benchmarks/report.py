@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import precision_tables, sparsity_tables, speed_tables
+from benchmarks import gpu_page, precision_tables, sparsity_tables, speed_tables
+from benchmarks.device_parts import DEVICE, INVARIANCE
+from benchmarks.device_results import Run, read_run
+from benchmarks.gpu_page import NOT_YET, speed_origin
+from benchmarks.provenance import origin
 from benchmarks.records import Record, read
 from benchmarks.roofline import tables as roofline
 from benchmarks.speed_tables import NOTHING, milliseconds, row
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS_HEADER = ("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB")
-NOT_YET = "Not measured yet."
 NOT_ON_A_GPU = """\
 **Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register
 spill, 128-bit loads and stores) and run in the interpreter against float64, but no GPU has run this code yet: GPU
@@ -34,10 +37,10 @@ class Block:
     """
 
     name: str
-    results: str  # in bench_results/
+    results: str  # a file in bench_results/, or the folder of a run of `benchmarks.device`
     page: str
     module: str  # what measures it: `benchmarks.` and the name of the benchmark in the records
-    render: Callable[[Sequence[Record]], str]
+    render: Callable[[Sequence[Record]], str] | Callable[[Run], str]
     absent: str | None = None
     plots: str | None = None
 
@@ -63,20 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             rewrite(page, block, block.absent)
         elif not results.exists() and (options.block or block.name == "cpu"):
             complaints.append(f"{results.name} is missing: run `python -m {block.module}` first")
+        elif results.is_dir():
+            run = read_run(results)
+            _report(block, run, page, any(record.get("rehearsal") for record in run[DEVICE]))
         elif results.exists():
             records = read(results)
             if f"benchmarks.{records[0]['benchmark']}" != block.module:
                 complaints.append(f"{results.name} is of another version: run `python -m {block.module}` again")
                 continue
-            _report(block, records, page)
-            if block.plots is not None:
-                draw_plots(block.plots, records, results)
+            _report(block, records, page, any("--quick" in record.get("command", "") for record in records))
+        if results.exists() and block.plots is not None:
+            draw_plots(block.plots, read_run(results) if results.is_dir() else records, results)
     for complaint in dict.fromkeys(complaints):
         print(f"error: {complaint}", file=sys.stderr)
     return 2 if complaints else 0
 
 
-def draw_plots(module: str, records: Sequence[Record], results: Path) -> None:
+def draw_plots(module: str, records: Sequence[Record] | Run, results: Path) -> None:
     try:
         draw = importlib.import_module(f"benchmarks.{module}").draw
     except ModuleNotFoundError as error:  # a GPU machine without matplotlib: the tables are written all the same
@@ -85,8 +91,8 @@ def draw_plots(module: str, records: Sequence[Record], results: Path) -> None:
     draw(records, results.parent, results.stem)
 
 
-def _report(block: Block, records: Sequence[Record], page: Path) -> None:
-    rehearsal = any("--quick" in record.get("command", "") for record in records)  # tiny shapes say nothing to a reader
+def _report(block: Block, records: Sequence[Record] | Run, page: Path, rehearsal: bool) -> None:
+    """The numbers of a rehearsal say nothing to a reader: they are printed."""
     text = block.render(records)
     if rehearsal or not rewrite(page, block, text):
         print(text)
@@ -105,40 +111,30 @@ def rewrite(page: Path, block: Block, text: str) -> bool:
 
 def render_speed(records: Sequence[Record]) -> str:
     """The tables of the main workload, the plots, and where the numbers come from."""
-    stem = "gpu" if "gpu" in records[0]["device"] else "cpu"
     names = speed_tables.pictures(records)
-    images = [f"![{speed_tables.PLOTS[name]}](bench_results/{stem}_{name}.png)" for name in names]
-    return "\n".join([speed_tables.render_main(records), *images, "", _speed_origin(records)])
+    images = [f"![{speed_tables.PLOTS[name]}](bench_results/cpu_{name}.png)" for name in names]
+    return "\n".join([speed_tables.render_main(records), *images, "", speed_origin(records)])
 
 
 def render_every_speed(records: Sequence[Record]) -> str:
-    return "\n".join([speed_tables.render_all(records), _speed_origin(records)])
-
-
-def _speed_origin(records: Sequence[Record]) -> str:
-    """One run's, or of several on one machine the first's with the commands of all."""
-    commands = "`, `".join(dict.fromkeys(record["command"] for record in records))
-    counts = {len(record["seconds"]) for record in records} - {0}
-    samples = "no" if not counts else str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return _origin(records[0] | {"command": commands}, samples)
+    return "\n".join([speed_tables.render_all(records), speed_origin(records)])
 
 
 def render_sparse_speed(records: Sequence[Record]) -> str:
-    """Of this benchmark, or of a GPU's run of everything."""
-    records = [record for record in records if record.get("part", "speed") in ("speed", "sparse")]
+    records = sparsity_tables.of_part(records, "speed")
     if not sparsity_tables.by_kind(records):
         return NOT_YET
     lines = [*sparsity_tables.speed(records), "", *sparsity_tables.cce(records), ""]
-    return "\n".join([*lines, _speed_origin(records)])
+    return "\n".join([*lines, speed_origin(records)])
 
 
 def render_sparsity(part: str, table: Callable, records: Sequence[Record]) -> str:
     records = sparsity_tables.of_part(records, part)
-    return "\n".join([*table(records), "", _origin(records[0])]) if records else NOT_YET
+    return "\n".join([*table(records), "", origin(records[:1])]) if records else NOT_YET
 
 
 def render_sparse_longrun(records: Sequence[Record]) -> str:
-    return "\n".join([*sparsity_tables.longrun(records), "", _origin(records[0])])
+    return "\n".join([*sparsity_tables.longrun(records), "", origin(records[:1])])
 
 
 def render_trainers(records: Sequence[Record]) -> str:
@@ -156,7 +152,7 @@ def render_trainers(records: Sequence[Record]) -> str:
         peak = record["peak_extra_bytes"]
         memory = NOTHING if peak is None else f"{peak / 2**20:.0f}"
         lines.append(row((record["trainer"], milliseconds(record), f"{record['time_ratio']:.2f}×", memory)))
-    return "\n".join([*lines, "", _origin(records[0], len(records[0]["seconds"]))])
+    return "\n".join([*lines, "", origin(records[:1], len(records[0]["seconds"]))])
 
 
 def render_invariance(records: Sequence[Record]) -> str:
@@ -183,7 +179,7 @@ def render_invariance(records: Sequence[Record]) -> str:
             weights = [record["dW_change"] for record in same if "dW_change" in record]
             parts.append(row((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING)))
         parts.append("")
-    return "\n".join([*parts, _origin(records[0])])
+    return "\n".join([*parts, origin(records[:1])])
 
 
 def _changed_share(records: Sequence[Record]) -> str:
@@ -191,33 +187,33 @@ def _changed_share(records: Sequence[Record]) -> str:
     return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
 
 
-def _origin(record: Record, samples: int | str | None = None) -> str:
-    device, versions = record["device"], record["versions"]
-    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
-    commit = (record["commit"] or "unknown")[:12] + (" with uncommitted changes" if record["dirty"] else "")
-    machine = f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads"
-    if "gpu" in device:
-        machine = f"{device['gpu']}, driver {device['driver']}, CUDA {device['cuda']}"
-    return (
-        f"Measured on {machine}; {software}; commit {commit}; `{record['command']}`; {record['date'][:10]}"
-        f"{f'; {samples} samples each' if samples else ''}."
+def render_gpu_invariance(run: Run) -> str:
+    if not run[INVARIANCE]:
+        return NOT_YET
+    return f"With `batch_invariant` and run to run, {gpu_page.promises(run[INVARIANCE])}\n\n" + render_invariance(
+        run[INVARIANCE]
     )
+
+
+def _gpu(name: str, page: str, render: Callable[[Run], str], absent: str = NOT_YET, plots: str | None = None) -> Block:
+    return Block(name, "gpu", page, "benchmarks.device", render, absent, plots)
 
 
 BLOCKS = {
     block.name: block
     for block in (
         Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots="speed_plots"),
-        Block("gpu", "gpu.jsonl", "README.md", "benchmarks.speed", render_speed, NOT_ON_A_GPU, plots="speed_plots"),
+        _gpu("gpu", "README.md", gpu_page.render_readme, NOT_ON_A_GPU, plots="gpu_plots"),
+        *(_gpu(f"gpu-{name}", "docs/gpu.md", render) for name, render in gpu_page.RENDER.items()),
         Block("every-cpu", "cpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed),
-        Block("every-gpu", "gpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed, NOT_YET),
+        _gpu("every-gpu", "docs/benchmarks.md", gpu_page.render_every_speed),
         Block("roofline", "cpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.render),
-        Block("roofline-gpu", "gpu.jsonl", "docs/roofline.md", "benchmarks.speed", roofline.comparison, NOT_YET),
+        _gpu("roofline-gpu", "docs/roofline.md", gpu_page.render_roofline),
         Block(
             "sparse-speed", "sparsity.jsonl", "docs/sparse.md", "benchmarks.sparsity", render_sparse_speed,
             plots="sparsity_plots",
         ),
-        Block("sparse-gpu", "gpu.jsonl", "docs/sparse.md", "benchmarks.speed", render_sparse_speed, NOT_YET),
+        _gpu("sparse-gpu", "docs/sparse.md", gpu_page.render_sparse_speed),
         *(
             Block(
                 f"sparse-{part}", "sparsity.jsonl", "docs/sparse.md", "benchmarks.sparsity",
@@ -231,6 +227,9 @@ BLOCKS = {
         ),
         Block("trainers", "trainers.jsonl", "docs/integrations/trl.md", "benchmarks.trainers", render_trainers),
         Block("invariance", "invariance.jsonl", "docs/determinism.md", "benchmarks.invariance", render_invariance),
+        _gpu("invariance-gpu", "docs/determinism.md", render_gpu_invariance),
+        _gpu("invariance-cost", "docs/determinism.md", gpu_page.render_invariance_cost),
+        _gpu("precision-gpu", "docs/precision.md", gpu_page.render_precision),
         *(
             Block(f"precision-{name}", "precision/precision.jsonl", "docs/precision.md", "benchmarks.precision", render)
             for name, render in precision_tables.RENDER.items()

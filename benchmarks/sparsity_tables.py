@@ -31,12 +31,12 @@ def of_part(records: Sequence[Record], part: str) -> list[Record]:
 
 
 def by_kind(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """Kind of inputs -> method -> record."""
+    """Kind of inputs -> method -> record, where sparse gradients have a time."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["inputs"] in KINDS and record["method"] in METHODS:
             found.setdefault(record["inputs"], {})[record["method"]] = record
-    return {kind: methods for kind, methods in found.items() if SPARSE in methods}
+    return {kind: methods for kind, methods in found.items() if SPARSE in methods and methods[SPARSE]["median_s"]}
 
 
 def speed(records: Sequence[Record]) -> Iterator[str]:
@@ -53,7 +53,7 @@ def speed(records: Sequence[Record]) -> Iterator[str]:
     for kind, methods in groups.items():
         for name, tolerance in ((SPARSE, "0.01"), (TIGHT, "0.003")):
             if name in methods:
-                yield row((LABELS[kind], *_nats(methods[name]), tolerance, *_speed_cells(name, methods)))
+                yield row((LABELS[kind], *_nats(methods[SPARSE]), tolerance, *_speed_cells(name, methods)))
 
 
 def _nats(record: Record) -> tuple[str]:
@@ -66,12 +66,13 @@ def _speed_cells(name: str, methods: dict[str, Record]) -> tuple[str, ...]:
         return (record["status"], *[NOTHING] * 7)
     metrics = record["metrics"]
     relative = (ratio(record, base, group) for base in (DENSE, FLOOR))
-    sizes = (methods[method]["peak_beyond_gradients_bytes"] for method in (DENSE, name))
+    dense = methods.get(DENSE, {"median_s": None, "peak_beyond_gradients_bytes": None})
+    sizes = (each["peak_beyond_gradients_bytes"] for each in (dense, record))
     return (
         f"{metrics['drpo/sparse_share']:.0%}",
         f"{metrics['drpo/sparse_entries']:.0f}" if metrics["drpo/sparse_share"] else NOTHING,
         f"{largest_error(record):.2%}",
-        milliseconds(methods[DENSE]),
+        milliseconds(dense) if dense["median_s"] else NOTHING,
         milliseconds(record),
         *(NOTHING if r is None else f"{r:.2f}×" for r in relative),
         ", ".join(NOTHING if size is None else f"{size / 2**20:.0f}" for size in sizes) + " MiB",

@@ -22,7 +22,8 @@ from benchmarks.provenance import ROOT, provenance
 from benchmarks.workloads import KINDS, MODELS
 
 FOLDER = ROOT / "bench_results"
-FILES = {"cpu": FOLDER / "cpu.jsonl", "cuda": FOLDER / "gpu.jsonl"}
+# a GPU's pages are written from what benchmarks.device measures
+FILES = {"cpu": FOLDER / "cpu.jsonl", "cuda": None}
 ROUNDS = {"cpu": 3, "cuda": 20}
 # options that choose workloads, and what `plans.product` calls them
 AXES = {"workloads": "models", "tokens": "tokens", "inputs": "kinds", "dtypes": "dtypes", "active_shares": "shares"}
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=FILES, default=here, help="default: a GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds; written only where --out says")
-    parser.add_argument("--out", type=Path, help="JSON lines; default bench_results/cpu.jsonl or gpu.jsonl")
+    parser.add_argument("--out", type=Path, help="JSON lines; default bench_results/cpu.jsonl, of a GPU none")
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     parser.add_argument("--time-budget", type=float, default=math.inf, help="seconds after which nothing is started")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")

@@ -63,22 +63,22 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
 
 
 def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
-    figure, axes = _axes(f"What does a token cost? Forward and backward, {where}")
+    figure, axes = new_axes(f"What does a token cost? Forward and backward, {where}")
     for method, points in _lines(groups, "median_s"):
-        _line(axes, method, [(tokens, 1e6 * seconds / tokens) for tokens, seconds in points])
+        line(axes, method, [(tokens, 1e6 * seconds / tokens) for tokens, seconds in points])
     axes.set_ylim(0, None)
-    _finish(axes, groups, "µs per token")
+    finish(axes, groups, "µs per token")
     return figure
 
 
 def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
-    figure, axes = _axes(f"What does a step need beyond its inputs? Peak of forward and backward, {where}")
+    figure, axes = new_axes(f"What does a step need beyond its inputs? Peak of forward and backward, {where}")
     for method, points in _lines(groups, "peak_extra_bytes"):
-        _line(axes, method, [(tokens, bytes_ / 2**20) for tokens, bytes_ in points])
+        line(axes, method, [(tokens, bytes_ / 2**20) for tokens, bytes_ in points])
     axes.set_yscale("log", base=2)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _mebibytes(value)))
-    _finish(axes, groups, "peak extra memory, gradients included (log scale)")
+    finish(axes, groups, "peak extra memory, gradients included (log scale)")
     return figure
 
 
@@ -125,7 +125,7 @@ def floor_figure(records: Sequence[Record], main: Setting) -> Figure:
 
 
 def active_figure(group: Sequence[Record], where: str) -> Figure:
-    figure, axes = _axes(f"What do rows without an advantage cost? T={group[0]['shape']['tokens']}, {where}")
+    figure, axes = new_axes(f"What do rows without an advantage cost? T={group[0]['shape']['tokens']}, {where}")
     colour = STYLES["linear_policy_loss"][0]
     looks = {
         "linear_policy_loss": ("-", "such rows dropped (the default)", (-10, 8), "right"),
@@ -160,7 +160,7 @@ def _lines(groups: dict[int, list[Record]], key: str) -> Iterable[tuple[str, lis
             yield method, points
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+def new_axes(title: str) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
     axes.set_title(title, fontsize=12, loc="left", wrap=True)
     axes.grid(color=PALE, linewidth=0.7)
@@ -168,14 +168,14 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _line(axes: Axes, method: str, points: Sequence[tuple[float, float]]) -> None:
+def line(axes: Axes, method: str, points: Sequence[tuple[float, float]]) -> None:
     colour, marker = STYLES[method]
     style = {"linestyle": "--"} if method == "gemms_whole" else {}
     width = 2.6 if method == "linear_policy_loss" else 1.5
     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=plain(method), **style)
 
 
-def _finish(axes: Axes, groups: dict[int, list[Record]], ylabel: str) -> None:
+def finish(axes: Axes, groups: dict[int, list[Record]], ylabel: str) -> None:
     """The shared x axis, and each line's name at its right end, moved apart where they would overlap."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(groups), [f"{tokens:,}" for tokens in groups])

@@ -113,16 +113,22 @@ def dense(group: Sequence[Record]) -> list[Record]:
 
 
 def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
-    """The record's median over that of a method with all rows active, measured by the same process beside it; over its
-    floor's by the samples of the two that were interleaved.
+    """The record's median over that of a method with all rows active: over its floor's by samples that were interleaved
+    with its own; over another's by the same process, or else by what each is of the floor beside it.
     """
-    if method == record["held_to"] and record.get("floor_median_s") and record["median_s"] is not None:
+    if record["median_s"] is None:
+        return None
+    if method == record["held_to"] and record.get("floor_median_s"):
         return record["median_s"] / record["floor_median_s"]
-    process = {name: record[name] for name in ("command", "date")}
-    wanted = {"method": method, "active_share": 1, **process}.items()
-    medians = (r["median_s"] for r in group if wanted <= r.items())
-    base = next(medians, None)
-    return None if base is None or record["median_s"] is None else record["median_s"] / base
+    others = [r for r in group if (r["method"], r["active_share"]) == (method, 1) and r["median_s"] is not None]
+    for other in others:
+        if all(record[name] == other[name] for name in ("command", "date")):
+            return record["median_s"] / other["median_s"]
+    for other in others:
+        floors = record.get("floor_median_s"), other.get("floor_median_s")
+        if all(floors) and record["held_to"] == other["held_to"]:
+            return (record["median_s"] / floors[0]) / (other["median_s"] / floors[1])
+    return None
 
 
 def render_main(records: Sequence[Record]) -> str:
@@ -133,7 +139,9 @@ def render_main(records: Sequence[Record]) -> str:
 
 
 def render_all(records: Sequence[Record]) -> str:
-    return "\n".join(line for group in by_setting(records).values() for line in table(group))
+    """Settings of which nothing has a time are left out."""
+    groups = [group for group in by_setting(records).values() if any(r["median_s"] for r in group)]
+    return "\n".join(line for group in groups for line in table(group))
 
 
 def table(group: Sequence[Record]) -> Iterator[str]:

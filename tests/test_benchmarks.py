@@ -26,8 +26,8 @@ from drpo_kernels import backends
 FIELDS = {
     "benchmark", "workload", "inputs", "shape", "dtype", "entropy_nats", "objective", "method", "active_share", "takes",
     "floor", "held_to", "same_loss", "rounds_away", "status", "gradient_error", "metrics", "seconds", "median_s",
-    "min_s", "max_s", "peak_extra_bytes", "peak_beyond_gradients_bytes", "entropy_quantiles", "device", "versions",
-    "commit", "dirty", "command", "date",
+    "min_s", "max_s", "floor_median_s", "peak_extra_bytes", "peak_beyond_gradients_bytes", "entropy_quantiles",
+    "device", "versions", "commit", "dirty", "command", "date",
 }  # fmt: skip
 TINY = Workload("cpu_small", 48, "random", "float32")
 CPU = torch.device("cpu")
@@ -63,7 +63,8 @@ def test_quick_run_writes_every_field(quick, tmp_path):
         assert record["command"] == "python -m benchmarks.speed --methods gemms_whole eager --inputs random --quick"
         assert str(tmp_path.parent) not in json.dumps(record)
     floor, eager = records
-    assert floor["gradient_error"] is None and floor["peak_extra_bytes"] is None
+    assert floor["gradient_error"] is floor["peak_extra_bytes"] is floor["floor_median_s"] is None
+    assert eager["floor_median_s"] > 0  # of samples between its own
     assert max(eager["gradient_error"].values()) < TOLERANCE[torch.float32]
     if sys.platform == "linux":
         gradients = 4 * (128 + 512) * 16

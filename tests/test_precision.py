@@ -34,7 +34,7 @@ def test_ratio_error_bound(name, backend, device):
     """bf16 inputs: |log π - exact| <= ε = max(1e-4, (H/16) 2^-24 max|logit| / temperature), and so the ratio within
     max(2e-4, 2 ε). Gradients within 0.4 %, except where the logits themselves are allowed more."""
     shape = SHAPES.get(name, TINY)
-    case = regimes.REGIMES[name].case(shape).to(device)
+    case = regimes.REGIMES[name].case(shape, device=device)
     exact = exact_of(case)
     errors = precision.errors_of(recipes.ours(case, backend=backend), exact, case)
     bound = precision.logprob_bound(shape.hidden, exact.largest_logit, case.temperature)
@@ -66,8 +66,8 @@ def test_fp16_gradients_at_a_full_vocabulary():
 
 def test_a_16_bit_bias_is_added_in_float32(device):
     """To bf16 logits too: the study found the sum rounded a second time, to multiples of 64 at 1e4."""
-    case = regimes.REGIMES["bias+1e4"].case(TINY).to(device)
-    plain = regimes.REGIMES["trained"].case(TINY).to(device)
+    case = regimes.REGIMES["bias+1e4"].case(TINY, device=device)
+    plain = regimes.REGIMES["trained"].case(TINY, device=device)
     for backend in ("torch", "triton"):
         logprobs = [recipes.ours(c, logits_dtype=torch.bfloat16, backend=backend).logprobs for c in (case, plain)]
         assert (logprobs[0] - logprobs[1]).abs().max().item() <= 4e-3  # 1e4 has an ulp of 1e-3

@@ -24,7 +24,8 @@ def recorded(measured):
     """Lines with known numbers."""
     floor, eager = measured
     numbers = {"min_s": 1.4, "max_s": 1.75, "seconds": [1.4, 1.75]}
-    floor, eager = floor | numbers | {"median_s": 1.5}, eager | numbers | {"median_s": 2.5}
+    floor = floor | numbers | {"median_s": 1.5}
+    eager = eager | numbers | {"median_s": 2.5, "floor_median_s": 1.25}
     eager |= {"peak_extra_bytes": 770 * 2**20, "peak_beyond_gradients_bytes": 702 * 2**20}
     eager |= {"gradient_error": {"hidden": 3e-7, "weight": 2e-7}}
     ours = eager | {"method": "linear_policy_loss", "median_s": 1.8}
@@ -62,9 +63,9 @@ def test_report_rewrites_its_block_alone(measured, tmp_path):
     assert text.endswith(f"{end}\n\nAfter.\n")
     assert "old" not in text
     assert "| floor: three GEMMs, unchunked | 1500 (1400 to 1750) | – | 0.60× | – | – | – |" in text
-    assert "| eager PyTorch | 2500 (1400 to 1750) | 1.67× | 1.00× | 770 MiB | 702 MiB | 3e-07 |" in text
+    assert "| eager PyTorch | 2500 (1400 to 1750) | 2.00× | 1.00× | 770 MiB | 702 MiB | 3e-07 |" in text
     assert (
-        "| TRL's fused head | 2500 (1400 to 1750) | 1.67× | 1.00× | 770 MiB | 702 MiB | 4.1 % (bf16 logits) |" in text
+        "| TRL's fused head | 2500 (1400 to 1750) | 2.00× | 1.00× | 770 MiB | 702 MiB | 4.1 % (bf16 logits) |" in text
     )
     assert "| cut-cross-entropy | wrong gradients | – | – | – | – | 50 % |" in text
     assert "No numbers: Liger's chunked GRPO loss (same cost, other loss) (liger_kernel not installed)." in text
@@ -81,12 +82,17 @@ def test_report_rewrites_its_block_alone(measured, tmp_path):
     assert [(tmp_path / name).read_bytes() for name in pictures] == before
 
 
-def test_a_floor_is_one_of_the_same_process(measured):
-    """Several runs in one file: a ratio is never taken between two of them."""
-    records = recorded(measured)
-    later = [record | {"date": "later", "median_s": 2 * record["median_s"]} for record in records[:2]]
-    assert speed_tables.ratio(later[1], "gemms_whole", [*records, *later]) == pytest.approx(2.5 / 1.5)
-    assert speed_tables.ratio(later[1], "gemms_whole", [*records, later[1]]) is None
+def test_ratios(measured):
+    """To the floor by the samples between one's own; to another of the same process by its median, else in floors."""
+    floor, eager, ours, *_ = records = recorded(measured)
+    assert speed_tables.ratio(eager, "gemms_whole", records) == pytest.approx(2.5 / 1.25)
+    assert speed_tables.ratio(ours, "eager", records) == pytest.approx(1.8 / 2.5)
+    later = ours | {"date": "later", "median_s": 3.6, "floor_median_s": 2.5}
+    assert speed_tables.ratio(later, "eager", [*records, later]) == pytest.approx((3.6 / 2.5) / (2.5 / 1.25))
+    without = {"floor_median_s": None}
+    assert speed_tables.ratio(later | without, "eager", records) is None
+    assert speed_tables.ratio(ours | without, "gemms_whole", records) == pytest.approx(1.8 / 1.5)
+    assert speed_tables.ratio(later | without, "gemms_whole", [floor, eager]) is None
 
 
 def test_pictures_need_something_to_show(measured):

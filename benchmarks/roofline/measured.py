@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.device_parts import SPEED
+from benchmarks.device_results import once, read_run
+from benchmarks.records import read
 from benchmarks.roofline.chips import CHIPS, Assumption, Chip, Figure
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.predict import Prediction, predict
@@ -36,9 +39,11 @@ class Comparison:
 
 
 def records_of(folder: Path = RESULTS) -> list[Record]:
-    """Every line of results about the time of a method on a shape."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    return timed([json.loads(line) for line in lines if line.strip()])
+    """Every line of results about the time of a method on a shape; a case that several parts of a GPU's run have
+    measured once.
+    """
+    records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
+    return timed(records + once(read_run(folder / "gpu")[SPEED]))
 
 
 def timed(records: Sequence[Record]) -> list[Record]:

@@ -163,11 +163,12 @@ def _basis(chip: Chip) -> str:
 def _compared(row: measured.Comparison) -> tuple[str, ...]:
     record, found = row.record, row.prediction
     share = record["active_share"]
-    peak = record["peak_extra_bytes"]
+    peak, milliseconds = record["peak_extra_bytes"], record["median_s"] * 1e3
+    digits = 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2
     return (
         METHODS[found.method].label + ("" if share == 1 else f", {share:.0%} of rows active"),
-        span(found.least * 1e3, found.most * 1e3, 0),
-        f"{record['median_s'] * 1e3:.0f}",
+        span(found.least * 1e3, found.most * 1e3, digits),
+        f"{milliseconds:.{digits}f}",
         f"{row.ratio:.2f}×",
         f"{found.cost.extra / 2**20:.0f}",
         NOTHING if peak is None else f"{peak / 2**20:.0f}",
