@@ -227,7 +227,8 @@ def test_a_part_goes_on_in_a_new_process(statuses, progress, end, tmp_path, monk
 
 
 def test_only_cases_that_are_lines_are_gone_on_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "_process", lambda *_: append(tmp_path / DEVICE, {"part": "rows"}) or -9)
+    statuses = iter([-9])  # once
+    monkeypatch.setattr(device, "_process", lambda *_: append(tmp_path / DEVICE, {"part": "rows"}) or next(statuses))
     assert device._outcome("rows", 60, tmp_path, True) == "failed: -9, see log.txt"
 
 
