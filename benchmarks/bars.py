@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from benchmarks.device_parts import MAIN, MIDDLE, SMALL
+from benchmarks.measure import OVER_BUDGET
 from benchmarks.method import HEAD
 from benchmarks.methods import METHODS
 from benchmarks.peers import PEERS
@@ -18,8 +19,8 @@ from drpo_kernels.backends.planning import workspace_bytes
 
 GIB = 1 << 30
 PEER_PARTS = ("peers", "liger_sm90", "slow_peers")
-# log-probs to any loss from hidden states, and every gradient: what filters is another bargain
-EXACT_PEERS = tuple(
+# log-probs to any loss from hidden states, and every gradient; logits may be rounded, what filters is another bargain
+RL_PEERS = tuple(
     name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter"
 )
 OTHER_HEADS = ("trl", "liger_scaled")
@@ -35,6 +36,7 @@ class Results:
 
     records: Sequence[Record]
     device: Sequence[Record] = ()
+    used: list[Record] = field(default_factory=list)  # the records that `one` has given
 
     def of(self, part: str, method: str, share: float = 1.0, inputs: str = "trained") -> list[Record]:
         wanted = {"part": part, "method": method, "dtype": "bfloat16", "active_share": share, "inputs": inputs}
@@ -52,7 +54,18 @@ class Results:
         timed = [record for record in found if record["median_s"] is not None]
         if not timed:
             raise NotMeasured(f"{method}: {found[-1]['status'] if found else 'no record'}")
+        self.used.append(timed[-1])
         return timed[-1]
+
+    @property
+    def earlier(self) -> str:
+        """Of what was used: the commits other than that of the newest record, for a run may take several sittings."""
+        newest = newest_commit(self.records)
+        return ", ".join(dict.fromkeys(r["commit"][:12] for r in self.used if r["commit"] not in (None, newest)))
+
+
+def newest_commit(records: Sequence[Record]) -> str | None:
+    return max(records, key=lambda record: record["date"])["commit"] if records else None
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,17 @@ class Verdict:
 
 def verdicts(records: Sequence[Record], device: Sequence[Record] = ()) -> list[Verdict]:
     """Of every bar; a CPU's records are a rehearsal, whose numbers are computed and not shown."""
-    results, found = Results(records, device), []
+    found = []
     rehearsal = not all("gpu" in record["device"] for record in records)
     for bar in BARS:
+        results = Results(records, device)
         try:
             value, remark = bar.value(results)
         except NotMeasured as missing:
             found.append(Verdict(bar, "not measured", "–", str(missing)))
             continue
+        if results.earlier:
+            remark += f"; at commit {results.earlier}"
         if rehearsal:
             found.append(Verdict(bar, "not measured", "–", "rehearsal"))
         else:
@@ -138,13 +154,20 @@ def sparse_over_floor(results: Results) -> tuple[float, str]:
 
 def over_eager(results: Results) -> tuple[float, str]:
     """The smallest of eager's times over ours, over the shapes of small models."""
-    found = []
-    for model, tokens in (*SMALL, MIDDLE):
-        ours, eager = (results.one("small", name, model=model, tokens=tokens) for name in (LOSS, "eager"))
-        found.append((eager["median_s"] / ours["median_s"], model, tokens))
+    shapes = (*SMALL, MIDDLE)
+    pairs = {
+        shape: [results.one("small", name, model=shape[0], tokens=shape[1]) for name in (LOSS, "eager")]
+        for shape in shapes
+    }
+    newest = newest_commit([ours for ours, _ in pairs.values()])
+    found = [(eager["median_s"] / ours["median_s"], *shape) for shape, (ours, eager) in pairs.items()
+             if ours["commit"] == newest]  # fmt: skip
+    results.used.clear()
     value, model, tokens = min(found)
     faster = sum(ratio >= 1 for ratio, _, _ in found)
-    return value, f"worst: {model} T={tokens}; faster at {faster} of {len(found)} shapes"
+    remark = f"worst: {model} T={tokens}; faster at {faster} of {len(found)} shapes"
+    older = len(shapes) - len(found)
+    return value, f"{remark}; {older} were last measured at an earlier commit" if older else remark
 
 
 def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
@@ -163,7 +186,7 @@ def against(method: str, peers: Sequence[str], results: Results) -> tuple[float,
     for peer in peers:
         part = next((part for part in PEER_PARTS if results.of(part, peer)), PEER_PARTS[0])
         try:
-            theirs, ours = results.one(part, peer), results.one(part, method)
+            theirs, ours = results.one(part, peer), results.one("ours", method)
         except NotMeasured as reason:
             missing.append(str(reason))
         else:
@@ -183,16 +206,17 @@ def in_floors(record: Record) -> float:
 
 def beyond_allowance(method: str, trains_weight: bool, results: Results) -> tuple[float, str]:
     """The most over all T, in GiB, beyond gradients, workspace and what dW is granted."""
-    records = results.of("memory", method)
+    records = [record for record in results.of("memory", method) if record["status"] != OVER_BUDGET]
     if not records:
         raise NotMeasured(f"{method}: no record")
     for record in records:
         if record["peak_beyond_gradients_bytes"] is None:
             raise NotMeasured(f"T={record['shape']['tokens']}: {record['status']}")
+    results.used.extend(records)
     worst = max(records, key=partial(excess, trains_weight))
     tokens = [record["shape"]["tokens"] for record in records]
     remark = f"worst at T={worst['shape']['tokens']}, {_gib(worst['peak_beyond_gradients_bytes'])} beyond the gradients"
-    return excess(trains_weight, worst) / GIB, f"{remark}; T from {min(tokens)} to {max(tokens)}"
+    return excess(trains_weight, worst) / GIB, f"{remark}; T of {', '.join(map(str, sorted(tokens)))}"
 
 
 def excess(trains_weight: bool, record: Record) -> int:
@@ -212,7 +236,7 @@ FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
 BARS = (
     Bar("GPU tests that fail", 0, failed_tests, form="{:.0f}"),
     Bar("T=8192 H=4096 V=151936, over three bare products", 1.10, partial(held, LOSS)),
-    Bar("the best exact peer's time over ours", 1.2, partial(against, LOSS, EXACT_PEERS), at_least=True),
+    Bar("the best head for RL: its time over ours", 1.2, partial(against, LOSS, RL_PEERS), at_least=True),
     *(
         Bar(what, limit, partial(held, LOSS, part="small", model=model, tokens=tokens))
         for what, limit, model, tokens in (

@@ -184,7 +184,8 @@ def gaps(run: Run) -> Iterator[str]:
     """Short kernels and idle time of a step, from its profile."""
     for record in lines_of(run, "profile"):
         whole = record["whole_us"]
-        where = "{model}, T={tokens} H={hidden}".format(**record["profile"])
+        shape = record["profile"]
+        where = LABELS[shape.get("method", bars.LOSS)] + ", {model}, T={tokens} H={hidden}".format(**shape)
         yield (
             f"* {where}: {record['kernels']} kernels and copies in {whole / 1e3:.2f} ms, {record['short_kernels']} of "
             f"them under 10 µs, {record['short_us'] / 1e3:.2f} ms together ({record['short_us'] / whole:.0%}); idle "
@@ -208,15 +209,16 @@ def small_models(run: Run) -> Iterator[str]:
                 f"* `linear_policy_loss` is at least as fast as {LABELS[name]} at {wins} of {len(ratios)} shapes. At "
                 f"the worst, {worst[0]} T={worst[1]}, {name.replace('_', ' ')} takes {times(ratios[worst])} its time."
             )
-    cells = []
+    cells, several = [], len({methods[bars.LOSS]["commit"] for methods in found.values()}) > 1
     for (model, tokens), methods in sorted(found.items()):
         ours = methods[bars.LOSS]
         floor = ours["floor_median_s"]
         over = times(ours["median_s"] / floor) if floor else NOTHING
         values = (methods.get(name) for name in (bars.WHOLE, *names))
-        cells.append((model, str(tokens), *(_ms(value) for value in values), _ms(ours), over))
+        commit = [(ours["commit"] or "unknown")[:12]] if several else []
+        cells.append((model, str(tokens), *(_ms(value) for value in values), _ms(ours), over, *commit))
     header = ("model", "T", "three bare products, ms", "eager", "compiled eager", "`linear_policy_loss`", "× its floor")
-    yield from table(header, cells)
+    yield from table((*header, "commit") if several else header, cells)
 
 
 def _ms(record: Record | None) -> str:

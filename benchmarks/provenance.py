@@ -18,18 +18,20 @@ from drpo_kernels.triton_support import triton
 ROOT = Path(__file__).resolve().parent.parent
 # a change elsewhere (README, results) does not change what is measured
 MEASURED = ("drpo_kernels", "benchmarks")
-# of the environment: the commit of a copy that has no repository around it
+# of the environment: the commit of a copy whose own repository, if there is one, tells nothing of it
 COMMIT = "DRPO_COMMIT"
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
 
 
 def provenance(command: str, device: torch.device | None = None) -> dict[str, object]:
     """The fields every line of results carries; `device` is a GPU where one is measured."""
-    changes = _git("status", "--porcelain", "--", *MEASURED)
+    commit, changes = os.environ.get(COMMIT), None
+    if commit is None:
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *MEASURED)
     return {
         "device": describe(device or torch.device("cpu")),
         "versions": versions(),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT),
+        "commit": commit,
         "dirty": None if changes is None else changes != "",
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -148,7 +148,7 @@ def test_bars_name_methods_and_parts_that_exist():
     for row in PASSING:
         workload = device_parts.Workload(row["workload"], row["shape"]["tokens"], row["inputs"], row["dtype"])
         assert (row["part"], row["method"], workload, row["active_share"]) in planned, row
-    assert set(bars.EXACT_PEERS) <= set(METHODS)
+    assert set(bars.RL_PEERS) <= set(METHODS)
 
 
 def test_a_summary_puts_bars_first():
