@@ -72,15 +72,16 @@ def forward_only() -> None:
         linear(torch.bfloat16)
 
 
-@group()
+@group("losses")
 def objectives() -> Calls:
-    """Those without a twin take the recompute route."""
+    """In one launch; in float16 between two kernels. Those without a twin take the recompute route."""
     for name, (objective, hyper) in problems.SPECS.items():
         options = {"objective": getattr(dk, objective)(**hyper), "cu_seqlens": torch.tensor([0, 20, 48])}
-        yield name, partial(linear, torch.bfloat16, **options)
+        for dtype in (torch.bfloat16, torch.float16):
+            yield f"{name} {dtype}", partial(linear, dtype, **options)
 
 
-@group()
+@group("losses")
 def terms() -> Calls:
     reference = {"kl_coef": 0.1, "ref_logprobs": -torch.rand(48)}
     for dtype in DTYPES:
@@ -98,7 +99,7 @@ def terms() -> Calls:
         yield f"{estimator}, with importance", partial(linear, torch.bfloat16, **options)
 
 
-@group()
+@group("losses")
 def routes() -> Calls:
     """Ways to the logits and to the gradient, on every form of input."""
     for dtype in DTYPES:
@@ -148,7 +149,7 @@ def autocast() -> None:
         linear(torch.float32, batch_invariant=True)
 
 
-@group("select", "gathered_sums")
+@group("losses", "select", "gathered_sums")
 def sparse_grad() -> Calls:
     for dtype in DTYPES:
         for options in ({"compact": "mask"}, {"softcap": 30.0}, {"bias": True}):

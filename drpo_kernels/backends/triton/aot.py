@@ -219,7 +219,8 @@ def sparse_cases() -> Iterator[KernelCase]:
             yield _case(
                 f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, vendor, tile,
                 ("logits", "bias", "row_stride", "vocab"),
-                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias])),  # four columns a thread, or eight of 16 bits
+                # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
+                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=8),
             )  # fmt: skip
     types = dict.fromkeys(("index", "offsets", "places"), "*i64") | {"width": "i32", "column_stride": "constexpr"}
     types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
