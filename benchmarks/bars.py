@@ -141,7 +141,10 @@ def held(method: str, results: Results, part: str = "ours", **where) -> tuple[fl
 
 def against_dense(method: str, share: float, results: Results) -> tuple[float, str]:
     """Over `linear_policy_loss` with every row active, both of the part "ours"."""
-    times = results.one("ours", method, share)["median_s"], results.one("ours", LOSS)["median_s"]
+    pair = results.one("ours", method, share), results.one("ours", LOSS)
+    if len({record["commit"] for record in pair}) > 1:
+        raise NotMeasured("the two were measured at different commits")
+    times = [record["median_s"] for record in pair]
     return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
 
 
@@ -173,11 +176,12 @@ def over_eager(results: Results) -> tuple[float, str]:
 def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
     """The row kernel's TB/s at the tile that is chosen, over a copy's, both by themselves."""
     rows = [r for r in results.device if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
-    kernel = [r["TB/s"] for r in rows if r["chosen"]]
-    copy = [r["TB/s"] for r in rows if r["row_kernel"] == COPY]
-    if not kernel or not copy:
+    kernels, copies = [r for r in rows if r["chosen"]], [r["TB/s"] for r in rows if r["row_kernel"] == COPY]
+    if not kernels or not copies:
         raise NotMeasured("the row kernels have no times")
-    return kernel[-1] / copy[-1], f"{kernel[-1]:.2f} of {copy[-1]:.2f} TB/s, one read and one write counted"
+    results.used.append(kernels[-1])
+    rate = kernels[-1]["TB/s"]
+    return rate / copies[-1], f"{rate:.2f} of {copies[-1]:.2f} TB/s, one read and one write counted"
 
 
 def against(method: str, peers: Sequence[str], results: Results) -> tuple[float, str]:

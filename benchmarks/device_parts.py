@@ -355,7 +355,7 @@ SITTINGS = {
          "invariance", "precision"),
         480.0,
     ),
-    "third": (("sanitizer", "sweep", "suite"), 480.0),
+    "third": (("gpu", "sanitizer", "sweep", "suite"), 480.0),
 }  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def _profiles(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
         if "profile" in record:
             yield (
-                "* {model} T={tokens}: ".format(**record["profile"])
+                "* `{method}`, {model} T={tokens}: ".format(**record["profile"])
                 + "{kernels} kernels in {whole_us:.0f} µs, {short_kernels} of them short ({short_us:.0f} µs together), "
                 "{idle_us:.0f} µs idle".format(**record)
             )
@@ -123,7 +123,7 @@ def _profiles(records: Sequence[Record]) -> Iterator[str]:
 
 def _kernels(records: Sequence[Record]) -> Iterator[str]:
     rows = [
-        ("{model} T={tokens}".format(**r["shape"]), f"{r['microseconds']:.0f}", r["calls"], f"`{r['kernel']}`")
+        ("{method} {model} T={tokens}".format(**r["shape"]), f"{r['microseconds']:.0f}", r["calls"], f"`{r['kernel']}`")
         for r in records
         if "kernel" in r
     ]

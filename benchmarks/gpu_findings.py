@@ -129,7 +129,7 @@ def threads(record: Record) -> int:
 def _row_table(kernels: dict[str, list[Record]]) -> Iterator[str]:
     copy = kernels[COPY][-1]["TB/s"]
     cells = [
-        (f"{name}{', today' if record['chosen'] else ''}", str(threads(record)) if record["tile"] else NOTHING,
+        (f"{name}{', in use' if record['chosen'] else ''}", str(threads(record)) if record["tile"] else NOTHING,
          f"{1e3 * record['median_s']:.3f}", f"{record['TB/s']:.2f}", f"{record['TB/s'] / copy:.0%}")
         for name, records in kernels.items()
         for record in records
@@ -138,18 +138,18 @@ def _row_table(kernels: dict[str, list[Record]]) -> Iterator[str]:
 
 
 def one_read(run: Run) -> Iterator[str]:
-    """A chunk of the linear path: today's kernel against the candidate."""
+    """A chunk of the linear path: the kernel that was in use against the candidate."""
     kernels = row_kernels(run, "float32")
-    today = [record for record in kernels.get(TWO_READS, []) if record["chosen"]]
-    if not today or not kernels.get(ONE_READ) or not kernels.get(COPY):
+    in_use = [record for record in kernels.get(TWO_READS, []) if record["chosen"]]
+    if not in_use or not kernels.get(ONE_READ) or not kernels.get(COPY):
         return
-    now, best, copy = today[-1], max(kernels[ONE_READ], key=lambda r: r["TB/s"]), kernels[COPY][-1]
+    now, best, copy = in_use[-1], max(kernels[ONE_READ], key=lambda r: r["TB/s"]), kernels[COPY][-1]
     faster = now["median_s"] / best["median_s"]
     yield (
         "On {rows} rows of {vocab} float32 logits with bf16 gradients, ".format(**now["shape"])
-        + f"today's kernel, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, {now['TB/s'] / copy['TB/s']:.0%} "
-        f"of a copy's {copy['TB/s']:.2f}, one read and one write counted. The candidate that reads once "
-        f"(`benchmarks/one_read.py`) moves {best['TB/s']:.2f} ({best['TB/s'] / copy['TB/s']:.0%}) at {threads(best)} "
+        + f"the kernel in use, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, "
+        f"{now['TB/s'] / copy['TB/s']:.0%} of a copy's {copy['TB/s']:.2f}, one read and one write counted. The candidate "
+        f"that reads once (`benchmarks/one_read.py`) moves {best['TB/s']:.2f} ({best['TB/s'] / copy['TB/s']:.0%}) at {threads(best)} "
         f"threads to a row, {times(faster)} as fast."
     )
     yield from _row_table(kernels)
@@ -164,7 +164,7 @@ def ready_logits(run: Run) -> Iterator[str]:
         shares = ", ".join(f"{r['TB/s'] / copy:.0%} at {threads(r)}" for r in tried)
         yield (
             f"Of a copy's {copy:.2f} TB/s the kernel reaches, by threads to a row: {shares}. Best are {threads(best)}"
-            + (f"; today's are {threads(chosen[-1])}." if chosen else ".")
+            + (f"; in use were {threads(chosen[-1])}." if chosen else ".")
         )
         yield from _row_table(kernels)
         yield ""
@@ -197,12 +197,12 @@ def gaps(run: Run) -> Iterator[str]:
 
 def small_models(run: Run) -> Iterator[str]:
     """Ours against eager and compiled eager, and the floor."""
-    found = {key: methods for key, methods in timed(run, part="small").items() if bars.LOSS in methods}
+    found, latest = small_shapes(run), small_shapes(run, latest=True)
     if not found:
         return
     names = ("eager", "eager_compiled")
     for name in names:
-        ratios = {k: m[name]["median_s"] / m[bars.LOSS]["median_s"] for k, m in found.items() if name in m}
+        ratios = {k: m[name]["median_s"] / m[bars.LOSS]["median_s"] for k, m in latest.items() if name in m}
         if ratios:
             wins, worst = sum(value >= 1 for value in ratios.values()), min(ratios, key=ratios.get)
             yield (
@@ -219,6 +219,13 @@ def small_models(run: Run) -> Iterator[str]:
         cells.append((model, str(tokens), *(_ms(value) for value in values), _ms(ours), over, *commit))
     header = ("model", "T", "three bare products, ms", "eager", "compiled eager", "`linear_policy_loss`", "× its floor")
     yield from table((*header, "commit") if several else header, cells)
+
+
+def small_shapes(run: Run, latest: bool = False) -> dict[tuple[str, int], dict[str, Record]]:
+    """(model, T) -> method -> record; `latest`: of the newest code that was measured alone."""
+    found = {key: methods for key, methods in timed(run, part="small").items() if bars.LOSS in methods}
+    newest = bars.newest_commit([methods[bars.LOSS] for methods in found.values()])
+    return {key: m for key, m in found.items() if not latest or m[bars.LOSS]["commit"] == newest}
 
 
 def _ms(record: Record | None) -> str:

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks import bars
-from benchmarks.device_parts import DEVICE, SPEED
+from benchmarks.device_parts import SPEED
 from benchmarks.device_results import Run
-from benchmarks.gpu_findings import GIB, TRAINS_WEIGHT, main_heads, peaks, row_kernels, threads, timed
+from benchmarks.gpu_findings import GIB, TRAINS_WEIGHT, main_heads, peaks, row_kernels, small_shapes, threads
 from benchmarks.records import Record
 from benchmarks.speed_plots import GREY, PALE, STYLES, finish, new_axes, plain, plt, save
 from benchmarks.speed_tables import largest_error
@@ -36,7 +36,7 @@ def draw(run: Run, folder: Path, stem: str) -> None:
 
 def small_figure(run: Run) -> tuple[Figure, Record] | None:
     """A column per model with several T: time of a token above, share of the floor below."""
-    found = timed(run, part="small")
+    found = small_shapes(run, latest=True)
     models = [m for m in dict.fromkeys(model for model, _ in found) if sum(model == m for model, _ in found) > 1]
     if not models:
         return None
@@ -164,7 +164,7 @@ def rows_figure(run: Run) -> tuple[Figure, Record] | None:
             look = {"textcoords": "offset points", "ha": "right", "va": "center", "color": "white", "fontsize": 9.5}
             axes.annotate(f"{rate:.2f} ({rate / copy:.0%})", (rate, y), (-5, 0), zorder=3, **look)
         names = [record["row_kernel"] + (f", {threads(record)} threads" if record["tile"] else "") for record in order]
-        names = [name + (" (today)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
+        names = [name + (" (in use)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
         axes.set_yticks(range(len(order)), names, fontsize=9.5)
         axes.set_ylim(max(map(len, orders.values())) - 0.4, -0.6)
         axes.axvline(copy, color=GREY, linewidth=1.4, linestyle="--")
@@ -175,5 +175,4 @@ def rows_figure(run: Run) -> tuple[Figure, Record] | None:
     shape = next(iter(panels.values()))[COPY][-1]["shape"]
     title = "How close is the row kernel to a copy? {rows} rows of {vocab} logits".format(**shape)
     figure.suptitle(title, fontsize=12)
-    source = next(r for r in run[DEVICE] + run[SPEED] if "device" in r and "gpu" in r["device"])
-    return figure, {**source, "seconds": None}
+    return figure, {**next(iter(panels.values()))[COPY][-1], "seconds": None}

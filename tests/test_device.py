@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import device, device_parts
-from benchmarks.device_parts import DEVICE, LOST, PARTS, SITTINGS, SPEED
+from benchmarks.device_parts import DEVICE, LOST, MAIN, PARTS, SITTINGS, SPEED
 from benchmarks.device_results import once, read_run
-from benchmarks.measure import DIED
+from benchmarks.measure import DIED, Case
 from benchmarks.records import append, read
 
 
@@ -142,8 +142,7 @@ def test_exit_status(end, line, status, tmp_path, monkeypatch):
 )
 def test_methods_that_are_wrong_fail_the_run(method, status, code, tmp_path, monkeypatch):
     def outcome(part, box, folder, rehearse):
-        (case,) = [case for case in device_parts.plan_of("liger_sm90") if case.method == method]
-        begun = {"part": part, **device_parts.started(case), "device": {}}
+        begun = {"part": part, **device_parts.started(Case(method, MAIN)), "device": {}}
         append(folder / SPEED, begun)
         append(folder / SPEED, begun | {"status": status})
         return "done"
@@ -248,8 +247,7 @@ def test_half_written_lines(tmp_path):
 
 def test_a_case_of_several_parts_is_read_once(tmp_path):
     """Of a part the last line, and of the parts the first that has a time."""
-    (case,) = [case for case in device_parts.plan_of("liger_sm90") if case.method == "gemms_whole"]
-    line = device_parts.started(case)
+    line = device_parts.started(Case("gemms_whole", MAIN))
     for part, milliseconds in (("slow_peers", 3), ("ours", None), ("ours", 2), ("peers", None), ("peers", 1)):
         append(tmp_path / SPEED, {"part": part, **line, "median_s": milliseconds})
     records = read_run(tmp_path)[SPEED]

@@ -19,12 +19,13 @@ def record(part, method, milliseconds, floor=None, *, model=MAIN.model, tokens=M
         "part": part, "method": method, "dtype": "bfloat16", "active_share": 1.0, "shape": shape, "workload": model,
         "inputs": "trained", "median_s": milliseconds and milliseconds / 1e3, "status": "ok",
         "floor_median_s": floor and floor / 1e3, "peak_beyond_gradients_bytes": round(beyond * bars.GIB),
-        "device": {"gpu": "NVIDIA H200"}, "gradient_error": {"hidden": 0.003, "weight": 0.002},
+        "device": {"gpu": "NVIDIA H200"}, "commit": "c" * 40, "date": "2026-11-27",
+        "gradient_error": {"hidden": 0.003, "weight": 0.002},
     } | fields  # fmt: skip
 
 
 def rows(logits, kernel, rate, chosen=False):
-    return {"part": "rows", "row_kernel": kernel, "logits": logits, "TB/s": rate, "chosen": chosen}
+    return {"part": "rows", "row_kernel": kernel, "logits": logits, "TB/s": rate, "chosen": chosen, "commit": "c" * 40}
 
 
 def run_of_tests(part, passed=10, failed=(), finished=True):
@@ -124,13 +125,34 @@ def test_bars_without_numbers():
     assert {v.word for v in found([], []).values()} == {"not measured"}
     over = record("memory", FROZEN, None, tokens=32_768, status="not run: time budget")
     verdict = found([*PASSING, over | {"peak_beyond_gradients_bytes": None}])["frozen memory"]
-    assert (verdict.word, verdict.remark) == ("not measured", "T=32768: not run: time budget")
+    assert verdict.word == "PASS" and verdict.remark.endswith("T of 8192, 65536")
+    full = over | {"peak_beyond_gradients_bytes": None, "status": "out of memory"}
+    verdict = found([*PASSING, full])["frozen memory"]
+    assert (verdict.word, verdict.remark) == ("not measured", "T=32768: out of memory")
     without_floor = [old | {"floor_median_s": None} for old in PASSING]
     words = {name: verdict.word for name, verdict in found(without_floor).items()}
     # what is set against ours of the same process needs no floor
     of_no_floor = ("tests", "eager", "frozen memory", "memory", "quarter", "frozen", "bf16 rows", "fp32 rows")
     assert words == {name: "PASS" if name in of_no_floor else "not measured" for name in NAMES}
     assert found(lines=[rows("bfloat16", "copy", 4.0)])["bf16 rows"].remark == "the row kernels have no times"
+
+
+def test_sittings_of_several_commits():
+    """A number of an earlier commit says so; two numbers of different ones are not set against each other."""
+    later = {"commit": "d" * 40, "date": "2026-11-28"}
+    dense = record("ours", LOSS, 42, 40, **later)
+    shape = record("small", LOSS, 1.1, 1, model=SMALL[0][0], tokens=SMALL[0][1], **later)
+    slower = record("small", "eager", 0.9, 1, model=SMALL[1][0], tokens=SMALL[1][1])
+    keys = ("part", "method", "active_share", "workload", "shape", "inputs")
+    changed = (dense, shape, slower)
+    kept = [old for old in PASSING if all(any(old[key] != new[key] for key in keys) for new in changed)]
+    verdicts = found([*kept, *changed])
+    assert verdicts["main"].remark == "42.00 ms over 40.00 ms"
+    assert verdicts["recompute"].remark.endswith("; at commit cccccccccccc")
+    assert verdicts["bf16 rows"].remark.endswith("; at commit cccccccccccc")
+    assert (verdicts["quarter"].word, verdicts["frozen"].word) == ("not measured", "not measured")
+    assert verdicts["eager"].word == "PASS"  # the slower shape is of the earlier code
+    assert verdicts["eager"].remark.endswith("1 of 1 shapes; 8 were last measured at an earlier commit")
 
 
 def test_a_rehearsal_has_no_verdicts():

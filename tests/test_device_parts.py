@@ -36,7 +36,8 @@ def test_speed_parts(part, tmp_path, monkeypatch):
     # a case has a line when it begins, and its record right behind that
     assert [line["status"] for line in lines[::2]] == [DIED] * len(records) and lines[1::2] == records
     assert {record["part"] for record in records} == {part}
-    assert any(record["method"] == "linear_policy_loss" and record["floor_median_s"] for record in records)
+    alone = part == "liger_sm90"  # which has nothing to run here
+    assert alone or any(r["method"] == "linear_policy_loss" and r["floor_median_s"] for r in records)
     assert {record["status"] for record in records} <= {"ok", "needs a GPU"}
 
 
