@@ -144,13 +144,13 @@ def one_read(run: Run) -> Iterator[str]:
     if not in_use or not kernels.get(ONE_READ) or not kernels.get(COPY):
         return
     now, best, copy = in_use[-1], max(kernels[ONE_READ], key=lambda r: r["TB/s"]), kernels[COPY][-1]
-    faster = now["median_s"] / best["median_s"]
+    shares = [record["TB/s"] / copy["TB/s"] for record in (now, best)]
     yield (
         "On {rows} rows of {vocab} float32 logits with bf16 gradients, ".format(**now["shape"])
-        + f"the kernel in use, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, "
-        f"{now['TB/s'] / copy['TB/s']:.0%} of a copy's {copy['TB/s']:.2f}, one read and one write counted. The candidate "
-        f"that reads once (`benchmarks/one_read.py`) moves {best['TB/s']:.2f} ({best['TB/s'] / copy['TB/s']:.0%}) at {threads(best)} "
-        f"threads to a row, {times(faster)} as fast."
+        + f"the kernel in use, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, {shares[0]:.0%} of a copy's "
+        f"{copy['TB/s']:.2f}, one read and one write counted. The candidate that reads once (`benchmarks/one_read.py`) "
+        f"moves {best['TB/s']:.2f} ({shares[1]:.0%}) at {threads(best)} threads to a row, "
+        f"{times(now['median_s'] / best['median_s'])} as fast."
     )
     yield from _row_table(kernels)
 
