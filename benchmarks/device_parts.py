@@ -337,7 +337,7 @@ PARTS = {
     "tests": _tests_part(38, "pytest on a GPU: every other file", "tests", "-m", "gpu", *OTHERS,
                          rehearsed="tests/test_benchmarks.py"),
     "gpu": _tests_part(55, "pytest on a GPU: all of them at once", "gpu", "-m", "gpu", SCALE, *OTHERS, rehearsed=""),
-    "liger_sm90": _speed_part(42, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 45),
+    "liger_sm90": _speed_part(80, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 75),
     "slow_peers": _speed_part(60, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
     "demo": Part(36, "the demo's training, before and after", demo),
     "invariance": Part(12, "python -m benchmarks.invariance", invariance, INVARIANCE),

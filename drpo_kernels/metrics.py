@@ -180,7 +180,8 @@ def policy_metrics_kernel(
     CLIPS: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The twin of `policy_metrics`, one launch of one program: rows [8, N] (`Row`), outcome [4, N] (`Outcome`), valid
-    and unscorable uint8 [N] -> values fp32 [16], counts int64 [5], in the order of `METRICS`. Sums are in fp32.
+    and unscorable uint8 [N] -> values fp32 [16], counts int64 [5], in the order of `METRICS`. Sums are in fp32,
+    in which counts are exact up to 2^24 tokens.
     """
     nothing = tl.zeros([BLOCK], tl.float32)
     none = tl.full([BLOCK], float("-inf"), tl.float32)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.matmul import exact_float32
 from drpo_kernels.backends.planning import Wanted, entry_limit
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import (
@@ -27,7 +26,7 @@ from drpo_kernels.backends.rows import (
     Terms,
     float16_scale,
 )
-from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep
+from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep, products
 
 
 class Entries(NamedTuple):
@@ -194,8 +193,8 @@ def sparse_policy_sweep(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
 ) -> tuple[Tensor, Gradients]:
     """`policy_sweep` with `execution.sparse_grad` -> (outcome [len(Outcome) + len(Sparsity), N], gradients)."""
-    sweep = SparseSweep(hidden, head, targets, rows, execution, wanted)
-    outcome = rows.new_zeros(outcome_fields(execution.sparse_grad), sweep.swept)
-    with torch.autocast(hidden.device.type, enabled=False), exact_float32():
+    with products(hidden.device):
+        sweep = SparseSweep(hidden, head, targets, rows, execution, wanted)
+        outcome = rows.new_zeros(outcome_fields(execution.sparse_grad), sweep.swept)
         sweep.run_sparse(terms, outcome)
         return sweep.scatter(outcome), sweep.gradients()

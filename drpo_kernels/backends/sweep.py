@@ -5,7 +5,8 @@ GEMMs. No [T, V] tensor exists unless the plan retains 16-bit dlogits on purpose
 that. Nothing here knows an objective or a kernel.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -288,6 +289,15 @@ class LinearSweep:
         return swept.new_zeros(swept.shape[0], self.count).index_copy_(1, self.index, swept)
 
 
+@contextlib.contextmanager
+def products(device: torch.device) -> Iterator[None]:
+    """No autocast and no narrow sums. Entered before a sweep is made, whose count is read back from the device: until
+    the first product the device waits for the host.
+    """
+    with torch.autocast(device.type, enabled=False), exact_float32():
+        yield
+
+
 def policy_sweep(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
 ) -> tuple[Tensor, Gradients]:
@@ -296,14 +306,14 @@ def policy_sweep(
     hidden [..., H] of N rows, with any strides; targets [N], rows [len(Row), N].
     6F with both gradients, 4F with a frozen head, 2F with none.
     """
-    sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
     outcomes: dict[int, Tensor] = {}  # by the first row of the chunk
 
     def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None) -> Tensor | None:
         outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
         return undo
 
-    with torch.autocast(hidden.device.type, enabled=False), exact_float32():
+    with products(hidden.device):
+        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         sweep.run(compute)
         outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
         return sweep.scatter(outcome), sweep.gradients()
@@ -311,13 +321,13 @@ def policy_sweep(
 
 def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution) -> Tensor:
     """The recompute route's forward, 2F: statistics [len(Stat), N]."""
-    sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
-    statistics = rows.new_empty(len(Stat), sweep.swept)
+    with products(hidden.device):
+        sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
+        statistics = rows.new_empty(len(Stat), sweep.swept)
 
-    def compute(chunk: slice, batch: RowBatch, _: Tensor | None) -> None:
-        statistics[:, chunk] = sweep.ops.statistics(batch)
+        def compute(chunk: slice, batch: RowBatch, _: Tensor | None) -> None:
+            statistics[:, chunk] = sweep.ops.statistics(batch)
 
-    with torch.autocast(hidden.device.type, enabled=False), exact_float32():
         sweep.run(compute)
         return sweep.scatter(statistics)
 
@@ -333,13 +343,13 @@ def recompute_sweep(
     wanted: Wanted,
 ) -> Gradients:
     """The recompute route's backward, 6F: gradients of Σ slopes[0] · logprob + slopes[1] · entropy."""
-    sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
-    if sweep.index is not None:
-        statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
+    with products(hidden.device):
+        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
+        if sweep.index is not None:
+            statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
 
-    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor) -> Tensor | None:
-        return gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
+        def compute(chunk: slice, batch: RowBatch, dlogits: Tensor) -> Tensor | None:
+            return gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
 
-    with torch.autocast(hidden.device.type, enabled=False), exact_float32():
         sweep.run(compute, forward_rows=False)
         return sweep.gradients()
