@@ -88,6 +88,8 @@ class LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
+        if upstream is None:  # what the loss went into has no gradient
+            return (None,) * 9
         _spend(ctx, "linear_policy_loss")
         factor = upstream if ctx.loss_scale == 1 else upstream / ctx.loss_scale
         if ctx.declares:
@@ -142,6 +144,8 @@ class ReadyPolicyLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 6
         _spend(ctx, "policy_loss")
         gradient, undo = ctx.saved_tensors
         return _finished(gradient, upstream * undo, gradient.dtype, ctx.spec), None, None, None, None, None

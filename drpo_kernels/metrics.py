@@ -162,6 +162,12 @@ def add(total, flag, value):
 
 
 @jit
+def mean(total, count):
+    """Of all lanes, rounded as IEEE's division is: n times 1 over n is 1."""
+    return tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1.0))
+
+
+@jit
 def larger(most, flag, value):
     """The larger of the two where the flag is set; a NaN, once seen, stays."""
     return tl.where(flag & ((value > most) | (value != value)), value, most)
@@ -232,24 +238,23 @@ def policy_metrics_kernel(
         computed_count = add(computed_count, computed, 1.0)
         weighted_count = add(weighted_count, weighted, 1.0)
     n, w = tl.sum(computed_count, 0), tl.sum(weighted_count, 0)
-    per_computed, per_weighted = 1 / tl.maximum(n, 1.0), 1 / tl.maximum(w, 1.0)
     all_tokens = tl.sum(token_count, 0)
-    tl.store(values, tl.sum(ratio_sum, 0) * per_computed)
+    tl.store(values, mean(ratio_sum, n))
     tl.store(values + 1, largest(ratio_most, n))
-    tl.store(values + 2, tl.sum(k1_sum, 0) * per_computed)
-    tl.store(values + 3, tl.sum(k3_sum, 0) * per_computed)
-    tl.store(values + 4, tl.sum(shift_sum, 0) * per_computed)
+    tl.store(values + 2, mean(k1_sum, n))
+    tl.store(values + 3, mean(k3_sum, n))
+    tl.store(values + 4, mean(shift_sum, n))
     tl.store(values + 5, largest(shift_most, n))
-    tl.store(values + 6, tl.sum(weight_sum, 0) * per_weighted)
-    tl.store(values + 7, -largest(weight_least, w))
+    tl.store(values + 6, mean(weight_sum, w))
+    tl.store(values + 7, 0.0 - largest(weight_least, w))
     tl.store(values + 8, largest(weight_most, w))
-    tl.store(values + 9, tl.sum(beyond_sum, 0) * per_weighted)
-    tl.store(values + 10, tl.sum(clipped_sum, 0) * per_weighted)
-    tl.store(values + 11, tl.sum(entropy_sum, 0) * per_computed)
-    tl.store(values + 12, tl.sum(logp_sum, 0) * per_computed)
+    tl.store(values + 9, mean(beyond_sum, w))
+    tl.store(values + 10, mean(clipped_sum, w))
+    tl.store(values + 11, mean(entropy_sum, n))
+    tl.store(values + 12, mean(logp_sum, n))
     tl.store(values + 13, largest(old_most, n))
-    tl.store(values + 14, tl.sum(below_sum, 0) * per_computed)
-    tl.store(values + 15, n / tl.maximum(all_tokens, 1.0))
+    tl.store(values + 14, mean(below_sum, n))
+    tl.store(values + 15, mean(computed_count, all_tokens))
     tl.store(counts, tl.sum(unscorable_count, 0).to(tl.int64))
     tl.store(counts + 1, tl.sum(nonfinite_count, 0).to(tl.int64))
     tl.store(counts + 2, all_tokens.to(tl.int64))
@@ -278,8 +283,11 @@ def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active
 
 
 def named_metrics(values: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """What the kernel has written, as `policy_metrics` returns it."""
-    return {PREFIX + name: value for name, value in zip(METRICS, (*values.unbind(), *counts.unbind()), strict=True)}
+    """What the kernel has written, as `policy_metrics` returns it. `data`: a trainer may change one in place, and
+    autograd does not take it for a view of the others.
+    """
+    found = (*values.unbind(), *counts.unbind())
+    return {PREFIX + name: value.data for name, value in zip(METRICS, found, strict=True)}
 
 
 def _reduced(

@@ -277,3 +277,46 @@ def test_reference_gradient_under_float16_autocast(device):
             loss.backward()
             grads[backend] = leaf.grad
         assert relative(grads["torch"], grads["reference"]) < 4e-3
+
+
+class Dropped(torch.autograd.Function):
+    """What a branch that is not differentiated does to what it was given: its gradient is None."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_loss_whose_gradient_is_dropped(backend, device):
+    """It leaves no gradient, and the loss is not spent."""
+    hidden, weight = (torch.randn(n, 5, device=device, requires_grad=True) for n in (3, 7))
+    rows = torch.arange(3, device=device), torch.full((3,), -2.0, device=device), torch.ones(3, device=device)
+    linear = dk.linear_policy_loss(hidden, weight, *rows, backend=backend).loss
+    ready = dk.policy_loss(hidden @ weight.T, *rows, backend=backend).loss
+    for loss in (linear, ready):
+        Dropped.apply(loss).backward(retain_graph=True)
+        assert all(x.grad is None or not x.grad.any() for x in (hidden, weight))
+        loss.backward()
+        assert hidden.grad.any() and weight.grad.any()
+        hidden.grad = weight.grad = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", [dk.PPO(), dk.PPO(dual_clip=3.0), dk.DRPO(delta=0.2)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device):
+    """Unchecked: it makes the loss, the row's gradient and a metric tell of it, whatever the objective clips."""
+    logits = torch.randn(3, 9, device=device).to(dtype).requires_grad_()
+    rows = torch.arange(3, device=device), torch.full((3,), -2.0, device=device)
+    advantages = torch.tensor([1.0, math.nan, -1.0], device=device)
+    out = dk.policy_loss(logits, *rows, advantages, objective=objective, backend=backend, validate=False)
+    (gradient,) = torch.autograd.grad(out.loss, logits)
+    assert out.loss.isnan() and out.metrics["drpo/nonfinite"] == 1
+    assert gradient[1].isnan().all()
+    if dtype == torch.float32:  # float16's rows share a scale
+        assert gradient[[0, 2]].isfinite().all()

@@ -26,7 +26,7 @@ from drpo_kernels.backends.rows import (
     Terms,
     float16_scale,
 )
-from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep, products
+from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep, exact_products
 
 
 class Entries(NamedTuple):
@@ -193,7 +193,7 @@ def sparse_policy_sweep(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
 ) -> tuple[Tensor, Gradients]:
     """`policy_sweep` with `execution.sparse_grad` -> (outcome [len(Outcome) + len(Sparsity), N], gradients)."""
-    with products(hidden.device):
+    with exact_products(hidden.device):
         sweep = SparseSweep(hidden, head, targets, rows, execution, wanted)
         outcome = rows.new_zeros(outcome_fields(execution.sparse_grad), sweep.swept)
         sweep.run_sparse(terms, outcome)

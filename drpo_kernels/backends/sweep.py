@@ -290,9 +290,9 @@ class LinearSweep:
 
 
 @contextlib.contextmanager
-def products(device: torch.device) -> Iterator[None]:
-    """No autocast and no narrow sums. Entered before a sweep is made, whose count is read back from the device: until
-    the first product the device waits for the host.
+def exact_products(device: torch.device) -> Iterator[None]:
+    """No autocast and no narrow sums. A sweep is made inside: making it reads a count from the device, which is idle
+    from then until the first product, so nothing slow may come between.
     """
     with torch.autocast(device.type, enabled=False), exact_float32():
         yield
@@ -312,7 +312,7 @@ def policy_sweep(
         outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
         return undo
 
-    with products(hidden.device):
+    with exact_products(hidden.device):
         sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         sweep.run(compute)
         outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
@@ -321,7 +321,7 @@ def policy_sweep(
 
 def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution) -> Tensor:
     """The recompute route's forward, 2F: statistics [len(Stat), N]."""
-    with products(hidden.device):
+    with exact_products(hidden.device):
         sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
         statistics = rows.new_empty(len(Stat), sweep.swept)
 
@@ -343,7 +343,7 @@ def recompute_sweep(
     wanted: Wanted,
 ) -> Gradients:
     """The recompute route's backward, 6F: gradients of Σ slopes[0] · logprob + slopes[1] · entropy."""
-    with products(hidden.device):
+    with exact_products(hidden.device):
         sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         if sweep.index is not None:
             statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]

@@ -287,8 +287,9 @@ def row_loss(
     coefficient = tl.load(rows + 2 * rows_stride, mask=inside, other=other)
     policy_loss, policy_slope = OBJECTIVE(logp, old, advantage, hyper)
     # tl.minimum and tl.maximum drop a NaN; a bad row must not look like a good one
-    policy_loss = tl.where(logp == logp, policy_loss, logp)
-    policy_slope = tl.where(logp == logp, policy_slope, logp)
+    known = (logp == logp) & (advantage == advantage)
+    policy_loss = tl.where(known, policy_loss, float("nan"))
+    policy_slope = tl.where(known, policy_slope, float("nan"))
     loss = coefficient * policy_loss
     slope = coefficient * policy_slope
     if KL is not None:
