@@ -111,9 +111,9 @@ def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
             print(f"\n===== {part} =====", file=log, flush=True)
             before, left = _size(folder, part), deadline - time.monotonic()
             status = _process(part, left, folder, rehearse, log)
-            again = PARTS[part].file == SPEED and _size(folder, part) > before
-            again &= deadline - time.monotonic() > LEAST
-            again &= status in (LOST, SILENT) or (isinstance(status, int) and status < 0)
+            died = status in (LOST, SILENT) or (isinstance(status, int) and status < 0)
+            grown = PARTS[part].file == SPEED and _size(folder, part) > before
+            again = died and grown and deadline - time.monotonic() > LEAST
             if not again:
                 break
             print(f"{part:<12} goes on in a new process: {status}", flush=True)

@@ -42,7 +42,7 @@ class Product:
 
 
 def products(device: torch.device, rehearse: bool, deadline: float) -> Iterator[Record]:
-    """TFLOP/s of the head's products at chunk shapes, with results in bf16 and in float32, a shape after the other."""
+    """TFLOP/s of the head's products at chunk shapes, with results in bf16 and in float32, one shape after another."""
     width, vocab = (64, 256) if rehearse else (4096, VOCAB)
     shapes = [(rows, inner) for inner in ((64,) if rehearse else WIDTHS) for rows in ((16,) if rehearse else CHUNKS)]
     windows = (16,) if rehearse else WINDOWS

@@ -40,6 +40,11 @@ MAIN = Workload(STANDARD.model, STANDARD.tokens, "trained", STANDARD.dtype)
 # of small models and small batches, where most runs are: (model, T)
 SMALL = tuple((model, tokens) for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tokens in (512, 1024, 256, 2048))
 MIDDLE = ("Qwen3-30B-A3B", 8192)
+LOSS = "linear_policy_loss"
+# its backward is one kernel with a barrier across the whole device, which can wait for ever
+HANGS = "liger_scaled_sm90"
+# of SMALL, where the eager loss is compiled too: each compilation takes seconds
+COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
 DEVICE, SPEED, INVARIANCE, PRECISION = "device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl"
 # exit statuses of a part: it cannot run on this machine, what it started had to be stopped, or the device is lost
 UNAVAILABLE, STOPPED, LOST = 3, 4, 5
@@ -226,13 +231,6 @@ def plan_of(part: str) -> list[Case]:
     taken = {case for name in ("ours", "peers", "liger_sm90", "slow_peers") for case in cases[name]}
     cases["sweep"] = [case for case in STANDARD.cases() if case not in taken]
     return list(dict.fromkeys(cases[part]))
-
-
-LOSS = "linear_policy_loss"
-# its backward is one kernel with a barrier across the whole device, which can wait for ever
-HANGS = "liger_scaled_sm90"
-# of SMALL, where the eager loss is compiled too: each compilation takes seconds
-COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
 
 
 def speed(part: str, rounds: int, run: Run) -> Iterator[Record]:

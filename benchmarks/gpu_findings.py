@@ -48,7 +48,7 @@ def timed(run: Run, **wanted: object) -> dict[tuple[str, int], dict[str, Record]
 
 
 def _rates(run: Run, name: str) -> dict[tuple[int, int], dict[str, Record]]:
-    """(M, the other size that varies or H) -> dtype of the result -> record."""
+    """(rows M, hidden size H) -> dtype of the result -> record."""
     found: dict[tuple[int, int], dict[str, Record]] = {}
     for record in lines_of(run, "product"):
         if record["product"] == name and record["median_s"] is not None:
@@ -129,7 +129,7 @@ def threads(record: Record) -> int:
 def _row_table(kernels: dict[str, list[Record]]) -> Iterator[str]:
     copy = kernels[COPY][-1]["TB/s"]
     cells = [
-        (f"{name}{', in use' if record['chosen'] else ''}", str(threads(record)) if record["tile"] else NOTHING,
+        (f"{name}{', in use then' if record['chosen'] else ''}", str(threads(record)) if record["tile"] else NOTHING,
          f"{1e3 * record['median_s']:.3f}", f"{record['TB/s']:.2f}", f"{record['TB/s'] / copy:.0%}")
         for name, records in kernels.items()
         for record in records
@@ -147,9 +147,9 @@ def one_read(run: Run) -> Iterator[str]:
     shares = [record["TB/s"] / copy["TB/s"] for record in (now, best)]
     yield (
         "On {rows} rows of {vocab} float32 logits with bf16 gradients, ".format(**now["shape"])
-        + f"the kernel in use, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, {shares[0]:.0%} of a copy's "
-        f"{copy['TB/s']:.2f}, one read and one write counted. The candidate that reads once (`benchmarks/one_read.py`) "
-        f"moves {best['TB/s']:.2f} ({shares[1]:.0%}) at {threads(best)} threads to a row, "
+        + f"the kernel in use at that commit, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, {shares[0]:.0%} "
+        f"of a copy's {copy['TB/s']:.2f}, one read and one write counted. The candidate that reads once "
+        f"(`benchmarks/one_read.py`) moves {best['TB/s']:.2f} ({shares[1]:.0%}) at {threads(best)} threads to a row, "
         f"{times(now['median_s'] / best['median_s'])} as fast."
     )
     yield from _row_table(kernels)
@@ -164,7 +164,7 @@ def ready_logits(run: Run) -> Iterator[str]:
         shares = ", ".join(f"{r['TB/s'] / copy:.0%} at {threads(r)}" for r in tried)
         yield (
             f"Of a copy's {copy:.2f} TB/s the kernel reaches, by threads to a row: {shares}. Best are {threads(best)}"
-            + (f"; in use were {threads(chosen[-1])}." if chosen else ".")
+            + (f"; in use at that commit were {threads(chosen[-1])}." if chosen else ".")
         )
         yield from _row_table(kernels)
         yield ""
@@ -182,7 +182,11 @@ def ready_logits(run: Run) -> Iterator[str]:
 
 def gaps(run: Run) -> Iterator[str]:
     """Short kernels and idle time of a step, from its profile."""
-    for record in lines_of(run, "profile"):
+    found = lines_of(run, "profile")
+    if found:
+        yield "One call each under the profiler, which slows the host: shares can be compared, milliseconds cannot."
+        yield ""
+    for record in found:
         whole = record["whole_us"]
         shape = record["profile"]
         where = LABELS[shape.get("method", bars.LOSS)] + ", {model}, T={tokens} H={hidden}".format(**shape)
@@ -240,14 +244,14 @@ def peers(run: Run) -> Iterator[str]:
         return
     others = [record for record in here if record["method"] not in OURS_OF_THE_PEERS]
     yield (
-        f"`linear_policy_loss` takes {times(bars.in_floors(ours))} three bare products and {_gib(ours)} beyond the "
-        "gradients. The others, by time:"
+        f"`linear_policy_loss` takes {times(bars.in_floors(ours))} three bare products and {gibibytes(ours)} beyond "
+        "the gradients. The others, by time:"
     )
     yield ""
     for record in sorted(others, key=bars.in_floors):
         floors, error = bars.in_floors(record), largest_error(record)
         yield (
-            f"* {label(record)}: {times(floors)}, {times(floors / bars.in_floors(ours))} of ours; {_gib(record)}"
+            f"* {label(record)}: {times(floors)}, {times(floors / bars.in_floors(ours))} of ours; {gibibytes(record)}"
             + (f"; gradient error {error:.1%}" if error is not None else "")
         )
     absent = [r for r in main_heads(run) if r["median_s"] is None]
@@ -274,7 +278,7 @@ def label(record: Record) -> str:
     return LABELS[record["method"]] + ("" if record["same_loss"] else " (same cost, other loss)")
 
 
-def _gib(record: Record) -> str:
+def gibibytes(record: Record) -> str:
     beyond = record["peak_beyond_gradients_bytes"]
     return NOTHING if beyond is None else f"{beyond / GIB:.2f} GiB"
 

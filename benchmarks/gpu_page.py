@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks import bars, device_summary, precision_tables, sparsity_tables, speed_tables
 from benchmarks.device_parts import DEVICE, INVARIANCE, MAIN, PRECISION, SPEED
 from benchmarks.device_results import Run, once
-from benchmarks.gpu_findings import findings, main_heads, timed, times
+from benchmarks.gpu_findings import findings, gibibytes, main_heads, small_shapes, timed, times
 from benchmarks.invariance import broken
 from benchmarks.provenance import origin
 from benchmarks.records import Record
 from benchmarks.roofline import tables as roofline
-from benchmarks.speed_tables import LABELS
+from benchmarks.speed_tables import LABELS, largest_error
 
 NOT_YET = "Not measured yet."
 WORDS = {"PASS": "Met", "MISS": "Missed", "not measured": "Not measured"}
@@ -39,27 +39,47 @@ def render_readme(run: Run) -> str:
     verdicts = bars.verdicts(run[SPEED], run[DEVICE])
     met = sum(verdict.word == "PASS" for verdict in verdicts)
     return "\n".join([
-        f"**On an {gpus(run)} {met} of the {len(verdicts)} bars are met**{_headline(heads)}. "
-        "[docs/gpu.md](docs/gpu.md) has every bar with its number, what the run decides, and pictures.",
+        " ".join([f"**On an {gpus(run)}**", *_headline(heads), *_where_eager_wins(run)]),
+        f"{met} of the {len(verdicts)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, what the "
+        "runs decide, and pictures.",
         "",
         *speed_tables.table(records),
         speed_origin(records),
     ])  # fmt: skip
 
 
+def _headline(heads: Sequence[Record]) -> Iterator[str]:
+    """Our time at the workload of the bars, and the two heads that a reader has at hand."""
+    found = {record["method"]: record for record in heads if record["median_s"] and record["floor_median_s"]}
+    ours = found.get(bars.LOSS)
+    if ours is None:
+        return
+    floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
+    yield (
+        f"one forward and backward of `linear_policy_loss` at {shape} takes {1e3 * ours['median_s']:.1f} ms, "
+        f"{times(floors)} the bare matrix products, with {gibibytes(ours)} beyond the gradients."
+    )
+    for name in ("trl", "eager_compiled"):
+        if name in found:
+            yield (
+                f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(found[name]) / floors)} its "
+                f"time with {gibibytes(found[name])}, its gradients {largest_error(found[name]):.1%} off."
+            )
+
+
+def _where_eager_wins(run: Run) -> Iterator[str]:
+    slower = [
+        f"{model} T={tokens} ({1e3 * methods['eager']['median_s']:.2f} against "
+        f"{1e3 * methods[bars.LOSS]['median_s']:.2f} ms)"
+        for (model, tokens), methods in sorted(small_shapes(run).items())
+        if "eager" in methods and methods["eager"]["median_s"] < methods[bars.LOSS]["median_s"]
+    ]
+    if slower:
+        yield f"Where the host decides, eager PyTorch is faster: {', '.join(slower)}."
+
+
 def same_setting(record: Record, heads: Sequence[Record]) -> bool:
     return bool(heads) and speed_tables.setting_of(record) == speed_tables.setting_of(heads[0])
-
-
-def _headline(heads: Sequence[Record]) -> str:
-    ours = next((r for r in heads if r["method"] == bars.LOSS and r["floor_median_s"]), None)
-    if ours is None:
-        return ""
-    return (
-        f": one forward and backward of `linear_policy_loss` takes {1e3 * ours['median_s']:.1f} ms at "
-        + "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
-        + f", {times(ours['median_s'] / ours['floor_median_s'])} the bare matrix products"
-    )
 
 
 def render_bars(run: Run) -> str:
@@ -167,9 +187,13 @@ def render_roofline(run: Run) -> str:
 def render_invariance_cost(run: Run) -> str:
     """The time of `batch_invariant` over that of the default."""
     found = timed(run, part="ours").get((MAIN.model, MAIN.tokens), {})
-    if not {bars.LOSS, "batch_invariant"} <= found.keys():
+    if "batch_invariant" not in found:
         return NOT_YET
-    default, invariant = (found[name] for name in (bars.LOSS, "batch_invariant"))
+    invariant = found["batch_invariant"]
+    try:
+        default = bars.dense_beside(invariant, run[SPEED])
+    except bars.NotMeasured:
+        return NOT_YET
     return (
         "T={tokens} H={hidden} V={vocab}, ".format(**default["shape"])
         + f"{default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, "

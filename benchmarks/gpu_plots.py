@@ -26,7 +26,7 @@ ROW_TITLES = {"float32": "a chunk of the linear path: float32 in, bf16 out", "bf
 
 def draw(run: Run, folder: Path, stem: str) -> None:
     """Write {stem}_{rows,small,peers,memory}.png into `folder`, each where there is something to show."""
-    figures: dict[str, Callable[[Run], tuple[Figure, Record] | None]] = {
+    figures: dict[str, Callable[[Run], tuple[Figure, list[Record]] | None]] = {
         "rows": rows_figure, "small": small_figure, "peers": peers_figure, "memory": memory_figure,
     }  # fmt: skip
     for name, make in figures.items():
@@ -34,7 +34,7 @@ def draw(run: Run, folder: Path, stem: str) -> None:
             save(*made, folder / f"{stem}_{name}.png")
 
 
-def small_figure(run: Run) -> tuple[Figure, Record] | None:
+def small_figure(run: Run) -> tuple[Figure, list[Record]] | None:
     """A column per model with several T: time of a token above, share of the floor below."""
     found = small_shapes(run, latest=True)
     models = [m for m in dict.fromkeys(model for model, _ in found) if sum(model == m for model, _ in found) > 1]
@@ -67,10 +67,10 @@ def small_figure(run: Run) -> tuple[Figure, Record] | None:
     panels[1][0].set_ylabel("three bare products' time in % of its own")
     panels[0][-1].legend(fontsize=9.5, frameon=False, loc="upper right")
     figure.suptitle(f"What does a token of a small model cost? V={shape['vocab']}, bf16", fontsize=12)
-    return figure, next(iter(next(iter(found.values())).values()))
+    return figure, [record for methods in found.values() for record in methods.values()]
 
 
-def peers_figure(run: Run) -> tuple[Figure, Record] | None:
+def peers_figure(run: Run) -> tuple[Figure, list[Record]] | None:
     """A row per head: time in floors on the left, peak memory on the right."""
     heads = [record for record in main_heads(run) if record["median_s"] and record["floor_median_s"]]
     if len(heads) < 2:
@@ -90,7 +90,7 @@ def peers_figure(run: Run) -> tuple[Figure, Record] | None:
     left.set_yticks(range(len(heads)), [_head(record) for record in heads], fontsize=9.5)
     shape = "T={tokens} H={hidden} V={vocab}".format(**heads[0]["shape"])
     figure.suptitle(f"What does a fused head cost? {shape}, bf16 (ours in blue)", fontsize=12)
-    return figure, {**heads[-1], "seconds": None}
+    return figure, [{**record, "seconds": None} for record in heads[::-1]]
 
 
 def _head(record: Record) -> str:
@@ -124,7 +124,7 @@ def _frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def memory_figure(run: Run) -> tuple[Figure, Record] | None:
+def memory_figure(run: Run) -> tuple[Figure, list[Record]] | None:
     """Measured peaks over T, and the allowance of each as a dashed line."""
     found = {method: points for method in TRAINS_WEIGHT if len(points := peaks(run, method)) > 1}
     if not found:
@@ -143,10 +143,11 @@ def memory_figure(run: Run) -> tuple[Figure, Record] | None:
     axes.set_ylim(0, None)
     every = sorted({tokens for points in found.values() for tokens, *_ in points})
     finish(axes, {tokens: [] for tokens in every}, "peak beyond the gradients, GiB")
-    return figure, {**records[0], "seconds": None}
+    drawn = [record for record in records if record["peak_beyond_gradients_bytes"] is not None]
+    return figure, [{**record, "seconds": None} for record in drawn]
 
 
-def rows_figure(run: Run) -> tuple[Figure, Record] | None:
+def rows_figure(run: Run) -> tuple[Figure, list[Record]] | None:
     """TB/s by kernel and threads, beside a copy of the same logits."""
     panels = {logits: kernels for logits in ("float32", "bfloat16") if COPY in (kernels := row_kernels(run, logits))}
     if not panels:
@@ -164,7 +165,7 @@ def rows_figure(run: Run) -> tuple[Figure, Record] | None:
             look = {"textcoords": "offset points", "ha": "right", "va": "center", "color": "white", "fontsize": 9.5}
             axes.annotate(f"{rate:.2f} ({rate / copy:.0%})", (rate, y), (-5, 0), zorder=3, **look)
         names = [record["row_kernel"] + (f", {threads(record)} threads" if record["tile"] else "") for record in order]
-        names = [name + (" (in use)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
+        names = [name + (" (in use then)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
         axes.set_yticks(range(len(order)), names, fontsize=9.5)
         axes.set_ylim(max(map(len, orders.values())) - 0.4, -0.6)
         axes.axvline(copy, color=GREY, linewidth=1.4, linestyle="--")
@@ -175,4 +176,4 @@ def rows_figure(run: Run) -> tuple[Figure, Record] | None:
     shape = next(iter(panels.values()))[COPY][-1]["shape"]
     title = "How close is the row kernel to a copy? {rows} rows of {vocab} logits".format(**shape)
     figure.suptitle(title, fontsize=12)
-    return figure, {**next(iter(panels.values()))[COPY][-1], "seconds": None}
+    return figure, [{**record, "seconds": None} for order in orders.values() for record in order]

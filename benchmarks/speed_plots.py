@@ -196,9 +196,12 @@ def _mebibytes(value: float) -> str:
     return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
 
 
-def save(figure: Figure, record: Record, path: Path) -> None:
-    device = record["device"]
-    commit = (record["commit"] or "unknown")[:12] + (" with changes" if record["dirty"] else "")
+def save(figure: Figure, records: Record | Sequence[Record], path: Path) -> None:
+    """With the source of what was drawn; of several records, their commits."""
+    records = [records] if isinstance(records, dict) else list(records)
+    record, device = records[0], records[0]["device"]
+    commits = ((r["commit"] or "unknown")[:12] + (" with changes" if r["dirty"] else "") for r in records)
+    commit = ", ".join(dict.fromkeys(commits))
     samples = f"; median of {len(record['seconds'])} samples" if record.get("seconds") else ""
     source = f"{device.get('gpu', device['cpu'])}, commit {commit}, {record['date'][:10]}{samples}"
     figure.supxlabel(source, fontsize=8, color=GREY, x=0.99, ha="right")

@@ -114,7 +114,7 @@ def dense(group: Sequence[Record]) -> list[Record]:
 
 def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
     """The record's median over that of a method with all rows active: over its floor's by samples that were interleaved
-    with its own; over another's by the same process, or else by what each is of the floor beside it.
+    with its own; over another's by the same process, or else by what each is of the floor beside it, at one commit.
     """
     if record["median_s"] is None:
         return None
@@ -126,7 +126,7 @@ def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float 
             return record["median_s"] / other["median_s"]
     for other in others:
         floors = record.get("floor_median_s"), other.get("floor_median_s")
-        if all(floors) and record["held_to"] == other["held_to"]:
+        if all(floors) and record["held_to"] == other["held_to"] and record.get("commit") == other.get("commit"):
             return (record["median_s"] / floors[0]) / (other["median_s"] / floors[1])
     return None
 

@@ -148,11 +148,13 @@ def test_sittings_of_several_commits():
     kept = [old for old in PASSING if all(any(old[key] != new[key] for key in keys) for new in changed)]
     verdicts = found([*kept, *changed])
     assert verdicts["main"].remark == "42.00 ms over 40.00 ms"
-    assert verdicts["recompute"].remark.endswith("; at commit cccccccccccc")
-    assert verdicts["bf16 rows"].remark.endswith("; at commit cccccccccccc")
-    assert (verdicts["quarter"].word, verdicts["frozen"].word) == ("not measured", "not measured")
-    assert verdicts["eager"].word == "PASS"  # the slower shape is of the earlier code
-    assert verdicts["eager"].remark.endswith("1 of 1 shapes; 8 were last measured at an earlier commit")
+    assert verdicts["recompute"].remark.endswith("at commit cccccccccccc")
+    assert verdicts["bf16 rows"].remark.endswith("at commit cccccccccccc")
+    # over the dense time of the same commit, which another part has
+    assert verdicts["quarter"].remark.startswith("12.00 ms over 43.00 ms")
+    alone = [row for row in kept if (row["method"], row["active_share"]) != (LOSS, 1.0)]
+    assert found([*alone, *changed])["quarter"].word == "not measured"
+    assert verdicts["eager"].word == "MISS" and verdicts["eager"].remark.endswith("at commit cccccccccccc")
 
 
 def test_a_rehearsal_has_no_verdicts():

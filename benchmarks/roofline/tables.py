@@ -146,7 +146,7 @@ def comparison(records: Sequence[measured.Record]) -> str:
         record = rows[0].record
         shape = "T={tokens} H={hidden} V={vocab}".format(**record["shape"])
         lines += [f"{chip.name}, {shape}, {record['dtype']}, {measured.inputs_of(record)} inputs. {_basis(chip)}", ""]
-        header = ("method", "predicted ms", "measured ms", "ratio", "predicted MiB", "measured MiB")
+        header = ("method", "predicted ms", "measured ms", "over the least predicted", "predicted MiB", "measured MiB")
         lines += [*table(header, [_compared(row) for row in rows]), ""]
     return "\n".join(lines).rstrip() or "No measurement of a known chip is there yet."
 

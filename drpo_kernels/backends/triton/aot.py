@@ -86,7 +86,11 @@ class KernelCase:
 
 
 VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
-ROW_DEVICES = {"sm_": PRESETS["h100"], "gfx": PRESETS["mi300x"]}  # row tiles follow the width of a warp alone
+# whose row tiles the targets with such names take
+ROW_DEVICES = {
+    "sm_8": PRESETS["a100"], "sm_9": PRESETS["h100"], "sm_10": PRESETS["b200"], "sm_12": ARCHITECTURES["sm_120"],
+    "gfx": PRESETS["mi300x"],
+}  # fmt: skip
 
 STRIDES = {"row_stride": "i64", "out_stride": "i64", "rows_stride": "i64", "outcome_stride": "i64"}
 STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride": "constexpr"}
@@ -119,7 +123,7 @@ def _row_cases(
         elements = tile.block // (tile.num_warps * device.warp_size)
         stored = "out" in names and flags.get("WRITE", True)
         # on AMD each element of a tail may have a branch of its own, which looks like a loop
-        tails = 0 if even else 1 if vendor == "sm_" else 16
+        tails = 0 if even else 1 if vendor.startswith("sm_") else 16
         yield KernelCase(
             name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
             kernel=kernel,
@@ -194,7 +198,7 @@ def _token_cases() -> Iterator[KernelCase]:
     for vendor in ROW_DEVICES:
         for label, kernel, values, (block, per_thread) in (
             ("losses[drpo k3 entropy]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
-            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 4)),
+            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 2)),
         ):
             tile = RowTile(block, block // per_thread // 32)
             yield _case(label, kernel, types, values | {"BLOCK": block}, vendor, tile, (), Expected())

@@ -19,7 +19,7 @@ from drpo_kernels.triton_support import INTERPRETING
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 # to a multiprocessor, of a kernel that walks over a tensor
 PROGRAMS = 8
-# tokens at a time of the one program that reduces a batch's metrics, four to a thread
+# tokens at a time of the one program that reduces a batch's metrics, two to a thread
 METRICS_BLOCK = 1024
 # rows to a program of the kernel that computes losses alone
 LOSSES_BLOCK = 128
@@ -128,7 +128,7 @@ class TritonRows:
             policy_metrics_kernel[(1,)](
                 rows, rows.stride(0), outcome, outcome.stride(0), *flags, values, counts, rows.shape[1],
                 CLIPS=clips_of(objective), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW, BLOCK=METRICS_BLOCK,
-                num_warps=METRICS_BLOCK // 128, **LAUNCH_OPTIONS,
+                num_warps=METRICS_BLOCK // 64, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return named_metrics(values, counts)
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from drpo_kernels.backends.devices import DeviceProperties
 
+# of sm_90 and sm_100 a block may ask for 227 KiB, of sm_80 163, of others less
+HOPPER_SHARED_MEMORY = 200 * 1024
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -14,14 +17,16 @@ class RowTile:
 
 
 def row_tile(
-    vocab: int, itemsize: int, device: DeviceProperties, threads: int = 512, bytes_per_thread: int = 32
+    vocab: int, itemsize: int, device: DeviceProperties, threads: int | None = None, bytes_per_thread: int = 32
 ) -> RowTile:
     """`threads` to a row, two 16-byte loads in flight each: the accumulators of 8 fp32 or 16 bf16 lanes do not spill.
 
-    512 threads leave room for several rows on a multiprocessor, where one row's loads hide another's reductions: on an
-    H200, rows of 152k fp32 logits go at 2.28 TB/s, with 256 threads at 2.14 and with 1024 at 2.22; bf16 ones at 2.04,
-    1.90 and 1.70 (one read and one write counted, docs/gpu.md).
+    Several rows share a multiprocessor, where one row's loads hide another's reductions. On an H200 512 threads are
+    best: rows of 152k fp32 logits go at 2.28 TB/s, with 256 threads at 2.14 and with 1024 at 2.22; bf16 ones at 2.04,
+    1.90 and 1.70 (one read and one write counted, docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
     """
+    if threads is None:
+        threads = 512 if device.shared_memory_bytes >= HOPPER_SHARED_MEMORY else 256
     elements = bytes_per_thread // itemsize
     block = max(16, min(1 << (max(vocab, 1) - 1).bit_length(), threads * elements))
     return RowTile(block, max(1, block // (elements * device.warp_size)))
@@ -83,6 +88,6 @@ def matmul_tile(itemsize: int, stored: int, device: DeviceProperties, accumulate
         return MatmulTile(128, 128, 16, num_warps=8, num_stages=3)
     if device.shared_memory_bytes < 160 * 1024 or stored > itemsize:
         return MatmulTile(128, 128, 32, num_warps=8, num_stages=2)
-    if accumulates or device.shared_memory_bytes < 200 * 1024:
+    if accumulates or device.shared_memory_bytes < HOPPER_SHARED_MEMORY:
         return MatmulTile(128, 128, 64, num_warps=8, num_stages=4)
     return MatmulTile(128, 256, 32, num_warps=8, num_stages=4)
