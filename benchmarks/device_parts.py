@@ -37,13 +37,13 @@ from benchmarks.workloads import Workload
 
 STANDARD = plans.STANDARD["cuda"]
 MAIN = Workload(STANDARD.model, STANDARD.tokens, "trained", STANDARD.dtype)
-# of small models and small batches, where most runs are: (model, T)
+# Small models and small batches, where most runs are, as (model, T)
 SMALL = tuple((model, tokens) for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tokens in (512, 1024, 256, 2048))
 MIDDLE = ("Qwen3-30B-A3B", 8192)
 LOSS = "linear_policy_loss"
-# its backward is one kernel with a barrier across the whole device, which can wait for ever
+# Liger's Hopper head: its backward is one kernel with a barrier across the whole device, which may never be passed
 HANGS = "liger_scaled_sm90"
-# of SMALL, where the eager loss is compiled too: each compilation takes seconds
+# the shapes of SMALL at which the eager loss is compiled too: each compilation takes seconds
 COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
 DEVICE, SPEED, INVARIANCE, PRECISION = "device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl"
 # exit statuses of a part: it cannot run on this machine, what it started had to be stopped, or the device is lost
@@ -52,10 +52,10 @@ UNAVAILABLE, STOPPED, LOST = 3, 4, 5
 REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled_sm90", "copy", "policy_loss"), 4
 # seconds that a program started by a part leaves for writing down how it ended
 RESERVE = 3.0
-# tests of what only size, streams and graphs show, and the other files with tests of a GPU
+# the tests of sizes, streams and graphs, and the other files that have tests of a GPU
 SCALE = "tests/test_scale.py"
 OTHERS = [f"tests/test_{name}.py" for name in ("cases", "invariance", "fp8", "benchmarks", "distributed", "verl")]
-# processes that share the device, each with a context of its own
+# pytest processes of a part; they share the device
 WORKERS = {"scale": 3, "tests": 6, "gpu": 6, "suite": 12}
 
 

@@ -192,7 +192,7 @@ def plan(
     if retained and not in_place:
         chunk_rows = _equal(sizes.active, most).chunk_rows
     elif beside and storage.dlogits != torch.float16:  # a float16 scale is of one chunk
-        share = 2 if sparse else 4  # few rows of `sparse_grad` wait, and each of its chunks waits for the host
+        share = 2 if sparse else 4  # with `sparse_grad` few rows wait for a window, and every chunk waits for the host
         most = min(most, max(CHUNK_ROWS, _up(budget // share // row, ROW_MULTIPLE)))
         room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
         windows = _equal(sizes.active, room, row_multiple)

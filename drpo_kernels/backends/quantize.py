@@ -27,8 +27,10 @@ class Quantized(NamedTuple):
 
 
 def scale_of(largest: Tensor, form: torch.dtype) -> Tensor:
-    """max|x| -> float32 scale of the same shape, the same on every device: by a number a GPU divides inexactly, by a
-    tensor as it should, and where quotients are ties a scale's last bit decides how they are rounded.
+    """max|x| -> float32 scale of the same shape, bitwise the same on every device.
+
+    A GPU divides by a tensor exactly, but for a Python number it multiplies by a rounded reciprocal. Where x / scale is
+    a tie between two fp8 numbers, the last bit of the scale decides which of them it becomes.
     """
     most = largest.new_full((), torch.finfo(form).max, dtype=torch.float32)
     return (largest.to(torch.float32) / most).clamp(min=SMALLEST_SCALE)

@@ -11,7 +11,7 @@ from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, 
 def matrices(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """[..., V] logits as 2-D views with the range of rows each covers: `logits[:, :-1]` must not cost a copy."""
     count = logits.shape[:-1].numel()
-    if logits.dim() == 2:  # as it is: a view gives a single row a stride of its own, and so a kernel of its own
+    if logits.dim() == 2:  # a view would give a single row another stride, and Triton would compile another kernel
         yield slice(start, start + count), logits
         return
     try:

@@ -19,9 +19,9 @@ from drpo_kernels.triton_support import INTERPRETING
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 # to a multiprocessor, of a kernel that walks over a tensor
 PROGRAMS = 8
-# tokens at a time of the one program that reduces a batch's metrics, two to a thread
+# the one program that reduces a batch's metrics takes so many tokens at a time, two per thread
 METRICS_BLOCK = 1024
-# rows to a program of the kernel that computes losses alone
+# rows per program of the kernel that computes losses alone
 LOSSES_BLOCK = 128
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from drpo_kernels.backends.devices import DeviceProperties
 
-# of sm_90 and sm_100 a block may ask for 227 KiB, of sm_80 163, of others less
+# a block may ask for 227 KiB of shared memory on sm_90 and sm_100, for 163 on sm_80, and for less elsewhere
 HOPPER_SHARED_MEMORY = 200 * 1024
 
 
