@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from drpo_kernels.commands.binaries import Usage, faults
+from drpo_kernels.commands.binaries import TARGETS, Usage, faults
 from drpo_kernels.commands.loops import Loop, amdgcn, innermost_loops, sass
 
 pytest.importorskip("triton")
@@ -107,11 +107,11 @@ def test_a_kernel_that_moves_too_much_fails(tmp_path):
 LAYOUTS = """
 import sys, triton
 from drpo_kernels.backends.triton import aot
-from drpo_kernels.commands.binaries import gpu_target
+from drpo_kernels.commands.binaries import TARGETS, gpu_target
 for case in aot.kernel_cases():
     if case.name in ("policy[drpo fp32>fp32]", "gradient[bf16>bf16]"):
-        target = "sm_90" if case.launched_on("sm_90") else "gfx942"
-        print(triton.compile(case.source(), target=gpu_target(target), options=case.launch_options()).asm["ttgir"])
+        for target in filter(case.launched_on, TARGETS):
+            print(triton.compile(case.source(), target=gpu_target(target), options=case.launch_options()).asm["ttgir"])
 """
 
 
@@ -121,7 +121,7 @@ def test_in_place_each_thread_overwrites_what_it_alone_has_read():
     assert result.returncode == 0, result.stderr
     modules = result.stdout.split("module attributes")[1:]
     preambles = re.findall(r"#blocked\d* = .*", result.stdout)
-    assert len(modules) == len(preambles) == 4
+    assert len(modules) == len(preambles) == 2 * len(TARGETS)
     for module, layout in zip(modules, preambles, strict=True):
         accesses = set(re.findall(r"tt\.(?:load|store) .*?: tensor<(\d+)x!tt\.ptr<\w+>, (#\w+)>", module))
         ((block, _),) = accesses
