@@ -97,6 +97,15 @@ def test_clip_share(compact, backend, device):
 
 
 @every_backend
+def test_metrics_of_a_single_token(backend, device):
+    """Every mean over one token is that token's value: r = 3/2, pi - mu = 1/4, and a weight of 1 - 1.25."""
+    problem = problems.replace(four_rows(), mask=torch.tensor([[1, 0, 0, 0, 0]]))
+    out = problems.call(problem, dk.DRPO(delta=0.2), backend, device)
+    close(out.metrics, {"ratio_mean": 1.5, "prob_shift_mean": 0.25, "weight_mean": -0.25, "beyond_trust_region": 1})
+    close(out.metrics, {"kl_k1": -math.log(1.5), "active_share": 1, "tokens": 1, "computed": 1, "weighted": 1})
+
+
+@every_backend
 def test_metrics_without_any_valid_token(backend, device):
     problem = problems.replace(random_problem(2), mask=torch.zeros(4, 6))
     out = problems.call(problem, dk.DRPO(), backend, device)
