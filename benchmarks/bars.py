@@ -59,7 +59,7 @@ class Results:
 
     @property
     def earlier(self) -> str:
-        """Of what was used: the commits other than that of the newest record, for a run may take several sittings."""
+        """The older commits among the records used. A run may take several sittings, each at its own commit."""
         newest = newest_commit(self.records)
         return ", ".join(dict.fromkeys(r["commit"][:12] for r in self.used if r["commit"] not in (None, newest)))
 

@@ -42,7 +42,7 @@ SUMMARY, LOG = "summary.md", "log.txt"
 GRACE, LAST = 8.0, 5.0
 # a box is no shorter: importing PyTorch takes as long
 LEAST = 5.0
-# how often a running part is looked at, and what its end is called where it had to be ended
+# A running part is looked at every GLANCE seconds. If it has to be ended, one of the two words says why.
 GLANCE = 0.2
 SILENT, OVERTIME = "no answer", "over its box"
 
@@ -104,7 +104,8 @@ def _run(part: str, box: float, folder: Path, rehearse: bool) -> None:
 
 
 def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
-    """How it ended; a part whose cases are lines of their own is started again behind the one that ended it."""
+    """Run a part within its box of seconds and return how it ended. If a case ends a part that writes a line per case,
+    the part is started again behind that case."""
     deadline = time.monotonic() + box
     with (folder / LOG).open("a", encoding="utf-8") as log:
         while True:

@@ -15,12 +15,13 @@ from benchmarks.records import Record
 from benchmarks.timing import clock, interleaved_seconds
 from benchmarks.workloads import MODELS, Workload
 
-# rows and hidden sizes of the chunks whose logits are one product, and rows of the windows whose dX and dW are
+# Products are measured at these sizes: a chunk's logits have CHUNKS rows and WIDTHS hidden sizes, and a window, whose
+# dX and dW are one product each, has WINDOWS rows.
 CHUNKS, WIDTHS, WINDOWS = (512, 1664, 8192), (1536, 4096), (2048, 2432, 4096, 8192)
 VOCAB = MODELS["Qwen3-8B"].vocab
 # kernels shorter than this are overhead, not work
 SHORT_US = 10.0
-# of a profile: kernels with the most time, and the longest gaps between them
+# A profile keeps this many kernels, those with the most time, and this many gaps, the longest between kernels.
 KERNELS, GAPS = 24, 6
 SMALL_DEMO = {"steps": 4, "warmup_steps": 4, "held_out": 20, "min_gain": -1.0, "large_head": (2, 8, 16, 256)}
 

@@ -46,7 +46,8 @@ HANGS = "liger_scaled_sm90"
 # the shapes of SMALL at which the eager loss is compiled too: each compilation takes seconds
 COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
 DEVICE, SPEED, INVARIANCE, PRECISION = "device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl"
-# exit statuses of a part: it cannot run on this machine, what it started had to be stopped, or the device is lost
+# A part exits with one of these when it cannot run on this machine, when it had to stop what it had started, or when
+# the device is lost.
 UNAVAILABLE, STOPPED, LOST = 3, 4, 5
 # what a rehearsal measures: the first few of these in every part
 REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled_sm90", "copy", "policy_loss"), 4
@@ -234,7 +235,8 @@ def plan_of(part: str) -> list[Case]:
 
 
 def speed(part: str, rounds: int, run: Run) -> Iterator[Record]:
-    """A line when a case begins, which its record replaces; a case that an earlier process has begun is left alone."""
+    """Measure the part's cases. Each yields a line when it begins, which its record then replaces. A case that an
+    earlier process has begun is not measured again."""
     plan = plan_of(part)
     if run.rehearse:
         plan = [case for case in plans.quick(plan) if case.method in REHEARSED][:REHEARSED_CASES]
@@ -345,7 +347,7 @@ PARTS = {
     "suite": _tests_part(90, "every other test, on the device", "suite", "-m", "not gpu",
                          rehearsed="tests/test_layouts.py"),
 }  # fmt: skip
-# in the order in which they run, and seconds for all of them
+# Every sitting has its parts in the order in which they run, and the seconds that all of them may take.
 SITTINGS = {
     "first": (("environment", "floors", "ours", "scale"), 160.0),
     "second": (

@@ -16,7 +16,7 @@ from benchmarks.speed_tables import LABELS, NOTHING, largest_error, row
 from benchmarks.tiles import COPY, ONE_READ, TWO_READS
 
 GIB = bars.GIB
-# of a product's tile on Hopper, and the threads of a warp
+# A tile of a matrix product on Hopper has 128 x 256 results, and a warp has 32 threads.
 TILE, WARP = (128, 256), 32
 
 
@@ -339,7 +339,7 @@ FINDINGS: dict[str, Callable[[Run], Iterator[str]]] = {
     "Memory over T": memory,
     "A run from beginning to end": whole_run,
 }
-# of those with a picture: bench_results/gpu_<name>.png and what it shows
+# These findings have a picture: its name in bench_results/gpu_<name>.png, and what it shows.
 PICTURES = {
     "The row kernel: two reads or one": ("rows", "TB/s of the row kernels beside a copy"),
     "Small models and batches": ("small", "Time per token and share of the floor over T for small models"),

@@ -63,7 +63,7 @@ class Attempt:
     metrics: dict[str, float] | None = None
     peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
-    floor_seconds: list[float] = field(default_factory=list)  # of its floor, between its own samples
+    floor_seconds: list[float] = field(default_factory=list)  # samples of its floor, taken between its own
 
     def __call__(self) -> object:
         """One step; a failure is this row's end, not the run's."""
@@ -150,7 +150,7 @@ def measured(
                 _check_one(attempt, chosen, exact)
                 _take_peak(attempt, chosen)
                 _take_times(attempt, chosen, device, rounds, deadline)
-            except torch.OutOfMemoryError as error:  # of the inputs or the exact gradients: the device is too small
+            except torch.OutOfMemoryError as error:  # The inputs or the exact gradients do not fit.
                 attempt.fail(error)
         yield _record(attempt, inputs.made) | source
 
