@@ -41,7 +41,7 @@ def provenance(command: str, device: torch.device | None = None) -> dict[str, ob
 def origin(records: Sequence[dict], samples: object = None) -> str:
     """A sentence about records of one run or of several, which lists whatever is not the same in all of them."""
     machines = _distinct(_machine(record["device"]) for record in records)
-    software = _distinct(", ".join(f"{k} {v}" for k, v in record["versions"].items() if v) for record in records)
+    software = _distinct(f"{k} {v}" for record in records for k, v in record["versions"].items() if v)
     commits = _distinct(
         (record["commit"] or "unknown")[:12] + (" with uncommitted changes" if record["dirty"] else "")
         for record in records
