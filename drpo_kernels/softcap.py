@@ -1,0 +1,29 @@
+"""The soft-cap cap · tanh(v), v = x / cap, and its slope: PyTorch and, beside it, the Triton twin.
+
+The slope 1 - tanh²(v) = sech²(v) = 4e / (1 + e)², with e = exp(-2|v|): by subtraction it would lose all its digits
+where real models sit (raw logits of 124 under a cap of 30).
+"""
+
+from torch import Tensor
+
+from drpo_kernels.tokens import expm1
+from drpo_kernels.triton_support import jit, tl
+
+
+def tanh_slope(v: Tensor) -> Tensor:
+    """d tanh(v)/dv, in a tensor of its own."""
+    e = v.abs().mul_(-2).exp_()
+    return (e / (1 + e).square_()).mul_(4)
+
+
+@jit
+def tanh(v):
+    """-expm1(-2|v|) / (2 + expm1(-2|v|)) with the sign of v: no cancellation near 0."""
+    decay = expm1(-2 * tl.abs(v))
+    return tl.where(v < 0, decay, -decay) / (2 + decay)
+
+
+@jit
+def tanh_slope_twin(v):
+    e = tl.exp(-2 * tl.abs(v))
+    return 4 * e / ((1 + e) * (1 + e))
