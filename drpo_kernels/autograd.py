@@ -4,6 +4,9 @@ The policy losses compute their gradients in the forward and only scale them in 
 the logits there.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,24 @@ from drpo_kernels.backends.rows import Outcome, Row, Stat
 
 # two ways to round the same factor, well below what the gradients promise
 SCALE_TOLERANCE = 1e-5
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator, which notices a second derivative only where the upstream gradient has one: under
+    create_graph=True anything else would get a gradient without a graph, and a penalty on it would silently be nothing.
+    """
+    inner = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True: the fused functions have no second derivative; use backend='reference', which "
+                "PyTorch differentiates as often as asked"
+            )
+        return inner(ctx, *upstream)
+
+    return checked
 
 
 def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spec: ops.Spec) -> Tensor:
@@ -86,7 +107,7 @@ class LinearPolicyLoss(torch.autograd.Function):
         return total if loss_scale == 1 else total / loss_scale, outcome
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, upstream, _):
         if upstream is None:  # what the loss went into has no gradient
             return (None,) * 9
@@ -117,15 +138,15 @@ class LinearLogprobs(torch.autograd.Function):
         return statistics[Stat.LOGPROB].clone(), statistics[Stat.ENTROPY].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, logprob_slope, entropy_slope):
         slopes = _slopes(logprob_slope, entropy_slope)
         if slopes is None:
             return (None,) * 8
-        gradients = ops.linear_recompute(*ctx.saved_tensors, slopes, ctx.main_grad, ctx.spec, ctx.wanted)
+        saved = ctx.saved_tensors  # read once: the hooks of activation checkpointing give each tensor a single time
+        gradients = ops.linear_recompute(*saved, slopes, ctx.main_grad, ctx.spec, ctx.wanted)
         returned = [ctx.wanted[0], ctx.wanted[1] and ctx.main_grad is None, ctx.wanted[2]]
-        inputs = ctx.saved_tensors[:3]
-        gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, returned, strict=True)]
+        gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, saved[:3], returned, strict=True)]
         return *gradients, *[None] * 5
 
 
@@ -142,7 +163,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
         return _total(outcome), outcome
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, upstream, _):
         if upstream is None:
             return (None,) * 6
@@ -163,7 +184,7 @@ class ReadyLogprobs(torch.autograd.Function):
         return statistics[Stat.LOGPROB].clone(), statistics[Stat.ENTROPY].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, logprob_slope, entropy_slope):
         slopes = _slopes(logprob_slope, entropy_slope)
         if slopes is None:

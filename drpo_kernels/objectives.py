@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drpo_kernels.tokens import Tokens, expm1, prob_shift, ratio_terms
+from drpo_kernels.tokens import Tokens, clamped_shift, expm1, prob_shift, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
 _REGISTRY: dict[str, type["Objective"]] = {}
@@ -116,7 +116,7 @@ def _require_positive(objective: Objective, *names: str, optional: bool = False)
 @jit
 def drpo(logp, old, adv, hyper):
     ratio, excess, slope = ratio_terms(logp, old)
-    shift = tl.exp(old) * excess
+    shift = clamped_shift(logp, old)
     loss = tl.abs(adv) * shift * excess / (2 * hyper[0]) - adv * ratio
     return loss, slope * (tl.abs(adv) * shift / hyper[0] - adv)
 
@@ -138,7 +138,7 @@ class DRPO(Objective):
         _require_positive(self, "delta")
 
     def token_loss(self, tokens: Tokens) -> Tensor:
-        penalty = tokens.advantages.abs() * tokens.old_probs * tokens.ratio_minus_one.square() / (2 * self.delta)
+        penalty = tokens.advantages.abs() * tokens.clamped_shift * tokens.ratio_minus_one / (2 * self.delta)
         return penalty - tokens.advantages * tokens.ratio
 
     @property

@@ -137,6 +137,12 @@ class Tokens:
         larger = torch.where(difference > 0, self.probs, self.old_probs)
         return _with_gradient_of(-larger * torch.expm1(-difference.abs()) * torch.sign(difference), self.probs)
 
+    @property
+    def clamped_shift(self) -> Tensor:
+        """μ (r - 1), which is π - μ where the clamp on Δ changes nothing and has no gradient where it does."""
+        within = (self.logprobs - self.old_logprobs).abs() <= LOG_RATIO_LIMIT
+        return torch.where(within, self.prob_shift, self.old_probs * self.ratio_minus_one)
+
 
 def _with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     """`value`, exactly, with the derivative of `source`."""
@@ -179,3 +185,10 @@ def prob_shift(logp, old):
     difference = logp - old
     magnitude = -tl.exp(tl.maximum(logp, old)) * expm1(-tl.abs(difference))
     return tl.where(difference > 0, magnitude, -magnitude)
+
+
+@jit
+def clamped_shift(logp, old):
+    """-> μ (r - 1), the twin of `Tokens.clamped_shift`."""
+    clamped = tl.exp(old) * expm1(clamped_log_ratio(logp, old))
+    return tl.where(tl.abs(logp - old) <= 20.0, prob_shift(logp, old), clamped)

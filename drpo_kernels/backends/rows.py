@@ -4,6 +4,8 @@ A *row* is one token's logits [V]. Everything per row travels in three packed te
 pointers, not twenty.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -50,6 +52,7 @@ class Stat(IntEnum):
     MAX = 2  # the largest base logit
     SUM = 3  # Σ exp(z - max z)
     MISS = 4  # 1 - p_y, summed over the other tokens and so exact when p_y is close to 1
+    MEAN = 5  # Σ p (z - max z), so that log p + H = z - max z - MEAN, which keeps its digits on a flat row
 
 
 class Outcome(IntEnum):
@@ -169,10 +172,23 @@ class RowOps(Protocol):
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
 
 
+@contextlib.contextmanager
+def own_graph() -> Iterator[None]:
+    """Autograd for a graph that ends where it begins, whatever mode the caller is in. The caller's hooks on saved tensors
+    do not see it: those of activation checkpointing would run the checkpointed model again for it.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
+        yield
+
+
+def _kept(saved: Tensor) -> Tensor:
+    return saved
+
+
 def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """`RowOps.losses` through PyTorch's autograd."""
     logprobs, entropy = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY]
-    with torch.inference_mode(False), torch.enable_grad():
+    with own_graph():
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))

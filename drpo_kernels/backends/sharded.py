@@ -12,7 +12,9 @@ from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Ter
 from drpo_kernels.collectives import VocabShard, gather
 
 # of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
-NOTHING = {Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0}
+NOTHING = {
+    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0
+}  # fmt: skip
 
 
 class ShardedRows:
@@ -59,9 +61,10 @@ class ShardedRows:
 def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, len(Stat), n] -> the statistics of the whole rows, [len(Stat), n].
 
-    With m_r, S_r, H_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
+    With m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
         LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
+        MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))
     A share above 1/2 has log share = -log1p(Σ_{others} M / M): all that is added has one sign, nothing cancels.
     """
     local_max, local_sum = parts[:, Stat.MAX], parts[:, Stat.SUM]
@@ -74,12 +77,15 @@ def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     share = mass / total
     # by logarithms where a share is small: it may underflow where its logarithm does not
     log_share = torch.where(mass > others, -(others / mass).log1p(), shift + local_sum.log() - total.log())
-    entropy = (share * (parts[:, Stat.ENTROPY] - log_share)).masked_fill(share == 0, 0).sum(0)
+    entropy, mean = (
+        (share * term).masked_fill(share == 0, 0).sum(0)
+        for term in (parts[:, Stat.ENTROPY] - log_share, parts[:, Stat.MEAN] + shift)
+    )
 
     def of_owner(values: Tensor) -> Tensor:
         return values.gather(0, owner[None])[0]
 
     logprob = of_owner(parts[:, Stat.LOGPROB] + log_share)
     miss = of_owner(parts[:, Stat.MISS] * mass + others) / total
-    statistics = torch.stack([logprob, entropy, row_max, total, miss])
+    statistics = torch.stack([logprob, entropy, row_max, total, miss, mean])
     return statistics.masked_fill(logprob.isnan(), torch.nan)

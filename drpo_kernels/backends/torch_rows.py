@@ -26,6 +26,7 @@ from drpo_kernels.backends.rows import (
     Terms,
     row_losses,
 )
+from drpo_kernels.softcap import tanh_slope
 
 LOG2E = 1 / math.log(2)
 # 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
@@ -126,9 +127,9 @@ class TorchRows:
         per_row = _GradientRows.of(batch, statistics, slopes)
         for block in scratch.blocks(RowKind.ACTIVE):
             base, buffers = scratch.base(block)
-            capped = None if batch.transform.softcap is None else base.square().neg_().add_(1)
             gradient = _block_gradient(base, buffers, per_row.at(block))
-            gradient = gradient if capped is None else gradient.mul_(capped)
+            if batch.transform.softcap is not None:
+                gradient.mul_(scratch.cap_slope(block))
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
@@ -211,16 +212,25 @@ class _Scratch:
 
     def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
         """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
+        buffers = self._buffers[:, : len(self.batch.targets[block])]
+        x = self._before_tanh(block, buffers[0])
+        return (x if self.batch.transform.softcap is None else x.tanh_()), buffers
+
+    def cap_slope(self, block: slice | Tensor) -> Tensor:
+        """The slope of the tanh at the block's logits [n, V], in a tensor of its own."""
+        return tanh_slope(self._before_tanh(block, None))
+
+    def _before_tanh(self, block: slice | Tensor, out: Tensor | None) -> Tensor:
+        """x + bias, which may be the logits themselves, or that over the soft-cap, in `out` or a tensor of its own."""
         order, transform = self.batch.order, self.batch.transform
         x = self.batch.logits[block if order is None else order[block]]
-        buffers = self._buffers[:, : x.shape[0]]
         if self._bias is not None:
-            x = torch.add(x, self._bias, out=buffers[0])
+            x = torch.add(x, self._bias, out=out)
         if transform.softcap is not None:
             # a tensor of the statistics dtype, so that 16-bit logits are promoted before they are scaled
-            scale = buffers.new_full((1,), transform.logit_scale / transform.softcap)
-            x = torch.mul(x, scale, out=buffers[0]).tanh_()
-        return x, buffers
+            scale = self._buffers.new_full((1,), transform.logit_scale / transform.softcap)
+            x = torch.mul(x, scale, out=out)
+        return x
 
     def exponentials(
         self, block: slice | Tensor, row_max: Tensor, factor: Tensor, index: Tensor
@@ -346,16 +356,17 @@ def _from_sums(row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, 
     at_target = target.exp2()
     total = others + at_target
     log_total = torch.where(target == 0, others.log1p(), total.log())
-    moment = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E
+    mean = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E / total
     # rounding may leave -1e-8 where all mass is on one token
-    entropy = (log_total - moment / total).clamp_(min=0)
-    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total])
+    entropy = (log_total - mean).clamp_(min=0)
+    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total, mean])
 
 
 class _GradientRows(NamedTuple):
     """What a row's gradient needs, [N, 1] each.
 
-    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term.
+    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term; at the target -slope · 2^q · scale
+    becomes slope · (1 - p_y).
     """
 
     row_max: Tensor
@@ -363,25 +374,25 @@ class _GradientRows(NamedTuple):
     scale: Tensor  # of 2^q, -slope / Σ without an entropy term, 1 / Σ with one
     per_q: Tensor | None  # coefficient of q in dx / p, or None without an entropy term
     constant: Tensor | None  # and what does not depend on the token
+    entropy_constant: Tensor | None  # of the entropy term alone
     index: Tensor  # of the target
-    at_target: Tensor  # dx there
+    at_target: Tensor  # dx there, without the entropy term
     elsewhere: Tensor | None  # bool, the target is in another shard and its index is of some other token; None: nowhere
 
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
         index, outside = _safe(batch)
-        logprob, entropy, row_max, total, miss = statistics[:, :, None]
+        _, _, row_max, total, miss, mean = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
-        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to softcap's 1 - tanh²
-        at_target, scale, per_q, constant = slopes[0] * miss, -slopes[0] / total, None, None
+        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to the slope of a soft-cap's tanh
+        at_target, scale, per_q, constant, spread = slopes[0] * miss, -slopes[0] / total, None, None, None
         if len(slopes) > 1:
-            at_target = at_target - slopes[1] * logprob.exp() * (logprob.clamp(min=LOWEST_SHIFT) + entropy)
-            scale, per_q = 1 / total, -slopes[1] / LOG2E
-            constant = slopes[1] * (total.log() - entropy) - slopes[0]
+            scale, per_q, spread = 1 / total, -slopes[1] / LOG2E, slopes[1] * mean
+            constant = spread - slopes[0]
         factor = transform.factor(inv_temperature) * LOG2E
         elsewhere = outside if batch.sharded else None
         at_target = at_target if batch.sharded else at_target.masked_fill(outside, torch.nan)
-        return _GradientRows(row_max, factor, scale, per_q, constant, index, at_target, elsewhere)
+        return _GradientRows(row_max, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
 
     def at(self, block: slice | Tensor) -> "_GradientRows":
         return _GradientRows(*(None if x is None else x[block] for x in self))
@@ -390,12 +401,14 @@ class _GradientRows(NamedTuple):
 def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor:
     """slope · (onehot - p) - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a buffer."""
     q = torch.sub(base, row.row_max, out=buffers[0]).mul_(row.factor)
+    at_target = row.at_target
     if row.per_q is None:
         gradient = q.exp2_().mul_(row.scale)
     else:
         p = torch.exp2(q, out=buffers[1]).mul_(row.scale)
-        gradient = q.clamp_(min=LOWEST_SHIFT).mul_(row.per_q).add_(row.constant).mul_(p)
-    at_target = row.at_target
+        q.clamp_(min=LOWEST_SHIFT).mul_(row.per_q)
+        at_target = at_target + (q.gather(1, row.index) + row.entropy_constant) * p.gather(1, row.index)
+        gradient = q.add_(row.constant).mul_(p)
     if row.elsewhere is not None:
         at_target = torch.where(row.elsewhere, gradient.gather(1, row.index), at_target)
     return gradient.scatter_(1, row.index, at_target)

@@ -3,8 +3,9 @@
 For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of
 `Transform`:
     z_j = factor · b_j    q_j = factor · (b_j - max b)    Σ = Σ_j exp(q_j)
-    logp = q_y - log Σ    H = log Σ - Σ_j exp(q_j) q_j / Σ
-    dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (log p_j + H))
+    logp = q_y - log Σ    q̄ = Σ_j exp(q_j) q_j / Σ    H = log Σ - q̄
+    dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (q_j - q̄))
+where q_j - q̄ = log p_j + H, which would cancel on a flat row.
 The sum runs over the tokens other than the target first, which gives 1 - p_y = others / Σ and, where the target is the
 maximum, logp = -log1p(others) without cancellation.
 The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
@@ -13,7 +14,8 @@ The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome
 import inspect
 
 from drpo_kernels.kl import importance_weighted
-from drpo_kernels.tokens import expm1, log1p
+from drpo_kernels.softcap import tanh, tanh_slope_twin
+from drpo_kernels.tokens import log1p
 from drpo_kernels.triton_support import jit, tl
 
 # What a kernel is given of a batch beside its logits. Triton would compile a kernel of its own where such a stride is 1
@@ -33,7 +35,7 @@ def row_jit(function):
 
 @jit
 def head_of(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """-> (scale / softcap inside the tanh, factor = dz/db, dz/dx up to softcap's 1 - tanh²)."""
+    """-> (scale / softcap inside the tanh, factor = dz/db, dz/dx up to the slope of the tanh)."""
     if HAS_SOFTCAP:
         return scale / softcap, softcap * inv_temperature, scale * inv_temperature
     else:
@@ -42,15 +44,14 @@ def head_of(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 @jit
 def base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """b = x + bias, or tanh(inner_scale · (x + bias))."""
+    """-> (b, v): b = v = x + bias, or b = tanh(v) with v = inner_scale · (x + bias)."""
     if HAS_BIAS:
         x += tl.load(bias + cols, mask=inside, other=other).to(tl.float32)
     if HAS_SOFTCAP:
-        # tanh(|v|) = -expm1(-2|v|) / (2 + expm1(-2|v|)), without cancellation near 0
         v = x * inner_scale
-        decay = expm1(-2 * tl.abs(v))
-        x = tl.where(v < 0, decay, -decay) / (2 + decay)
-    return x
+        return tanh(v), v
+    else:
+        return x, x
 
 
 @jit
@@ -58,7 +59,7 @@ def load_base(
     row, column_stride, vocab, bias, inner_scale, cols,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The base logits of a block of columns, in fp32; MASKED where some lie beyond the vocabulary."""
+    """(b, v) of a block of columns, in fp32, as in `base_logit`; MASKED where some lie beyond the vocabulary."""
     inside = None
     other = None
     if MASKED:
@@ -76,7 +77,7 @@ def reduce_block(
     """Add a block of columns to the lanes' (max b, Σ 2^q, Σ 2^q q)."""
     lane_max, lane_sum, lane_moment = lanes
     cols = start + tl.arange(0, BLOCK)
-    b = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    b, _ = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
     left_out = (b < LOWEST) | (cols == target)  # a NaN passes
     if MASKED:
         left_out |= cols >= vocab
@@ -94,7 +95,7 @@ def reduce_row(
     row, column_stride, vocab, bias, target, head,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, max b, Σ, 1 - p_y). A maximum per lane: one exp per element, no barrier."""
+    """One read of the row -> (logp, H, max b, Σ, 1 - p_y, q̄). A maximum per lane: one exp per element, no barrier."""
     LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
@@ -118,7 +119,7 @@ def reduce_row(
 
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    b_y = base_logit(x_y, bias, target, in_range, 0.0, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    b_y, _ = base_logit(x_y, bias, target, in_range, 0.0, inner_scale, HAS_BIAS, HAS_SOFTCAP)
     largest = tl.maximum(tl.max(lane_max, 0), b_y)
     row_max = tl.where(largest > LOWEST, largest, float("nan"))  # every token banned
     shift = (lane_max - row_max) * factor2
@@ -129,12 +130,13 @@ def reduce_row(
     total = others + e_y
     log_total = tl.where(q_y == 0, log1p(others), tl.log(total))
     moment = tl.sum((lane_moment + lane_sum * shift) * fade, 0) * LN2 + e_y * tl.maximum(q_y, LOWEST)
-    entropy = log_total - moment / total
+    mean = moment / total
+    entropy = log_total - mean
     entropy = tl.where(entropy < 0, 0.0, entropy)  # rounding may leave -1e-8; a NaN passes
     # without a NaN among them, -inf: another shard of the vocabulary may hold the row's tokens
     banned = (largest <= LOWEST) & (b_y == b_y) & (tl.sum(lane_sum, 0) >= 0)
     row_max = tl.where(banned, float("-inf"), row_max)
-    return q_y - log_total, entropy, row_max, total, others / total
+    return q_y - log_total, entropy, row_max, total, others / total, mean
 
 
 @jit
@@ -145,17 +147,16 @@ def write_block(
 ):  # fmt: skip
     """The gradient of a block of columns; zeros in [vocab, padded)."""
     LN2: tl.constexpr = 0.6931471805599453
-    inner_scale, factor2, row_max, inv_total, log_total_minus_entropy, slope, entropy_slope, at_target = per_row
+    inner_scale, factor2, row_max, inv_total, mean, slope, entropy_slope, at_target = per_row
     cols = start + tl.arange(0, BLOCK)
-    b = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    b, v = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
     q = (b - row_max) * factor2
     p = tl.exp2(q) * inv_total
-    gradient = -slope * p
+    gradient = tl.where(cols == target, at_target, -slope * p)
     if HAS_ENTROPY:
-        gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - log_total_minus_entropy)
-    gradient = tl.where(cols == target, at_target, gradient)
+        gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - mean)
     if HAS_SOFTCAP:
-        gradient *= 1 - b * b
+        gradient *= tanh_slope_twin(v)
     if MASKED:
         gradient = tl.where(cols < vocab, gradient, 0.0)
         tl.store(out + cols, gradient.to(out.dtype.element_ty), mask=cols < padded)
@@ -168,20 +169,15 @@ def write_gradient(
     row, column_stride, vocab, bias, target, head, statistics, slope, entropy_slope, out, padded,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The second read and the only write: out may be the row itself where element sizes agree."""
+    """The second read and the only write: out may be the row itself where element sizes agree. `statistics` are
+    (max b, Σ, 1 - p_y, q̄).
+    """
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, chain = head
-    logp, entropy, row_max, total, miss = statistics
-    factor2 = factor / LN2
+    row_max, total, miss, mean = statistics
     slope *= chain
-    entropy_slope *= chain
-    inv_total = 1 / total
-    log_total = tl.log(total)
-    at_target = slope * miss
-    if HAS_ENTROPY:
-        at_target -= entropy_slope * tl.exp(logp) * (tl.maximum(logp, LOWEST) + entropy)
-    per_row = (inner_scale, factor2, row_max, inv_total, log_total - entropy, slope, entropy_slope, at_target)
+    per_row = (inner_scale, factor / LN2, row_max, 1 / total, mean, slope, entropy_slope * chain, slope * miss)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         write_block(
@@ -212,16 +208,16 @@ def statistics_kernel(
     statistics, statistics_stride,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V] -> statistics [5, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
+    """logits [N, V] -> statistics [6, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
     t = tl.program_id(0).to(tl.int64)
     rows += t
     statistics += t
     if tl.load(rows + 7 * rows_stride) < 1:
-        for field in tl.static_range(5):
+        for field in tl.static_range(6):
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, row_max, total, miss = reduce_row(
+        logp, entropy, row_max, total, miss, mean = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head,
             HAS_BIAS, HAS_SOFTCAP, BLOCK,
         )  # fmt: skip
@@ -230,6 +226,7 @@ def statistics_kernel(
         tl.store(statistics + 2 * statistics_stride, row_max)
         tl.store(statistics + 3 * statistics_stride, total)
         tl.store(statistics + 4 * statistics_stride, miss)
+        tl.store(statistics + 5 * statistics_stride, mean)
 
 
 @row_jit
@@ -239,7 +236,7 @@ def gradient_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [., V], statistics [5, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE.
+    """logits [., V], statistics [6, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE.
 
     With `order` [N] int64 the logits of row t are those at order[t], and `out` is not where they are.
     """
@@ -253,8 +250,8 @@ def gradient_kernel(
     else:
         statistics += t
         known = (
-            tl.load(statistics), tl.load(statistics + statistics_stride), tl.load(statistics + 2 * statistics_stride),
-            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
+            tl.load(statistics + 2 * statistics_stride), tl.load(statistics + 3 * statistics_stride),
+            tl.load(statistics + 4 * statistics_stride), tl.load(statistics + 5 * statistics_stride),
         )  # fmt: skip
         entropy_slope = 0.0
         if HAS_ENTROPY:
@@ -312,7 +309,7 @@ def losses_kernel(
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """statistics [5, N], rows [8, N] -> outcome [4, N] and slopes [1 or 2, N] of their losses, zeros where a row is
+    """statistics [6, N], rows [8, N] -> outcome [4, N] and slopes [1 or 2, N] of their losses, zeros where a row is
     SKIPPED: the middle of `policy_kernel`, for those that need it between two kernels.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -355,10 +352,9 @@ def policy_kernel(
     else:
         target = tl.load(targets + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        known = reduce_row(
+        logp, entropy, row_max, total, miss, mean = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
         )  # fmt: skip
-        logp, entropy, _, _, _ = known
         loss, slope, entropy_slope, policy_slope = row_loss(
             rows, rows_stride, None, logp, entropy, hyper, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
         )
@@ -371,8 +367,8 @@ def policy_kernel(
                 write_zeros(out + t * out_stride, padded, BLOCK)
             else:
                 write_gradient(
-                    logits + t * row_stride, column_stride, vocab, bias, target, head, known, slope, entropy_slope,
-                    out + t * out_stride, padded, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+                    logits + t * row_stride, column_stride, vocab, bias, target, head, (row_max, total, miss, mean),
+                    slope, entropy_slope, out + t * out_stride, padded, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
                 )  # fmt: skip
 
 

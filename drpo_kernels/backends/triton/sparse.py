@@ -24,7 +24,7 @@ def select_block(
     inner_scale, factor2, row_max, inv_others, floor = per_row
     found, outside = state
     cols = start + tl.arange(0, BLOCK)
-    b = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    b, _ = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
     share = tl.exp2((b - row_max) * factor2) * inv_others
     share = tl.where(cols == target, 0.0, share)
     if MASKED:
@@ -46,7 +46,7 @@ def select_kernel(
     statistics, statistics_stride, tolerance, limit, columns, shares, counts, left_out,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [5, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
+    """logits [N, V], statistics [6, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
 
     The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
     ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
