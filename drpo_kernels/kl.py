@@ -73,8 +73,7 @@ KL_ESTIMATORS = {"k1": KLEstimator(k1, k1_twin), "k2": KLEstimator(k2, k2_twin),
 def kl_term(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool
 ) -> tuple[Tensor, Tensor]:
-    """(kl, dkl/dlogπ), or of r·kl with `importance`, [N] and detached."""
-    logprobs = logprobs.detach()
+    """(kl, dkl/dlogπ), or of r·kl with `importance`, [N] each."""
     kl, slope, total = KL_ESTIMATORS[estimator].terms(logprobs - ref_logprobs)
     if not importance:
         return kl, slope
@@ -83,10 +82,21 @@ def kl_term(
     return ratio * kl, ratio * torch.where(difference.abs() <= LOG_RATIO_LIMIT, total, slope)
 
 
+class _KLLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, old_logprobs, ref_logprobs, estimator, importance):
+        ctx.save_for_backward(logprobs, old_logprobs, ref_logprobs)
+        ctx.how = estimator, importance
+        return kl_term(estimator, logprobs, old_logprobs, ref_logprobs, importance)[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        estimator, importance = ctx.how
+        return upstream * kl_term(estimator, *ctx.saved_tensors, importance)[1], None, None, None, None
+
+
 def kl_loss(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool
 ) -> Tensor:
-    """The same as a loss [N] that autograd differentiates, with the slope above."""
-    kl, slope = kl_term(estimator, logprobs, old_logprobs, ref_logprobs, importance)
-    finite = logprobs.nan_to_num()  # inf - inf is not 0
-    return kl + slope * (finite - finite.detach())
+    """The same as a loss [N] that autograd differentiates, as often as asked, with the slope above."""
+    return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, estimator, importance)

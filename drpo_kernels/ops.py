@@ -25,6 +25,7 @@ from drpo_kernels.backends.sweep import (
     stored_gradient_dtype,
 )
 from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
+from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Sequences, Tokens
 
 
@@ -129,7 +130,7 @@ def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, sh
     with own_graph():
         leaf = recordable(logprobs).detach().requires_grad_()
         tokens = Tokens(leaf, recordable(old), recordable(advantages), valid=recordable(valid), sequences=sequences)
-        return derivative(spec.terms.objective.token_loss(tokens), leaf)
+        return derivative(token_losses(spec.terms.objective, tokens), leaf)
 
 
 def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:

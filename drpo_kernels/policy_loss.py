@@ -13,6 +13,7 @@ from drpo_kernels.kl import kl_loss
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
+from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens
 
 
@@ -234,7 +235,7 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     old = rows[Row.OLD_LOGPROB]
     old = torch.where(old.isnan(), logprobs.detach(), old)
     tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
-    loss = rows[Row.POLICY] * terms.objective.token_loss(tokens)
+    loss = rows[Row.POLICY] * token_losses(terms.objective, tokens)
     if terms.kl_estimator is not None:
         kl = kl_loss(terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance)
         loss = loss + rows[Row.KL] * kl

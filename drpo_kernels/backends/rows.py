@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
+from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
@@ -191,11 +192,11 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
     with own_graph():
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
-        policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))
+        policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE]))
         slope = derivative(policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
-            kl, kl_slope = kl_term(terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance)
+            kl, kl_slope = kl_term(terms.kl_estimator, logprobs.detach(), old, rows[Row.REF_LOGPROB], terms.kl_importance)
             has_kl = rows[Row.KL] != 0
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
             total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)
@@ -215,12 +216,8 @@ def recordable(tensor: Tensor) -> Tensor:
 
 
 def derivative(values: Tensor, logprobs: Tensor) -> Tensor:
-    """∂(Σ values)/∂logprobs, [N]; zero for a user's objective that is constant in its log-probs."""
-    if not values.requires_grad:
-        if not (logprobs + 0).requires_grad:
-            raise RuntimeError("autograd is off where the objective is differentiated")
-        return torch.zeros_like(logprobs)
-    return torch.autograd.grad(values.sum(), logprobs, allow_unused=True, materialize_grads=True)[0]
+    """∂(Σ values)/∂logprobs, [N]."""
+    return torch.autograd.grad(values.sum(), logprobs)[0]
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
