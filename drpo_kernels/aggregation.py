@@ -42,7 +42,7 @@ def reduction_coefficients(
     lengths = sequences.sum(valid.to(torch.int64))
     count = _count(lengths > 0, dtype) if normalizer is None else normalizer
     if reduction == "seq-mean-token-mean":
-        return ones / (sequences.expand(lengths.clamp(min=1)).to(dtype) * count)
+        return ones / (sequences.expand(lengths).clamp(min=1).to(dtype) * count)
     return ones / (count * (horizon if reduction == "seq-mean-token-sum-norm" else 1))
 
 

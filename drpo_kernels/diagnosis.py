@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.metrics import FAR_BELOW, PREFIX
+from drpo_kernels.metrics import FAR_BELOW, FAR_BELOW_ONE, PREFIX
 from drpo_kernels.objectives import Objective
 from drpo_kernels.validation import POSITIVE_LOGPROB
 
@@ -15,6 +15,7 @@ MISMATCH = 0.2  # nats of mean log-ratio; a policy a few steps ahead of its samp
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1
 UNSCORABLE_SHARE = 0.05
+PLACEHOLDER_SHARE = 0.1
 
 
 class Condition(NamedTuple):
@@ -30,9 +31,10 @@ CONDITIONS = (
     Condition(
         "no old log-probs",
         lambda m: m["tokens"] == 0 < m["unscorable"],
-        "None of the {unscorable:.0f} tokens in the mask has a finite old log-prob, so all are treated as masked: ask "
-        "the rollout engine for the sampled tokens' log-probs, or pass old_logprobs=None for an on-policy batch.",
-        ("mask empty", "unscorable"),
+        "None of the {unscorable:.0f} tokens in the mask has an old log-prob (all are NaN, -inf, or -100 and below), "
+        "so all are treated as masked: ask the rollout engine for the sampled tokens' log-probs, or pass "
+        "old_logprobs=None for an on-policy batch.",
+        ("mask empty", "unscorable", "sentinel"),
     ),
     Condition(
         "mask empty",
@@ -58,9 +60,25 @@ CONDITIONS = (
     Condition(
         "unscorable",
         lambda m: m["unscorable"] > UNSCORABLE_SHARE * (m["tokens"] + m["unscorable"]),
-        "{unscorable:.0f} tokens in the mask have an old log-prob of NaN or -inf, beside {tokens:.0f} that have one, "
+        "{unscorable:.0f} tokens in the mask have no old log-prob (NaN, -inf, or -100 and below), beside "
+        "{tokens:.0f} that have one, "
         "and are treated as masked: the mask may cover tokens that the rollout engine did not sample (prompt, tool "
         "output).",
+    ),
+    Condition(
+        "sentinel",
+        lambda m: m["sentinels"] > 0,
+        "{sentinels:.0f} old log-probs are -100 or below, such as the -9999 that servers write for a log-prob that "
+        "they do not have: no sampled token has one, and they are treated as masked like NaN. Ask the server for the "
+        "log-probs of the sampled tokens themselves.",
+    ),
+    Condition(
+        "placeholder",
+        lambda m: m["computed"] > 0 and m["zero_old_share"] > PLACEHOLDER_SHARE,
+        f"The old log-prob is exactly 0 on {{zero_old_share:.0%}} of {{computed:.0f}} tokens whose log-prob is below "
+        f"-{FAR_BELOW_ONE:g} now: these are placeholders, not log-probs. Pass what the rollout engine sampled with, or "
+        "old_logprobs=None for an on-policy batch.",
+        ("mismatch", "shift", "explosion"),
     ),
     Condition(
         "no advantage",

@@ -24,7 +24,7 @@ from torch import Tensor
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard, gather, group_size, summed
-from drpo_kernels.metrics import METRICS, PREFIX, SPARSITY_METRICS, combined_metrics
+from drpo_kernels.metrics import EVERY_METRIC, METRICS, PREFIX, SPARSITY_METRICS, combined_metrics
 from drpo_kernels.tokens import Sequences, scorable
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def global_normalizer(
     masks         [...] bool or 0/1, this rank's micro-batches of the step: one mask, or a list that may be empty
     reduction     the one given to the loss with this normalizer
     cu_seqlens    of packed micro-batches, for a "seq-..." reduction
-    old_logprobs  shaped like the masks where some may be NaN or -inf on valid tokens: the loss takes those as masked
+    old_logprobs  shaped like the masks where some may be NaN, or -100 and below, on valid tokens: the loss takes those
+                  as masked
     group         ranks that hold different tokens; None: all processes
     gradients     what the wrapper does with the ranks' gradients: "mean" (DDP, FSDP and ZeRO divide by the number of
                   ranks) or "sum". Accumulation over micro-batches adds
@@ -169,20 +170,22 @@ def reduce_metrics(
 
     Means are weighted by the rows they are over, extremes are extremes over the ranks that have any, counts are summed
     (`drpo_kernels.metrics` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a rank's is;
-    those of `sparse_grad` where this rank has them. One collective.
+    those of `sparse_grad` and of a reference where this rank has them. One collective.
 
     Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
     """
     records = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-    always, every = ([PREFIX + name for name in names] for names in (METRICS, METRICS | SPARSITY_METRICS))
+    always, sparse, every = ([PREFIX + name for name in names] for names in (METRICS, SPARSITY_METRICS, EVERY_METRIC))
+    found = set(always)
     for record in records:
         if not isinstance(record, Mapping):
             raise TypeError(f"metrics must be out.metrics or a list of them, got {type(record).__name__}")
-        expected = every if PREFIX + "sparse_rows" in record else always
-        if record.keys() != set(expected):
-            amiss = sorted(record.keys() ^ set(expected))
+        expected = {*always, *(record.keys() & {PREFIX + "ref_kl"}), *(sparse if sparse[-1] in record else ())}
+        if record.keys() != expected:
+            amiss = sorted(record.keys() ^ expected)
             raise ValueError(f"metrics must have the keys of out.metrics, got missing or additional ones: {amiss}")
-    keys = every if any(len(record) == len(every) for record in records) else always
+        found |= expected
+    keys = [key for key in every if key in found]
     device = _device([record[keys[0]] for record in records], device)
     # a batch of no rows: neutral, and what a rank without micro-batches reports. All ranks send all that there may be
     nothing = torch.zeros(len(every), device=device)

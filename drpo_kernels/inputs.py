@@ -97,6 +97,7 @@ class Problem:
     mask: Tensor | None
     options: LogprobOptions
     unmasked: Tensor  # bool, shaped like targets
+    sequences: Sequences | None  # how the tokens group, where they do
     backend: str
     vocab: int  # real entries, of all shards
 
@@ -108,24 +109,25 @@ class Problem:
         vocab = source.vocab if shard is None else shard.total
         validation.check_logprob_options(options, targets, source.lead, source.tensor, vocab)
         validation.check_mask(mask, targets)
-        unmasked = _unmasked(mask, targets)
+        cu_seqlens = getattr(options, "cu_seqlens", None)
+        grouped = cu_seqlens is not None or targets.dim() > 1
+        sequences = Sequences(targets.shape, cu_seqlens) if grouped else None
         device = source.tensor.device
         backend = choose_backend(options.backend, device, source.compute_dtype, options.batch_invariant).name
-        problem = Problem(source, targets, mask, options, unmasked, backend, options.vocab_size or vocab)
-        if validation.wants_values(options, targets.device):
-            validation.check_mask_values(mask)
-            if problem.sequences is not None and problem.sequences.offsets is not None:
-                validation.check_packing_values(problem.sequences.offsets, targets.numel())
-            validation.check_logprob_values(targets, problem.temperature, unmasked, problem.vocab)
-        return problem
+        unmasked, vocab = _unmasked(mask, targets), options.vocab_size or vocab
+        return Problem(source, targets, mask, options, unmasked, sequences, backend, vocab)
 
     @property
-    def sequences(self) -> Sequences | None:
-        """How the tokens group into sequences, where they do."""
+    def wants_values(self) -> bool:
+        return validation.wants_values(self.options, self.targets.device)
+
+    def check_values(self, valid: Tensor) -> None:
+        """Of all but the policy's own inputs, where `valid` [shaped like targets]."""
+        validation.check_mask_values(self.mask)
         cu_seqlens = getattr(self.options, "cu_seqlens", None)
-        if cu_seqlens is None and self.targets.dim() < 2:
-            return None
-        return Sequences(self.targets.shape, cu_seqlens)
+        if cu_seqlens is not None:
+            validation.check_packing_values(cu_seqlens, valid)
+        validation.check_logprob_values(self.targets, self.temperature, valid, self.vocab)
 
     @property
     def temperature(self) -> Tensor | None:
@@ -168,7 +170,9 @@ class Problem:
         return 1 / self.flat(self.temperature, valid, self.constant(valid, 1.0))
 
     def logprob_rows(self) -> Tensor:
-        """[len(Row), N] of a log-prob call: every unmasked row carries a gradient."""
+        """[len(Row), N] of a log-prob call, checked: every unmasked row carries a gradient."""
+        if self.wants_values:
+            self.check_values(self.unmasked)
         valid = self.unmasked.reshape(-1)
         fields = {
             Row.INV_TEMPERATURE: self.inv_temperature(valid),
@@ -186,7 +190,8 @@ class PolicyInputs:
     terms: Terms
     rows: Tensor
     valid: Tensor  # in the mask and scorable
-    unscorable: Tensor  # in the mask, but its old log-prob is NaN or -inf
+    unscorable: Tensor  # in the mask, but without an old log-prob
+    given: Tensor | None  # the old log-probs as they came, [N]
     sequences: Sequences | None
 
     @property
@@ -198,16 +203,15 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     """Check, flatten and pack: targets' shape -> rows [len(Row), N]."""
     options: PolicyOptions = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages, problem.mask)
-    sequences = problem.sequences
-    if validation.wants_values(options, problem.targets.device):
-        validation.check_policy_values(options, old_logprobs, problem.unmasked)
+    sequences, unmasked, on_policy = problem.sequences, problem.unmasked, old_logprobs is None
+    valid = unmasked if on_policy else unmasked & scorable(old_logprobs)
     advantages = _per_token(advantages, problem.targets.shape, sequences)
-    if validation.wants_values(options, problem.targets.device):
-        validation.check_advantage_values(advantages, problem.unmasked)
-    unmasked = problem.unmasked.reshape(-1)
-    on_policy = old_logprobs is None
-    valid = unmasked if on_policy else unmasked & scorable(old_logprobs).reshape(-1)
-    unscorable = unmasked ^ valid
+    if problem.wants_values:
+        problem.check_values(valid)
+        validation.check_policy_values(options, old_logprobs, valid)
+        validation.check_advantage_values(advantages, valid)
+    valid, unscorable = valid.reshape(-1), (unmasked ^ valid).reshape(-1)
+    given = None if on_policy else old_logprobs.detach().reshape(-1)
     zeros = problem.constant(valid, 0.0)
     fields = _coefficients(problem, valid, sequences, zeros)
     fields[Row.OLD_LOGPROB] = (
@@ -218,10 +222,15 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     fields[Row.REF_LOGPROB] = zeros if ref is None else problem.flat(ref, valid, zeros)
     fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
     fields[Row.KIND] = _kinds(options, fields, valid, sequences)
+    if sequences is not None and sequences.offsets is not None:
+        # a token in the mask but in no sequence is an error; where values are not read, it makes the loss NaN
+        stray = valid & (sequences.ids == sequences.count)
+        fields[Row.POLICY] = fields[Row.POLICY].masked_fill(stray, torch.nan)
+        fields[Row.KIND] = fields[Row.KIND].masked_fill(stray, RowKind.ACTIVE.value)
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
-    return PolicyInputs(problem, terms, rows, valid, unscorable, sequences)
+    return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 
 def _unmasked(mask: Tensor | None, targets: Tensor) -> Tensor:
@@ -236,7 +245,7 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
     if values.shape == shape:
         return values
     if sequences is not None and sequences.offsets is not None and values.shape == (sequences.count,):
-        return values[sequences.ids].reshape(shape)
+        return sequences.expand(values).reshape(shape)
     if values.dim() and values.dim() == len(shape) - 1:
         values = values.unsqueeze(-1)
     return values.expand(shape)

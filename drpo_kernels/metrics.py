@@ -20,6 +20,8 @@ PREFIX = "drpo/"
 UNCLIPPED = 1 - 1e-5
 # nats: a token this far below its old log-prob was hardly scored on the text it was sampled from
 FAR_BELOW = 5.0
+# nats: a token whose old log-prob is exactly 0, so that nothing else could be sampled, is not this far below 0 now
+FAR_BELOW_ONE = 0.05
 
 
 class Metric(NamedTuple):
@@ -47,8 +49,10 @@ METRICS = {
     "logprob_mean": Metric("mean", "computed"),
     "old_logprob_max": Metric("max", "computed"),
     "far_below_share": Metric("mean", "computed"),
+    "zero_old_share": Metric("mean", "computed"),
     "active_share": Metric("mean", "tokens"),
     "unscorable": Metric("sum", "unscorable"),
+    "sentinels": Metric("sum", "sentinels"),
     "nonfinite": Metric("sum", "nonfinite"),
     "tokens": Metric("sum", "tokens"),
     "computed": Metric("sum", "computed"),
@@ -57,7 +61,9 @@ METRICS = {
 # the counts come last, and are integers
 COUNTS = sum(metric.how == "sum" for metric in METRICS.values())
 MEASURES = len(METRICS) - COUNTS
-# what `sparse_grad` adds to them
+# what log-probs of a reference add to them
+REFERENCE_METRICS = {"ref_kl": Metric("mean", "computed")}
+# and what `sparse_grad` does
 SPARSITY_METRICS = {
     "sparse_share": Metric("mean", "with_gradient"),
     "sparse_entries": Metric("mean", "sparse_rows"),
@@ -66,6 +72,7 @@ SPARSITY_METRICS = {
     "with_gradient": Metric("sum", "with_gradient"),
     "sparse_rows": Metric("sum", "sparse_rows"),
 }
+EVERY_METRIC = METRICS | REFERENCE_METRICS | SPARSITY_METRICS
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
@@ -99,6 +106,8 @@ def policy_metrics(
     computed: Tensor,
     valid: Tensor,
     unscorable: Tensor,
+    sentinels: Tensor,
+    ref_kl: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Means and extremes over computed rows, all inputs [N]; 0 where no row qualifies.
 
@@ -108,7 +117,11 @@ def policy_metrics(
     active_share         computed rows over valid ones
     logprob_mean, old_logprob_max  log π of the tokens; log μ above 0 is not a log-prob
     far_below_share      computed rows with log π < log μ - 5: near 1 where targets are not aligned
-    unscorable           tokens in the mask whose old log-prob was NaN or -inf, treated as masked
+    zero_old_share       computed rows with log μ = 0 exactly and log π < -0.05: placeholders for log-probs
+    ref_kl               KL(π‖π_ref) by the estimator of the loss, without `kl_importance`; only with log-probs of a
+                         reference
+    unscorable           tokens in the mask whose old log-prob was NaN, -inf or below -100, treated as masked
+    sentinels            those among them that were finite: -9999 and the like
     nonfinite            computed rows whose log-prob or slope is NaN or infinite
     tokens, computed, weighted  counts: valid tokens, computed rows, those with A ≠ 0. `METRICS` names the one that each
                          mean and extreme is over, so that batches and ranks combine (`distributed.reduce_metrics`)
@@ -123,8 +136,8 @@ def policy_metrics(
         # a sequence's ratio is not its tokens', so only a gradient of exactly 0 tells
         clipped = slope == 0 if objective.sequence_level else weight < UNCLIPPED
     nonfinite = computed & ~(logprobs.isfinite() & slope.isfinite())
-    flags = {"tokens": valid, "computed": computed, "weighted": weighted, "unscorable": unscorable}
-    flags["nonfinite"] = nonfinite
+    flags = {"tokens": valid, "computed": computed, "weighted": weighted, "nonfinite": nonfinite}
+    flags |= {"unscorable": unscorable, "sentinels": sentinels}
     values = flags | {
         "ratio_mean": tokens.ratio,
         "ratio_max": tokens.ratio,
@@ -141,9 +154,11 @@ def policy_metrics(
         "logprob_mean": logprobs,
         "old_logprob_max": old_logprobs,
         "far_below_share": (tokens.log_ratio < -FAR_BELOW).to(weight.dtype),
+        "zero_old_share": ((old_logprobs == 0) & (logprobs < -FAR_BELOW_ONE)).to(weight.dtype),
         "active_share": computed.to(weight.dtype),
     }
-    return _reduced(METRICS, values, flags)
+    metrics = _reduced(METRICS, values, flags)
+    return metrics if ref_kl is None else metrics | _reduced(REFERENCE_METRICS, {"ref_kl": ref_kl}, flags)
 
 
 # how an objective's clipping shows: not at all, in the weight, or in a slope of 0
@@ -182,17 +197,20 @@ def largest(most, count):
 
 @jit(do_not_specialize=["rows_stride", "outcome_stride", "count"])
 def policy_metrics_kernel(
-    rows, rows_stride, outcome, outcome_stride, valid, unscorable, values, counts, count,
-    CLIPS: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr, BLOCK: tl.constexpr,
+    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count,
+    CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
+    FAR_BELOW_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The twin of `policy_metrics`, one launch of one program: rows [8, N] (`Row`), outcome [4, N] (`Outcome`), valid
-    and unscorable uint8 [N] -> values fp32 [16], counts int64 [5], in the order of `METRICS`. Sums are in fp32,
-    in which counts are exact up to 2^24 tokens.
+    and unscorable uint8 [N], old log-probs as given [N] of any float dtype or None -> values fp32 [18], counts int64
+    [6], in the order of `METRICS`, `ref_kl` after the other values; KL is the twin of its estimator or None. Sums are
+    in fp32, in which counts are exact up to 2^24 tokens.
     """
     nothing = tl.zeros([BLOCK], tl.float32)
     none = tl.full([BLOCK], float("-inf"), tl.float32)
     ratio_sum, k1_sum, k3_sum, shift_sum, weight_sum = nothing, nothing, nothing, nothing, nothing
     beyond_sum, clipped_sum, entropy_sum, logp_sum, below_sum = nothing, nothing, nothing, nothing, nothing
+    zero_sum, kl_sum, sentinel_count = nothing, nothing, nothing
     ratio_most, shift_most, weight_least, weight_most, old_most = none, none, none, none, none
     token_count, computed_count, weighted_count = nothing, nothing, nothing
     unscorable_count, nonfinite_count = nothing, nothing
@@ -231,9 +249,17 @@ def policy_metrics_kernel(
         logp_sum = add(logp_sum, computed, logp)
         old_most = larger(old_most, computed, old)
         below_sum = add(below_sum, computed & (log_ratio < -FAR_BELOW), 1.0)
+        zero_sum = add(zero_sum, computed & (old == 0) & (logp < -FAR_BELOW_ONE), 1.0)
+        if KL is not None:
+            kl, _, _ = KL(logp, tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0))
+            kl_sum = add(kl_sum, computed, kl)
         finite = (tl.abs(logp) < float("inf")) & (tl.abs(slope) < float("inf"))
         token_count = add(token_count, tl.load(valid + t, mask=inside, other=0) != 0, 1.0)
-        unscorable_count = add(unscorable_count, tl.load(unscorable + t, mask=inside, other=0) != 0, 1.0)
+        unscored = tl.load(unscorable + t, mask=inside, other=0) != 0
+        unscorable_count = add(unscorable_count, unscored, 1.0)
+        if given is not None:
+            number = tl.abs(tl.load(given + t, mask=inside, other=0.0).to(tl.float32)) < float("inf")
+            sentinel_count = add(sentinel_count, unscored & number, 1.0)
         nonfinite_count = add(nonfinite_count, computed & ~finite, 1.0)
         computed_count = add(computed_count, computed, 1.0)
         weighted_count = add(weighted_count, weighted, 1.0)
@@ -254,12 +280,15 @@ def policy_metrics_kernel(
     tl.store(values + 12, mean(logp_sum, n))
     tl.store(values + 13, largest(old_most, n))
     tl.store(values + 14, mean(below_sum, n))
-    tl.store(values + 15, mean(computed_count, all_tokens))
+    tl.store(values + 15, mean(zero_sum, n))
+    tl.store(values + 16, mean(computed_count, all_tokens))
+    tl.store(values + 17, mean(kl_sum, n))
     tl.store(counts, tl.sum(unscorable_count, 0).to(tl.int64))
-    tl.store(counts + 1, tl.sum(nonfinite_count, 0).to(tl.int64))
-    tl.store(counts + 2, all_tokens.to(tl.int64))
-    tl.store(counts + 3, n.to(tl.int64))
-    tl.store(counts + 4, w.to(tl.int64))
+    tl.store(counts + 1, tl.sum(sentinel_count, 0).to(tl.int64))
+    tl.store(counts + 2, tl.sum(nonfinite_count, 0).to(tl.int64))
+    tl.store(counts + 3, all_tokens.to(tl.int64))
+    tl.store(counts + 4, n.to(tl.int64))
+    tl.store(counts + 5, w.to(tl.int64))
 
 
 def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
@@ -282,12 +311,14 @@ def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active
     return _reduced(SPARSITY_METRICS, values, flags)
 
 
-def named_metrics(values: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def named_metrics(values: Tensor, counts: Tensor, with_reference: bool) -> dict[str, Tensor]:
     """What the kernel has written, as `policy_metrics` returns it. `data`: a trainer may change one in place, and
     autograd does not take it for a view of the others.
     """
-    found = (*values.unbind(), *counts.unbind())
-    return {PREFIX + name: value.data for name, value in zip(METRICS, found, strict=True)}
+    *measures, ref_kl = values.unbind()
+    named = dict(zip(METRICS, (*measures, *counts.unbind()), strict=True))
+    named |= {"ref_kl": ref_kl} if with_reference else {}
+    return {PREFIX + name: value.data for name, value in named.items()}
 
 
 def _reduced(
@@ -302,6 +333,6 @@ def combined_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The metrics of M batches, [M] under each name, as those of their union, 0-d."""
     return {
         PREFIX + name: REDUCE[how](metrics[PREFIX + name], metrics[PREFIX + count])
-        for name, (how, count) in (METRICS | SPARSITY_METRICS).items()
+        for name, (how, count) in EVERY_METRIC.items()
         if PREFIX + name in metrics
     }

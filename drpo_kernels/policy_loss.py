@@ -9,7 +9,7 @@ from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
-from drpo_kernels.kl import kl_loss
+from drpo_kernels.kl import kl_loss, kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
@@ -19,8 +19,9 @@ from drpo_kernels.tokens import Tokens
 
 class PolicyLossOutput(NamedTuple):
     """loss        0-d float32 (float64 for float64 inputs), the only field that carries a gradient
-    logprobs    log π of each target, shaped like targets; 0 where not computed
-    entropy     of each row's distribution in nats, shaped like targets; 0 where not computed
+    logprobs    log π of each target, shaped like targets; 0 where masked, and NaN where a row of the mask was not
+                computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes the former
+    entropy     of each row's distribution in nats, likewise
     computed    bool, shaped like targets: which rows were computed
     metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`
     """
@@ -60,8 +61,9 @@ def linear_policy_loss(
     targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted
                   inside
     old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached
-                  log-prob. A row whose value is NaN, or -inf (no sampled token has μ = 0), is treated as masked and
-                  counted in metrics["drpo/unscorable"]. Rounding may leave up to 0.01; what is above is an error
+                  log-prob. A row whose value is NaN or -100 and below (-inf, -9999: no token that was sampled has
+                  such a μ, `drpo_kernels.tokens.LEAST_LOGPROB`) is treated as masked and counted in
+                  metrics["drpo/unscorable"]. Rounding may leave up to 0.01; what is above is an error
     advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens` (where both fit,
                   per token); at most 1e12 in size
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
@@ -159,28 +161,34 @@ def _policy_loss(
     problem = Problem.checked(source, targets, mask, options)
     inputs = policy_inputs(problem, old_logprobs, advantages)
     loss, outcome = _route(inputs)
-    logprobs, entropy = outcome[Outcome.LOGPROB], outcome[Outcome.ENTROPY]
+    computed = inputs.computed
     with torch.no_grad():
         metrics = _metrics(inputs, outcome, old_logprobs is None)
+        # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
+        left_out = problem.unmasked.reshape(-1) > computed
+        logprobs, entropy = outcome[:2].masked_fill(left_out, torch.nan)  # Outcome's LOGPROB and ENTROPY
         if options.sparse_grad:
             active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
             metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
     shape = targets.shape
-    return PolicyLossOutput(
-        loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics
-    )
+    return PolicyLossOutput(loss, logprobs.reshape(shape), entropy.reshape(shape), computed.reshape(shape), metrics)
 
 
 def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str, Tensor]:
     """One launch where Triton runs; a graph fuses the formula itself."""
-    objective, rows = inputs.terms.objective, inputs.rows
+    objective, rows, options = inputs.terms.objective, inputs.rows, inputs.problem.options
+    estimator = None if options.ref_logprobs is None else options.kl_estimator
     if inputs.problem.backend == "triton" and not torch.compiler.is_compiling():
-        return row_ops("triton").metrics(objective, rows, outcome, inputs.valid, inputs.unscorable)
+        return row_ops("triton").metrics(
+            objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator
+        )
     logprobs = outcome[Outcome.LOGPROB]
+    old = logprobs if on_policy else rows[Row.OLD_LOGPROB]
+    ref_kl = None if estimator is None else kl_term(estimator, logprobs, old, rows[Row.REF_LOGPROB], False)[0]
     return policy_metrics(
-        objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE],
-        logprobs if on_policy else rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], inputs.computed, inputs.valid,
-        inputs.unscorable,
+        objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE], old, rows[Row.ADVANTAGE],
+        inputs.computed, inputs.valid, inputs.unscorable,
+        inputs.unscorable if on_policy else inputs.unscorable & inputs.given.isfinite(), ref_kl,
     )  # fmt: skip
 
 

@@ -10,29 +10,35 @@ from torch import Tensor
 from drpo_kernels.triton_support import jit, tl
 
 LOG_RATIO_LIMIT = 20.0
+# No sampled token has a log-prob as low as this. Random numbers of 32 bits choose a token at most 23 nats below the
+# likeliest, at the temperature τ of the sampling, and that one is within log V <= 13 of 0: log μ > -23 τ - 13, above
+# -100 for every τ up to 3. Engines write -9999 or -1e9 for a log-prob that they do not have, since JSON has no -inf.
+LEAST_LOGPROB = -100.0
 
 
 def scorable(old_logprobs: Tensor) -> Tensor:
-    """False where the rollout engine has no log-prob: NaN, or -inf, which no token that was sampled can have."""
-    return old_logprobs > -torch.inf
+    """False where the rollout engine has no log-prob: NaN, or what no token that was sampled can have."""
+    return old_logprobs > LEAST_LOGPROB
 
 
 class Sequences:
     """How the N flattened tokens of a batch group into S sequences.
 
     Built from a leading shape [..., L] (each last-axis run is a sequence) or from `cu_seqlens` [S + 1] of a packed
-    batch.
+    batch, whose tokens beyond the last offset are in no sequence. Offsets that nobody has validated lead to no other
+    token's memory: they are brought into [0, N] and into order first.
     """
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
-        self.offsets = cu_seqlens
-        self.length = shape[-1] if cu_seqlens is None else None
-        self.count = shape[:-1].numel() if cu_seqlens is None else cu_seqlens.numel() - 1
         self._tokens = shape.numel()
+        packed = cu_seqlens is not None
+        self.offsets = cu_seqlens.to(torch.int64).clamp(0, self._tokens).cummax(0).values if packed else None
+        self.length = None if packed else shape[-1]
+        self.count = cu_seqlens.numel() - 1 if packed else shape[:-1].numel()
 
     @property
     def ids(self) -> Tensor:
-        """The sequence of each packed token, [N] int64."""
+        """The sequence of each packed token, [N] int64; S where it is in none."""
         positions = torch.arange(self._tokens, device=self.offsets.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
 
@@ -43,7 +49,9 @@ class Sequences:
         return _SegmentSum.apply(values, self)
 
     def expand(self, values: Tensor) -> Tensor:
-        """Each sequence's value at each of its tokens, [S] -> [N] (differentiable)."""
+        """Each sequence's value at each of its tokens, [S] -> [N] (differentiable); NaN, or the integer 0, where a
+        token is in none.
+        """
         if self.offsets is None:
             return values[:, None].expand(self.count, self.length).reshape(-1)
         return _SegmentExpand.apply(values, self)
@@ -51,9 +59,13 @@ class Sequences:
     def _segment_sum(self, values: Tensor) -> Tensor:
         # segment_reduce adds in order; index_add would use atomics on a GPU
         if values.dtype in (torch.float32, torch.float64):
-            return torch.segment_reduce(values, "sum", offsets=self.offsets.to(torch.int64), initial=0.0)
-        zeros = torch.zeros(self.count, dtype=values.dtype, device=values.device)
-        return zeros.index_add_(0, self.ids, values)
+            offsets = torch.cat([self.offsets, self.offsets.new_full((1,), self._tokens)])
+            return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)[:-1]
+        zeros = torch.zeros(self.count + 1, dtype=values.dtype, device=values.device)
+        return zeros.index_add_(0, self.ids, values)[:-1]
+
+    def _at_tokens(self, values: Tensor, elsewhere: float) -> Tensor:
+        return torch.cat([values, values.new_full((1,), elsewhere)])[self.ids]
 
 
 class _SegmentSum(torch.autograd.Function):
@@ -64,14 +76,14 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[ctx.sequences.ids], None
+        return ctx.sequences._at_tokens(grad, 0), None
 
 
 class _SegmentExpand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, sequences):
         ctx.sequences = sequences
-        return values[sequences.ids]
+        return sequences._at_tokens(values, torch.nan if values.dtype.is_floating_point else 0)
 
     @staticmethod
     def backward(ctx, grad):

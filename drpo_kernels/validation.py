@@ -366,7 +366,7 @@ def check_mask_values(mask: Tensor | None) -> None:
 
 
 def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int) -> None:
-    """All shaped like targets; `valid` is the mask: masked positions may carry anything."""
+    """All shaped like targets; where not `valid`, masked or unscorable, they may carry anything."""
     _require("targets", f"in [0, {vocab})", targets, ~valid | ((targets >= 0) & (targets < vocab)))
     if temperature is not None:
         inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
@@ -377,15 +377,14 @@ _NEGATED = " (are these probabilities, or negated?)"
 
 
 def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
-    """`valid` is the mask, shaped like targets."""
+    """`valid`, shaped like targets: in the mask, and not without an old log-prob, which is treated as masked."""
     if old_logprobs is not None:
-        # NaN passes: a rollout engine's unscorable token is treated as masked
         good = ~(old_logprobs > POSITIVE_LOGPROB)
         _require("old_logprobs", f"log-probabilities <= 0{_NEGATED}", old_logprobs, ~valid | good)
     if options.token_weights is not None:
         _require("token_weights", "finite", options.token_weights, ~valid | options.token_weights.isfinite())
     ref = options.ref_logprobs
-    if ref is not None and options.kl_coef:
+    if ref is not None:
         good = ref.isfinite() & (ref <= POSITIVE_LOGPROB)
         _require("ref_logprobs", f"finite log-probabilities <= 0{_NEGATED}", ref, ~valid | good)
     if isinstance(options.reduction, TokenCoefficients):
@@ -399,9 +398,16 @@ def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, val
         _require("normalizer", f"positive and finite{hint}", normalizer, good)
 
 
-def check_packing_values(cu_seqlens: Tensor, tokens: int) -> None:
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens.tolist()}")
+def check_packing_values(cu_seqlens: Tensor, valid: Tensor) -> None:
+    """`valid` is shaped like targets. What is masked may lie beyond the last sequence: padding."""
+    offsets, count = cu_seqlens.to(torch.int64), valid.numel()  # a difference of unsigned ones would wrap
+    last = int(offsets[-1])
+    if offsets[0] != 0 or last > count or (offsets.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to at most the {count} tokens, got {offsets.tolist()}")
+    beyond = valid.reshape(-1)[last:].nonzero()
+    if len(beyond):
+        stray = last + int(beyond[0])
+        raise ValueError(f"cu_seqlens must cover every token in the mask, got its end {last} and a token at {stray}")
 
 
 def check_advantage_values(advantages: Tensor, valid: Tensor) -> None:

@@ -270,7 +270,7 @@ def policy_loss(
     valid = torch.ones(shape) if mask is None else mask.detach().cpu()
     valid = (valid != 0).reshape(-1)
     if old_logprobs is not None:
-        valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -torch.inf)  # neither NaN nor -inf
+        valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -100)  # neither NaN nor what no sample has
     keep = valid.nonzero().squeeze(-1)
     seq = sequence_ids(shape, cu_seqlens)
 

@@ -293,11 +293,13 @@ def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7
     computed = out.computed.cpu()
     assert computed.dtype == torch.bool
     assert computed.shape == problem.targets.shape
+    unmasked = torch.ones_like(computed) if problem.mask is None else problem.mask != 0
     bound = logprob_bound(problem)
     for name in ("logprobs", "entropy"):
         value = getattr(out, name).detach().cpu().double()
         assert not getattr(out, name).requires_grad, name
-        assert (value[~computed] == 0).all(), f"{name} of rows not computed"
+        assert (value[~unmasked] == 0).all(), f"{name} of masked rows"
+        assert value[unmasked & ~computed].isnan().all(), f"{name} of rows not computed"
         rows = computed & want.valid
         assert (value - getattr(want, name))[rows].abs().max().item() <= bound if rows.any() else True, name
     return out, grads

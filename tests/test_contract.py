@@ -187,9 +187,8 @@ def test_second_derivative_is_an_error(form, backend, device):
     problem = in_form(full_problem(9, SHAPE), form)
     leaves = {n: x.to(device).requires_grad_() for n, x in problem.leaves().items()}
     out = problems.call(problem, problems.build(DRPO), backend, device, leaves)
-    grads = torch.autograd.grad(out.loss, list(leaves.values()), create_graph=True)
-    with pytest.raises(RuntimeError):
-        grads[0].square().sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(out.loss, list(leaves.values()), create_graph=True)
 
 
 @every_backend

@@ -153,13 +153,16 @@ PACKED_ROWS = [
     ("cu_seqlens", {"reduction": "seq-mean-token-sum-norm", "horizon": 4}),
     ("cu_seqlens", {"objective": dk.GSPO()}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([1, 3, 6])}),
-    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 5])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 4])}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 7])}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 4, 3, 6])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 4, 3, 6], dtype=torch.uint8)}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, -2, 6])}),
+    ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0, 3, 10**7])}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([0.0, 3.0, 6.0])}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([[0, 3, 6]])}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum", "cu_seqlens": torch.tensor([], dtype=torch.int32)}),
-    ("cu_seqlens", {"objective": dk.GSPO(), "cu_seqlens": torch.tensor([0, 3, 5])}),
+    ("cu_seqlens", {"objective": dk.GSPO(), "cu_seqlens": torch.tensor([0, 3, 4])}),
 ]
 
 OBJECTIVES = [

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul, row_ops
 from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.kl import kl_term
 from drpo_kernels.metrics import policy_metrics
 
 pytest.importorskip("triton")
@@ -108,15 +109,18 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     if poison and count:
         rows[Row.KIND, -1] = 2
         outcome[Outcome[poison.upper()], -1] = torch.nan
+    rows[Row.REF_LOGPROB], given = rows[Row.OLD_LOGPROB] - 1, torch.full((count,), -9999.0)
+    rows[Row.OLD_LOGPROB, ::5], given[::2] = 0.0, -torch.inf
     dropped, unscorable = (torch.rand(count, generator=generator) < share for share in (0.2, 0.1))
     valid = (rows[Row.KIND] > 0) | dropped
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])
     logprobs, entropy, _, slope = outcome
     want = policy_metrics(
-        objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable
-    )
-    placed = (x.to(device) for x in (rows, outcome, valid, unscorable))
-    found = row_ops("triton").metrics(objective, *placed)
+        objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable,
+        unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False)[0],
+    )  # fmt: skip
+    placed = (x.to(device) for x in (rows, outcome, valid, unscorable, given))
+    found = row_ops("triton").metrics(objective, *placed, "k2")
     assert list(found) == list(want)
     for name, value in found.items():
         assert value.dtype == want[name].dtype and value.shape == ()
@@ -130,7 +134,7 @@ def test_means_of_ones_are_one(device):
         rows, outcome = torch.zeros(len(Row), count, device=device), torch.zeros(len(Outcome), count, device=device)
         rows[Row.ADVANTAGE], rows[Row.KIND] = 0.0, 2.0
         flags = torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.bool, device=device)
-        found = row_ops("triton").metrics(dk.DRPO(), rows, outcome, *flags)
+        found = row_ops("triton").metrics(dk.DRPO(), rows, outcome, *flags, None, None)
         assert found["drpo/ratio_mean"] == found["drpo/active_share"] == 1, count
         assert not torch.signbit(found["drpo/weight_min"]), "0 where nothing is weighted"
 

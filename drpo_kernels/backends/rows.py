@@ -175,8 +175,8 @@ class RowOps(Protocol):
 
 @contextlib.contextmanager
 def own_graph() -> Iterator[None]:
-    """Autograd for a graph that ends where it begins, whatever mode the caller is in. The caller's hooks on saved tensors
-    do not see it: those of activation checkpointing would run the checkpointed model again for it.
+    """Autograd for a graph that ends where it begins, whatever mode the caller is in. The caller's hooks on saved
+    tensors do not see it: those of activation checkpointing would run the checkpointed model again for it.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
         yield
@@ -196,7 +196,8 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         slope = derivative(policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
-            kl, kl_slope = kl_term(terms.kl_estimator, logprobs.detach(), old, rows[Row.REF_LOGPROB], terms.kl_importance)
+            reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
+            kl, kl_slope = kl_term(terms.kl_estimator, now, old, reference, terms.kl_importance)
             has_kl = rows[Row.KL] != 0
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
             total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)

@@ -384,7 +384,7 @@ class _GradientRows(NamedTuple):
         index, outside = _safe(batch)
         _, _, row_max, total, miss, mean = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
-        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to the slope of a soft-cap's tanh
+        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
         at_target, scale, per_q, constant, spread = slopes[0] * miss, -slopes[0] / total, None, None, None
         if len(slopes) > 1:
             scale, per_q, spread = 1 / total, -slopes[1] / LOG2E, slopes[1] * mean

@@ -91,7 +91,7 @@ class _LossHead:
             hidden, weight, self.targets, self.old_logprobs, self.advantages, self.mask,
             reduction=coefficients, **self.options, **head,
         )  # fmt: skip
-        return _FusedLoss(out, (coefficients.entropy * out.entropy).sum())
+        return _FusedLoss(out, torch.where(out.computed, coefficients.entropy * out.entropy, 0).sum())
 
 
 class DRPOTrainer(GRPOTrainer):
@@ -191,10 +191,11 @@ class DRPOTrainer(GRPOTrainer):
         def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
             fused, aux_loss = _parts(model(**model_inputs, fused_head=loss_head))
             results.append((fused, aux_loss))
+            # TRL adds up every row of the batch: 0 where none was computed
+            logprobs, entropy = (torch.where(fused.out.computed, x, 0) for x in (fused.out.logprobs, fused.out.entropy))
             if old_logprobs is not None:  # TRL's metrics are about the same ratio as the loss
-                own = fused.out.logprobs
-                inputs["old_per_token_logps"] = torch.where(scorable(old_logprobs), old_logprobs, own)
-            return _Scored(fused.out.logprobs, fused.out.entropy, None if aux_loss is None else aux_loss.detach())
+                inputs["old_per_token_logps"] = torch.where(scorable(old_logprobs), old_logprobs, logprobs)
+            return _Scored(logprobs, entropy, None if aux_loss is None else aux_loss.detach())
 
         # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
         super()._compute_loss(score, inputs)

@@ -21,6 +21,7 @@ from drpo_kernels.distributed import VocabShard
 from drpo_kernels.logprobs import linear_token_logprobs
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, SPO, Objective
+from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens, scorable
 
 VERL_HEAD = verl_kernel.linear_cross_entropy
@@ -72,8 +73,8 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
 
         old_log_prob [B, L] is log μ, log_prob [B, L] log π and carries the gradient, advantages [B, L], response_mask
         [B, L] bool or 0/1, rollout_is_weights [B, L] a factor per token or None. Masked positions may carry anything;
-        a token whose old log-prob is NaN or -inf is treated as masked. Computed in float32, or float64 for float64
-        log-probs.
+        a token whose old log-prob is NaN, or -100 and below, is treated as masked. Computed in float32, or float64 for
+        float64 log-probs.
 
         -> (0-d loss, metrics: verl's "actor/..." where they have a meaning, and those of `drpo_kernels.metrics`, as
         floats after one read from the device). Raises TypeError without a config.
@@ -82,29 +83,38 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
             raise TypeError("config must be verl's ActorConfig, got None")
         objective = objective_from(config.policy_loss)
         unmasked = response_mask.bool()
-        unscorable = unmasked & ~scorable(old_log_prob)
-        valid = unmasked & ~unscorable
+        valid = unmasked & scorable(old_log_prob)
+        unscorable = unmasked & ~valid
+        sentinels = unscorable & old_log_prob.isfinite()
         dtype = torch.promote_types(log_prob.dtype, torch.float32)
         # the gradient of `where` is exactly 0 at what it replaces
         logprobs, old, adv = (torch.where(valid, x, 0).to(dtype) for x in (log_prob, old_log_prob, advantages))
-        losses = objective.token_loss(Tokens(logprobs, old, adv))
+        losses = token_losses(objective, Tokens(logprobs, old, adv))
         if rollout_is_weights is not None:
             losses = losses * torch.where(valid, rollout_is_weights, 0)
         loss = agg_loss(loss_mat=losses, loss_mask=valid, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
-        return loss, _metrics(objective, logprobs.detach(), old, adv, valid, unscorable)
+        return loss, _metrics(objective, logprobs.detach(), old, adv, valid, unscorable, sentinels)
 
     return policy_loss
 
 
 def _metrics(
-    objective: Objective, logprobs: Tensor, old: Tensor, advantages: Tensor, valid: Tensor, unscorable: Tensor
+    objective: Objective,
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    valid: Tensor,
+    unscorable: Tensor,
+    sentinels: Tensor,
 ) -> dict[str, float]:
     with torch.enable_grad():  # verl may evaluate a loss without gradients
         leaf = logprobs.requires_grad_()
-        slope = derivative(objective.token_loss(Tokens(leaf, old, advantages)), leaf)
+        slope = derivative(token_losses(objective, Tokens(leaf, old, advantages)), leaf)
     with torch.no_grad():
         entropy = torch.zeros_like(old)
-        metrics = policy_metrics(objective, leaf.detach(), entropy, slope, old, advantages, valid, valid, unscorable)
+        metrics = policy_metrics(
+            objective, leaf.detach(), entropy, slope, old, advantages, valid, valid, unscorable, sentinels
+        )
         # verl has these already, or they say nothing here: it computes every token
         del metrics["drpo/entropy_mean"], metrics["drpo/active_share"]
         # verl's shares are over every valid token, ours over those with A ≠ 0

@@ -192,9 +192,10 @@ def _scale_cases() -> Iterator[KernelCase]:
 def _token_cases() -> Iterator[KernelCase]:
     """The kernels of [N]: losses between two kernels, and a batch's metrics."""
     types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32") | {"count": "i32", "hyper": ("fp32",)}
-    types |= {"valid": "*u8", "unscorable": "*u8", "counts": "*i64"}
+    types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
     terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
+    clips |= {"FAR_BELOW_ONE": metrics.FAR_BELOW_ONE, "KL": KL_ESTIMATORS["k3"].twin}
     for vendor in ROW_DEVICES:
         for label, kernel, values, (block, per_thread) in (
             ("losses[drpo k3 entropy]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),

@@ -11,7 +11,16 @@ from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selectio
 from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.kl import KL_ESTIMATORS
-from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
+from drpo_kernels.metrics import (
+    COUNTS,
+    FAR_BELOW,
+    FAR_BELOW_ONE,
+    MEASURES,
+    UNCLIPPED,
+    clips_of,
+    named_metrics,
+    policy_metrics_kernel,
+)
 from drpo_kernels.objectives import Objective
 from drpo_kernels.triton_support import INTERPRETING
 
@@ -119,18 +128,29 @@ class TritonRows:
         return outcome
 
     def metrics(
-        self, objective: Objective, rows: Tensor, outcome: Tensor, valid: Tensor, unscorable: Tensor
+        self,
+        objective: Objective,
+        rows: Tensor,
+        outcome: Tensor,
+        valid: Tensor,
+        unscorable: Tensor,
+        given: Tensor | None,
+        ref_kl: str | None,
     ) -> dict[str, Tensor]:
+        """`given` [N]: old log-probs as they came, or None. `ref_kl` names the estimator of the KL to the reference, or
+        is None.
+        """
+        given = given if given is None else given.contiguous()
         flags = (flag.contiguous().view(torch.uint8) for flag in (valid, unscorable))
-        values = rows.new_empty(MEASURES)
+        values = rows.new_empty(MEASURES + 1)
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
         with _on(rows):
             policy_metrics_kernel[(1,)](
-                rows, rows.stride(0), outcome, outcome.stride(0), *flags, values, counts, rows.shape[1],
-                CLIPS=clips_of(objective), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW, BLOCK=METRICS_BLOCK,
-                num_warps=METRICS_BLOCK // 64, **LAUNCH_OPTIONS,
+                rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1],
+                CLIPS=clips_of(objective), KL=_kl_twin(ref_kl), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
+                FAR_BELOW_ONE=FAR_BELOW_ONE, BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 64, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        return named_metrics(values, counts)
+        return named_metrics(values, counts, ref_kl is not None)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         device = device_properties(values.device)
@@ -166,10 +186,14 @@ def _twins(terms: Terms) -> dict[str, object]:
     """What `row_loss` is compiled for."""
     return {
         "OBJECTIVE": terms.objective.twin,
-        "KL": None if terms.kl_estimator is None else KL_ESTIMATORS[terms.kl_estimator].twin,
+        "KL": _kl_twin(terms.kl_estimator),
         "KL_IMPORTANCE": terms.kl_importance,
         "HAS_ENTROPY": terms.entropy_bonus,
     }
+
+
+def _kl_twin(estimator: str | None) -> Callable | None:
+    return None if estimator is None else KL_ESTIMATORS[estimator].twin
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
