@@ -13,6 +13,7 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, Stat
+from drpo_kernels.tracing import traced
 
 # two ways to round the same factor, well below what the gradients promise
 SCALE_TOLERANCE = 1e-5
@@ -38,7 +39,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spec: ops.Spec) -> Tensor:
     """factor · gradient in `dtype`, rounded once; in place where nobody can see it."""
-    if torch.compiler.is_compiling():
+    if traced(gradient):
         return (gradient.to(factor.dtype) * factor).to(dtype)
     # where the factor can be read for nothing no kernel is needed; Triton's interpreter, there, truncates to bf16
     row_ops("torch" if factor.device.type == "cpu" else spec.execution.backend).scale(gradient, factor)

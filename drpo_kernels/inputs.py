@@ -103,6 +103,7 @@ class Problem:
 
     @staticmethod
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
+        validation.check_not_exported()
         shard = options.vocab_shard
         if shard is not None:
             validation.check_vocab_shard(shard, source.weight, options.backend)
@@ -119,7 +120,7 @@ class Problem:
 
     @property
     def wants_values(self) -> bool:
-        return validation.wants_values(self.options, self.targets.device)
+        return validation.wants_values(self.options, self.targets)
 
     def check_values(self, valid: Tensor) -> None:
         """Of all but the policy's own inputs, where `valid` [shaped like targets]."""
@@ -229,7 +230,8 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
         fields[Row.KIND] = fields[Row.KIND].masked_fill(stray, RowKind.ACTIVE.value)
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
-    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
+    bonus = True if options.entropy_coef else False  # in a graph a comparison of numbers is a symbol
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, bonus)
     return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 

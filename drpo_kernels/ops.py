@@ -1,7 +1,7 @@
 """The computations behind the autograd functions, each also a custom op that stands in for it inside compiled graphs.
 
-Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` cannot trace: there each computation is
-one opaque op. A schema carries no object, so a `Spec` travels as words and numbers.
+Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` and `FakeTensorMode` cannot follow:
+there each computation is one opaque op. A schema carries no object, so a `Spec` travels as words and numbers.
 """
 
 import math
@@ -27,6 +27,7 @@ from drpo_kernels.backends.sweep import (
 from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Sequences, Tokens
+from drpo_kernels.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,20 @@ class Spec:
         words = [
             objective, terms.kl_estimator or "", str(terms.kl_importance), str(terms.entropy_bonus), run.backend,
             _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
-            str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "",
-            str(run.batch_invariant), str(run.sparse_grad),
+            str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "", str(run.batch_invariant),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
-        # the vocabulary may be symbolic in a graph: a number, not a word
-        return words, [float(self.vocab), float(self.transform.logit_scale), float(softcap), *numbers]
+        # the vocabulary and every coefficient may be symbols in a graph: numbers, not words
+        return words, list(map(float, (self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, *numbers)))
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, *rest = words
-        head, invariant, sparse = rest
-        vocab, scale, softcap, *hyper = numbers
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant = words
+        vocab, scale, softcap, sparse, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
-            head_dtype=head or None, batch_invariant=invariant == "True", sparse_grad=float(sparse),
+            head_dtype=head or None, batch_invariant=invariant == "True", sparse_grad=sparse,
         )  # fmt: skip
         return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
 
@@ -181,7 +180,7 @@ def _define(name: str, arguments: str, returns: str, function, fake):
     op = getattr(torch.ops.drpo_kernels, name)
 
     def call(*args):
-        if not torch.compiler.is_compiling():
+        if not traced(args[0]):
             return function(*args)
         words, numbers = args[tensors].encode()
         return op(*args[:tensors], words, numbers, *args[tensors + 1 :])
@@ -193,7 +192,7 @@ linear_policy = _define(
     "linear_policy",
     f"{_HEAD}, Tensor(a!)? main_grad, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
     lambda hidden, weight, bias, targets, rows, main_grad, words, numbers, wanted: (
-        rows.new_empty(outcome_fields(float(words[-1])), rows.shape[1]),
+        rows.new_empty(outcome_fields(numbers[3]), rows.shape[1]),
         *_empty_gradients(hidden, weight, bias, main_grad, wanted),
     ),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens
+from drpo_kernels.tracing import traced
 
 
 class PolicyLossOutput(NamedTuple):
@@ -178,7 +179,7 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
     """One launch where Triton runs; a graph fuses the formula itself."""
     objective, rows, options = inputs.terms.objective, inputs.rows, inputs.problem.options
     estimator = None if options.ref_logprobs is None else options.kl_estimator
-    if inputs.problem.backend == "triton" and not torch.compiler.is_compiling():
+    if inputs.problem.backend == "triton" and not traced(rows):
         return row_ops("triton").metrics(
             objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator
         )
@@ -228,7 +229,9 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     """Naive log-probs and entropy of the computed rows, 0 elsewhere, [N] and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
-    index = computed.nonzero()[:, 0]
+    # of a fake tensor nobody knows which rows those are: all of them, then
+    fake = traced(computed) and not torch.compiler.is_compiling()
+    index = torch.arange(len(computed), device=rows.device) if fake else computed.nonzero()[:, 0]
     with torch.autocast(rows.device.type, enabled=False):
         x = problem.source.selected_logits(index, problem.vocab, rows.dtype)
         z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE, index])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens
+from drpo_kernels.tracing import traced
 
 # log π, log μ and A of the tokens that an objective is tried on: ratios on both sides of 1, advantages of both signs
 SAMPLE = ((-0.1, -1.3, -2.9, -0.6), (-0.3, -1.0, -3.5, -0.61), (1.0, -0.5, 2.0, -1.5))
@@ -27,7 +28,7 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
     together. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss per
     token, or that mixes tokens without `sequence_level`.
     """
-    if not (objective.sequence_level or torch.compiler.is_compiling()):
+    if not (objective.sequence_level or traced(tokens.logprobs)):
         _require_no_mixing(objective, tokens.logprobs)
     losses, wanted = objective.token_loss(tokens), tokens.logprobs
     name = f"{type(objective).__name__}.token_loss"

@@ -16,6 +16,7 @@ from drpo_kernels.collectives import VocabShard, group_rank, group_size
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import Objective
 from drpo_kernels.options import LogprobOptions, PolicyOptions
+from drpo_kernels.tracing import traced
 
 COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +30,14 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def check_not_exported() -> None:
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export of the functions of drpo_kernels is not supported: they exist for training, and an exported "
+            "program has no backward of theirs. torch.compile(fullgraph=True) is"
+        )
 
 
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
@@ -346,11 +355,11 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
         check_number("normalizer", options.normalizer)
 
 
-def wants_values(options: LogprobOptions, device: torch.device) -> bool:
-    """Whether to read the data: by default only where that does not synchronise; never while tracing a graph."""
-    if torch.compiler.is_compiling():
+def wants_values(options: LogprobOptions, targets: Tensor) -> bool:
+    """Whether to read the data: by default only where that does not synchronise; never where there is none."""
+    if traced(targets):
         return False
-    return device.type == "cpu" if options.validate is None else options.validate
+    return targets.device.type == "cpu" if options.validate is None else options.validate
 
 
 def _require(name: str, requirement: str, values: Tensor, good: Tensor) -> None:
