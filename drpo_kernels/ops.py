@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
-from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
+from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, autograd_on, derivative, recordable
 from drpo_kernels.backends.sparse import outcome_fields, sparse_policy_sweep
 from drpo_kernels.backends.sweep import (
     Execution,
@@ -126,7 +126,7 @@ def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tu
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
     """∂(Σ ℓ)/∂logπ of each token under a sequence-level objective, [N]; `shape` is that of the targets."""
     sequences = Sequences(torch.Size(shape), cu_seqlens)
-    with torch.inference_mode(False), torch.enable_grad():
+    with autograd_on():
         leaf = recordable(logprobs).detach().requires_grad_()
         tokens = Tokens(leaf, recordable(old), recordable(advantages), valid=recordable(valid), sequences=sequences)
         return derivative(spec.terms.objective.token_loss(tokens), leaf)

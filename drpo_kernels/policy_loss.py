@@ -159,11 +159,10 @@ def _policy_loss(
     inputs = policy_inputs(problem, old_logprobs, advantages)
     loss, outcome = _route(inputs)
     logprobs, entropy = outcome[Outcome.LOGPROB], outcome[Outcome.ENTROPY]
-    with torch.no_grad():
-        metrics = _metrics(inputs, outcome, old_logprobs is None)
-        if options.sparse_grad:
-            active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
-            metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
+    metrics = _metrics(inputs, outcome, old_logprobs is None)
+    if options.sparse_grad:
+        active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
+        metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
     shape = targets.shape
     return PolicyLossOutput(
         loss, logprobs.reshape(shape), entropy.reshape(shape), inputs.computed.reshape(shape), metrics

@@ -32,9 +32,11 @@ needs_levels = pytest.mark.skipif(not PER_BACKEND, reason="needs torch >= 2.9")
 
 
 def settings():
-    """Everything that a product may depend on."""
+    """Everything that a product may depend on, and what a thread has of its own."""
     found = [getattr(torch.backends.cuda.matmul, name) for name in NARROW_SUMS]
     found += [getattr(torch._C, f"_get_cublas_{name}")() for name in NARROW_SUMS]
+    found += [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    found += [torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutocastCPU)]
     if PER_BACKEND:
         return [*found, *(torch._C._get_fp32_precision_getter(*level) for level in LEVELS)]
     return [*found, torch.get_float32_matmul_precision()]
@@ -174,7 +176,7 @@ def test_settings_are_exact_inside():
     seen = []
     exactly(EVERY, lambda: seen.append(settings()))
     assert seen[0][: len(NARROW_SUMS)] == [False] * len(NARROW_SUMS)
-    assert seen[0][2 * len(NARROW_SUMS) :][:3] == (["none"] * 3 if PER_BACKEND else ["highest"])
+    assert seen[0][-len(LEVELS) :][:3] == ["none"] * 3 if PER_BACKEND else seen[0][-1] == "highest"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,7 +232,6 @@ def test_after_an_error_in_a_product():
 
 def interrupted(delay):
     """Whether a signal has struck a call, that many seconds after it began."""
-    torch.set_grad_enabled(True)  # PyTorch's contexts are in Python: a signal may have struck before one had ended
     try:
         signal.setitimer(signal.ITIMER_REAL, delay)
         call()
@@ -252,6 +253,7 @@ def interrupts(seconds):
         count += interrupted(generator.uniform(1e-6, usual))
         if settings() != before:
             changed.append(count)
+            torch.set_grad_enabled(True)
             allow_everything()
     return count, changed
 

@@ -4,6 +4,7 @@ A *row* is one token's logits [V]. Everything per row travels in three packed te
 pointers, not twenty.
 """
 
+import contextlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -172,7 +173,7 @@ class RowOps(Protocol):
 def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """`RowOps.losses` through PyTorch's autograd."""
     logprobs, entropy = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY]
-    with torch.inference_mode(False), torch.enable_grad():
+    with autograd_on():
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = terms.objective.token_loss(Tokens(logprobs, old, rows[Row.ADVANTAGE]))
@@ -189,6 +190,11 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         slopes.append(-rows[Row.ENTROPY])
     loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
     return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
+
+
+def autograd_on() -> contextlib.AbstractContextManager:
+    """Outside inference mode, and recording. In C, unlike `torch.enable_grad`: no Ctrl-C leaves autograd off."""
+    return torch._C._InferenceMode(False)
 
 
 def recordable(tensor: Tensor) -> Tensor:
