@@ -163,6 +163,19 @@ def test_calls_on_a_cpu_where_bf16_is_allowed(where, sparse_grad, device):
         assert relative(got, want) <= 2e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("operand, result", [*CUDA_SETTINGS, (BF16, FP32)], ids=str)
+def test_products_of_a_gpu(operand, result, accumulate, device):
+    """To the rounding of the result: TF32 would be off by 3e-4, sums in float16 by more than 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 4096, generator=generator).to(device, operand) for _ in range(2))
+    out, before = torch.ones(256, 256, dtype=result, device=device), settings()
+    product(a, b.T, out, accumulate)
+    assert relative(out, a.double() @ b.double().T + accumulate) <= {FP32: 2e-6, FP16: 2**-11, BF16: 2**-8}[result]
+    assert settings() == before
+
+
 def test_what_a_product_depends_on():
     cuda = torch.device("cuda")
     for operand, result in itertools.product((BF16, FP16, FP32, FP64), repeat=2):

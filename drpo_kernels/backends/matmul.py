@@ -27,7 +27,7 @@ NARROW_SUMS = (
     "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip
 PER_BACKEND = hasattr(torch._C, "_get_fp32_precision_getter")  # torch >= 2.9: a precision for each backend, and parents
-# held while a setting of the process is changed; a fork waits for it, so that a child inherits neither
+# held while a setting of the process is changed; a fork waits for it: its child inherits no change, and no held lock
 _changing = threading.RLock()
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_changing.release)
