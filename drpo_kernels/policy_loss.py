@@ -162,15 +162,13 @@ def _policy_loss(
     problem = Problem.checked(source, targets, mask, options)
     inputs = policy_inputs(problem, old_logprobs, advantages)
     loss, outcome = _route(inputs)
-    computed = inputs.computed
-    with torch.no_grad():
-        metrics = _metrics(inputs, outcome, old_logprobs is None)
-        # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
-        left_out = problem.unmasked.reshape(-1) > computed
-        logprobs, entropy = outcome[:2].masked_fill(left_out, torch.nan)  # Outcome's LOGPROB and ENTROPY
-        if options.sparse_grad:
-            active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
-            metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
+    computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
+    # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
+    left_out = problem.unmasked.reshape(-1) > computed
+    logprobs, entropy = outcome[:2].masked_fill(left_out, torch.nan)  # Outcome's LOGPROB and ENTROPY
+    if options.sparse_grad:
+        active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
+        metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
     shape = targets.shape
     return PolicyLossOutput(loss, logprobs.reshape(shape), entropy.reshape(shape), computed.reshape(shape), metrics)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import drpo_kernels as dk
-from drpo_kernels.backends.matmul import exact_float32
 
 BACKENDS = ["torch", "triton"]
 VOCAB = 37
@@ -188,26 +187,6 @@ def test_clip_share_of_sequences(backend, device):
         backend=backend,
     )  # fmt: skip
     assert out.metrics["drpo/clip_share"].item() == pytest.approx(1 / 3)
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch >= 2.9")
-def test_precision_settings_are_left_as_they_were():
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    try:
-        settings.fp32_precision = "tf32"
-        with exact_float32():
-            assert settings.fp32_precision == "ieee"
-        assert settings.fp32_precision == "tf32"
-        settings.fp32_precision = "none"
-        torch.backends.fp32_precision = "tf32"
-        with exact_float32():
-            assert settings.fp32_precision == "ieee"
-        torch.backends.fp32_precision = "ieee"
-        assert settings.fp32_precision == "ieee"  # still inherited
-    finally:
-        torch.backends.fp32_precision = "none"
-        settings.fp32_precision = before
 
 
 def test_workspace_is_a_whole_number_of_bytes():

@@ -11,7 +11,6 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
-from drpo_kernels.backends.matmul import NARROW_SUMS, exact_float32
 from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradient, plan
 from drpo_kernels.backends.rows import Row, RowKind, Transform
 from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
@@ -245,40 +244,6 @@ def test_nothing_is_written_behind_a_single_row(dtype, device):
     InvariantMatmul(weight, dtype).logits(hidden, out)
     assert relative(out, hidden.double() @ weight.double().T) <= 1e-2
     assert (memory[37:] == 7).all()
-
-
-def test_exact_products_last_while_any_thread_is_inside():
-    cuda, name = torch.backends.cuda.matmul, NARROW_SUMS[0]
-    before = getattr(cuda, name)
-    setattr(cuda, name, True)
-    try:
-        first, second = exact_float32(), exact_float32()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert getattr(cuda, name) is False
-        second.__exit__(None, None, None)
-        assert getattr(cuda, name) is True
-        with pytest.raises(KeyError), exact_float32():
-            raise KeyError
-        assert getattr(cuda, name) is True
-    finally:
-        setattr(cuda, name, before)
-
-
-@pytest.mark.parametrize("name", NARROW_SUMS)
-def test_products_of_16_bits_add_in_float32(name):
-    """Whatever the process allows, and what it allowed stays allowed."""
-    cuda = torch.backends.cuda.matmul
-    before = getattr(cuda, name)
-    try:
-        for allowed in (True, False):
-            setattr(cuda, name, allowed)
-            with exact_float32():
-                assert getattr(cuda, name) is False
-            assert getattr(cuda, name) is allowed
-    finally:
-        setattr(cuda, name, before)
 
 
 def test_row_tiles_give_every_thread_32_bytes():

@@ -4,12 +4,14 @@ On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsew
 block of the vocabulary at a time, as are float32 master weights under autocast.
 """
 
-import contextlib
+import collections
 import functools
 import itertools
+import operator
+import os
 import threading
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,70 +20,99 @@ from drpo_kernels.backends.devices import MIB
 
 # of a temporary: enough for a full GEMM, and little beside the workspace
 CPU_CAST_BYTES, DEVICE_CAST_BYTES = 8 * MIB, 64 * MIB
+# the sides of the tiles that are multiplied in float64: at most four of them, 8 MiB, exist at a time
+DOUBLE_TILE = 512
 # PyTorch's defaults let a 16-bit product add its partial sums in 16 bits
 NARROW_SUMS = (
     "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip
-# what `exact_float32` has changed, and for how many
-_settings, _inside, _lock = contextlib.ExitStack(), 0, threading.Lock()
+PER_BACKEND = hasattr(torch._C, "_get_fp32_precision_getter")  # torch >= 2.9: a precision for each backend, and parents
+# held while a setting of the process is changed; a fork waits for it: its child inherits no change, and no held lock
+_changing = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_changing.release)
+
+_cpu_precision: Callable[[], str] = (
+    functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")
+    if PER_BACKEND
+    else torch._C._get_float32_matmul_precision
+)
 
 
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Products of float32 are float32, no TF32 on CUDA, no bf16 in oneDNN, and those of 16-bit operands add in float32,
-    whatever the process has set. The settings are the process's: of several threads inside, the first changes them and
-    the last one out restores them.
+class Setting(NamedTuple):
+    """A setting of the process, by PyTorch's own functions in C."""
+
+    read: Callable[[], object]
+    write: Callable[..., None]
+    exact: object  # the value that makes products exact
+    paired: bool = False  # `read` gives, and `write` takes, a second value, which stays as it is
+
+    def steps(self) -> tuple[list[Iterator], Iterator]:
+        """Iterators of C: two that read and change it, and one that writes back what was read."""
+        found: list = []
+        read = map(found.append, itertools.starmap(self.read, [()]))
+        if self.paired:
+            second = map(operator.itemgetter(1), found)
+            return [read, map(self.write, [self.exact], second)], itertools.starmap(self.write, found)
+        return [read, map(self.write, [self.exact])], map(self.write, found)
+
+
+def _sums(name: str) -> Setting:
+    read, write = (getattr(torch._C, f"_{verb}_cublas_{name}") for verb in ("get", "set"))
+    return Setting(read, write, False, paired=isinstance(read(), tuple))  # with whether split-K is allowed
+
+
+def _float32_settings() -> tuple[Setting, ...]:
+    """Those that allow TF32 on CUDA. A level without a precision of its own reads as its parent's, so the parents are
+    changed first: what is then read is the level's own, and can be written back.
     """
-    global _inside
-    with _lock:
-        if not _inside:
-            _settings.enter_context(_no_narrow_products())
-            _settings.enter_context(_no_narrow_sums())
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                _settings.close()
+    if not PER_BACKEND:
+        return (Setting(torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision, "highest"),)
+    functions = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    levels = ("generic", "all"), ("cuda", "all"), ("cuda", "matmul")
+    return tuple(Setting(*(functools.partial(f, *level) for f in functions), "none") for level in levels)
 
 
-@contextlib.contextmanager
-def _no_narrow_sums() -> Iterator[None]:
-    settings = torch.backends.cuda.matmul
-    allowed = [name for name in NARROW_SUMS if getattr(settings, name)]
-    try:
-        for name in allowed:
-            setattr(settings, name, False)
-        yield
-    finally:
-        for name in allowed:
-            setattr(settings, name, True)
+_BF16_SUMS, *_FP16_SUMS = map(_sums, NARROW_SUMS)
+# by the dtypes of operands and result: what a product on CUDA or ROCm depends on
+CUDA_SETTINGS: dict[tuple[torch.dtype, torch.dtype], tuple[Setting, ...]] = {
+    (torch.float32, torch.float32): _float32_settings(),
+    (torch.bfloat16, torch.bfloat16): (_BF16_SUMS,),
+    (torch.float16, torch.float16): tuple(_FP16_SUMS),
+    (torch.float16, torch.float32): tuple(_FP16_SUMS[1:]),  # an error where sums in float16 are allowed
+}
 
 
-@contextlib.contextmanager
-def _no_narrow_products() -> Iterator[None]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+def settings_of(device: torch.device, operand: torch.dtype, result: torch.dtype) -> tuple[Setting, ...]:
+    """The settings of the process that must be `exact` while a product is launched; none on a CPU."""
+    return CUDA_SETTINGS.get((operand, result), ()) if device.type == "cuda" else ()
+
+
+def exactly(settings: tuple[Setting, ...], multiply: Callable[[], object]) -> None:
+    """Call `multiply`, a function of C, with the settings exact, and leave them as they were. Raises what it raises.
+
+    Python raises a Ctrl-C between two of its own steps, never inside a call of a C function that runs none. So one call
+    of `deque` takes the lock, changes the settings, multiplies and restores: it consumes iterators, all of C too, which
+    do their step when asked for an element. After an error, the first call of the handler does what is left.
+
+    Threads of ours wait for each other. What another thread sets while `multiply` runs is lost, and its products are
+    exact for as long: on a GPU that is the time of a launch.
+    """
+    if not settings:
+        multiply()
         return
-    changed = []
+    locked: list[bool] = []  # True once it is
+    change = [map(locked.append, itertools.starmap(_changing.acquire, [()]))]
+    restore = [map(_changing.__exit__, locked)]
+    for setting in settings:
+        changing, restoring = setting.steps()
+        change += changing
+        restore.insert(0, restoring)
+    rest = itertools.chain.from_iterable(restore)
     try:
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-            if backend.fp32_precision not in ("ieee", "none"):
-                changed.append((backend, backend.fp32_precision))
-                backend.fp32_precision = "ieee"
-        yield
+        collections.deque(itertools.chain(*change, itertools.starmap(multiply, [()]), rest), 0)
     finally:
-        for backend, precision in changed:
-            backend.fp32_precision = "none"  # which reads as the parent's setting where there is one
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+        collections.deque(rest, 0)
 
 
 @functools.cache
@@ -89,17 +120,23 @@ def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, boo
     """Whether mm and addmm multiply this 16-bit dtype into float32 here: not in every build, nor on a CPU."""
     operand, out = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (dtype, torch.float32))
 
-    def works(multiply) -> bool:
+    def works(function: Callable, *operands: Tensor) -> bool:
+        multiply = functools.partial(function, *operands, out_dtype=torch.float32, out=out)
         try:
-            multiply()
+            exactly(settings_of(device, dtype, torch.float32), multiply)
         except RuntimeError:
             return False
         return True
 
-    return (
-        works(lambda: torch.mm(operand, operand, out_dtype=torch.float32, out=out)),
-        works(lambda: torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)),
-    )
+    return works(torch.mm, operand, operand), works(torch.addmm, out, operand, operand)
+
+
+def cpu_rounds_float32() -> bool:
+    """Whether oneDNN may round float32 operands here to bf16 or TF32, as the process is set at the moment."""
+    precision = _cpu_precision()
+    if precision in ("tf32", "high"):  # of CPUs, only those with Intel's matrix instructions for float16 have it
+        return getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)()
+    return precision in ("bf16", "medium")
 
 
 def cast_rows(matrix: Tensor, itemsize: int = 4, width: int = 0) -> int:
@@ -109,19 +146,40 @@ def cast_rows(matrix: Tensor, itemsize: int = 4, width: int = 0) -> int:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b; a float32 `out` of 16-bit operands is accumulated and written in float32."""
+    """out = a @ b, or out += a @ b, whatever the process has set: float32 operands are not rounded, and 16-bit operands
+    add in float32, which a float32 `out` receives as it is.
+    """
     if not out.numel():
         return  # a shard of nothing but padding
+    if a.dtype == torch.float32 and a.device.type == "cpu" and cpu_rounds_float32():
+        _product_in_float64(a, b, out, accumulate)
+        return
     if a.dtype == out.dtype:
-        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+        multiply = functools.partial(out.addmm_, a, b) if accumulate else functools.partial(torch.mm, a, b, out=out)
     elif not accumulate:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        multiply = functools.partial(torch.mm, a, b, out_dtype=out.dtype, out=out)
     elif float32_outputs(out.device, a.dtype)[1]:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        multiply = functools.partial(torch.addmm, out, a, b, out_dtype=out.dtype, out=out)
     else:
-        step = cast_rows(out)
-        for rows in (slice(start, start + step) for start in range(0, out.shape[0], step)):
-            out[rows].add_(torch.mm(a[rows], b, out_dtype=out.dtype))
+        for rows, operand in zip(out.split(cast_rows(out)), a.split(cast_rows(out)), strict=True):
+            part = torch.empty_like(rows)
+            product(operand, b, part)
+            rows.add_(part)
+        return
+    exactly(settings_of(out.device, a.dtype, out.dtype), multiply)
+
+
+def _product_in_float64(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`product` of float32 operands, tile by tile. Float64 depends on no setting, so none is changed: a product lasts
+    long on a CPU, and another thread may change one meanwhile. It takes two to three times as long as in float32.
+    """
+    for rows, left in zip(out.split(DOUBLE_TILE), a.split(DOUBLE_TILE), strict=True):
+        for tile, right in zip(rows.split(DOUBLE_TILE, 1), b.split(DOUBLE_TILE, 1), strict=True):
+            total = tile.double() if accumulate else None
+            for x, y in zip(left.split(DOUBLE_TILE, 1), right.split(DOUBLE_TILE), strict=True):
+                x, y = x.double(), y.double()
+                total = torch.mm(x, y) if total is None else total.addmm_(x, y)
+            tile.copy_(total)
 
 
 class HeadProducts(Protocol):

@@ -173,12 +173,20 @@ class RowOps(Protocol):
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
 
 
-@contextlib.contextmanager
-def own_graph() -> Iterator[None]:
-    """Autograd for a graph that ends where it begins, whatever mode the caller is in. The caller's hooks on saved
-    tensors do not see it: those of activation checkpointing would run the checkpointed model again for it.
+def own_graph() -> contextlib.AbstractContextManager:
+    """Autograd for a graph that ends where it begins, whatever mode the caller is in. In C, unlike `torch.enable_grad`,
+    so that no Ctrl-C leaves autograd off.
+
+    The caller's hooks on saved tensors do not see the graph: those of activation checkpointing would run the
+    checkpointed model again for it.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _unhooked_graph() if hooked else torch._C._InferenceMode(False)
+
+
+@contextlib.contextmanager
+def _unhooked_graph() -> Iterator[None]:
+    with torch._C._InferenceMode(False), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
         yield
 
 

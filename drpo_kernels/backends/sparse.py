@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drpo_kernels.backends.matmul import product
 from drpo_kernels.backends.planning import Wanted, entry_limit
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import (
@@ -109,7 +110,7 @@ class SparseSweep(LinearSweep):
         else:
             spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
             if self.wanted.weight:
-                self._to_all += spread[None] @ self.hidden_rows(rows).to(spread.dtype)
+                product(spread[None], self.hidden_rows(rows).to(spread.dtype), self._to_all, accumulate=True)
         return Entries(chosen.counts, rows.start + chosen.rows, chosen.columns, values, spread)
 
     def _flush(self, undo: Tensor | None = None, last: bool = False) -> None:
@@ -193,7 +194,7 @@ def sparse_policy_sweep(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
 ) -> tuple[Tensor, Gradients]:
     """`policy_sweep` with `execution.sparse_grad` -> (outcome [len(Outcome) + len(Sparsity), N], gradients)."""
-    with exact_products(hidden.device):
+    with exact_products():
         sweep = SparseSweep(hidden, head, targets, rows, execution, wanted)
         outcome = rows.new_zeros(outcome_fields(execution.sparse_grad), sweep.swept)
         sweep.run_sparse(terms, outcome)

@@ -6,7 +6,7 @@ that. Nothing here knows an objective or a kernel.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from drpo_kernels.backends import head_products, row_ops
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.fp8_head import Fp8Logits
-from drpo_kernels.backends.matmul import HeadProducts, exact_float32
+from drpo_kernels.backends.matmul import HeadProducts
 from drpo_kernels.backends.planning import ChunkPlan, Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
 from drpo_kernels.backends.ready import gradient_rows, in_one, policy_rows
 from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
@@ -289,13 +289,13 @@ class LinearSweep:
         return swept.new_zeros(swept.shape[0], self.count).index_copy_(1, self.index, swept)
 
 
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no narrow sums. A sweep is made inside: making it reads a count from the device, which is idle
-    from then until the first product, so nothing slow may come between.
+def exact_products() -> contextlib.AbstractContextManager:
+    """No autocast; `product` sees to the rest. In C, unlike `torch.autocast`, so that no Ctrl-C cuts its end off.
+
+    A sweep is made inside: making it reads a count from the device, which is idle from then until the first product, so
+    nothing slow may come between.
     """
-    with torch.autocast(device.type, enabled=False), exact_float32():
-        yield
+    return torch._C._DisableAutocast()
 
 
 def policy_sweep(
@@ -312,7 +312,7 @@ def policy_sweep(
         outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
         return undo
 
-    with exact_products(hidden.device):
+    with exact_products():
         sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         sweep.run(compute)
         outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
@@ -321,7 +321,7 @@ def policy_sweep(
 
 def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution) -> Tensor:
     """The recompute route's forward, 2F: statistics [len(Stat), N]."""
-    with exact_products(hidden.device):
+    with exact_products():
         sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
         statistics = rows.new_empty(len(Stat), sweep.swept)
 
@@ -343,7 +343,7 @@ def recompute_sweep(
     wanted: Wanted,
 ) -> Gradients:
     """The recompute route's backward, 6F: gradients of Σ slopes[0] · logprob + slopes[1] · entropy."""
-    with exact_products(hidden.device):
+    with exact_products():
         sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         if sweep.index is not None:
             statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
