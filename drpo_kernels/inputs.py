@@ -230,8 +230,7 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
         fields[Row.KIND] = fields[Row.KIND].masked_fill(stray, RowKind.ACTIVE.value)
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
-    bonus = bool(options.entropy_coef)  # whose comparison with 0 would be a symbol in a graph
-    terms = Terms(options.objective, kl_estimator, options.kl_importance, bonus)
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
     return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 
