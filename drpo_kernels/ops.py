@@ -46,13 +46,13 @@ class Spec:
         run, terms = self.execution, self.terms or Terms(PolicyGradient())
         objective, numbers = encode_objective(terms.objective)
         words = [
-            objective, terms.kl_estimator or "", str(terms.kl_importance), "True" if terms.entropy_bonus else "", run.backend,
-            _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
+            objective, terms.kl_estimator or "", str(terms.kl_importance), "True" if terms.entropy_bonus else "",
+            run.backend, _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "", str(run.batch_invariant),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
-        # The vocabulary and every coefficient may be symbols in a graph: numbers, not words. Whether there is an entropy
-        # bonus is one too, until it is asked for
+        # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and so may be the answer to
+        # whether there is an entropy bonus, until it is asked for
         return words, list(map(float, (self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, *numbers)))
 
     @staticmethod
