@@ -30,14 +30,15 @@ def reduction_coefficients(
     horizon: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """c [N] of a named reduction; `valid` is bool [N]. Empty sequences do not count; with no valid token all c are 0.
+    """c [N] of a named reduction or "none"; `valid` is bool [N]. Empty sequences do not count; with no valid token all c
+    are 0.
 
     `normalizer` replaces the count (of tokens, or of non-empty sequences); "token-sum" is divided by it.
     """
     ones = valid.to(dtype)
     if reduction == "token-mean":
         return ones / (_count(valid, dtype) if normalizer is None else normalizer)
-    if reduction == "token-sum":
+    if reduction in ("token-sum", "none"):
         return ones if normalizer is None else ones / normalizer
     lengths = sequences.sum(valid.to(torch.int64))
     count = _count(lengths > 0, dtype) if normalizer is None else normalizer

@@ -332,32 +332,45 @@ class DPPO(Objective):
 @jit
 def cispo(logp, old, adv, hyper):
     ratio, _, _ = ratio_terms(logp, old)
-    return _score(logp, -adv * tl.minimum(ratio, hyper[0]))
+    return _score(logp, -adv * tl.minimum(tl.maximum(ratio, hyper[1]), hyper[0]))
 
 
-def capped_score(tokens: Tokens, cap: float) -> Tensor:
-    """-A · sg(min(r, C)) · logπ."""
-    return score(-tokens.advantages * tokens.ratio.clamp(max=cap), tokens.logprobs)
+def capped_score(tokens: Tokens, cap: float, floor: float = 0.0) -> Tensor:
+    """-A · sg(clip(r, c, C)) · logπ."""
+    return score(-tokens.advantages * tokens.ratio.clamp(floor, cap), tokens.logprobs)
 
 
 @register_objective
 @dataclass(frozen=True)
 class CISPO(Objective):
-    """ℓ = -sg(min(r, C)) A logπ: the cap bounds the weight, and no token loses its gradient  (arXiv 2506.13585)."""
+    """ℓ = -sg(clip(r, c, C)) A logπ: C = `ratio_cap` and c = `ratio_floor`, 1 + ε_high and 1 - ε_low of the paper, bound
+    the weight, and no token loses its gradient  (arXiv 2506.13585, which sets no lower bound either).
+    """
 
     ratio_cap: float = 5.0
+    ratio_floor: float = 0.0
     zero_if_no_advantage: ClassVar[bool] = True
     clips: ClassVar[bool] = True
 
     def __post_init__(self):
         _require_positive(self, "ratio_cap")
+        if self.ratio_floor != 0:
+            _require_positive(self, "ratio_floor")
+        if self.ratio_floor > self.ratio_cap:
+            raise ValueError(f"CISPO: ratio_floor must be at most ratio_cap {self.ratio_cap}, got {self.ratio_floor}")
 
     def token_loss(self, tokens: Tokens) -> Tensor:
-        return capped_score(tokens, self.ratio_cap)
+        return capped_score(tokens, self.ratio_cap, self.ratio_floor)
 
     @property
     def twin(self):
         return cispo
+
+
+@jit
+def capped_policy_gradient(logp, old, adv, hyper):
+    ratio, _, _ = ratio_terms(logp, old)
+    return _score(logp, -adv * tl.minimum(ratio, hyper[0]))
 
 
 @jit
@@ -386,4 +399,4 @@ class PolicyGradient(Objective):
 
     @property
     def twin(self):
-        return policy_gradient if self.ratio_cap is None else cispo
+        return policy_gradient if self.ratio_cap is None else capped_policy_gradient

@@ -51,8 +51,8 @@ class Spec:
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "", str(run.batch_invariant),
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
-        # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and so may be the answer to
-        # whether there is an entropy bonus, until it is asked for
+        # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and whether there is an
+        # entropy bonus is one until it is asked for
         return words, list(map(float, (self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, *numbers)))
 
     @staticmethod

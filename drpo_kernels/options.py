@@ -82,7 +82,8 @@ class LogprobOptions:
 class PolicyOptions(LogprobOptions):
     """objective         the per-token loss, e.g. `DRPO(delta=0.2)`, `PPO()`, or your own `Objective`
     reduction         "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-                      or `TokenCoefficients`
+                      or `TokenCoefficients`; "none": out.loss is shaped like targets, 0 where nothing was computed, for
+                      a sum of your own, whose backward recomputes the logits (8F in place of 6F)
     normalizer        number or 0-d tensor > 0 in place of the reduction's own count (tokens, or non-empty sequences):
                       the global count over ranks and accumulation steps
     horizon           number > 0, the constant length that "seq-mean-token-sum-norm" divides by (Dr. GRPO)
@@ -110,7 +111,7 @@ class PolicyOptions(LogprobOptions):
                       and entropy are exact. 0: every gradient is exact; 0.003 errs less than rounding dlogits to bf16,
                       0.01 up to twice as much, but the same way in every step (docs/sparse.md).
                       metrics["drpo/sparse_share"] says how many rows it was.
-                      Not with an entropy bonus, vocab_shard, batch_invariant or a sequence objective
+                      Not with an entropy bonus, vocab_shard, batch_invariant, a sequence objective or reduction "none"
     """
 
     objective: Objective = DRPO()

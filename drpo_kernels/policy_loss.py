@@ -19,7 +19,8 @@ from drpo_kernels.tracing import traced
 
 
 class PolicyLossOutput(NamedTuple):
-    """loss        0-d float32 (float64 for float64 inputs), the only field that carries a gradient
+    """loss        0-d float32 (float64 for float64 inputs), or shaped like targets with reduction="none"; the only field
+                that carries a gradient
     logprobs    log π of each target, shaped like targets; 0 where masked, and NaN where a row of the mask was not
                 computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes the former
     entropy     of each row's distribution in nats, likewise
@@ -195,7 +196,8 @@ def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     """-> (loss, outcome [len(Outcome), N]) by the cheapest route that is right."""
     if inputs.problem.backend == "reference":
         return _reference_route(inputs)
-    route = _recompute_route if inputs.terms.objective.sequence_level else fused_route
+    recomputes = inputs.terms.objective.sequence_level or inputs.problem.options.reduction == "none"
+    route = _recompute_route if recomputes else fused_route
     sharded = inputs.problem.options.vocab_shard is not None
     if torch.compiler.is_compiling() and (sharded or not is_registered(inputs.terms.objective)):
         # imported here: torch.compiler.disable loads all of torch._dynamo
@@ -212,7 +214,9 @@ def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
 
 
 def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """8F: differentiable log-probs, then the loss on [N] in PyTorch: for what depends on other tokens' log-probs."""
+    """8F: differentiable log-probs, then the loss on [N] in PyTorch: for what depends on other tokens' log-probs, or on
+    a gradient of the loss that is not known yet.
+    """
     problem = inputs.problem
     spec = problem.spec(every_row=problem.options.compact == "none")
     logprobs, entropy = problem.source.logprobs(problem.flat_targets, inputs.rows, spec)
@@ -261,4 +265,5 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
         inputs.problem.spec(terms),
         list(shape),
     )
-    return loss.sum(), torch.stack([logprobs, entropy, loss, slope]).detach()
+    total = loss.reshape(shape) if options.reduction == "none" else loss.sum()
+    return total, torch.stack([logprobs, entropy, loss, slope]).detach()

@@ -285,6 +285,7 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
         ("batch_invariant", options.batch_invariant),
         ("backend", options.backend == "reference"),
         ("objective", options.objective.sequence_level),
+        ("reduction", options.reduction == "none"),
     ):
         if clash:
             value = getattr(options, name)
@@ -345,8 +346,10 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
                 _check_like_targets(f"reduction.{field}", value, targets)
         if options.normalizer is not None:
             raise ValueError("normalizer must be None with TokenCoefficients: divide the coefficients instead")
-    else:
+    elif options.reduction != "none":
         check_named_reduction(options.reduction)
+    elif options.normalizer is not None:
+        raise ValueError("normalizer must be None with reduction 'none', got one")
     check_horizon(options.horizon, options.reduction)
     if isinstance(options.normalizer, Tensor):
         if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:

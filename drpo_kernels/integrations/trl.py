@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 # sampling options that change what the engine's log-probs are of, and the values at which they do not
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
+# where less than this share of a rollout's log-probs can be one, they stand for none
+PLACEHOLDERS = 0.5
+
 
 class _Scored(NamedTuple):
     """What TRL reads of a scored batch: [B, L - 1] or the last K of them, and 0-d."""
@@ -178,7 +181,7 @@ class DRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
         mask = counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        old_logprobs = self._behaviour_logprobs(inputs)
+        old_logprobs = self._behaviour_logprobs(inputs, mask)
         if old_logprobs is not None:  # what the engine could not score is in neither the loss nor TRL's metrics
             counted = inputs["tool_mask"] = mask * scorable(old_logprobs)
         entropy_coef = self._applied_entropy_coef()
@@ -210,12 +213,29 @@ class DRPOTrainer(GRPOTrainer):
         self._log_objective(mode, fused.out.metrics)
         return loss
 
-    def _behaviour_logprobs(self, inputs: dict) -> Tensor | None:
+    def _behaviour_logprobs(self, inputs: dict, mask: Tensor) -> Tensor | None:
         """log μ [B, K]: the sampling engine's where it gave them, unless TRL's importance ratio stands for them."""
-        old = inputs.get("old_per_token_logps")
-        if self.vllm_importance_sampling_correction and self.use_vllm:
+        old, sampled = inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps")
+        if sampled is None or (self.vllm_importance_sampling_correction and self.use_vllm):
             return old
-        return inputs.get("sampling_per_token_logps", old)
+        if self.rollout_func is None or not self._are_placeholders(sampled, mask):
+            return sampled
+        del inputs["sampling_per_token_logps"]  # which TRL's masks would read
+        return old
+
+    def _are_placeholders(self, sampled: Tensor, mask: Tensor) -> bool:
+        """A `rollout_func` must return log-probs, also where it has none."""
+        known = (scorable(sampled) & (sampled != 0) & (mask != 0)).sum()
+        if known >= PLACEHOLDERS * (mask != 0).sum():
+            return False
+        if "rollout_func" not in self._diagnosed:
+            self._diagnosed.add("rollout_func")
+            logger.warning(
+                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. μ "
+                "is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
+                'with, or None under "logprobs"'
+            )
+        return True
 
     def _applied_entropy_coef(self) -> float:
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
