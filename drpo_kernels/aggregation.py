@@ -30,8 +30,8 @@ def reduction_coefficients(
     horizon: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """c [N] of a named reduction or "none"; `valid` is bool [N]. Empty sequences do not count; with no valid token all c
-    are 0.
+    """c [N] of a named reduction or "none"; `valid` is bool [N]. Empty sequences do not count; with no valid token all
+    c are 0.
 
     `normalizer` replaces the count (of tokens, or of non-empty sequences); "token-sum" is divided by it.
     """

@@ -343,8 +343,8 @@ def capped_score(tokens: Tokens, cap: float, floor: float = 0.0) -> Tensor:
 @register_objective
 @dataclass(frozen=True)
 class CISPO(Objective):
-    """ℓ = -sg(clip(r, c, C)) A logπ: C = `ratio_cap` and c = `ratio_floor`, 1 + ε_high and 1 - ε_low of the paper, bound
-    the weight, and no token loses its gradient  (arXiv 2506.13585, which sets no lower bound either).
+    """ℓ = -sg(clip(r, c, C)) A logπ: C = `ratio_cap` and c = `ratio_floor`, 1 + ε_high and 1 - ε_low of the paper,
+    bound the weight, and no token loses its gradient  (arXiv 2506.13585, which sets no lower bound either).
     """
 
     ratio_cap: float = 5.0

@@ -19,8 +19,8 @@ from drpo_kernels.tracing import traced
 
 
 class PolicyLossOutput(NamedTuple):
-    """loss        0-d float32 (float64 for float64 inputs), or shaped like targets with reduction="none"; the only field
-                that carries a gradient
+    """loss        0-d float32 (float64 for float64 inputs), or shaped like targets with reduction="none"; the only
+                field that carries a gradient
     logprobs    log π of each target, shaped like targets; 0 where masked, and NaN where a row of the mask was not
                 computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes the former
     entropy     of each row's distribution in nats, likewise

@@ -231,8 +231,8 @@ class DRPOTrainer(GRPOTrainer):
         if "rollout_func" not in self._diagnosed:
             self._diagnosed.add("rollout_func")
             logger.warning(
-                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. μ "
-                "is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
+                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. "
+                "μ is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
                 'with, or None under "logprobs"'
             )
         return True
