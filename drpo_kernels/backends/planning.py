@@ -25,6 +25,8 @@ CHUNK_ROWS = 512
 # H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
 COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
 LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
+# an entry takes so much while it is sorted by column and added; a quarter of the workspace, and beside it, is theirs
+ENTRY_BYTES = 80
 # beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
 COPY_BYTES = 32 * MIB
 
@@ -98,6 +100,7 @@ class SweepPlan:
     retained: bool  # one window of all rows, on top of the workspace
     weight_gradient: WeightGradient
     compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
+    entries: int = 0  # of sparse rows, that wait to be added together
 
     @property
     def in_place(self) -> bool:
@@ -132,6 +135,14 @@ class SweepPlan:
     @property
     def retained_bytes(self) -> int:
         return self.sizes.active * self.sizes.vocab * self.storage.dlogits.itemsize if self.retained else 0
+
+    @property
+    def entry_bytes(self) -> int:
+        return ENTRY_BYTES * self.entries
+
+    def sparse_chunk_rows(self, limit: int) -> int:
+        """Of a chunk whose rows may all have `limit` entries: unsorted, an entry takes half as much."""
+        return max(2 * self.entries // (limit + 1), 1)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -201,6 +212,7 @@ def plan(
     return SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
         _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
+        budget // 4 // ENTRY_BYTES if sparse else 0,
     )  # fmt: skip
 
 
