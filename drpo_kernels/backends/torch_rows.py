@@ -81,12 +81,15 @@ class TorchRows:
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
         others = miss * total
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
-        open_rows = active & (others >= LEAST_OTHERS) & ~_too_flat(statistics, batch.logits.shape[1], tolerance, limit)
-        candidates = open_rows.nonzero()[:, 0]
+        dense = ~active | ~(others >= LEAST_OTHERS) | _too_flat(statistics, batch.logits.shape[1], tolerance, limit)
+        others = others.masked_fill(dense, torch.nan)  # than which nothing is larger
+        candidates = (~dense).nonzero()[:, 0]
+        if 2 * len(candidates) > len(dense):  # cheaper to look at all than to copy some
+            candidates = torch.arange(len(dense), device=dense.device)
         counts, left_out = torch.zeros_like(batch.targets), torch.zeros_like(others)
         parts = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
         for block in candidates.split(min(scratch.block, SELECTED_ROWS)):
-            following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(active) else block
+            following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
             e = scratch.exponentials(following, statistics[Stat.MAX], factor, index)
             rows, columns, values = _above(e, others[block], tolerance, limit)
             kept, entries, mass = _fewest(rows, values / others[block][rows], len(block), tolerance, limit)
@@ -258,9 +261,9 @@ def _above(e: Tensor, others: Tensor, tolerance: float, limit: int) -> tuple[Ten
     hit = highest >= floor
     unsure = (hit.sum(1) > min(limit, hit.shape[1]) // 4).nonzero()[:, 0]
     if len(unsure):
-        some = slice(None) if len(unsure) == count else unsure
+        some = slice(None) if 2 * len(unsure) > count else unsure
         given_up = _hopeless(e[some], highest[some], limit) > (tolerance + SHARE_ROUNDING) * others[some]
-        hit[unsure[given_up]] = False
+        hit[some] &= ~given_up[:, None]
     row, lane = hit.nonzero(as_tuple=True)
     values = lanes[row, lane]
     stretch, within = (values >= floor[row]).nonzero(as_tuple=True)
