@@ -111,7 +111,8 @@ class PolicyOptions(LogprobOptions):
                       and entropy are exact. 0: every gradient is exact; 0.003 errs less than rounding dlogits to bf16,
                       0.01 up to twice as much, but the same way in every step (docs/sparse.md).
                       metrics["drpo/sparse_share"] says how many rows it was.
-                      Not with an entropy bonus, vocab_shard, batch_invariant, a sequence objective or reduction "none"
+                      Not with an entropy bonus, softcap, vocab_shard, batch_invariant, a sequence objective or
+                      reduction "none"
     """
 
     objective: Objective = DRPO()

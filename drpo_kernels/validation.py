@@ -281,6 +281,7 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
     shard = options.vocab_shard
     for name, clash in (
         ("entropy_coef", options.entropy_coef != 0),  # its gradient is not bounded by the mass left out
+        ("softcap", options.softcap is not None),  # nor is that of a tanh, which may be flat at the target alone
         ("vocab_shard", shard is not None and len(shard.sizes) > 1),
         ("batch_invariant", options.batch_invariant),
         ("backend", options.backend == "reference"),

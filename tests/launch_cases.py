@@ -152,7 +152,7 @@ def autocast() -> None:
 @group("losses", "select", "gathered_sums")
 def sparse_grad() -> Calls:
     for dtype in DTYPES:
-        for options in ({"compact": "mask"}, {"softcap": 30.0}, {"bias": True}):
+        for options in ({"compact": "mask"}, {"logit_scale": 1.25}, {"bias": True}):
             yield f"{options} {dtype}", partial(linear, dtype, sparse_grad=0.01, **options)
         for out in {dtype, torch.float32}:
             for base in (None, (torch.ones(64), torch.ones(8))):

@@ -29,10 +29,12 @@ def step(case, rows, size, vocab):
     dtype = torch.bfloat16 if case.endswith("bf16") else torch.float32
     hidden, weight, targets, old, advantages = tensors(rows, size, vocab, dtype, frozen)
     options = {"backend": "torch"}
-    if case.endswith(("bf16", "strided")):
+    if case.endswith(("bf16", "strided")) and not case.startswith("planned"):
         options["workspace_bytes"] = 16 * 2**20
     if case.startswith("main-grad"):
         options["main_grad"] = torch.empty(vocab, size).normal_()  # written, so that its pages are there already
+    if case == "sparse":
+        options["sparse_grad"] = 0.2
     if case == "gspo":
         options |= {"objective": drpo_kernels.GSPO(), "cu_seqlens": torch.arange(0, rows + 1, rows // 4)}
 
@@ -56,6 +58,10 @@ SIZES = {  # rows, hidden size, vocabulary
     "frozen-bf16": (64, 512, 131_072),  # a head of 128 MiB
     "main-grad-bf16": (64, 512, 131_072),
     "strided": (16_384, 2048, 1024),  # hidden states of 128 MiB
+    "sparse": (262_144, 16, 64),  # logits of 64 MiB, up to 4.5 million entries; dX of 16 MiB
+    "planned": (2048, 512, 32_768),
+    "planned-bf16": (2048, 512, 32_768),
+    "planned-small": (65_536, 64, 1024),
 }
 
 

@@ -114,8 +114,6 @@ def options_of(r: random.Random, g, shape, vocab: int) -> dict:
         options["temperature"] = r.uniform(0.6, 2) if heat == "number" else 0.6 + 1.4 * torch.rand(shape, generator=g)
     if r.random() < 0.3:
         options["logit_scale"] = r.choice([0.5, 1.25])
-    if r.random() < 0.25:
-        options["softcap"] = r.uniform(6, 30)
     if r.random() < 0.3:
         options |= {"kl_coef": 0.1, "kl_estimator": r.choice(["k1", "k2", "k3"]), "kl_importance": r.random() < 0.5}
     if r.random() < 0.3:
@@ -169,14 +167,11 @@ def visible(case: Case, seed=0) -> Case:
 
 @dataclass(frozen=True)
 class Exact:
-    """In float64, of the N flattened rows: dlogits = slope · pushes · cap, with slope the loss's own times dz/dx up to
-    a soft-cap's 1 - tanh², which is cap.
-    """
+    """In float64, of the N flattened rows: dlogits = slope · pushes, with slope the loss's own times dz/dx."""
 
     dlogits: Tensor  # [N, V]
     pushes: Tensor  # onehot - p, [N, V]
     probs: Tensor  # [N, V]
-    cap: Tensor  # [N, V]
     at_target: Tensor  # bool [N, V]
     slope: Tensor  # [N]
     miss: Tensor  # 1 - p_y, [N]
@@ -192,22 +187,20 @@ class Exact:
 
     @property
     def slack(self) -> Tensor:
-        """What rounding may do to dlogits, [N, V]; 1 - tanh² near the cap is a difference of what has been rounded."""
-        return (self.uncertain[:, None] * self.cap + 8 * ULP * self.slope.abs()[:, None]) * self.pushes.abs()
+        """What rounding may do to dlogits, [N, V]."""
+        return (self.uncertain + 8 * ULP * self.slope.abs())[:, None] * self.pushes.abs()
 
 
 def exact(case: Case) -> Exact:
     """By the oracle on z itself, whatever it was made from."""
     p, vocab = case.problem, case.vocab
-    options, softcap, scale = dict(p.options), p.options.get("softcap"), p.options.get("logit_scale", 1.0)
+    options, scale = dict(p.options), p.options.get("logit_scale", 1.0)
     heat = torch.as_tensor(options.pop("temperature", 1.0)).double().expand(p.targets.shape)[..., None]
-    for name in ("softcap", "logit_scale", "vocab_size", "head_dtype"):
+    for name in ("logit_scale", "vocab_size", "head_dtype"):
         options.pop(name, None)
     hidden, weight = p.hidden.double(), p.weight.double()[:vocab]
     raw = hidden @ weight.T
-    raw = scale * (raw if p.bias is None else raw + p.bias.double()[:vocab])
-    tanh = torch.zeros_like(raw) if softcap is None else torch.tanh(raw / softcap)
-    z = (raw if softcap is None else softcap * tanh) / heat
+    z = scale * (raw if p.bias is None else raw + p.bias.double()[:vocab]) / heat
     ready = replace(p, logits=z.detach(), hidden=None, weight=None, bias=None, options=options)
     _, grads = problems.solve(ready, OBJECTIVES[case.objective][1])
     # z - max z is rounded five times on its way into exp2; then a few dozen sums and products
@@ -221,10 +214,9 @@ def exact(case: Case) -> Exact:
     pushes = torch.where(at_target, miss[:, None], -probs)
     # from the other tokens: autograd's own gradient of the target is s · (1 - p_y) by a difference, 0 where p_y is 1
     slope = -(dz * others).sum(1) / others.square().sum(1).clamp(min=1e-300) * (scale / heat).flatten()
-    cap = 1 - tanh.square().flatten(0, -2)
     return Exact(
-        slope[:, None] * pushes * cap, pushes, probs, cap, at_target, slope, miss, slope != 0, hidden.flatten(0, -2),
-        weight, ULP * (5 * span + 64),
+        slope[:, None] * pushes, pushes, probs, at_target, slope, miss, slope != 0, hidden.flatten(0, -2), weight,
+        ULP * (5 * span + 64),
     )  # fmt: skip
 
 
@@ -278,16 +270,14 @@ def assert_within_bounds(case: Case, got: Found, want: Exact | None = None, stor
         |ΔdX_t| = |s_t Σ_{left out} p_v (W_v - W̄)| <= |s_t| τ (1 - p_y) max |W_v - W̄|
         ‖ΔdW‖  <= Σ_t |s_t| |e| |x_t|,  |e|² = Σ_{left out} p_v² - m²/V <= m²
         |Δdb|  <= Σ_t |s_t| |e|
-    and with a soft-cap, where e_v = p_v (1 - tanh²) of what is left out alone, the same without W̄. Rounding is
-    that of dlogits, times |W_v| and |x_t|; `stored` is relative, of dlogits or gradients kept in 16 bits.
+    Rounding is that of dlogits, times |W_v| and |x_t|; `stored` is relative, of dlogits or gradients kept in 16 bits.
     """
     want = want or exact(case)
-    mean = 0 if case.problem.options.get("softcap") else want.weight.mean(0)
     left = want.slope.abs() * case.tau * want.miss
     slack = want.slack + stored * want.dlogits.abs()
     assert_below(
         (got.hidden - want.dlogits @ want.weight).norm(dim=1),
-        left * (want.weight - mean).norm(dim=1).max() + slack @ want.weight.norm(dim=1), "dX",
+        left * (want.weight - want.weight.mean(0)).norm(dim=1).max() + slack @ want.weight.norm(dim=1), "dX",
     )  # fmt: skip
     assert_below(
         (got.weight[: case.vocab] - want.dlogits.T @ want.hidden).norm(),
@@ -305,13 +295,12 @@ def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") ->
     smallest, together at most τ (1 - p_y), and as many as that allows, within a level of 1/8 octave.
     """
     want, vocab, limit = exact(case), case.vocab, entry_limit(case.vocab, device_type)
-    capped = case.problem.options.get("softcap") is not None
     d = got.hidden[:, :vocab]
     assert not got.hidden[~want.active].any()
     sparse, scale = got.entries > 0, want.slope.abs() * want.miss
-    even = torch.zeros_like(scale) if capped else -want.slope * got.left_out / vocab
+    even = -want.slope * got.left_out / vocab
     # an entry that was kept differs from the share by no less than the smallest candidate weighs
-    gap = torch.zeros_like(scale) if capped else 0.5 * scale * case.tau / (2 * limit)
+    gap = 0.5 * scale * case.tau / (2 * limit)
     left = sparse[:, None] & ~want.at_target & ((d - even[:, None]).abs() <= gap[:, None])
     some = want.active & (want.miss > 0)  # where anything can be seen
     sparse &= some
@@ -326,10 +315,9 @@ def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") ->
     assert_below(mass, case.tau * want.miss, "mass left out")
     allowed = torch.where(sparse, (SHARE_ROUNDING + want.rounding) * want.miss, 0)
     assert_below((got.left_out - mass).abs()[some], allowed[some], "mass left out, beside what was reported")
-    if not capped:
-        size = want.dlogits.norm(dim=1)
-        assert_below((d - want.dlogits).norm(dim=1), case.tau * size + want.slack.norm(dim=1), "dlogits")
-        assert_below(d.sum(1).abs(), want.slack.sum(1) + SHARE_ROUNDING * scale, "Σ dlogits")
+    size = want.dlogits.norm(dim=1)
+    assert_below((d - want.dlogits).norm(dim=1), case.tau * size + want.slack.norm(dim=1), "dlogits")
+    assert_below(d.sum(1).abs(), want.slack.sum(1) + SHARE_ROUNDING * scale, "Σ dlogits")
 
     others = want.probs.masked_fill(want.at_target, 0)
     least_kept = torch.where(left | want.at_target, torch.inf, others).amin(1)

@@ -135,6 +135,8 @@ def test_what_a_cpu_takes_is_what_it_took():
         (("--dtype", "float16"), ("float32 until the backward", "an accumulator")),
         (("--main-grad",), ("added to main_grad", "4 of 2048 rows")),
         (("--bf16-logits",), ("over the logits",)),
+        (("--sparse-grad",), ("entries", "3355443 of sparse rows", "a sum over windows")),
+        (("--sparse-grad", "0.003", "--device", "cpu"), ("entries", "scratch")),
         (("--device", "cpu", "--workspace-gib", "0.5"), ("float32", "accumulator")),
     ],
 )
@@ -146,9 +148,31 @@ def test_command(arguments, said, capsys):
     assert all(len(line) <= 120 for line in printed.splitlines()), printed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "case, sizes, dtype",
+    [
+        ("planned", (2048, 512, 32_768), FP32),
+        ("planned-bf16", (2048, 512, 32_768), BF16),
+        ("planned-small", (65_536, 64, 1024), FP32),
+        ("policy", (16_384, 64, 20_000), FP32),
+    ],
+)
+def test_a_cpu_takes_what_is_planned(case, sizes, dtype):
+    """Gradients added; what the allocator keeps differs by a tenth from run to run, and is given as much again."""
+    status, output = launch("memory_probe", case)
+    assert status == 0, output
+    tokens, hidden, vocab = sizes
+    arguments = ("--tokens", tokens, "--hidden", hidden, "--vocab", vocab, "--dtype", str(dtype).split(".")[1])
+    made = command.plan_for(PRESETS["cpu"], command._parse([*map(str, arguments), "--device", "cpu"]))
+    predicted = (made.total_bytes + (tokens + vocab) * hidden * dtype.itemsize) / MIB
+    assert float(output.split()[-1]) == pytest.approx(predicted, rel=0.2)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (("--sparse-grad", "1"), "argument --sparse-grad: must be in [0, 1), got 1"),
         (("--tokens", "0"), "argument --tokens: must be at least 1, got 0"),
         (("--vocab", "-3"), "argument --vocab: must be at least 1, got -3"),
         (("--workspace-gib", "nan"), "argument --workspace-gib: must be positive and finite, got nan"),
@@ -304,10 +328,11 @@ def test_main_grad_the_way_of_a_gpu(dtype, device, monkeypatch, tensor_cores):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("case, limit_mib", [("main-grad-bf16", 96), ("strided", 96)])
+@pytest.mark.parametrize("case, limit_mib", [("main-grad-bf16", 96), ("strided", 96), ("sparse", 160)])
 def test_peak_memory(case, limit_mib):
     """main-grad-bf16: a head of 128 MiB, a workspace of 16: neither an accumulator (256) nor a gradient (128) fits.
-    strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole."""
+    strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole.
+    sparse: entries are added whenever they fill a quarter of the workspace of 64 MiB, and never take hundreds."""
     status, output = launch("memory_probe", case)
     assert status == 0, output
     assert float(output.split()[-1]) <= limit_mib

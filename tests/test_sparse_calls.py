@@ -38,7 +38,7 @@ from sparse_cases import (
 # --- dtypes, layouts and who wants which gradient ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 25.0}, {"workspace_bytes": ROW * 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"workspace_bytes": ROW * 5}], ids=str)
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_dtypes(dtype, options, device):
     """Sixteenths are exact in all of them. Float16 gradients are of a loss times 2^10, lest the small ones are 0."""
@@ -185,7 +185,7 @@ def test_a_second_backward_is_refused_as_without(device):
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"compact": "none", "softcap": 25.0, "workspace_bytes": ROW * 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"compact": "none", "workspace_bytes": ROW * 5}], ids=str)
 def test_in_one_graph(options, device):
     case = case_of(20, (4, 6), **options)
     leaves = {name: value.to(device).requires_grad_() for name, value in case.problem.leaves().items()}
@@ -312,10 +312,9 @@ def test_one_row(vocab, seed, device):
     assert_within_bounds(case, found(case, device=device))
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_one_token(softcap, device):
+def test_one_token(device):
     """V = 1: p_y is 1, and nothing is left to learn."""
-    case = case_of(0, (5,), vocab=1, bias=True, softcap=softcap)
+    case = case_of(0, (5,), vocab=1, bias=True)
     for grad in gradients(case, device=device)[1].values():
         assert not grad.any()
 
@@ -413,26 +412,22 @@ def test_banned_tokens(device):
         assert not grad.any(), name
 
 
-@pytest.mark.parametrize("softcap", [None, 400.0])
-@pytest.mark.parametrize("vocab", [40, 41])
-@pytest.mark.parametrize("gap", [30.0, 60.0, 85.0, 95.0, 120.0])
-def test_rows_of_hardly_any_doubt(gap, vocab, softcap, device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("vocab", [3, 17, 40, 41])
+@pytest.mark.parametrize("gap", [30.0, 60.0, 85.0, 88.0, 92.0, 95.0, 103.0, 120.0])
+def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
     """1 - p_y near e^-gap, until it is no normal float32, where 1e-35 is as good as 0, or is 0."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     logits = torch.linspace(-gap - 3, -gap, vocab)
     logits[0] = 0.0
-    case = one_row(logits, tau=0.1, softcap=softcap)
-    want, got = exact(case), found(case, device=device)
+    case = one_row(logits, tau=0.1)
+    want, got = exact(case), found(case, backend, device)
     error = (got.hidden - want.dlogits @ want.weight).norm()
     largest = want.slope.abs() * want.miss * want.weight.norm(dim=1).max()
     assert_below(error, (0.1 + 2 * want.rounding) * largest + 1e-35, "dX")
-    assert got.weight.isfinite().all()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 1e2, 1e4, 1e6])
-def test_a_softcap_at_any_temperature(temperature, device):
-    """Three tokens, some of them near the cap: at a high temperature their log-probs say little about 1 - tanh²."""
-    case = visible(case_of(8, (30,), vocab=3, spread=20.0, softcap=30.0, temperature=temperature, tau=1e-3))
-    assert_exact_but_for_the_least(case, found(case, device=device), device.type)
+    assert got.weight.isfinite().all() and got.left_out.isfinite().all()
+    assert got.entries[0] == 0 or want.miss > 2.0**-126, "shares of a sum that is no normal number"
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -484,6 +479,7 @@ def test_a_padded_vocabulary(device):
         ("sparse_grad", {"sparse_grad": float("nan")}),
         ("entropy_coef", {"sparse_grad": 0.1, "entropy_coef": 0.1}),
         ("backend", {"sparse_grad": 0.1, "backend": "reference"}),
+        ("softcap", {"sparse_grad": 0.1, "softcap": 30.0}),
         ("batch_invariant", {"sparse_grad": 0.1, "batch_invariant": True, "backend": None}),
         ("objective", {"sparse_grad": 0.1, "objective": dk.GSPO()}),
     ],

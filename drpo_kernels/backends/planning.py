@@ -25,8 +25,13 @@ CHUNK_ROWS = 512
 # H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
 COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
 LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
+# an entry takes so much while it is sorted by column and added; a quarter of the workspace, and beside it, is theirs
+ENTRY_BYTES = 80
 # beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
 COPY_BYTES = 32 * MIB
+# on a CPU, measured: two blocks of logits in float32 (torch_rows.py) and, of a weight that is cast, one block of it
+# (matmul.py); what the products' library packs, columns of up to so many of a row's numbers; what a token takes
+CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 80
 
 
 class Wanted(NamedTuple):
@@ -98,6 +103,8 @@ class SweepPlan:
     retained: bool  # one window of all rows, on top of the workspace
     weight_gradient: WeightGradient
     compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
+    entries: int = 0  # of sparse rows, that wait to be added together
+    on_cpu: bool = False
 
     @property
     def in_place(self) -> bool:
@@ -134,6 +141,39 @@ class SweepPlan:
         return self.sizes.active * self.sizes.vocab * self.storage.dlogits.itemsize if self.retained else 0
 
     @property
+    def scratch_bytes(self) -> int:
+        """Of a CPU, what rows and products hold for a moment; a GPU's kernels hold nothing."""
+        if not self.on_cpu:
+            return 0
+        sizes, casts = self.sizes, self.storage.weight != self.storage.dlogits
+        narrow = self.storage.logits.itemsize < self.storage.accumulator.itemsize  # rounded from a block of products
+        copies = min(sizes.hidden * self.storage.copied * self.windows.largest, COPY_BYTES)
+        rows = min(CPU_ROW_SCRATCH, 8 * sizes.vocab * self.logits_rows)
+        packed = 4 * min(PACKED_COLUMNS, sizes.vocab) * min(PACKED_DEPTH, sizes.hidden)
+        if casts and self.weight_gradient is WeightGradient.NONE:
+            packed = min(packed, CPU_CAST_SCRATCH)  # all products are of such blocks
+        blocks = (casts + narrow) * CPU_CAST_SCRATCH
+        return rows + copies + packed + blocks + TOKEN_BYTES * (sizes.active + sizes.forward)
+
+    @property
+    def total_bytes(self) -> int:
+        """All that a call takes beyond its inputs and gradients. On a CPU, whose memory is counted as it is touched, a
+        gradient cast from its accumulator takes the room that logits and scratch have left.
+        """
+        before = self.buffer_bytes + self.entry_bytes + self.scratch_bytes
+        cast = self.on_cpu and self.weight_gradient is WeightGradient.WIDE_SUM
+        later = self.sizes.vocab * self.sizes.hidden * self.storage.weight.itemsize if cast else 0
+        return self.accumulator_bytes + max(before - later, 0)
+
+    @property
+    def entry_bytes(self) -> int:
+        return ENTRY_BYTES * self.entries
+
+    def sparse_chunk_rows(self, limit: int) -> int:
+        """Of a chunk whose rows may all have `limit` entries: unsorted, an entry takes half as much."""
+        return max(2 * self.entries // (limit + 1), 1)
+
+    @property
     def accumulator_bytes(self) -> int:
         own = self.weight_gradient is WeightGradient.WIDE_SUM
         return self.sizes.vocab * self.sizes.hidden * self.storage.accumulator.itemsize if own else 0
@@ -150,6 +190,7 @@ class SweepPlan:
         kept = "of all rows: T <= 2H, so no more than a float32 dW, which becomes one product" if self.retained else ""
         products = "for dX" if self.weight_gradient is WeightGradient.NONE else "each for dX and dW"
         wait = " (float32 until the backward)" if self.storage.weight == torch.float16 else ""
+        entries = [("entries", self.entry_bytes, f"{self.entries} of sparse rows, before they are added")]
         lines = [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
             ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
@@ -157,9 +198,12 @@ class SweepPlan:
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
             *([("", None, kept)] if kept else []),
             ("dW", self.accumulator_bytes, self.weight_gradient.value),
-            ("together", self.buffer_bytes + self.accumulator_bytes, f"beyond inputs and gradients{wait}"),
-        ]
-        sizes = ("" if size is None else f"{size / GIB:.2f} GiB" for _, size, _ in lines)
+            *(entries if self.entries else []),
+            *([("scratch", self.scratch_bytes, "blocks of rows and of the weight, copies, the library's own")]
+              if self.on_cpu else []),
+            ("together", self.total_bytes, f"beyond inputs and gradients{wait}"),
+        ]  # fmt: skip
+        sizes = ("" if size is None else _readable(size) for _, size, _ in lines)
         return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
 
 
@@ -201,6 +245,7 @@ def plan(
     return SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
         _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
+        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu",
     )  # fmt: skip
 
 
@@ -229,6 +274,10 @@ def _equal(rows: int, fitting: int, multiple: int = 1) -> ChunkPlan:
     even = _up(-(-rows // max(-(-rows // fitting), 1)), multiple)
     rounded = _up(even, ROW_MULTIPLE)
     return ChunkPlan(rows, max(rounded if rounded <= fitting else even, 1))
+
+
+def _readable(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB or not size else f"{size / MIB:.1f} MiB"
 
 
 def _up(count: int, multiple: int) -> int:

@@ -5,6 +5,7 @@ pointers, not twenty.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,6 +22,10 @@ from drpo_kernels.tokens import Tokens
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
 # levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
 SHARE_ROUNDING, LEVELS, LEVELS_PER_OCTAVE = 4e-6, 128, 8
+# where Σ exp(z - max z) of the other tokens is no normal float32 it has lost its digits, and shares of it mean nothing
+LEAST_OTHERS = 2.0**-126
+# relative, more than float32 rounds of an entropy
+ENTROPY_ROUNDING = 1e-4
 
 
 class Row(IntEnum):
@@ -145,7 +150,8 @@ class RowOps(Protocol):
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         """Of each ACTIVE row the fewest entries beside its target that leave out at most tolerance · (1 - p_y); more
-        than `limit` make it dense, and so may a row of which more than three times as many weigh enough to matter.
+        than `limit` make it dense, and so may a row of which more than three times as many weigh enough to matter, or
+        one of LEAST_OTHERS. Its entropy alone may tell that it is: H = H(p_y) + (1 - p_y) · that of its other tokens.
         """
 
     def gathered_sums(
@@ -171,6 +177,17 @@ class RowOps(Protocol):
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
+
+
+def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
+    """The largest entropy of a row's other tokens, in nats, of which `limit` hold all but `tolerance`: flat over those,
+    and over the rest. What no row has where so many always do.
+    """
+    rest = vocab - 1 - limit
+    if limit >= (1 - tolerance) * (limit + rest):
+        return float(vocab)
+    kept, left = 1 - tolerance, tolerance
+    return kept * math.log(limit / kept) + left * math.log(rest / left)
 
 
 def own_graph() -> contextlib.AbstractContextManager:

@@ -4,11 +4,13 @@ A row's dlogits are slope · (onehot - p). With S its largest entries other than
 weighs m <= τ · (1 - p_y), and W̄ the mean row of the weight:
     dX_t  = slope · ((1 - p_y) W[y] - Σ_{v in S} p_v W[v] - m W̄)
     dW   += slope · ((1 - p_y) e_y - Σ_{v in S} p_v e_v - m/V · 1) x_tᵀ         by column, in a fixed order
-so that what is left out is spread evenly, and dlogits still sum to 0. (Behind a soft-cap they need not, and there it
-has no gradient.) A row that needs more entries than the plan's limit is dense: its dlogits wait, among those of other
-such rows, until a window of them is full, of which dX and dW are one product each.
+so that what is left out is spread evenly, and dlogits still sum to 0. (Behind a soft-cap they need not, and validation
+refuses the two together.) A row that needs more entries than the plan's limit is dense: its dlogits wait, among those
+of other such rows, until a window of them is full, of which dX and dW are one product each. The entries of the other
+rows wait in coordinates, until there are as many as the plan has room for.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep,
 class Entries(NamedTuple):
     """dlogits of sparse rows in coordinates, ordered by row."""
 
-    counts: Tensor  # of each of the rows swept so far, [n] int64; 0 for a dense one
+    counts: Tensor  # of each of n rows that follow each other, [n] int64; 0 for a dense one
     rows: Tensor  # [M] int64, positions among the swept rows
     columns: Tensor  # [M] int64
     values: Tensor  # [M]
@@ -57,14 +59,24 @@ class SparseSweep(LinearSweep):
         self._dense: list[Tensor] = []  # their positions
         self._filled, self._products = 0, 0
         self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
-        parts: list[Entries] = []
-        start = 0
+        limit = entry_limit(self.head.vocab, self.hidden.device.type)
+        most, start, waiting = self.plan.sparse_chunk_rows(limit), 0, 0
+        self._entries: list[Entries] = []
+        self._added = 0  # rows whose entries are
         while start < self.active:
-            stop = min(start + self._room(), self.active)
-            parts.append(self._chunk(slice(start, stop), terms, outcome))
+            stop = min(start + min(self._room(), most), self.active)
+            found = self._chunk(slice(start, stop), terms, outcome, limit)
+            waiting += len(found.columns)
+            if self._entries and waiting > self.plan.entries:
+                self._flush(last=True)
+                self._add_entries()
+                waiting = len(found.columns)
+            self._entries.append(found)
             start = stop
-        if parts:
-            self._finish(Entries(*(torch.cat(x) for x in zip(*parts, strict=True))))
+        if self.active:
+            self._flush(last=True)
+            self._waiting = self._logits = self._dlogits = None  # the sums need the room
+            self._add_entries()
 
     def _room(self) -> int:
         """Rows of the next chunk, all of which may be dense; the window is emptied where it has no room for them."""
@@ -77,15 +89,14 @@ class SparseSweep(LinearSweep):
             self._flush()
         return most
 
-    def _chunk(self, rows: slice, terms: Terms, outcome: Tensor) -> Entries:
+    def _chunk(self, rows: slice, terms: Terms, outcome: Tensor, limit: int) -> Entries:
         count, at = rows.stop - rows.start, self._filled if self._dlogits is None else 0
         statistics, batch = self.ops.consume(self._batch(rows, self._logits[at : at + count]))
         outcome[: len(Outcome), rows], slopes = self.ops.losses(statistics, batch.rows, terms)
-        limit = entry_limit(self.head.vocab, self.hidden.device.type)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
         outcome[Sparsity.LEFT_OUT, rows] = chosen.left_out
-        entries = self._entries(rows, batch, slopes[0], chosen)
+        entries = self._coordinates(rows, batch, slopes[0], chosen)
         if len(chosen.dense):  # whose dlogits overwrite the logits
             self._keep(rows.start, chosen.dense, batch, statistics, slopes)
         return entries
@@ -100,23 +111,20 @@ class SparseSweep(LinearSweep):
         if undo is not None:  # a float16 scale is of one chunk
             self._flush(undo)
 
-    def _entries(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
-        transform = batch.transform
-        slope = slope * (transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])  # dz/dx, up to a soft-cap's 1 - tanh²
+    def _coordinates(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
+        slope = slope * batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
         values = -slope[chosen.rows] * chosen.weights
-        spread = torch.zeros_like(slope)
-        if transform.softcap is not None:
-            values = values * _capped(batch, chosen)
-        else:
-            spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
-            if self.wanted.weight:
-                product(spread[None], self.hidden_rows(rows).to(spread.dtype), self._to_all, accumulate=True)
+        spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
+        if self.wanted.weight:
+            product(spread[None], self.hidden_rows(rows).to(spread.dtype), self._to_all, accumulate=True)
         return Entries(chosen.counts, rows.start + chosen.rows, chosen.columns, values, spread)
 
     def _flush(self, undo: Tensor | None = None, last: bool = False) -> None:
-        """dX, dW and db of the dense rows that wait. `last`: and what all columns get, as one more row of the window,
-        so that dW is read and written once for both.
+        """dX, dW and db of the dense rows that wait. `last`, before entries are added: and what all columns get, as one
+        more row of the window, so that dW is read and written once for both.
         """
+        if last and self._filled == len(self._waiting):
+            self._flush()
         if not (self._filled or last):
             return
         rows = torch.cat([self._to_all.new_empty(0, dtype=torch.int64), *self._dense])
@@ -133,29 +141,34 @@ class SparseSweep(LinearSweep):
                     to_all = to_all * scale
                 dlogits, x = self._waiting[: self._filled + 1], torch.cat([x, to_all.to(x.dtype)])
                 dlogits[-1] = 1
+                self._to_all.zero_()
             self._add_weight_gradient(dlogits, x, undo, first=not self._products)
         if complete is not None:
             complete()
         self._dense, self._filled, self._products = [], 0, self._products + 1
 
-    def _finish(self, entries: Entries) -> None:
-        """The last window, and the sparse rows."""
-        if self._filled == len(self._waiting):
-            self._flush()
-        self._flush(last=True)
-        self._waiting = self._logits = self._dlogits = None  # the sums need the room
+    def _add_entries(self) -> None:
+        """The sparse rows whose entries wait."""
+        entries = Entries(*(torch.cat(x) for x in zip(*self._entries, strict=True)))
+        self._entries = []
         if self.wanted.hidden:
             self._add_to_hidden(entries)
         if self.wanted.weight or self.wanted.bias:
             self._add_to_head(entries)
+        self._added += len(entries.counts)
+
+    @functools.cached_property
+    def _mean_row(self) -> Tensor:
+        """W̄ [H]."""
+        mean = self._to_all.new_empty(1, self.hidden.shape[-1])
+        self.matmul.hidden_gradient(mean.new_ones(1, self.head.vocab, dtype=self.matmul.operand_dtype), mean)
+        return mean[0] / self.head.vocab
 
     def _add_to_hidden(self, entries: Entries) -> None:
         sparse = entries.counts.nonzero()[:, 0]
-        sums = GatheredSums(entries.columns, entries.values, _offsets(entries.counts[sparse]), self._places(sparse))
-        mean = self._to_all.new_empty(1, self.hidden.shape[-1])
-        self.matmul.hidden_gradient(mean.new_ones(1, self.head.vocab, dtype=self.matmul.operand_dtype), mean)
-        base = mean[0] / self.head.vocab, entries.spread[sparse]
-        table = self.head.weight[: self.head.vocab]
+        places = self._places(self._added + sparse)
+        sums = GatheredSums(entries.columns, entries.values, _offsets(entries.counts[sparse]), places)
+        table, base = self.head.weight[: self.head.vocab], (self._mean_row, entries.spread[sparse])
         self.ops.gathered_sums(table, sums, self._gradients.hidden, self.execution.compute_dtype, base)
 
     def _add_to_head(self, entries: Entries) -> None:
@@ -181,13 +194,6 @@ class SparseSweep(LinearSweep):
 def _offsets(counts: Tensor) -> Tensor:
     """[G] -> [G + 1]."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _capped(batch: RowBatch, chosen: Selection) -> Tensor:
-    """1 - tanh² of a soft-cap at the entries, [M]."""
-    x = batch.logits[chosen.rows, chosen.columns].to(chosen.weights.dtype)
-    x = x if batch.bias is None else x + batch.bias[chosen.columns].to(x.dtype)
-    return 1 - torch.tanh(x * (batch.transform.logit_scale / batch.transform.softcap)).square()
 
 
 def sparse_policy_sweep(

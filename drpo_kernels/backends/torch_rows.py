@@ -14,6 +14,8 @@ from torch import Tensor
 
 from drpo_kernels.backends.matmul import cast_rows
 from drpo_kernels.backends.rows import (
+    ENTROPY_ROUNDING,
+    LEAST_OTHERS,
     LEVELS,
     LEVELS_PER_OCTAVE,
     SHARE_ROUNDING,
@@ -24,6 +26,7 @@ from drpo_kernels.backends.rows import (
     Selection,
     Stat,
     Terms,
+    most_entropy,
     row_losses,
 )
 from drpo_kernels.softcap import tanh_slope
@@ -36,8 +39,8 @@ CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
 # columns whose maximum is taken before any of them is looked at
 LANE = 64
-# columns from one sampled column to the next, and the least limit of entries at which a sample is trusted
-STRIDE, SAMPLED = 8, 64
+# rows whose entries are chosen together: their sums by level take a KiB each, several times
+SELECTED_ROWS = 4096
 # the grain of whole-number sums of shares of 1 - p_y
 UNIT = 1 << 40
 # elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
@@ -74,30 +77,33 @@ class TorchRows:
         return statistics, batch._replace(exponentials=kept, bias=None if kept else batch.bias)
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        scratch, others = _Scratch(batch), statistics[Stat.MISS] * statistics[Stat.SUM]
+        scratch, miss, total = _Scratch(batch), statistics[Stat.MISS], statistics[Stat.SUM]
         index, _ = _safe(batch)
-        # `limit` entries below this weigh half of what may be left out
-        floor = others * (tolerance / (2 * limit))
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
-        positions = torch.arange(len(floor), device=floor.device)
-        parts = [(index.new_empty(0), index.new_empty(0), floor.new_empty(0))]
-        for block in scratch.blocks(RowKind.ACTIVE):
-            e = scratch.exponentials(block, statistics[Stat.MAX], factor, index)
-            rows, columns, values = _above(e, floor[block], limit)
-            parts.append((positions[block][rows], columns, values))
-        rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        shares = torch.where(others[rows] > 0, values / others[rows], 0)
-        kept, counts, left_out = _fewest(rows, shares, len(others), tolerance, limit)
+        others = miss * total
         active = batch.rows[Row.KIND] == RowKind.ACTIVE
-        sparse = active & (counts <= limit) & (left_out <= tolerance)
-        kept &= sparse[rows]
-        chosen, rows = sparse.nonzero()[:, 0], rows[kept]
-        weights = torch.cat([-statistics[Stat.MISS, chosen], values[kept] / statistics[Stat.SUM, rows]])
-        rows, columns = torch.cat([chosen, rows]), torch.cat([batch.targets[chosen], columns[kept]])
-        order = rows.argsort(stable=True)
-        mass = torch.where(sparse, left_out, 0).to(floor.dtype) * torch.where(sparse, statistics[Stat.MISS], 0)
-        counts = torch.where(sparse, counts + 1, 0)
-        return Selection((active & ~sparse).nonzero()[:, 0], counts, rows[order], columns[order], weights[order], mass)
+        dense = ~active | ~(others >= LEAST_OTHERS) | _too_flat(statistics, batch.logits.shape[1], tolerance, limit)
+        others = others.masked_fill(dense, torch.nan)  # than which nothing is larger
+        candidates = (~dense).nonzero()[:, 0]
+        if 2 * len(candidates) > len(dense):  # cheaper to look at all than to copy some
+            candidates = torch.arange(len(dense), device=dense.device)
+        counts, left_out = torch.zeros_like(batch.targets), torch.zeros_like(others)
+        parts = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
+        for block in candidates.split(min(scratch.block, SELECTED_ROWS)):
+            following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
+            e = scratch.exponentials(following, statistics[Stat.MAX], factor, index)
+            rows, columns, values = _above(e, others[block], tolerance, limit)
+            kept, entries, mass = _fewest(rows, values / others[block][rows], len(block), tolerance, limit)
+            sparse = (entries <= limit) & (mass <= tolerance)
+            kept &= sparse[rows]
+            chosen, rows, at = block[sparse], block[rows[kept]], sparse.nonzero()[:, 0]
+            counts[chosen], left_out[chosen] = entries[at] + 1, mass[at].to(others.dtype) * miss[chosen]
+            weights = torch.cat([-miss[chosen], values[kept] / total[rows]])
+            rows, columns = torch.cat([chosen, rows]), torch.cat([batch.targets[chosen], columns[kept]])
+            order = rows.argsort(stable=True)
+            parts.append((rows[order], columns[order], weights[order]))
+        rows, columns, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Selection((active & (counts == 0)).nonzero()[:, 0], counts, rows, columns, weights, left_out)
 
     def gathered_sums(
         self,
@@ -243,31 +249,39 @@ class _Scratch:
         return q.exp2_().scatter_(1, index[block], 0)
 
 
-def _above(e: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column, value) of the entries of a block e [n, V] that reach their row's floor, ordered by row.
+def _too_flat(statistics: Tensor, vocab: int, tolerance: float, limit: int) -> Tensor:
+    """Rows that `limit` entries leave out more than `tolerance` of, as their entropy tells, [N] bool."""
+    miss, most = statistics[Stat.MISS], most_entropy(vocab, tolerance, limit)
+    of_target = -torch.special.xlogy(miss, miss) - torch.special.xlog1py(1 - miss, -miss)
+    return statistics[Stat.ENTROPY] * (1 - ENTROPY_ROUNDING) > of_target + miss * most
 
-    Stretches of LANE columns are looked into where their maximum does. A row that seems to need more than `limit`
-    entries is given up: none of its entries there is returned.
+
+def _above(e: Tensor, others: Tensor, tolerance: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column, value) of the entries of a block e [n, V] that are worth a look, ordered by row: `limit` smaller
+    ones weigh half of what may be left out of the sum `others`.
+
+    Stretches of LANE columns are looked into where their maximum is worth it. A row that is seen to need more than
+    `limit` entries is given up: none of its entries there is returned.
     """
     count, vocab = e.shape
+    floor = (others * (tolerance / (2 * limit)))[:, None]
     whole = vocab // LANE * LANE
     lanes = e[:, :whole].unflatten(1, (-1, LANE)) if whole else e.new_empty(count, 0, LANE)
-    hit = lanes.amax(2) >= floor[:, None] if whole else e.new_empty(count, 0, dtype=torch.bool)
-    reached, stretches, most = hit.sum(1), max(hit.shape[1], 1), 3 * limit
-    # `most` entries scattered over the stretches reach so many of them; of few, a handful of entries may reach all
-    given_up = reached > stretches * (-math.expm1(-most / stretches) if most <= 3 * stretches else 1)
-    if limit >= SAMPLED:
-        unsure = (~given_up & (reached > limit // 4)).nonzero()[:, 0]
-        given_up[unsure] = _hopeless(e[unsure, ::STRIDE], floor[unsure], limit)
-    hit &= ~given_up[:, None]
+    highest = lanes.amax(2) if whole else e.new_empty(count, 0)
+    hit = highest >= floor
+    unsure = (hit.sum(1) > min(limit, hit.shape[1]) // 4).nonzero()[:, 0]
+    if len(unsure):
+        some = slice(None) if 2 * len(unsure) > count else unsure
+        given_up = _hopeless(e[some], highest[some], limit) > (tolerance + SHARE_ROUNDING) * others[some]
+        hit[some] &= ~given_up[:, None]
     row, lane = hit.nonzero(as_tuple=True)
     values = lanes[row, lane]
-    stretch, within = (values >= floor[row, None]).nonzero(as_tuple=True)
+    stretch, within = (values >= floor[row]).nonzero(as_tuple=True)
     rows, columns = row[stretch], lane[stretch] * LANE + within
     found = values[stretch, within]
     if whole < vocab:
         rest = e[:, whole:]
-        rest_rows, rest_columns = (rest >= floor[:, None]).nonzero(as_tuple=True)
+        rest_rows, rest_columns = (rest >= floor).nonzero(as_tuple=True)
         pairs = ((rows, rest_rows), (columns, whole + rest_columns), (found, rest[rest_rows, rest_columns]))
         joined = [torch.cat(pair) for pair in pairs]
         order = joined[0].argsort(stable=True)
@@ -275,17 +289,15 @@ def _above(e: Tensor, floor: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor
     return rows, columns, found
 
 
-def _hopeless(sample: Tensor, floor: Tensor, limit: int) -> Tensor:
-    """Rows that leave out over 1.5 of their budget, 2 · limit · floor, with any `limit` entries, as far as every
-    STRIDE-th column [n, ...] tells.
+def _hopeless(e: Tensor, highest: Tensor, limit: int) -> Tensor:
+    """What any `limit` entries leave out at least of Σ e, [n]: Σ min(e, x) - limit · x, whatever x is.
 
-    Of entries N of at least x and a sum L of the smaller ones, K entries leave out L - (K - N) x at least. At x = 8
-    floors L is a sum of many small terms: a sample knows it well.
+    It says most at the `limit`-th largest entry. Were entries strewn evenly, exp(-LANE · limit / V) of the stretches
+    would have none as large.
     """
-    share = sample / floor[:, None]
-    small = share < 8
-    smaller, larger = STRIDE * (share * small).sum(1), STRIDE * (~small).sum(1)
-    return smaller - 8 * (limit - larger) > 3 * limit
+    below = int(highest.shape[1] * math.exp(-LANE * limit / e.shape[1]))
+    x = highest.kthvalue(below + 1, dim=1, keepdim=True).values
+    return torch.minimum(e, x).sum(1) - limit * x[:, 0]
 
 
 def _fewest(
@@ -304,23 +316,26 @@ def _fewest(
     cut = (with_level[:, :-1] <= int(tolerance * UNIT)).sum(1)
     left_out = torch.cat([outside[:, None], with_level], 1).gather(1, cut[:, None])[:, 0]
     kept = level >= cut[rows]
-    return kept, torch.bincount(rows[kept], minlength=count), left_out / UNIT
+    return kept, torch.bincount(rows[kept], minlength=count), left_out.to(shares.dtype).div_(UNIT)
 
 
 def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(range of groups, their index into a table, that table in the accumulator's dtype): pieces that fit a temporary
-    where the table is of another dtype.
+    """(range of groups, their index into a table, that table in the accumulator's dtype), a few groups at a time: their
+    sums, twice more on the way to their places, and the gathered rows of a table of another dtype are temporaries.
     """
-    wide, groups = sums.factors.dtype, len(sums.places)
+    wide, groups, stops = sums.factors.dtype, len(sums.places), sums.offsets[1:]
+    step = cast_rows(table, 3 * wide.itemsize)
     if table.dtype == wide == dtype:
-        if groups:
-            yield slice(0, groups), sums.index, table
-        return
-    stops, step = sums.offsets[1:], cast_rows(table)
-    edges = torch.searchsorted(stops, torch.arange(0, len(sums.index), step, device=stops.device), right=True)
-    for first, last in itertools.pairwise(sorted({0, groups, *edges.tolist()})):
+        edges = list(range(0, groups, step))
+    else:
+        edges = torch.searchsorted(stops, torch.arange(0, len(sums.index), step, device=stops.device), right=True)
+        edges = edges.tolist()
+    for first, last in itertools.pairwise(sorted({0, groups, *edges})):
         index = sums.index[int(sums.offsets[first]) : int(sums.offsets[last])]
-        yield slice(first, last), torch.arange(len(index), device=index.device), table[index].to(dtype).to(wide)
+        if table.dtype == wide == dtype:
+            yield slice(first, last), index, table
+        else:
+            yield slice(first, last), torch.arange(len(index), device=index.device), table[index].to(dtype).to(wide)
 
 
 def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:

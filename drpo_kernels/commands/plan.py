@@ -40,6 +40,7 @@ def plan_for(device: DeviceProperties, options: argparse.Namespace) -> SweepPlan
         wanted,
         workspace=options.workspace,
         main_grad=options.main_grad,
+        sparse=options.sparse_grad > 0,
     )
 
 
@@ -62,6 +63,13 @@ def gibibytes(text: str) -> int:
     return int(count)
 
 
+def tolerance(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return number
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m drpo_kernels plan", description=__doc__)
     parser.add_argument("--tokens", type=size, required=True, metavar="T", help="rows with a gradient")
@@ -77,6 +85,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--workspace-gib", type=gibibytes, metavar="G", dest="workspace", help="default: the device's own"
     )
     parser.add_argument("--bf16-logits", action="store_true", help="logits_dtype=torch.bfloat16")
+    parser.add_argument(
+        "--sparse-grad", type=tolerance, nargs="?", const=0.01, default=0.0, metavar="TAU", help="sparse_grad=TAU"
+    )
     head = parser.add_mutually_exclusive_group()
     head.add_argument("--frozen-head", action="store_true", help="weight.requires_grad is False")
     head.add_argument("--main-grad", action="store_true", help="main_grad is given")

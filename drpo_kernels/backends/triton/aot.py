@@ -216,7 +216,7 @@ def sparse_cases() -> Iterator[KernelCase]:
         types = strides | dict.fromkeys(("rows", "statistics", "shares", "left_out"), "*fp32")
         types |= {"logits": f"*{logits}", "bias": f"*{bias}" if bias else "constexpr", "vocab": "i32", "limit": "i32"}
         types |= {"targets": "*i64", "columns": "*i32", "counts": "*i64"}
-        types |= dict.fromkeys(("scale", "softcap", "tolerance"), "fp32")
+        types |= dict.fromkeys(("scale", "softcap", "tolerance", "most_entropy"), "fp32")
         for vendor, device in ROW_DEVICES.items():
             tile = select_tile(VOCAB, BYTES[logits], device)
             values = {"column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}

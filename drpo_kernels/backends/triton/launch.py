@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.rows import GatheredSums, Outcome, RowBatch, Selection, Stat, Terms, row_losses
+from drpo_kernels.backends.rows import (
+    GatheredSums,
+    Outcome,
+    RowBatch,
+    Selection,
+    Stat,
+    Terms,
+    most_entropy,
+    row_losses,
+)
 from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.kl import KL_ESTIMATORS
@@ -55,8 +64,9 @@ class TritonRows:
         shares, left_out = batch.rows.new_empty(count, capacity), batch.rows.new_empty(count)
         counts = torch.empty(count, dtype=torch.int64, device=device)
         self._launch(
-            sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit, columns, shares,
-            counts, left_out, CAPACITY=capacity, choose=select_tile,
+            sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit,
+            most_entropy(batch.logits.shape[1], tolerance, limit), columns, shares, counts, left_out,
+            CAPACITY=capacity, choose=select_tile,
         )  # fmt: skip
         is_dense = counts < 0
         counts.clamp_(min=0)

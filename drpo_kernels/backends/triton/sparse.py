@@ -9,6 +9,8 @@ from drpo_kernels.triton_support import jit, tl
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 ROUNDING = tl.constexpr(contract.SHARE_ROUNDING)
+LEAST_OTHERS = tl.constexpr(contract.LEAST_OTHERS)
+TRUSTED_ENTROPY = tl.constexpr(1 - contract.ENTROPY_ROUNDING)
 LEVELS = tl.constexpr(contract.LEVELS)
 LEVELS_PER_OCTAVE = tl.constexpr(contract.LEVELS_PER_OCTAVE)
 STEPS = tl.constexpr(contract.LEVELS.bit_length() - 1)  # halvings that leave one level
@@ -43,14 +45,15 @@ def select_block(
 @row_jit
 def select_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride, tolerance, limit, columns, shares, counts, left_out,
+    statistics, statistics_stride, tolerance, limit, most_entropy, columns, shares, counts, left_out,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """logits [N, V], statistics [6, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
 
     The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
     ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
-    `limit`, 0 where the row is not ACTIVE. One read of the row, given up once it is seen to be dense; all in fp32.
+    `limit`, 0 where the row is not ACTIVE. One read of the row, given up once it is seen to be dense, not begun where
+    its statistics tell; all in fp32.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
@@ -63,12 +66,18 @@ def select_kernel(
     if active:
         inner_scale, factor, _ = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         row_max = tl.load(statistics + 2 * statistics_stride)
-        others = tl.load(statistics + 3 * statistics_stride) * tl.load(statistics + 4 * statistics_stride)
+        miss = tl.load(statistics + 4 * statistics_stride)
+        others = tl.load(statistics + 3 * statistics_stride) * miss
         floor = tolerance / (2 * limit)
-        per_row = (inner_scale, factor / 0.6931471805599453, row_max, 1 / others, floor)
+        per_row = (inner_scale, factor / 0.6931471805599453, row_max, 1 / tl.maximum(others, LEAST_OTHERS), floor)
         row = logits + t * row_stride
         target = tl.load(targets + t)
-        budget = tolerance - ROUNDING  # a NaN among the statistics fails every comparison with it
+        # H(p_y), whose second term is miss, and no more, where 1 - miss would round
+        hit = tl.maximum(1 - miss, LEAST_OTHERS)
+        of_target = tl.where(miss < 0.01, miss, -hit * tl.log(hit)) - miss * tl.log(tl.maximum(miss, LEAST_OTHERS))
+        may_be = tl.load(statistics + statistics_stride) * TRUSTED_ENTROPY <= of_target + miss * most_entropy
+        may_be &= others >= LEAST_OTHERS
+        budget = tl.where(may_be, tolerance - ROUNDING, -1.0)  # a NaN among the statistics fails a comparison
         found = 0
         outside = 0.0
         start = 0
