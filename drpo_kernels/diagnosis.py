@@ -58,19 +58,19 @@ CONDITIONS = (
         ("mismatch", "shift", "explosion"),
     ),
     Condition(
-        "unscorable",
-        lambda m: m["unscorable"] > UNSCORABLE_SHARE * (m["tokens"] + m["unscorable"]),
-        "{unscorable:.0f} tokens in the mask have no old log-prob (NaN, -inf, or -100 and below), beside "
-        "{tokens:.0f} that have one, "
-        "and are treated as masked: the mask may cover tokens that the rollout engine did not sample (prompt, tool "
-        "output).",
-    ),
-    Condition(
         "sentinel",
         lambda m: m["sentinels"] > 0,
         "{sentinels:.0f} old log-probs are -100 or below, such as the -9999 that servers write for a log-prob that "
         "they do not have: no sampled token has one, and they are treated as masked like NaN. Ask the server for the "
         "log-probs of the sampled tokens themselves.",
+    ),
+    Condition(
+        "unscorable",
+        lambda m: m["unscorable"] - m["sentinels"] > UNSCORABLE_SHARE * (m["tokens"] + m["unscorable"]),
+        "{unscorable:.0f} tokens in the mask have no old log-prob (NaN, -inf, or -100 and below), beside "
+        "{tokens:.0f} that have one, "
+        "and are treated as masked: the mask may cover tokens that the rollout engine did not sample (prompt, tool "
+        "output).",
     ),
     Condition(
         "placeholder",

@@ -67,10 +67,10 @@ def test_empty_mask():
 def test_old_logprobs_missing():
     logits, targets, old, advantages = batch()
     (sentence,) = said(logits, targets, torch.full_like(old, math.nan), advantages)
-    assert sentence.startswith("None of the 512 tokens in the mask has a finite old log-prob")
+    assert sentence.startswith("None of the 512 tokens in the mask has an old log-prob")
     old[:, ::4] = -math.inf
     (sentence,) = said(logits, targets, old, advantages)
-    assert sentence.startswith("128 tokens in the mask have an old log-prob of NaN or -inf, beside 384")
+    assert sentence.startswith("128 tokens in the mask have no old log-prob (NaN, -inf, or -100 and below), beside 384")
 
 
 @pytest.mark.parametrize("change", [torch.exp, torch.neg], ids=["probabilities", "negated"])
