@@ -1,5 +1,6 @@
 """From what a caller passes to what the sweeps take: flattened rows, packed inputs, and a source of logits."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -230,7 +231,8 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
         fields[Row.KIND] = fields[Row.KIND].masked_fill(stray, RowKind.ACTIVE.value)
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
-    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0)
+    cap = math.inf if options.kl_cap is None else options.kl_cap
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0, cap)
     return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drpo_kernels.kl import clamped
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl
@@ -197,7 +198,7 @@ def largest(most, count):
 
 @jit(do_not_specialize=["rows_stride", "outcome_stride", "count"])
 def policy_metrics_kernel(
-    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count,
+    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, kl_cap,
     CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
     FAR_BELOW_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +252,8 @@ def policy_metrics_kernel(
         below_sum = add(below_sum, computed & (log_ratio < -FAR_BELOW), 1.0)
         zero_sum = add(zero_sum, computed & (old == 0) & (logp < -FAR_BELOW_ONE), 1.0)
         if KL is not None:
-            kl, _, _ = KL(logp, tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0))
+            d, _ = clamped(logp - tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0), kl_cap)
+            kl, _, _ = KL(d)
             kl_sum = add(kl_sum, computed, kl)
         finite = (tl.abs(logp) < float("inf")) & (tl.abs(slope) < float("inf"))
         token_count = add(token_count, tl.load(valid + t, mask=inside, other=0) != 0, 1.0)

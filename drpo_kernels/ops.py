@@ -53,13 +53,15 @@ class Spec:
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and whether there is an
         # entropy bonus is one until it is asked for
-        return words, list(map(float, (self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, *numbers)))
+        return words, list(map(float, (
+            self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, terms.kl_cap, *numbers
+        )))  # fmt: skip
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
         objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant = words
-        vocab, scale, softcap, sparse, *hyper = numbers
-        terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True")
+        vocab, scale, softcap, sparse, cap, *hyper = numbers
+        terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True", cap)
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
             head_dtype=head or None, batch_invariant=invariant == "True", sparse_grad=sparse,

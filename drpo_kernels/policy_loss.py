@@ -180,11 +180,13 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
     estimator = None if options.ref_logprobs is None else options.kl_estimator
     if inputs.problem.backend == "triton" and not traced(rows):
         return row_ops("triton").metrics(
-            objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator
+            objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator, inputs.terms.kl_cap
         )
     logprobs = outcome[Outcome.LOGPROB]
     old = logprobs if on_policy else rows[Row.OLD_LOGPROB]
-    ref_kl = None if estimator is None else kl_term(estimator, logprobs, old, rows[Row.REF_LOGPROB], False)[0]
+    ref_kl = None if estimator is None else kl_term(
+        estimator, logprobs, old, rows[Row.REF_LOGPROB], False, inputs.terms.kl_cap
+    )[0]
     return policy_metrics(
         objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE], old, rows[Row.ADVANTAGE],
         inputs.computed, inputs.valid, inputs.unscorable,
@@ -250,7 +252,9 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
     loss = rows[Row.POLICY] * token_losses(terms.objective, tokens)
     if terms.kl_estimator is not None:
-        kl = kl_loss(terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance)
+        kl = kl_loss(
+            terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance, terms.kl_cap
+        )
         loss = loss + rows[Row.KL] * kl
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy

@@ -236,7 +236,7 @@ def test_own_methods_agree_with_float64(name, softcap, dtype):
     assert (inputs.advantages != 0).sum() == 12
     attempt = Attempt(Case(name, TINY), method)
     measure.check(attempt, inputs.with_logits())
-    if attempt.status in ("takes bfloat16 only", "no soft-cap"):
+    if attempt.status in ("takes bfloat16 only", "no soft-cap") or "has no chunked" in attempt.status:
         pytest.skip(attempt.status)
     assert attempt.status == "ok" or (method.rounds and attempt.status.startswith("ok"))
     assert set(attempt.gradient_error) == set(method.wrt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -117,10 +118,10 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     logprobs, entropy, _, slope = outcome
     want = policy_metrics(
         objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable,
-        unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False)[0],
+        unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False, 2.0)[0],
     )  # fmt: skip
     placed = (x.to(device) for x in (rows, outcome, valid, unscorable, given))
-    found = row_ops("triton").metrics(objective, *placed, "k2")
+    found = row_ops("triton").metrics(objective, *placed, "k2", 2.0)
     assert list(found) == list(want)
     for name, value in found.items():
         assert value.dtype == want[name].dtype and value.shape == ()
@@ -134,7 +135,7 @@ def test_means_of_ones_are_one(device):
         rows, outcome = torch.zeros(len(Row), count, device=device), torch.zeros(len(Outcome), count, device=device)
         rows[Row.ADVANTAGE], rows[Row.KIND] = 0.0, 2.0
         flags = torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.bool, device=device)
-        found = row_ops("triton").metrics(dk.DRPO(), rows, outcome, *flags, None, None)
+        found = row_ops("triton").metrics(dk.DRPO(), rows, outcome, *flags, None, None, math.inf)
         assert found["drpo/ratio_mean"] == found["drpo/active_share"] == 1, count
         assert not torch.signbit(found["drpo/weight_min"]), "0 where nothing is weighted"
 

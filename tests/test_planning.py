@@ -188,6 +188,7 @@ def test_wrong_arguments_of_the_command(arguments, said, capsys):
 # --- the sweep obeys --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted  # tiles of four columns, which no tensor core takes
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
     """bf16 dlogits beside float32 logits, and over bf16 ones: as in one window, bit for bit with `batch_invariant`."""

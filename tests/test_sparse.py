@@ -246,6 +246,7 @@ def test_the_same_bits_from_run_to_run(options, device):
     assert_same(again, grads)
 
 
+@pytest.mark.interpreted  # a GPU's products of other chunks differ in their last bit, and with it what is left out
 @pytest.mark.parametrize("compact", COMPACT)
 def test_chunks_and_order_do_not_matter(compact, device):
     """Float32 sums in another order: 1e-6."""

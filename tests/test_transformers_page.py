@@ -104,6 +104,7 @@ def test_ddp(names, group_of_one):
     assert_gradient(names["model"], want)
 
 
+@pytest.mark.interpreted  # FSDP2 would move the model to the GPU, and its inputs are on the CPU
 def test_fsdp2(names, group_of_one):
     loss, want = expected(0.2, names)
     run("transformers and plain PyTorch", names)

@@ -540,3 +540,31 @@ def test_recipe(tmp_path):
     assert "'drpo/weight_mean'" in output and "'train_loss'" in output
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(p.isfinite().all() for p in saved.parameters())
+
+
+@pytest.mark.parametrize("value", [0.0, -9999.0])
+def test_a_rollout_function_without_logprobs(value, tmp_path, caplog):
+    """TRL's contract wants some under "logprobs"; those that stand for none are not μ, at any batch size."""
+
+    def trained(cls, config, logprob, **options):
+        generator = torch.Generator().manual_seed(0)
+
+        def rollout(prompts, trainer):
+            tokens = [torch.randint(4, tiny_trl.VOCAB, (5,), generator=generator).tolist() for _ in prompts]
+            found = {"prompt_ids": [trainer.processing_class(p)["input_ids"] for p in prompts]}
+            found["completion_ids"] = tokens
+            return found | {"logprobs": None if logprob is None else [[logprob] * 5 for _ in tokens]}
+
+        arguments = tiny_trl.arguments(config, tmp_path, max_steps=2, **options)
+        trainer = tiny_trl.trainer(cls, arguments, tiny_trl.model(), rollout_func=rollout)
+        tiny_trl.run(trainer)
+        return tiny_trl.weights(trainer)
+
+    want = trained(DRPOTrainer, DRPOConfig, None, objective=PPO())
+    assert "rollout_func" not in caplog.text
+    got = trained(DRPOTrainer, DRPOConfig, value, objective=PPO())
+    assert torch.equal(got, want)
+    assert caplog.text.count("rollout_func returns no log-probs") == 1
+    theirs = trained(GRPOTrainer, GRPOConfig, value)
+    start = torch.cat([p.detach().reshape(-1) for p in tiny_trl.model().parameters()])
+    assert (got - theirs).norm() <= 1e-4 * (theirs - start).norm()  # Adam's first steps are signs of gradients

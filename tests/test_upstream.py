@@ -32,8 +32,10 @@ def test_every_element_is_scaled_and_rounded_once(backend, dtype, count, device)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_factor_of_one_changes_no_bit_and_a_nan_is_not_one(backend, device):
     values = torch.tensor([1.5, float("nan"), float("inf"), -0.0] * 9, device=device).view(4, 9)
-    before = values.clone().view(torch.int32)
+    before = values.clone()
     ops_of(backend).scale(values, torch.tensor(1.0, device=device))
-    assert torch.equal(values.view(torch.int32), before)
+    number = ~before.isnan()  # a GPU's multiplication gives a NaN bits of its own
+    assert torch.equal(values.isnan(), before.isnan())
+    assert torch.equal(values[number].view(torch.int32), before[number].view(torch.int32))
     ops_of(backend).scale(values, torch.tensor(float("nan"), device=device))
     assert values.isnan().all()

@@ -101,6 +101,7 @@ class Terms:
     kl_estimator: str | None = None
     kl_importance: bool = False
     entropy_bonus: bool = False
+    kl_cap: float = math.inf
 
 
 class RowBatch(NamedTuple):
@@ -222,7 +223,7 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
             reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
-            kl, kl_slope = kl_term(terms.kl_estimator, now, old, reference, terms.kl_importance)
+            kl, kl_slope = kl_term(terms.kl_estimator, now, old, reference, terms.kl_importance, terms.kl_cap)
             has_kl = rows[Row.KL] != 0
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
             total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)

@@ -111,7 +111,7 @@ def _row_cases(
     """A launch on contiguous rows, as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
     types = STRIDES | dict.fromkeys(PACKED, "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
     types |= {"logits": f"*{logits}", "out": f"*{out}", "targets": "*i64", "vocab": "i32", "padded": "i32"}
-    types |= {"hyper": ("fp32",) * hyper, "bias": f"*{bias}" if bias else "constexpr"}
+    types |= {"hyper": ("fp32",) * hyper, "kl_cap": "fp32", "bias": f"*{bias}" if bias else "constexpr"}
     names = kernel.arg_names
     divisible = ["logits", "out", "bias", "row_stride", "out_stride", "targets"]
     divisible += ["vocab", "padded"] if even else []
@@ -191,7 +191,8 @@ def _scale_cases() -> Iterator[KernelCase]:
 
 def _token_cases() -> Iterator[KernelCase]:
     """The kernels of [N]: losses between two kernels, and a batch's metrics."""
-    types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32") | {"count": "i32", "hyper": ("fp32",)}
+    types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32")
+    types |= {"count": "i32", "hyper": ("fp32",), "kl_cap": "fp32"}
     types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
     terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}

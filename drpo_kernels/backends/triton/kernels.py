@@ -13,7 +13,7 @@ The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome
 
 import inspect
 
-from drpo_kernels.kl import importance_weighted
+from drpo_kernels.kl import clamped, importance_weighted
 from drpo_kernels.softcap import tanh, tanh_slope_twin
 from drpo_kernels.tokens import log1p
 from drpo_kernels.triton_support import jit, tl
@@ -266,13 +266,13 @@ def gradient_kernel(
 
 @jit
 def row_loss(
-    rows, rows_stride, inside, logp, entropy, hyper,
+    rows, rows_stride, inside, logp, entropy, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The loss of one row, or of a block of rows where `inside` is not None -> (loss, slope, entropy_slope,
     dℓ/dlogπ of the policy term alone without its coefficient).
 
-    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp, ref) -> (kl, dkl/dlogπ, their sum) are the twins;
+    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp - ref) -> (kl, dkl/dlogπ, their sum) are the twins;
     KL may be None, and KL_IMPORTANCE multiplies it by the ratio.
     """
     other = None
@@ -291,7 +291,10 @@ def row_loss(
     slope = coefficient * policy_slope
     if KL is not None:
         kl_coefficient = tl.load(rows + 3 * rows_stride, mask=inside, other=other)
-        kl, kl_slope, kl_total = KL(logp, tl.load(rows + 5 * rows_stride, mask=inside, other=other))
+        d, far = clamped(logp - tl.load(rows + 5 * rows_stride, mask=inside, other=other), kl_cap)
+        kl, kl_slope, kl_total = KL(d)
+        kl_slope = tl.where(far, 0.0, kl_slope)
+        kl_total = tl.where(far, kl, kl_total)
         if KL_IMPORTANCE:
             kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
         loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
@@ -306,7 +309,7 @@ def row_loss(
 @row_jit
 def losses_kernel(
     statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count, hyper,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    kl_cap, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """statistics [6, N], rows [8, N] -> outcome [4, N] and slopes [1 or 2, N] of their losses, zeros where a row is
@@ -318,7 +321,7 @@ def losses_kernel(
     logp = tl.load(statistics + t, mask=computed, other=0.0)
     entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
     loss, slope, entropy_slope, policy_slope = row_loss(
-        rows + t, rows_stride, computed, logp, entropy, hyper, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
+        rows + t, rows_stride, computed, logp, entropy, hyper, kl_cap, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
     )
     tl.store(outcome + t, logp, mask=inside)
     tl.store(outcome + outcome_stride + t, entropy, mask=inside)
@@ -332,7 +335,7 @@ def losses_kernel(
 @row_jit
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    outcome, outcome_stride, out, out_stride, padded, hyper,
+    outcome, outcome_stride, out, out_stride, padded, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -356,7 +359,7 @@ def policy_kernel(
             logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
         )  # fmt: skip
         loss, slope, entropy_slope, policy_slope = row_loss(
-            rows, rows_stride, None, logp, entropy, hyper, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
+            rows, rows_stride, None, logp, entropy, hyper, kl_cap, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
         )
         tl.store(outcome, logp)
         tl.store(outcome + outcome_stride, entropy)

@@ -123,7 +123,7 @@ class TritonRows:
             with _on(rows):
                 kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
                     statistics, statistics.stride(0), rows, rows.stride(0), outcome, outcome.stride(0), slopes,
-                    slopes.stride(0), count, terms.objective.hyper, **_twins(terms), BLOCK=LOSSES_BLOCK,
+                    slopes.stride(0), count, terms.objective.hyper, terms.kl_cap, **_twins(terms), BLOCK=LOSSES_BLOCK,
                     num_warps=LOSSES_BLOCK // 32, **LAUNCH_OPTIONS,
                 )  # fmt: skip
         return outcome, slopes
@@ -133,7 +133,7 @@ class TritonRows:
         written = outcome if out is None else out  # without `out` nothing is written, and logits may have any strides
         self._launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
-            terms.objective.hyper, **_twins(terms), WRITE=out is not None,
+            terms.objective.hyper, terms.kl_cap, **_twins(terms), WRITE=out is not None,
         )  # fmt: skip
         return outcome
 
@@ -146,6 +146,7 @@ class TritonRows:
         unscorable: Tensor,
         given: Tensor | None,
         ref_kl: str | None,
+        kl_cap: float,
     ) -> dict[str, Tensor]:
         """`given` [N]: old log-probs as they came, or None. `ref_kl` names the estimator of the KL to the reference, or
         is None.
@@ -156,7 +157,7 @@ class TritonRows:
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
         with _on(rows):
             policy_metrics_kernel[(1,)](
-                rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1],
+                rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1], kl_cap,
                 CLIPS=clips_of(objective), KL=_kl_twin(ref_kl), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
                 FAR_BELOW_ONE=FAR_BELOW_ONE, BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 64, **LAUNCH_OPTIONS,
             )  # fmt: skip
