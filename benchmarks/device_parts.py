@@ -55,7 +55,8 @@ REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled
 RESERVE = 3.0
 # the tests of sizes, streams and graphs, and the other files that have tests of a GPU
 SCALE = "tests/test_scale.py"
-OTHERS = [f"tests/test_{name}.py" for name in ("cases", "invariance", "fp8", "benchmarks", "distributed", "verl")]
+OTHERS = ("cases", "invariance", "fp8", "exact_products", "benchmarks", "distributed", "verl")
+OTHERS = [f"tests/test_{name}.py" for name in OTHERS]
 # pytest processes of a part; they share the device
 WORKERS = {"scale": 3, "tests": 6, "gpu": 6, "suite": 12}
 
@@ -340,11 +341,11 @@ PARTS = {
     "liger_sm90": _speed_part(80, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 75),
     "slow_peers": _speed_part(60, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
     "demo": Part(36, "the demo's training, before and after", demo),
-    "invariance": Part(12, "python -m benchmarks.invariance", invariance, INVARIANCE),
+    "invariance": Part(50, "python -m benchmarks.invariance", invariance, INVARIANCE),
     "precision": Part(33, "python -m benchmarks.precision", precision, PRECISION),
     "sanitizer": Part(40, "compute-sanitizer on the row kernels", sanitizer),
     "sweep": _speed_part(60, "other inputs, shares, models and T", "sweep", 5),
-    "suite": _tests_part(90, "every other test, on the device", "suite", "-m", "not gpu",
+    "suite": _tests_part(180, "every other test, on the device", "suite", "-m", "not gpu",
                          rehearsed="tests/test_layouts.py"),
 }  # fmt: skip
 # Every sitting has its parts in the order in which they run, and the seconds that all of them may take.

@@ -25,7 +25,7 @@ from drpo_kernels.options import PolicyOptions
 from drpo_kernels.policy_loss import fused_route
 
 RESULTS = ROOT / "bench_results" / "invariance.jsonl"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # odd sizes, and a head whose weight is cast in two blocks
 CPU_SHAPES = (Shape(64, 63, 1001), Shape(64, 512, 8192))
 BATCHES, PIECES = (1, 2, 5, 16, 17, 33), 4  # rows in a batch, and how many such batches
@@ -136,9 +136,9 @@ def broken(record: Record) -> bool:
 
 
 def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[Record]:
-    for method, batch_invariant in METHODS.items():
-        for shape in shapes:
-            for name in dtypes:
+    for name in dtypes:
+        for method, batch_invariant in METHODS.items():
+            for shape in shapes:
                 common = {"benchmark": "invariance", "method": method, "dtype": name, "shape": vars(shape)}
                 for record in _measured(device, shape, DTYPES[name], batch_invariant):
                     print(_line({**common, **record}), flush=True)

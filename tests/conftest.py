@@ -22,7 +22,7 @@ if not ON_GPU:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # the files whose tests marked `gpu` come first, in order of importance
-FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_benchmarks.py")
+FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_exact_products.py")
 
 
 @pytest.hookimpl(trylast=True)  # when `-m` has made its choice
