@@ -79,11 +79,11 @@ def linear_policy_loss(
     Mask such tokens. A row with a NaN or +inf logit, or with every token banned, has no log π: it reports NaN and makes
     the loss NaN, never a number.
 
-    Log-probs and entropy: against float64 on the same inputs, |Δlogprob| <= max(1e-4, ε) and
-    |Δentropy| <= 3 max(1e-4, ε) with ε = 3 (H + 10) 2⁻²⁴ S / temperature, the smallest temperature. S is the
-    largest sum of absolute products of a logit, logit_scale · (Σ |hidden · weight| + |bias|); from ready logits H = 0
-    and S is logit_scale · max|logit|. That is the worst case, in which all roundings of a sum have the same sign; in
-    any usual one √H takes the place of H.
+    Log-probs and entropy: against float64 on the same inputs, with the backends torch and triton,
+    |Δlogprob| <= max(1e-4, ε) and |Δentropy| <= 3 max(1e-4, ε) with ε = 3 (H + 10) 2⁻²⁴ S / temperature, the
+    smallest temperature. S is the largest sum of absolute products of a logit,
+    logit_scale · (Σ |hidden · weight| + |bias|); from ready logits H = 0 and S is logit_scale · max|logit|. That is
+    the worst case, in which all roundings of a sum have the same sign; in any usual one √H takes the place of H.
 
     Gradients: within (5e-5 + 4 ε) G in norm for ε <= 1, plus up to 0.4 % for each rounding to bf16 (0.05 % to
     fp16, above its subnormal numbers). G is the norm of the gradient's sums of absolute products,
