@@ -124,7 +124,8 @@ def measure_regime(name: str, shape: Shape, device: torch.device, advance: Calla
     case = regime.case(shape, device=device)
     exact = ExactResults(case)
     default = exact.of("bf16", RECIPES["bf16"])
-    facts = {"entropy_nats": _short(default.entropy), "largest_logit": _short(default.largest_logit)}
+    facts = {name: _short(getattr(default, name)) for name in ("largest_logit", "largest_sum")}
+    facts["entropy_nats"] = _short(default.entropy)
     yield {"kind": "regime", "regime": name, "label": regime.label, "shape": vars(shape), **facts}
     measured = {}
     for key, recipe in RECIPES.items():
@@ -133,14 +134,14 @@ def measure_regime(name: str, shape: Shape, device: torch.device, advance: Calla
         advance()
     for record in measure_mismatch(case):
         yield {**record, "regime": name, "ratio": {k: [_short(x) for x in v] for k, v in record["ratio"].items()}}
-    bound = logprob_bound(shape.hidden, default.largest_logit, case.temperature)
+    bound = logprob_bound(shape.hidden, default.largest_sum, case.temperature)
     for bar in bars({key: record["errors"] for key, record in measured.items()}, bound):
         yield {"kind": "bar", "regime": name, **bar}
 
 
-def logprob_bound(hidden: int, largest_logit: float, temperature: float) -> float:
-    """The contract for float32 logits of 16-bit inputs: max(1e-4, (H / 16) · 2^-24 · max|logit| / temperature)."""
-    return max(1e-4, hidden / 16 * 2**-24 * largest_logit / temperature)
+def logprob_bound(hidden: int, largest_sum: float, temperature: float) -> float:
+    """The contract: max(1e-4, 3 (H + 10) 2^-24 S / temperature), S the largest sum of absolute products of a logit."""
+    return max(1e-4, 3 * (hidden + 10) * 2**-24 * largest_sum / temperature)
 
 
 def ratio_bound(logprob: float) -> float:
@@ -172,9 +173,10 @@ def measure_sweep(shape: Shape, device: torch.device) -> Iterator[Record]:
             if RECIPES[key].obstacle(case) is None:
                 result = RECIPES[key].run(case)
                 found[key] = errors_of(result, exact.of("bf16", RECIPES[key]), case)["logprob"]
-        largest = exact.of("bf16", RECIPES["bf16"]).largest_logit
-        bound = logprob_bound(shape.hidden, largest, 1.0)
-        yield {"kind": "sweep", "largest_logit": _short(largest), "bound": _short(bound), "logprob": found}
+        default = exact.of("bf16", RECIPES["bf16"])
+        bound = logprob_bound(shape.hidden, default.largest_sum, 1.0)
+        largest = _short(default.largest_logit)
+        yield {"kind": "sweep", "largest_logit": largest, "bound": _short(bound), "logprob": found}
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

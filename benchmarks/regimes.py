@@ -80,6 +80,7 @@ class Exact(NamedTuple):
     result: Result
     loss_scale: float  # Σ |terms of the loss|
     largest_logit: float
+    largest_sum: float  # of the absolute products of a logit, with the bias
     entropy: float
 
 
@@ -88,10 +89,13 @@ def exact_result(case: Case, operands: Operands, objective: Objective = OBJECTIV
     hidden, weight, gradient_hidden, gradient_weight = operands
     count = hidden.shape[0]
     logprobs, terms = hidden.new_empty(count), hidden.new_empty(count)
-    dx, dw, largest, entropy = torch.empty_like(hidden), torch.zeros_like(weight), 0.0, 0.0
+    dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
+    largest = largest_sum = entropy = 0.0
     for rows in (slice(start, start + ROWS) for start in range(0, count, ROWS)):
         logits = case.biased(hidden[rows] @ weight.T)
         largest = max(largest, logits.abs().max().item())
+        bias = 0.0 if case.bias is None else case.bias.double().abs()
+        largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
         logp = case.scaled(logits).log_softmax(-1)
         target = case.targets[rows, None]
         leaf = logp.gather(1, target)[:, 0].requires_grad_()
@@ -108,7 +112,7 @@ def exact_result(case: Case, operands: Operands, objective: Objective = OBJECTIV
         dx[rows] = dlogits @ gradient_weight
         dw += dlogits.T @ gradient_hidden[rows]
     terms = terms.detach()
-    return Exact(Result(logprobs, terms.sum(), dx, dw), terms.abs().sum().item(), largest, entropy)
+    return Exact(Result(logprobs, terms.sum(), dx, dw), terms.abs().sum().item(), largest, largest_sum, entropy)
 
 
 # --- the regimes ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ def linear_token_logprobs(
 
     hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions
     (mask 0) may carry anything, are not computed, and report 0. The logits of a chunk are recomputed in the backward,
-    which may run more than once.
+    which may run more than once. `linear_policy_loss` says how far from exact results and gradients may be; no gradient
+    waits for a factor here.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.

@@ -87,3 +87,17 @@ def pytest_runtest_call(item):
 def device():
     """Where the tests put their tensors."""
     return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """16-bit operands multiplied into float32, or rounded once, as on a GPU: the sweep takes its way there on a CPU."""
+
+    from drpo_kernels.backends import matmul
+
+    def product(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype and (out.dtype == torch.float32 or (out.dtype == a.dtype and not accumulate))
+        out.copy_(torch.addmm(out, a.float(), b.float()) if accumulate else a.float() @ b.float())
+
+    monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
+    monkeypatch.setattr(matmul, "product", product)

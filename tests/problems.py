@@ -265,19 +265,29 @@ def row_relative(got: Tensor, want: Tensor) -> float:
     return max((relative(a, b) for a, b in rows), default=0.0)
 
 
-def logprob_bound(problem: Problem) -> float:
-    """The contract's bound on |logprob error|: 1e-4, or the rounding of the largest logit where that is more."""
-    heat = problem.options.get("temperature", 1.0)
+def logit_error(problem: Problem, gradients: bool = False) -> float:
+    """The contract's ε: 3 (H + 10) 2^-24 S / temperature, S the largest sum of absolute products of a logit, 0 products
+    where they are ready. For gradients a soft-cap below the temperature takes its place.
+    """
+    options = problem.options
+    if problem.logits is not None:
+        count, size = 0, problem.logits.detach().double().abs()
+    else:
+        count, size = problem.hidden.shape[-1], problem.hidden.detach().double().abs() @ problem.weight.double().abs().T
+        size = size if problem.bias is None else size + problem.bias.detach().double().abs()
+    size = size[..., : options.get("vocab_size")].nan_to_num(0, 0, 0)
+    size = size if problem.mask is None else size * (problem.mask != 0).unsqueeze(-1)
+    heat = options.get("temperature", 1.0)
     if isinstance(heat, Tensor):
         heat = heat.min().item() if heat.numel() else 1.0
-    if problem.logits is not None:
-        raw, factor = problem.logits.detach().double(), 4 * 2.0**-23
-    else:
-        raw, factor = problem.hidden.detach().double() @ problem.weight.detach().double().T, 2.0**-24
-        raw = raw if problem.bias is None else raw + problem.bias.detach().double()
-        factor *= problem.hidden.shape[-1] / 16
-    largest = raw.nan_to_num(0, 0, 0).abs().max().item() if raw.numel() else 0.0
-    return max(1e-4, factor * largest / heat)
+    heat = min(heat, options.get("softcap") or math.inf) if gradients else heat
+    largest = options.get("logit_scale", 1.0) * size.amax().item() if size.numel() else 0.0
+    return 3 * (count + 10) * 2.0**-24 * largest / heat
+
+
+def logprob_bound(problem: Problem) -> float:
+    """The contract's bound on |logprob error|; the entropy is held to it too, which promises three times as much."""
+    return max(1e-4, logit_error(problem))
 
 
 def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7, grad_bound, loss_bound=1e-4, **extra):

@@ -285,18 +285,6 @@ def test_row_tiles_give_every_thread_32_bytes():
             assert row_tile(1, itemsize, device).num_warps == 1
 
 
-@pytest.fixture
-def tensor_cores(monkeypatch):
-    """16-bit operands multiplied into float32, or rounded once, as on a GPU: the sweep takes its way there on a CPU."""
-
-    def product(a, b, out, accumulate=False):
-        assert a.dtype == b.dtype and (out.dtype == FP32 or (out.dtype == a.dtype and not accumulate))
-        out.copy_(torch.addmm(out, a.float(), b.float()) if accumulate else a.float() @ b.float())
-
-    monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
-    monkeypatch.setattr(matmul, "product", product)
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 @pytest.mark.parametrize("retained, workspace", [(True, None), (True, 800), (False, None), (False, 37 * 4 * 4)])
