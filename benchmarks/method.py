@@ -106,3 +106,8 @@ def differentiated(inputs: Inputs, loss: Callable[..., Tensor], wrt: tuple[str, 
         return Result(value.detach(), **dict(zip(wrt, gradients, strict=True)))
 
     return step
+
+
+def without_softcap(inputs: Inputs) -> None:
+    if inputs.softcap is not None:
+        raise Unsupported("no soft-cap")

@@ -23,6 +23,7 @@ from benchmarks.method import (
     differentiated,
     mean_token_loss,
     sparsity_of,
+    without_softcap,
 )
 from benchmarks.peers import PEERS
 from benchmarks.workloads import Inputs, capped
@@ -113,6 +114,7 @@ def fused(inputs: Inputs, wrt: tuple[str, ...] = HEAD, **options) -> Step:
 
 def sparse(inputs: Inputs, tolerance: float) -> Step:
     """Ours with gradients of the fewest tokens, 2F for most rows of a decided policy; and what it left out."""
+    without_softcap(inputs)
 
     def step() -> Result:
         leaves = [x.detach().requires_grad_() for x in (inputs.hidden, inputs.weight)]

@@ -12,7 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.method import LOGITS, Method, Result, Step, Unsupported, differentiated, mean_token_loss
+from benchmarks.method import (
+    LOGITS,
+    Method,
+    Result,
+    Step,
+    Unsupported,
+    differentiated,
+    mean_token_loss,
+    without_softcap,
+)
 from benchmarks.workloads import Inputs
 
 # TRL's vocabulary tile
@@ -39,7 +48,7 @@ def liger_scaled(inputs: Inputs) -> Step:
     # by its own name: on sm_90 the public one chooses the kernels below
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction as Function
 
-    _without_softcap(inputs)
+    without_softcap(inputs)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         nll, _ = Function.apply(hidden, weight, inputs.targets, 1.0, -100, True)
@@ -52,7 +61,7 @@ def liger_scaled_sm90(inputs: Inputs) -> Step:
     """The Hopper kernels of Liger's fused scaled cross-entropy (8F), without the entropy, which costs it more."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
-    _without_softcap(inputs)
+    without_softcap(inputs)
     if torch.cuda.get_device_capability(inputs.hidden.device) != (9, 0):
         raise Unsupported("needs sm_90")
     if importlib.util.find_spec("cutlass") is None:
@@ -68,7 +77,7 @@ def liger_grpo(inputs: Inputs) -> Step:
     """Liger's chunked GRPO loss: the advantages are per sequence and the formula its own."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    _without_softcap(inputs)
+    without_softcap(inputs)
     length = math.gcd(inputs.targets.numel(), SEQUENCE)
     targets = inputs.targets.view(-1, length)
     mask, advantages = torch.ones_like(targets), inputs.advantages.new_ones(targets.shape[0])
@@ -129,7 +138,7 @@ def _cut_cross_entropy(inputs: Inputs, **options) -> Step:
 
 def torch_linear(inputs: Inputs) -> Step:
     """PyTorch's own `linear_cross_entropy`, chunked as its options choose."""
-    _without_softcap(inputs)
+    without_softcap(inputs)
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unsupported(f"torch {torch.__version__} has no chunked linear_cross_entropy")
@@ -139,11 +148,6 @@ def torch_linear(inputs: Inputs) -> Step:
         return mean_token_loss(-function(hidden, weight, inputs.targets, reduction="none", options=options), inputs)
 
     return differentiated(inputs, loss)
-
-
-def _without_softcap(inputs: Inputs) -> None:
-    if inputs.softcap is not None:
-        raise Unsupported("no soft-cap")
 
 
 PEERS = {

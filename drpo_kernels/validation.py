@@ -33,7 +33,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_not_exported() -> None:
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # before torch 2.12 a graph takes is_exporting() for True
         raise NotImplementedError(
             "torch.export of the functions of drpo_kernels is not supported: they exist for training, and an exported "
             "program has no backward of theirs. torch.compile(fullgraph=True) is"

@@ -427,7 +427,7 @@ def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
     largest = want.slope.abs() * want.miss * want.weight.norm(dim=1).max()
     assert_below(error, (0.1 + 2 * want.rounding) * largest + 1e-35, "dX")
     assert got.weight.isfinite().all() and got.left_out.isfinite().all()
-    assert got.entries[0] == 0 or want.miss > 2.0**-126, "shares of a sum that is no normal number"
+    assert got.entries[0] == 0 or want.miss > 2.0**-100, "shares of a sum whose terms are no normal numbers"
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

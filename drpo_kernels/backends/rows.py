@@ -22,8 +22,9 @@ from drpo_kernels.tokens import Tokens
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
 # levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
 SHARE_ROUNDING, LEVELS, LEVELS_PER_OCTAVE = 4e-6, 128, 8
-# where Σ exp(z - max z) of the other tokens is no normal float32 it has lost its digits, and shares of it mean nothing
-LEAST_OTHERS = 2.0**-126
+# Where Σ exp(z - max z) of the other tokens is less, those that matter may be no normal float32: rounded to few digits,
+# or to 0 on a device that flushes them. Shares of it mean nothing
+LEAST_OTHERS = 2.0**-100
 # relative, more than float32 rounds of an entropy
 ENTROPY_ROUNDING = 1e-4
 
