@@ -200,9 +200,9 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
         )
     logprobs = outcome[Outcome.LOGPROB]
     old = logprobs if on_policy else rows[Row.OLD_LOGPROB]
-    ref_kl = None if estimator is None else kl_term(
-        estimator, logprobs, old, rows[Row.REF_LOGPROB], False, inputs.terms.kl_cap
-    )[0]
+    ref_kl = None
+    if estimator is not None:
+        ref_kl, _ = kl_term(estimator, logprobs, old, rows[Row.REF_LOGPROB], False, inputs.terms.kl_cap)
     return policy_metrics(
         objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE], old, rows[Row.ADVANTAGE],
         inputs.computed, inputs.valid, inputs.unscorable,
@@ -268,9 +268,8 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
     loss = rows[Row.POLICY] * token_losses(terms.objective, tokens)
     if terms.kl_estimator is not None:
-        kl = kl_loss(
-            terms.kl_estimator, logprobs, old, rows[Row.REF_LOGPROB], terms.kl_importance, terms.kl_cap
-        )
+        reference = rows[Row.REF_LOGPROB]
+        kl = kl_loss(terms.kl_estimator, logprobs, old, reference, terms.kl_importance, terms.kl_cap)
         loss = loss + rows[Row.KL] * kl
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy

@@ -14,7 +14,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.fixture(params=[torch.float16, torch.float64], ids=str)
 def other_default(request):
     def run(function):
         torch.set_default_dtype(request.param)
@@ -48,7 +48,7 @@ def test_sparse_gradients(backend, other_default, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("objective", ["drpo-active", "ppo", "gspo"])
+@pytest.mark.parametrize("objective", ["drpo-active", "gspo"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_losses(backend, objective, kind, other_default, device):
     if backend == "triton":

@@ -44,8 +44,7 @@ class Step:
     coefficient = 0.0
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("by", ["closure", "attribute"])
+@pytest.mark.parametrize("by, dynamic", [("closure", None), ("attribute", True)])
 @pytest.mark.parametrize("name", ANNEALED)
 def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
     """The graph gives the eager call's loss and gradients at every value, in the same operations: hence 1e-6."""

@@ -10,7 +10,7 @@ from problems import BACKENDS, random_problem
 TOKENS, USED = 12, 9
 OFFSETS = torch.tensor([0, 4, 4, 9])
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-REDUCTIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+REDUCTIONS = ["token-mean", "seq-mean-token-mean"]
 
 
 def batch(device):
@@ -24,7 +24,7 @@ def batch(device):
 
 @every_backend
 @pytest.mark.parametrize("validate", [True, False])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("objective", [dk.DRPO(0.2), dk.GSPO()])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_masked_padding_is_in_no_sequence(reduction, objective, dtype, validate, backend, device):
@@ -66,15 +66,14 @@ BAD = [[0, 4, 3, 9], [0, 4, 10**7], [-3, 4, 9], [0, -(2**40), 9], [2**40, 2**41]
 
 @every_backend
 @pytest.mark.parametrize("offsets", BAD, ids=str)
-@pytest.mark.parametrize("objective", [dk.DRPO(0.2), dk.GSPO()])
-def test_bad_offsets_reach_no_other_memory(objective, offsets, backend, device):
+def test_bad_offsets_reach_no_other_memory(offsets, backend, device):
     """With the check an error; without it some number, of these tokens alone."""
     made = random_problem(6, (1, 9), 8, 19)
     hidden, weight = made.hidden[0].to(device), made.weight.to(device)
     targets, old = made.targets[0].to(device), made.old_logprobs[0].to(device)
     offsets = torch.tensor(offsets, device=device)
     advantages = torch.ones(len(offsets) - 1, device=device)
-    options = {"objective": objective, "reduction": "seq-mean-token-mean", "backend": backend, "cu_seqlens": offsets}
+    options = {"objective": dk.GSPO(), "reduction": "seq-mean-token-mean", "backend": backend, "cu_seqlens": offsets}
     with pytest.raises(ValueError, match="cu_seqlens must"):
         dk.linear_policy_loss(hidden, weight, targets, old, advantages, validate=True, **options)
     leaf = hidden.clone().requires_grad_()

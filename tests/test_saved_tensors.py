@@ -20,7 +20,7 @@ class Own(dk.Objective):
         return -tokens.advantages * tokens.ratio
 
 
-OBJECTIVES = [dk.DRPO(0.2), dk.PPO(), dk.CISPO(), dk.GSPO(), Own()]
+OBJECTIVES = [dk.DRPO(0.2), dk.GSPO(), Own()]
 ROWS, HIDDEN, VOCAB = (2, 4), 6, 23
 
 

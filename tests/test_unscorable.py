@@ -10,7 +10,7 @@ from drpo_kernels.tokens import LEAST_LOGPROB, scorable
 from problems import BACKENDS, random_problem, replace
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-OBJECTIVES = [dk.DRPO(0.2), dk.PPO(), dk.CISPO(), dk.GSPO(), dk.PolicyGradient()]
+OBJECTIVES = [dk.DRPO(0.2), dk.CISPO(), dk.GSPO()]
 NONE = [math.nan, -math.inf, -9999.0, -1e9, -1e4, -1000.0, LEAST_LOGPROB, -3.4e38]
 
 
@@ -69,7 +69,7 @@ def test_the_floor_is_below_what_is_sampled():
 
 
 @every_backend
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("objective", [dk.DRPO(0.2), dk.GSPO()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("validate", [True, False])
 def test_an_unscorable_row_may_carry_anything(validate, objective, backend, device):
     """As a masked one may: its target, advantage, weight, reference, temperature and coefficient."""
