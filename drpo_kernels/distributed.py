@@ -24,7 +24,14 @@ from torch import Tensor
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard, gather, group_size, summed
-from drpo_kernels.metrics import EVERY_METRIC, METRICS, PREFIX, SPARSITY_METRICS, combined_metrics
+from drpo_kernels.metrics import (
+    EVERY_METRIC,
+    METRICS,
+    PREFIX,
+    REFERENCE_METRICS,
+    SPARSITY_METRICS,
+    combined_metrics,
+)
 from drpo_kernels.tokens import Sequences, scorable
 
 if TYPE_CHECKING:
@@ -170,7 +177,8 @@ def reduce_metrics(
 
     Means are weighted by the rows they are over, extremes are extremes over the ranks that have any, counts are summed
     (`drpo_kernels.metrics` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a rank's is;
-    those of `sparse_grad` and of a reference where this rank has them. One collective.
+    those of `sparse_grad` and of a reference where this rank has them (NaN where some batches lack the reference's).
+    One collective.
 
     Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
     """
@@ -189,7 +197,9 @@ def reduce_metrics(
     device = _device([record[keys[0]] for record in records], device)
     # a batch of no rows: neutral, and what a rank without micro-batches reports. All ranks send all that there may be
     nothing = torch.zeros(len(every), device=device)
-    rows = [torch.stack([_wide(record.get(key, nothing[0])) for key in every]) for record in records]
+    # a mean that some lack is that of no batch; of sparse gradients the counts tell
+    absent = {PREFIX + name: nothing[0] + torch.nan for name in REFERENCE_METRICS}
+    rows = [torch.stack([_wide(record.get(k, absent.get(k, nothing[0]))) for k in every]) for record in records]
     stacked = torch.stack([_wide(nothing), *rows])
     local = torch.stack(list(combined_metrics(dict(zip(every, stacked.T, strict=True))).values()))
     of_all = combined_metrics(dict(zip(every, gather(local, group).T, strict=True)))

@@ -33,6 +33,11 @@ class Objective:
     sequence_level: ClassVar[bool] = False
     clips: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "token_loss" in vars(cls) and "twin" not in vars(cls):
+            cls.twin = None  # a parent's twin is that of the parent's formula
+
     def token_loss(self, tokens: Tokens) -> Tensor:
         """ℓ of each token, [N], differentiable in `tokens.logprobs`."""
         raise NotImplementedError(f"{type(self).__name__} must implement token_loss(tokens)")

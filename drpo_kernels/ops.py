@@ -127,12 +127,14 @@ def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tu
 
 
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
-    """∂(Σ ℓ)/∂logπ of each token under a sequence-level objective, [N]; `shape` is that of the targets."""
-    sequences = Sequences(torch.Size(shape), cu_seqlens)
+    """∂(Σ ℓ)/∂logπ of each token, [N], where autograd differentiates the loss; `shape` is that of the targets."""
+    objective, groups = spec.terms.objective, {}
+    if objective.sequence_level:
+        groups = {"valid": recordable(valid), "sequences": Sequences(torch.Size(shape), cu_seqlens)}
     with own_graph():
         leaf = recordable(logprobs).detach().requires_grad_()
-        tokens = Tokens(leaf, recordable(old), recordable(advantages), valid=recordable(valid), sequences=sequences)
-        return derivative(token_losses(spec.terms.objective, tokens), leaf)
+        tokens = Tokens(leaf, recordable(old), recordable(advantages), **groups)
+        return derivative(token_losses(objective, tokens), leaf, objective)
 
 
 def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:

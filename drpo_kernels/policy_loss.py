@@ -212,10 +212,9 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
 
 def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     """-> (loss, outcome [len(Outcome), N]) by the cheapest route that is right."""
-    if inputs.problem.backend == "reference":
-        return _reference_route(inputs)
     recomputes = inputs.terms.objective.sequence_level or inputs.problem.options.reduction == "none"
     route = _recompute_route if recomputes else fused_route
+    route = _reference_route if inputs.problem.backend == "reference" else route
     sharded = inputs.problem.options.vocab_shard is not None
     if torch.compiler.is_compiling() and (sharded or not is_registered(inputs.terms.objective)):
         # imported here: torch.compiler.disable loads all of torch._dynamo
@@ -265,7 +264,8 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
     rows, terms, computed = inputs.rows, inputs.terms, inputs.computed
     old = rows[Row.OLD_LOGPROB]
     old = torch.where(old.isnan(), logprobs.detach(), old)
-    tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=computed, sequences=inputs.sequences)
+    groups = {"valid": computed, "sequences": inputs.sequences} if terms.objective.sequence_level else {}
+    tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], **groups)
     loss = rows[Row.POLICY] * token_losses(terms.objective, tokens)
     if terms.kl_estimator is not None:
         reference = rows[Row.REF_LOGPROB]

@@ -4,8 +4,6 @@ What breaks it would be silent: a mean makes every gradient N times too small, a
 loss that mixes tokens depends on how many of them fit into a chunk.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -13,11 +11,16 @@ from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens
 from drpo_kernels.tracing import traced
 
-# log π, log μ and A of the tokens that an objective is tried on: ratios on both sides of 1, advantages of both signs
-SAMPLE = ((-0.1, -1.3, -2.9, -0.6), (-0.3, -1.0, -3.5, -0.61), (1.0, -0.5, 2.0, -1.5))
+# (log π, log μ, A, coefficient of the loss) of each token that an objective is tried on: ratios far on both sides of 1
+# and beyond the clamp on Δ, advantages of both signs
+SAMPLE = (
+    (-0.1, -0.3, 1.0, 1.0), (-1.3, -1.0, -0.5, 0.7), (-9.0, -3.5, 2.0, 1.2), (-0.6, -0.61, -10.0, 0.9),
+    (-2.0, -8.0, 10.0, 0.5), (-0.3, -40.0, 0.3, 1.5),
+)  # fmt: skip
 # of float32 results from a token alone and beside others, where vectorised functions may round in another way
 SAMPLE_TOLERANCE = 1e-4
-
+# classes and settings that have been tried; so many of them are remembered
+MOST_TRIED = 1000
 _tried: set[tuple] = set()
 
 
@@ -41,52 +44,56 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
             "and sums over tokens are the business of `reduction`"
         )
     if wanted.requires_grad and not losses.requires_grad:
-        raise ValueError(f"{name} must be differentiable in tokens.logprobs, got a loss that is detached from them")
+        raise not_differentiable(objective)
     return losses.to(wanted.dtype)
+
+
+def not_differentiable(objective: Objective) -> ValueError:
+    name = type(objective).__name__
+    return ValueError(f"{name}.token_loss must be differentiable in tokens.logprobs, got a loss detached from them")
 
 
 def _require_no_mixing(objective: Objective, like: Tensor) -> None:
     key = _settings(objective)
     if key in _tried:
         return
-    with torch.inference_mode(False), torch.no_grad():
-        sample = torch.tensor(SAMPLE, dtype=like.dtype, device=like.device)
-        count = sample.shape[1]
-        try:
-            together, again = (objective.token_loss(Tokens(*sample)) for _ in range(2))
-            alone = [objective.token_loss(Tokens(*sample[:, i : i + 1])) for i in range(count)]
-        except Exception as error:
+    sample = torch.tensor(SAMPLE, dtype=like.dtype, device=like.device).T
+    count = sample.shape[1]
+    try:
+        together, again = (_loss_and_slope(objective, sample) for _ in range(2))
+        alone = [_loss_and_slope(objective, sample[:, i : i + 1]) for i in range(count)]
+    except Exception:
+        together = None  # it may ask more of tokens than these have; if it fails on its own, that is its own error
+    if together is not None and torch.equal(together, again):  # of random numbers nothing can be told
+        alone = torch.cat(alone, 1)
+        if not torch.allclose(together, alone, rtol=SAMPLE_TOLERANCE, atol=SAMPLE_TOLERANCE, equal_nan=True):
             raise ValueError(
-                f"{type(objective).__name__}.token_loss fails on {count} tokens, and is called on as many as fit into "
-                f"a chunk: {type(error).__name__}: {error}. An objective that reads tokens.sequences declares "
-                "sequence_level = True"
-            ) from error
-        if not _per_token([together, again, *alone], count):
-            return  # which is reported of the real tokens
-        repeatable = torch.equal(together, again)  # of one that draws random numbers nothing can be told
-        if repeatable and not torch.allclose(
-            together, torch.cat(alone), rtol=SAMPLE_TOLERANCE, atol=SAMPLE_TOLERANCE, equal_nan=True
-        ):
-            raise ValueError(
-                f"{type(objective).__name__}.token_loss must give a token the same loss whatever tokens are beside "
-                f"it, got {together.tolist()} for {count} tokens together and {torch.cat(alone).tolist()} one by one: "
-                "its result would depend on the size of a chunk. An objective that needs other tokens declares "
-                "sequence_level = True"
+                f"{type(objective).__name__}.token_loss must give a token the same loss and gradient whatever tokens "
+                f"are beside it, got losses {together[0].tolist()} for {count} tokens together and "
+                f"{alone[0].tolist()} one by one: its result would depend on the size of a chunk. An objective that "
+                "needs other tokens declares sequence_level = True"
             )
+    if len(_tried) >= MOST_TRIED:
+        _tried.clear()
     _tried.add(key)
 
 
-def _per_token(losses: list, count: int) -> bool:
-    shapes = [(count,)] * 2 + [(1,)] * count
-    return all(isinstance(x, Tensor) and x.shape == shape for x, shape in zip(losses, shapes, strict=True))
+def _loss_and_slope(objective: Objective, sample: Tensor) -> Tensor:
+    """[2, n] of tokens [4, n]; raises whatever the objective raises, or for what is no loss per token."""
+    with torch.inference_mode(False), torch.enable_grad():
+        logprobs, old, advantages, coefficients = (row.clone() for row in sample)
+        losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
+        (slope,) = torch.autograd.grad(losses, logprobs, coefficients)
+        return torch.stack([losses.detach(), slope])
 
 
 def _settings(objective: Objective) -> tuple:
-    """Its class and what is no float in it: a coefficient may be annealed, and is no other formula."""
-    fields = [(field.name, getattr(objective, field.name)) for field in dataclasses.fields(objective)]
-    key = (type(objective), *((name, value) for name, value in fields if not isinstance(value, float)))
-    try:
-        hash(key)
-    except TypeError:
-        return (type(objective),)
-    return key
+    """Its class, and its attributes as far as they may choose another formula: a coefficient may be annealed, to 0."""
+
+    def chosen(value: object) -> object:
+        if isinstance(value, float):
+            return value == 0
+        return value if isinstance(value, str | int | None) else type(value)
+
+    attributes = getattr(objective, "__dict__", {})
+    return (type(objective), *((name, chosen(value)) for name, value in attributes.items()))

@@ -267,7 +267,7 @@ def check_policy_options(
     if not isinstance(options.kl_importance, bool):
         raise TypeError(f"kl_importance must be True or False, got {options.kl_importance!r}")
     if options.kl_cap is not None:
-        check_number("kl_cap", options.kl_cap)
+        _check_scale("kl_cap", options.kl_cap)
     _check_choice("compact", options.compact, COMPACT)
     if options.kl_coef and options.ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given with kl_coef = {options.kl_coef}, got None")

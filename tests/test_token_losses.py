@@ -49,6 +49,11 @@ class Written(dk.Objective):
             "largest": lambda: loss / loss.abs().max(),
             "sequences": lambda: tokens.sequences.expand(tokens.sequences.sum(loss)),
             "random": lambda: loss * (1 + torch.rand_like(loss)),
+            "gradient of a mean": lambda: loss + (loss.mean() - loss.mean().detach()),
+            "outliers": lambda: -advantages * tokens.ratio.minimum(3 * tokens.ratio.mean()),
+            "a constant's": lambda: loss.detach() * torch.ones((), requires_grad=True, device=loss.device),
+            "of labels": lambda: -torch.ones(2, device=loss.device)[(advantages > 0).long()] * tokens.logprobs,
+            "of few advantages": lambda: loss * torch.ones(99, device=loss.device)[(advantages * 0).long()],
         }[self.how]()
 
 
@@ -61,11 +66,13 @@ WRONG = {
     "flags": (TypeError, "Written.token_loss .* got torch.bool"),
     "nothing": (TypeError, "Written.token_loss .* got NoneType"),
     "detached": (ValueError, "Written.token_loss must be differentiable"),
+    "a constant's": (ValueError, "Written.token_loss must be differentiable"),
     "of constants": (ValueError, "Written.token_loss must be differentiable"),
-    "sequences": (ValueError, "Written.token_loss fails on 4 tokens.*sequence_level"),
+    "sequences": (AttributeError, "'NoneType' object has no attribute 'expand'"),
 }
 MIXING = ("spread mean", "centred advantages", "normalised ratios", "running sum", "neighbour", "largest")
-MIXED = "Written.token_loss must give a token the same loss whatever.*sequence_level"
+MIXING += ("gradient of a mean", "outliers")
+MIXED = "Written.token_loss must give a token the same loss and gradient whatever.*sequence_level"
 WRONG |= dict.fromkeys(MIXING, (ValueError, MIXED))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -85,7 +92,7 @@ def test_a_wrong_loss_is_refused(how, form, backend, device):
 
 
 @every_backend
-@pytest.mark.parametrize("how", ["right", "bfloat16", "random"])
+@pytest.mark.parametrize("how", ["right", "bfloat16", "random", "of labels", "of few advantages"])
 def test_a_right_loss_is_not(how, backend, device):
     """What draws random numbers cannot be told from what mixes tokens, and passes."""
     assert problem_call(problem("linear"), Written(how), backend, device).loss.isfinite()
@@ -137,6 +144,46 @@ def test_an_objective_is_tried_once(device):
 
     for strength in (1.0, 0.9, 0.8):
         problem_call(problem("linear"), Counted("right", strength), "torch", device)
-    assert calls.count(1) == 4
+    assert calls.count(1) == len(token_losses.SAMPLE)
     with pytest.raises(ValueError, match="whatever tokens"):
         problem_call(problem("linear"), Counted("running sum"), "torch", device)
+
+
+@every_backend
+def test_a_coefficient_that_was_0_is_tried_again(backend, device):
+    """And so is another attribute of a class that is no dataclass."""
+
+    @dataclass(frozen=True)
+    class Annealed(dk.Objective):
+        mix: float = 0.0
+
+        def token_loss(self, tokens):
+            return surrogate(tokens) + self.mix * surrogate(tokens).mean()
+
+    class Plain(dk.Objective):
+        def __init__(self, mode):
+            object.__setattr__(self, "mode", mode)
+
+        def token_loss(self, tokens):
+            loss = surrogate(tokens)
+            return loss - loss.mean() if self.mode == "centred" else loss
+
+    for right, wrong in ((Annealed(0.0), Annealed(0.5)), (Plain("not"), Plain("centred"))):
+        problem_call(problem("linear"), right, backend, device)
+        with pytest.raises(ValueError, match="whatever tokens"):
+            problem_call(problem("linear"), wrong, backend, device)
+
+
+@every_backend
+@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO])
+def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(parent, backend, device):
+    """Not the Triton twin of its parent's."""
+
+    @dataclass(frozen=True)
+    class Tripled(parent):
+        def token_loss(self, tokens):
+            return 3 * super().token_loss(tokens)
+
+    given = problem("linear")
+    loss, tripled = (problem_call(given, kind(), backend, device).loss.item() for kind in (parent, Tripled))
+    assert tripled == pytest.approx(3 * loss, rel=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
-from drpo_kernels.token_losses import token_losses
+from drpo_kernels.token_losses import not_differentiable, token_losses
 from drpo_kernels.tokens import Tokens
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
@@ -220,7 +220,7 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE]))
-        slope = derivative(policy, logprobs)
+        slope = derivative(policy, logprobs, terms.objective)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
             reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
@@ -243,9 +243,12 @@ def recordable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def derivative(values: Tensor, logprobs: Tensor) -> Tensor:
-    """∂(Σ values)/∂logprobs, [N]."""
-    return torch.autograd.grad(values.sum(), logprobs)[0]
+def derivative(losses: Tensor, logprobs: Tensor, objective: Objective) -> Tensor:
+    """∂(Σ losses)/∂logprobs, [N]. Raises ValueError where the objective's losses depend on something else alone."""
+    (slope,) = torch.autograd.grad(losses.sum(), logprobs, allow_unused=True)
+    if slope is None:
+        raise not_differentiable(objective)
+    return slope
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ def _metrics(
 ) -> dict[str, float]:
     with torch.enable_grad():  # verl may evaluate a loss without gradients
         leaf = logprobs.requires_grad_()
-        slope = derivative(token_losses(objective, Tokens(leaf, old, advantages)), leaf)
+        slope = derivative(token_losses(objective, Tokens(leaf, old, advantages)), leaf, objective)
     with torch.no_grad():
         entropy = torch.zeros_like(old)
         metrics = policy_metrics(
