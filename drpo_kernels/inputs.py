@@ -159,6 +159,8 @@ class Problem:
 
     def constant(self, valid: Tensor, value: float) -> Tensor:
         """[N] in the statistics dtype."""
+        if torch.compiler.is_compiling():  # `full` would compile again for each new value
+            return torch.ones(valid.shape, dtype=self.dtype, device=valid.device) * value
         return torch.full(valid.shape, value, dtype=self.dtype, device=valid.device)
 
     def flat(self, values: Tensor, valid: Tensor, otherwise: Tensor) -> Tensor:

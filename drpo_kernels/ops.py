@@ -49,6 +49,7 @@ class Spec:
             objective, terms.kl_estimator or "", str(terms.kl_importance), "True" if terms.entropy_bonus else "",
             run.backend, _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "", str(run.batch_invariant),
+            "True" if run.sparse_grad else "",
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and whether there is an
@@ -58,9 +59,9 @@ class Spec:
         )))  # fmt: skip
 
     @staticmethod
-    def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant = words
-        vocab, scale, softcap, sparse, cap, *hyper = numbers
+    def decode(words: list[str], numbers: Tensor) -> "Spec":
+        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant, _ = words
+        vocab, scale, softcap, sparse, cap, *hyper = numbers.tolist()
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True", cap)
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
@@ -147,7 +148,7 @@ def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
 _library = torch.library.Library("drpo_kernels", "DEF")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor rows"
 _READY = "Tensor logits, Tensor targets, Tensor rows"
-_SPEC = "str[] words, float[] numbers"
+_SPEC = "str[] words, Tensor numbers"
 
 
 def _empty_gradients(
@@ -188,6 +189,10 @@ def _define(name: str, arguments: str, returns: str, function, fake):
         if not traced(args[0]):
             return function(*args)
         words, numbers = args[tensors].encode()
+        # On the CPU, where reading them waits for nothing. A float in a schema, or in the list of a tensor, would be a
+        # constant of the graph, which each new value would compile again
+        one = args[0].new_ones((), dtype=torch.float64, device="cpu")
+        numbers = torch.stack([one * number for number in numbers])
         return op(*args[:tensors], words, numbers, *args[tensors + 1 :])
 
     return call
@@ -197,7 +202,7 @@ linear_policy = _define(
     "linear_policy",
     f"{_HEAD}, Tensor(a!)? main_grad, {_SPEC}, bool[] wanted", "(Tensor, Tensor, Tensor, Tensor)", _linear_policy,
     lambda hidden, weight, bias, targets, rows, main_grad, words, numbers, wanted: (
-        rows.new_empty(outcome_fields(numbers[3]), rows.shape[1]),
+        rows.new_empty(outcome_fields(bool(words[-1])), rows.shape[1]),
         *_empty_gradients(hidden, weight, bias, main_grad, wanted),
     ),
 )  # fmt: skip
