@@ -186,10 +186,12 @@ def _assert_right(built: Built, results: dict[str, Result]) -> None:
         _close(got.loss, want.loss, allowed.loss, f"{backend}: loss")
         rows = want.computed
         assert not (got.computed & ~rows).any(), f"{backend}: computed rows that do not count"
-        computed = got.computed[rows]
+        computed, mask = got.computed[rows], built.problem.mask
+        unmasked = torch.ones_like(rows) if mask is None else (mask != 0) & (mask == mask)
         for name in ("logprobs", "entropy"):
             value = getattr(got, name)
-            assert (value[~got.computed] == 0).all(), f"{backend}: {name} of rows not computed"
+            assert (value[~unmasked] == 0).all(), f"{backend}: {name} of masked rows"
+            assert value[unmasked & ~got.computed].isnan().all(), f"{backend}: {name} of rows not computed"
             bound = getattr(allowed, name)[computed]
             _close(value[rows][computed], getattr(want, name)[rows][computed], bound, f"{backend}: {name}")
         for name, gradient in got.gradients.items():

@@ -50,7 +50,7 @@ def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
     """The graph gives the eager call's loss and gradients at every value, in the same operations: hence 1e-6."""
     torch.compiler.reset()
     rest = [x.to(device) for x in (MADE.targets, MADE.old_logprobs, MADE.advantages)]
-    leaves = [x.to(device).requires_grad_() for x in (MADE.hidden, MADE.weight)]
+    leaves = [x.clone().to(device).requires_grad_() for x in (MADE.hidden, MADE.weight)]
     step, coefficient = Step(), 0.0
 
     def loss(hidden, weight):
