@@ -65,7 +65,7 @@ class Sequences:
         return zeros.index_add_(0, self.ids, values)[:-1]
 
     def _at_tokens(self, values: Tensor, elsewhere: float) -> Tensor:
-        return torch.cat([values, values.new_full((1,), elsewhere)])[self.ids]
+        return torch.nn.functional.pad(values, (0, 1), value=elsewhere)[self.ids]
 
 
 class _SegmentSum(torch.autograd.Function):
