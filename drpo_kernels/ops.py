@@ -59,9 +59,9 @@ class Spec:
         )))  # fmt: skip
 
     @staticmethod
-    def decode(words: list[str], numbers: Tensor) -> "Spec":
+    def decode(words: list[str], numbers: list[float]) -> "Spec":
         objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant, _ = words
-        vocab, scale, softcap, sparse, cap, *hyper = numbers.tolist()
+        vocab, scale, softcap, sparse, cap, *hyper = numbers
         terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True", cap)
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
@@ -130,9 +130,9 @@ def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tu
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
     """∂(Σ ℓ)/∂logπ of each token, [N], where autograd differentiates the loss; `shape` is that of the targets."""
     objective, groups = spec.terms.objective, {}
-    if objective.sequence_level:
-        groups = {"valid": recordable(valid), "sequences": Sequences(torch.Size(shape), cu_seqlens)}
     with own_graph():
+        if objective.sequence_level:
+            groups = {"valid": recordable(valid), "sequences": Sequences(torch.Size(shape), cu_seqlens)}
         leaf = recordable(logprobs).detach().requires_grad_()
         tokens = Tokens(leaf, recordable(old), recordable(advantages), **groups)
         return derivative(token_losses(objective, tokens), leaf, objective)
@@ -179,7 +179,7 @@ def _define(name: str, arguments: str, returns: str, function, fake):
     def implementation(*args):
         words, numbers = args[tensors], args[tensors + 1]
         with _recording_autograd():
-            return function(*args[:tensors], Spec.decode(words, numbers), *args[tensors + 2 :])
+            return function(*args[:tensors], Spec.decode(words, numbers.tolist()), *args[tensors + 2 :])
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"drpo_kernels::{name}", fake, lib=_library)

@@ -175,7 +175,9 @@ def test_the_ops_say_what_they_write(given):
     rows[Row.KIND], rows[Row.OLD_LOGPROB] = 2, -3
     spec = ops.Spec(11, Transform(), Execution("torch", torch.float32), Terms(dk.DRPO()))
     buffer = torch.ones(11, 8) if given else None
-    head, rest = (hidden, weight, None, targets, rows), (buffer, *spec.encode(), [True, True, False])
-    statistics = torch.ops.drpo_kernels.linear_statistics(*head, *spec.encode())
+    words, numbers = spec.encode()
+    encoded = words, torch.tensor(numbers, dtype=torch.float64)
+    head, rest = (hidden, weight, None, targets, rows), (buffer, *encoded, [True, True, False])
+    statistics = torch.ops.drpo_kernels.linear_statistics(*head, *encoded)
     torch.library.opcheck(torch.ops.drpo_kernels.linear_policy, (*head, *rest))
     torch.library.opcheck(torch.ops.drpo_kernels.linear_recompute, (*head, statistics, torch.ones(1, 5), *rest))
