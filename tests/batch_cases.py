@@ -59,6 +59,8 @@ def wrapped(world, totals, like, average, divisor=1, group=None):
 
 
 def assert_metrics(found, want, bound):
+    # a rank without a batch does not know that others have a reference
+    want = {name: value for name, value in want.items() if name in found or name != "drpo/ref_kl"}
     for name, value in want.items():
         assert abs(found[name].item() - value.item()) <= bound * (1 + abs(value.item())), (name, found[name], value)
     assert list(found) == list(want)
