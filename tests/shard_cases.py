@@ -114,7 +114,8 @@ def policy(
     if world.rank:
         return
     for name in ("loss", "logprobs", "entropy", "computed"):
-        assert all(torch.equal(rank[name], everyone[0][name]) for rank in everyone), f"ranks differ in {name}"
+        values = [rank[name].nan_to_num(1) for rank in everyone]  # NaN where a row was left out
+        assert all(torch.equal(value, values[0]) for value in values), f"ranks differ in {name}"
     single, single_grads = run_wanted(problem, objective, backend, world.device, frozen, **extra)
     exact, exact_grads = problems.solve(clean, spec, 3.7)
     bound, exact_bound = BOUNDS[dtype]
@@ -127,7 +128,7 @@ def policy(
     scale = exact.scale.item()
     assert abs(out.loss.item() - single.loss.item()) <= closeness * scale, (out.loss, single.loss)
     for name in ("logprobs", "entropy"):
-        error = (getattr(out, name) - getattr(single, name)).abs().max().item()
+        error = (getattr(out, name) - getattr(single, name))[out.computed].abs().max().item()
         assert error <= closeness, f"{name}: {error:.1e} from one process"
     for name, value in single.metrics.items():
         assert abs(out.metrics[name] - value) <= 10 * closeness * (1 + value.abs()), name
@@ -274,7 +275,7 @@ def fp8_head(world):
     out, grads = problems.run(mine, dk.DRPO(), "torch", world.device, vocab_shard=shard, **options)
     grads = whole_gradients(world, grads)
     single, single_grads = problems.run(problem, dk.DRPO(), "torch", world.device, **options)
-    assert (out.logprobs - single.logprobs).abs().max().item() <= 1e-5
+    assert (out.logprobs - single.logprobs)[out.computed].abs().max().item() <= 1e-5
     agree(grads, single_grads, BOUNDS[torch.bfloat16][0])
 
 
