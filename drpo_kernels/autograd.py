@@ -13,7 +13,7 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, Stat
-from drpo_kernels.tracing import traced
+from drpo_kernels.graphs import traced
 
 # two ways to round the same factor, well below what the gradients promise
 SCALE_TOLERANCE = 1e-5

@@ -121,7 +121,7 @@ def policy_metrics(
     zero_old_share       computed rows with log μ = 0 exactly and log π < -0.05: placeholders for log-probs
     ref_kl               KL(π‖π_ref) by the estimator of the loss, without `kl_importance`; only with log-probs of a
                          reference
-    unscorable           tokens in the mask whose old log-prob was NaN, -inf or below -100, treated as masked
+    unscorable           tokens in the mask whose old log-prob was NaN, -inf, or -100 and below, treated as masked
     sentinels            those among them that were finite: -9999 and the like
     nonfinite            computed rows whose log-prob or slope is NaN or infinite
     tokens, computed, weighted  counts: valid tokens, computed rows, those with A ≠ 0. `METRICS` names the one that each

@@ -23,6 +23,9 @@ _REGISTRY: dict[str, type["Objective"]] = {}
 class Objective:
     """A per-token loss. Subclass as a frozen dataclass and write `token_loss`; that is all a new objective needs.
 
+    It gives one loss per token, of that token alone unless `sequence_level`. At its first use it is tried on a few
+    made-up tokens, together and one by one (`drpo_kernels.token_losses`).
+
     zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed.
     sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute
                           route.

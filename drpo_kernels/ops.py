@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
-from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, own_graph, recordable
+from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
 from drpo_kernels.backends.sparse import outcome_fields, sparse_policy_sweep
 from drpo_kernels.backends.sweep import (
     Execution,
@@ -24,10 +24,10 @@ from drpo_kernels.backends.sweep import (
     statistics_sweep,
     stored_gradient_dtype,
 )
+from drpo_kernels.graphs import own_graph, traced
 from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Sequences, Tokens
-from drpo_kernels.tracing import traced
 
 
 @dataclass(frozen=True)

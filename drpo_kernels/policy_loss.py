@@ -8,6 +8,7 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
+from drpo_kernels.graphs import traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kl import kl_loss, kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
@@ -15,7 +16,6 @@ from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens
-from drpo_kernels.tracing import traced
 
 
 class PolicyLossOutput(NamedTuple):

@@ -7,9 +7,9 @@ loss that mixes tokens depends on how many of them fit into a chunk.
 import torch
 from torch import Tensor
 
+from drpo_kernels.graphs import own_graph, traced
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import Tokens
-from drpo_kernels.tracing import traced
 
 # (log π, log μ, A, coefficient of the loss) of each token that an objective is tried on: ratios far on both sides of 1
 # and beyond the clamp on Δ, advantages of both signs
@@ -60,10 +60,12 @@ def _require_no_mixing(objective: Objective, like: Tensor) -> None:
     sample = torch.tensor(SAMPLE, dtype=like.dtype, device=like.device).T
     count = sample.shape[1]
     try:
-        together, again = (_loss_and_slope(objective, sample) for _ in range(2))
-        alone = [_loss_and_slope(objective, sample[:, i : i + 1]) for i in range(count)]
+        # the run's random numbers stay what they are
+        with torch.random.fork_rng([like.device] if like.is_cuda else []):
+            together, again = (_loss_and_slope(objective, sample) for _ in range(2))
+            alone = [_loss_and_slope(objective, sample[:, i : i + 1]) for i in range(count)]
     except Exception:
-        together = None  # it may ask more of tokens than these have; if it fails on its own, that is its own error
+        together = None  # It may ask of tokens what these do not have. What fails for the real ones raises there
     if together is not None and torch.equal(together, again):  # of random numbers nothing can be told
         alone = torch.cat(alone, 1)
         if not torch.allclose(together, alone, rtol=SAMPLE_TOLERANCE, atol=SAMPLE_TOLERANCE, equal_nan=True):
@@ -80,7 +82,7 @@ def _require_no_mixing(objective: Objective, like: Tensor) -> None:
 
 def _loss_and_slope(objective: Objective, sample: Tensor) -> Tensor:
     """[2, n] of tokens [4, n]; raises whatever the objective raises, or for what is no loss per token."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with own_graph():
         logprobs, old, advantages, coefficients = (row.clone() for row in sample)
         losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
         (slope,) = torch.autograd.grad(losses, logprobs, coefficients)

@@ -13,10 +13,10 @@ from torch import Tensor
 from drpo_kernels.aggregation import REDUCTIONS, TokenCoefficients
 from drpo_kernels.backends.quantize import FORMATS
 from drpo_kernels.collectives import VocabShard, group_rank, group_size
+from drpo_kernels.graphs import traced
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import Objective
 from drpo_kernels.options import LogprobOptions, PolicyOptions
-from drpo_kernels.tracing import traced
 
 COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

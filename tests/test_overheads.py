@@ -101,6 +101,8 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     generator = torch.Generator().manual_seed(count)
     rows, outcome = torch.zeros(len(Row), count), torch.zeros(len(Outcome), count)
     rows[Row.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
+    rows[Row.OLD_LOGPROB, ::5] = 0.0
+    rows[Row.REF_LOGPROB] = rows[Row.OLD_LOGPROB] - 1
     rows[Row.ADVANTAGE] = torch.randn(count, generator=generator) * (torch.rand(count, generator=generator) < 0.8)
     rows[Row.KIND] = torch.randint(3, (count,), generator=generator).float()
     outcome[Outcome.LOGPROB] = rows[Row.OLD_LOGPROB] + 3 * torch.randn(count, generator=generator)
@@ -110,8 +112,8 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     if poison and count:
         rows[Row.KIND, -1] = 2
         outcome[Outcome[poison.upper()], -1] = torch.nan
-    rows[Row.REF_LOGPROB], given = rows[Row.OLD_LOGPROB] - 1, torch.full((count,), -9999.0)
-    rows[Row.OLD_LOGPROB, ::5], given[::2] = 0.0, -torch.inf
+    given = torch.full((count,), -9999.0)
+    given[::2] = -torch.inf
     dropped, unscorable = (torch.rand(count, generator=generator) < share for share in (0.2, 0.1))
     valid = (rows[Row.KIND] > 0) | dropped
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])

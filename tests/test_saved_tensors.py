@@ -68,6 +68,25 @@ def test_a_checkpointed_model_runs_twice(backend, device):
         assert all(map(torch.equal, got, want)), name
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_first_use_of_an_objective_runs_the_model_no_more(backend, device):
+    """At which it is tried on other tokens."""
+
+    @dataclass(frozen=True)
+    class New(Own):
+        pass
+
+    hidden, weight, *rest = inputs(device)
+    runs = []
+
+    def step(h):
+        runs.append(1)
+        return dk.linear_policy_loss(torch.tanh(h), weight, *rest, objective=New(), backend=backend).loss
+
+    checkpoint(step, hidden, use_reentrant=False).backward()
+    assert len(runs) == 2
+
+
 @every_backend
 def test_hooks_that_unpack_a_tensor_once(backend, device):
     """As those of offloading do, which free a copy when they hand it back."""

@@ -98,6 +98,15 @@ def test_a_right_loss_is_not(how, backend, device):
     assert problem_call(problem("linear"), Written(how), backend, device).loss.isfinite()
 
 
+def test_trying_an_objective_draws_none_of_the_run_s_random_numbers(device):
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        problem_call(problem("linear"), Written("random"), "torch", device)
+        tried = torch.rand(3)
+    problem_call(problem("linear"), Written("random"), "torch", device)
+    assert torch.equal(torch.rand(3), tried)
+
+
 @every_backend
 def test_a_sequence_objective_may_mix(backend, device):
     """Not what its shape is, though."""

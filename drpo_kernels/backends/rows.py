@@ -4,9 +4,7 @@ A *row* is one token's logits [V]. Everything per row travels in three packed te
 pointers, not twenty.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -14,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from drpo_kernels.graphs import own_graph
 from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
 from drpo_kernels.token_losses import not_differentiable, token_losses
@@ -190,27 +189,6 @@ def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
         return float(vocab)
     kept, left = 1 - tolerance, tolerance
     return kept * math.log(limit / kept) + left * math.log(rest / left)
-
-
-def own_graph() -> contextlib.AbstractContextManager:
-    """Autograd for a graph that ends where it begins, whatever mode the caller is in. In C, unlike `torch.enable_grad`,
-    so that no Ctrl-C leaves autograd off.
-
-    The caller's hooks on saved tensors do not see the graph: those of activation checkpointing would run the
-    checkpointed model again for it.
-    """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return _unhooked_graph() if hooked else torch._C._InferenceMode(False)
-
-
-@contextlib.contextmanager
-def _unhooked_graph() -> Iterator[None]:
-    with torch._C._InferenceMode(False), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
-        yield
-
-
-def _kept(saved: Tensor) -> Tensor:
-    return saved
 
 
 def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
