@@ -14,5 +14,5 @@ def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
         tokens = Tokens(logprobs, old_logprobs, advantages)
-        slope = derivative(objective.token_loss(tokens), logprobs)
+        slope = derivative(objective.token_loss(tokens), logprobs, objective)
     return -slope / (advantages * tokens.ratio.detach())
