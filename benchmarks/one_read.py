@@ -80,7 +80,7 @@ def largest_logit(row, vocab, BLOCK: tl.constexpr):
 @jit
 def one_read_kernel(logits, row_stride, vocab, targets, rows, rows_stride, outcome, outcome_stride, factors, out,
                     out_stride, hyper, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """logits [N, V] float32, rows [8, N] (`Row`) -> outcome [4, N], factors [N] float32, out [N, V] bf16."""
+    """logits [N, V] float32, rows [9, N] (`Row`) -> outcome [5, N], factors [N] float32, out [N, V] bf16."""
     t = tl.program_id(0).to(tl.int64)
     rows += t
     outcome += t
@@ -109,6 +109,7 @@ def one_read_kernel(logits, row_stride, vocab, targets, rows, rows_stride, outco
     tl.store(outcome + outcome_stride, tl.where(entropy < 0, 0.0, entropy))
     tl.store(outcome + 2 * outcome_stride, coefficient * loss)
     tl.store(outcome + 3 * outcome_stride, slope)
+    tl.store(outcome + 4 * outcome_stride, x_y * scale * LN2 - logp)
     tl.store(factors + t, -coefficient * slope * scale / LOG2E / total)
     tl.debug_barrier()  # the target's place was written with its block
     tl.store(out + target, (-others).to(out.dtype.element_ty))

@@ -13,13 +13,15 @@ REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-
 class TokenCoefficients(NamedTuple):
     """Per-token coefficients of the terms, each shaped like targets, for callers with their own aggregation.
 
-    loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t]; `kl` and
-    `entropy` default to `policy`. Masked tokens do not count whatever their coefficient.
+    loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t
+                + z_loss_coef · z_loss_t · (log Σ exp z_t)²]; what is None is `policy`. Masked tokens do not count
+    whatever their coefficient.
     """
 
     policy: Tensor
     kl: Tensor | None = None
     entropy: Tensor | None = None
+    z_loss: Tensor | None = None
 
 
 def reduction_coefficients(

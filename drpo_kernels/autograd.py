@@ -65,7 +65,7 @@ def _spend(ctx, name: str) -> None:
 def _scaled(rows: Tensor, loss_scale: float) -> Tensor:
     """Rows [len(Row), N] of the loss times `loss_scale`."""
     rows = rows.clone()
-    for coefficients in (Row.POLICY, Row.KL, Row.ENTROPY):
+    for coefficients in (Row.POLICY, Row.KL, Row.ENTROPY, Row.Z_LOSS):
         rows[coefficients] *= loss_scale
     return rows
 
@@ -79,13 +79,17 @@ def _assert_declared(factor: Tensor, loss_scale: float) -> None:
     )
 
 
-def _slopes(logprob_slope: Tensor | None, entropy_slope: Tensor | None) -> Tensor | None:
-    """[1, N], or [2, N] where the entropy is used, or None where neither is."""
-    if logprob_slope is None and entropy_slope is None:
+# of a statistics sweep, what autograd gives out
+DIFFERENTIABLE = (Stat.LOGPROB, Stat.ENTROPY, Stat.LOGSUMEXP)
+
+
+def _slopes(*slopes: Tensor | None) -> Tensor | None:
+    """[K, N] of `DIFFERENTIABLE`, up to the last one that is used, or None where none is."""
+    used = [i for i, slope in enumerate(slopes) if slope is not None]
+    if not used:
         return None
-    if entropy_slope is None:
-        return logprob_slope[None].contiguous()
-    return torch.stack([torch.zeros_like(entropy_slope) if logprob_slope is None else logprob_slope, entropy_slope])
+    zeros = torch.zeros_like(slopes[used[0]])
+    return torch.stack([zeros if slope is None else slope for slope in slopes[: used[-1] + 1]])
 
 
 class LinearPolicyLoss(torch.autograd.Function):
@@ -124,7 +128,8 @@ class LinearPolicyLoss(torch.autograd.Function):
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(hidden [..., H], weight [V, H], bias) -> (logprobs [N], entropy [N]); the backward recomputes the logits.
+    """(hidden [..., H], weight [V, H], bias) -> (logprobs, entropy, logsumexp), [N] each; the backward recomputes
+    the logits.
 
     With `main_grad` the backward adds dW to it, and the weight gets no gradient here.
     """
@@ -136,12 +141,12 @@ class LinearLogprobs(torch.autograd.Function):
         ctx.spec, ctx.wanted = spec, wanted
         ctx.main_grad = main_grad  # not saved: it may change before the backward, and is only added to
         ctx.set_materialize_grads(False)
-        return statistics[Stat.LOGPROB].clone(), statistics[Stat.ENTROPY].clone()
+        return tuple(statistics[stat].clone() for stat in DIFFERENTIABLE)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, logprob_slope, entropy_slope):
-        slopes = _slopes(logprob_slope, entropy_slope)
+    def backward(ctx, *slopes):
+        slopes = _slopes(*slopes)
         if slopes is None:
             return (None,) * 8
         saved = ctx.saved_tensors  # read once: the hooks of activation checkpointing give each tensor a single time
@@ -174,7 +179,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
 
 
 class ReadyLogprobs(torch.autograd.Function):
-    """logits [..., V] -> (logprobs [N], entropy [N]), both differentiable."""
+    """logits [..., V] -> (logprobs, entropy, logsumexp), [N] each and differentiable."""
 
     @staticmethod
     def forward(ctx, logits, targets, rows, spec):
@@ -182,12 +187,12 @@ class ReadyLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, rows, statistics)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return statistics[Stat.LOGPROB].clone(), statistics[Stat.ENTROPY].clone()
+        return tuple(statistics[stat].clone() for stat in DIFFERENTIABLE)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, logprob_slope, entropy_slope):
-        slopes = _slopes(logprob_slope, entropy_slope)
+    def backward(ctx, *slopes):
+        slopes = _slopes(*slopes)
         if slopes is None:
             return (None,) * 4
         gradient, undo = ops.ready_gradient(*ctx.saved_tensors, slopes, ctx.spec)

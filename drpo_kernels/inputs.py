@@ -12,7 +12,7 @@ from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprob
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
-from drpo_kernels.ops import Spec
+from drpo_kernels.ops import Spec, op_spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
 
@@ -48,12 +48,12 @@ class LinearSource:
         self.main_grad, self.loss_scale = main_grad, loss_scale
 
     def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        added = self.main_grad, float(self.loss_scale)
-        return LinearPolicyLoss.apply(self.tensor, self.weight, self.bias, targets, rows, *added, spec, self.wanted)
+        inputs = self.tensor, self.weight, self.bias, targets, rows, self.main_grad, float(self.loss_scale)
+        return LinearPolicyLoss.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
 
-    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        inputs = self.tensor, self.weight, self.bias
-        return LinearLogprobs.apply(*inputs, targets, rows, self.main_grad, spec, self.wanted)
+    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.tensor, self.weight, self.bias, targets, rows, self.main_grad
+        return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The naive logits of the indexed rows, for the reference."""
@@ -77,10 +77,11 @@ class ReadySource:
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
         # a permission: not used on strided rows, nor in a graph, whose ops may not write to what they were given
         inplace = self.inplace and self.tensor.is_contiguous() and not torch.compiler.is_compiling()
+        spec = op_spec(spec, self.tensor)
         return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, inplace)
 
-    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        return ReadyLogprobs.apply(self.tensor, targets, rows, spec)
+    def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+        return ReadyLogprobs.apply(self.tensor, targets, rows, op_spec(spec, self.tensor))
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         return self.tensor.reshape(-1, self.vocab)[index, :vocab].to(dtype)
@@ -234,7 +235,8 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     cap = math.inf if options.kl_cap is None else options.kl_cap
-    terms = Terms(options.objective, kl_estimator, options.kl_importance, options.entropy_coef != 0, cap)
+    extra = options.entropy_coef != 0, options.z_loss_coef != 0
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, *extra, cap)
     return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 
@@ -259,25 +261,24 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
 def _coefficients(
     problem: Problem, valid: Tensor, sequences: Sequences | None, zeros: Tensor
 ) -> dict[Row, Tensor]:
-    """Coefficients of the policy, KL and entropy terms, [N] each, 0 where masked."""
+    """Coefficients of the policy, KL, entropy and z-loss terms, [N] each, 0 where masked."""
     options: PolicyOptions = problem.options
     if isinstance(options.reduction, TokenCoefficients):
         policy = problem.flat(options.reduction.policy, valid, zeros)
-        kl, entropy = (policy if c is None else problem.flat(c, valid, zeros) for c in options.reduction[1:])
+        others = [policy if c is None else problem.flat(c, valid, zeros) for c in options.reduction[1:]]
     else:
         normalizer = options.normalizer
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.detach().to(device=valid.device, dtype=problem.dtype)
-        policy = kl = entropy = reduction_coefficients(
+        policy = reduction_coefficients(
             options.reduction, valid, sequences, normalizer, options.horizon, problem.dtype
         )
+        others = [policy] * 3
     if options.token_weights is not None:
         policy = policy * problem.flat(options.token_weights, valid, zeros)
-    kl, entropy = (
-        coefficient * values if coefficient else zeros
-        for coefficient, values in ((options.kl_coef, kl), (options.entropy_coef, entropy))
-    )
-    return {Row.POLICY: policy, Row.KL: kl, Row.ENTROPY: entropy}
+    scales = options.kl_coef, options.entropy_coef, options.z_loss_coef
+    others = [scale * values if scale else zeros for scale, values in zip(scales, others, strict=True)]
+    return dict(zip((Row.POLICY, Row.KL, Row.ENTROPY, Row.Z_LOSS), (policy, *others), strict=True))
 
 
 def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
@@ -288,10 +289,10 @@ def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, seq
         if options.objective.sequence_level:
             # one token's advantage keeps its whole sequence: the others are in its ratio
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
-        if options.kl_coef:
-            needed = needed | (fields[Row.KL] != 0)
-        if options.entropy_coef:
-            needed = needed | (fields[Row.ENTROPY] != 0)
+        scales = {Row.KL: options.kl_coef, Row.ENTROPY: options.entropy_coef, Row.Z_LOSS: options.z_loss_coef}
+        for term, scale in scales.items():
+            if scale:
+                needed = needed | (fields[term] != 0)
         if needed is not contributes:
             contributes = valid & needed
     kinds = contributes.to(fields[Row.ADVANTAGE].dtype)

@@ -19,9 +19,11 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    return_logsumexp: bool = False,
     **options,
-) -> tuple[Tensor, Tensor]:
-    """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable.
+) -> tuple[Tensor, ...]:
+    """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable; with
+    `return_logsumexp` (logprobs, entropy, logsumexp), the last one log Σ exp z for a z-loss.
 
     hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions
     (mask 0) may carry anything, are not computed, and report 0. The logits of a chunk are recomputed in the backward,
@@ -32,21 +34,26 @@ def linear_token_logprobs(
     run.
     """
     options = LogprobOptions(**options)
-    return _token_logprobs(LinearSource(hidden, weight, bias, options.main_grad), targets, mask, options)
+    source = LinearSource(hidden, weight, bias, options.main_grad)
+    return _token_logprobs(source, targets, mask, return_logsumexp, options)
 
 
 @takes(LogprobOptions, omit=LINEAR_ONLY)
-def token_logprobs(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, return_logsumexp: bool = False, **options
+) -> tuple[Tensor, ...]:
     """The same from logits [..., V] of any float dtype and any strides."""
     for name in LINEAR_ONLY:
         if name in options:
             raise TypeError(f"token_logprobs() got an unexpected keyword argument {name!r}: the logits exist already")
-    return _token_logprobs(ReadySource(logits), targets, mask, LogprobOptions(**options))
+    return _token_logprobs(ReadySource(logits), targets, mask, return_logsumexp, LogprobOptions(**options))
 
 
 def _token_logprobs(
-    source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions
-) -> tuple[Tensor, Tensor]:
+    source: Source, targets: Tensor, mask: Tensor | None, return_logsumexp: bool, options: LogprobOptions
+) -> tuple[Tensor, ...]:
+    if not isinstance(return_logsumexp, bool):
+        raise TypeError(f"return_logsumexp must be True or False, got {return_logsumexp!r}")
     problem = Problem.checked(source, targets, mask, options)
     rows = problem.logprob_rows()
     if problem.backend == "reference":
@@ -61,4 +68,4 @@ def _token_logprobs(
             results = outside_graph(source.logprobs, *arguments)
         else:
             results = source.logprobs(*arguments)
-    return results[0].reshape(targets.shape), results[1].reshape(targets.shape)
+    return tuple(x.reshape(targets.shape) for x in results[: 2 + return_logsumexp])

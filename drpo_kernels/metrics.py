@@ -202,7 +202,7 @@ def policy_metrics_kernel(
     CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
     FAR_BELOW_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The twin of `policy_metrics`, one launch of one program: rows [8, N] (`Row`), outcome [4, N] (`Outcome`), valid
+    """The twin of `policy_metrics`, one launch of one program: rows [9, N] (`Row`), outcome [5, N] (`Outcome`), valid
     and unscorable uint8 [N], old log-probs as given [N] of any float dtype or None -> values fp32 [18], counts int64
     [6], in the order of `METRICS`, `ref_kl` after the other values; KL is the twin of its estimator or None. Sums are
     in fp32, in which counts are exact up to 2^24 tokens.

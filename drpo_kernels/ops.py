@@ -6,6 +6,7 @@ there each computation is one opaque op. A schema carries no object, so a `Spec`
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,27 +48,48 @@ class Spec:
         objective, numbers = encode_objective(terms.objective)
         words = [
             objective, terms.kl_estimator or "", str(terms.kl_importance), "True" if terms.entropy_bonus else "",
-            run.backend, _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
+            "True" if terms.z_loss else "", run.backend, _dtype_name(run.compute_dtype), _dtype_name(run.logits_dtype),
             str(run.workspace_bytes or ""), str(run.every_row), run.head_dtype or "", str(run.batch_invariant),
             "True" if run.sparse_grad else "",
         ]  # fmt: skip
         softcap = math.nan if self.transform.softcap is None else self.transform.softcap
         # the vocabulary and every coefficient may be symbols in a graph: numbers, not words; and whether there is an
-        # entropy bonus is one until it is asked for
+        # entropy bonus or a z-loss is one until it is asked for
         return words, list(map(float, (
             self.vocab, self.transform.logit_scale, softcap, run.sparse_grad, terms.kl_cap, *numbers
         )))  # fmt: skip
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        objective, kl, importance, bonus, backend, compute, logits, workspace, every_row, head, invariant, _ = words
+        objective, kl, importance, bonus, z_loss, backend, *run, _ = words
+        compute, logits, workspace, every_row, head, invariant = run
         vocab, scale, softcap, sparse, cap, *hyper = numbers
-        terms = Terms(decode_objective(objective, hyper), kl or None, importance == "True", bonus == "True", cap)
+        objective = decode_objective(objective, hyper)
+        terms = Terms(objective, kl or None, importance == "True", bonus == "True", z_loss == "True", cap)
         execution = Execution(
             backend, _dtype_of(compute), _dtype_of(logits), int(workspace) if workspace else None, every_row == "True",
             head_dtype=head or None, batch_invariant=invariant == "True", sparse_grad=sparse,
         )  # fmt: skip
         return Spec(int(vocab), Transform(scale, None if math.isnan(softcap) else softcap), execution, terms)
+
+
+class OpSpec(NamedTuple):
+    """A `Spec` as an op takes it."""
+
+    words: list[str]
+    numbers: Tensor  # float64, on the CPU, where reading them waits for nothing
+
+
+def op_spec(spec: Spec | OpSpec, tensor: Tensor) -> Spec | OpSpec:
+    """What an autograd function is given: the spec, or an `OpSpec` where `tensor` is traced. PyTorch 2.8 could not take
+    a graph's symbols out of a spec while it differentiates that function.
+    """
+    if isinstance(spec, OpSpec) or not traced(tensor):
+        return spec
+    words, numbers = spec.encode()
+    # a float in a schema, or in the list of a tensor, would be a constant, which each new value would compile again
+    one = tensor.new_ones((), dtype=torch.float64, device="cpu")
+    return OpSpec(words, torch.stack([one * number for number in numbers]))
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:
@@ -188,11 +210,7 @@ def _define(name: str, arguments: str, returns: str, function, fake):
     def call(*args):
         if not traced(args[0]):
             return function(*args)
-        words, numbers = args[tensors].encode()
-        # On the CPU, where reading them waits for nothing. A float in a schema, or in the list of a tensor, would be a
-        # constant of the graph, which each new value would compile again
-        one = args[0].new_ones((), dtype=torch.float64, device="cpu")
-        numbers = torch.stack([one * number for number in numbers])
+        words, numbers = op_spec(args[tensors], args[0])
         return op(*args[:tensors], words, numbers, *args[tensors + 1 :])
 
     return call

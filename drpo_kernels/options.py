@@ -98,11 +98,13 @@ class PolicyOptions(LogprobOptions):
     kl_cap            None, or a number in [1e-6, 1e6] to which log π - log π_ref is clamped in the KL term, which has
                       no gradient beyond it: 20 keeps exp(-d) of k3 finite where the reference all but bans a token
     entropy_coef      coefficient of the entropy bonus (differentiable)
+    z_loss_coef       coefficient of (log Σ exp z)², which holds the logits' normalisation near 1 (arXiv 2204.02311,
+                      section 5)
     token_weights     factor per token on the policy term alone, shaped like targets (importance correction)
     compact           "active": rows that cannot contribute are dropped before any product: masked ones, and those with
-                      A = 0 unless a KL term, an entropy bonus or the objective needs them. "mask": only masked rows;
-                      A = 0 rows cost a forward and are reported. "none": every row is computed, and no count is read
-                      back from the device
+                      A = 0 unless a KL term, an entropy bonus, a z-loss or the objective needs them. "mask": only
+                      masked rows; A = 0 rows cost a forward and are reported. "none": every row is computed, and no
+                      count is read back from the device
     loss_scale        with main_grad, number > 0: what the loss will be multiplied by before its backward (loss scale,
                       1 / accumulation steps). The backward checks it to 1e-5, on a GPU by a device-side assertion; the
                       gradients of hidden and bias, and out.loss, are as without it
@@ -113,7 +115,7 @@ class PolicyOptions(LogprobOptions):
                       and entropy are exact. 0: every gradient is exact; 0.003 errs less than rounding dlogits to bf16,
                       0.01 up to twice as much, but the same way in every step (docs/sparse.md).
                       metrics["drpo/sparse_share"] says how many rows it was.
-                      Not with an entropy bonus, softcap, vocab_shard, batch_invariant, a sequence objective or
+                      Not with an entropy bonus, z-loss, softcap, vocab_shard, batch_invariant, a sequence objective or
                       reduction "none"
     """
 
@@ -128,6 +130,7 @@ class PolicyOptions(LogprobOptions):
     kl_importance: bool = False
     kl_cap: float | None = None
     entropy_coef: float = 0.0
+    z_loss_coef: float = 0.0
     token_weights: Tensor | None = None
     compact: str = "active"
     loss_scale: float = 1.0

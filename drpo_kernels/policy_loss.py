@@ -26,6 +26,7 @@ class PolicyLossOutput(NamedTuple):
     entropy     of each row's distribution in nats, likewise
     computed    bool, shaped like targets: which rows were computed
     metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`
+    logsumexp   log Σ exp z of each row, shaped like targets and left out as logprobs is; what z_loss_coef drives to 0
     """
 
     loss: Tensor
@@ -33,8 +34,11 @@ class PolicyLossOutput(NamedTuple):
     entropy: Tensor
     computed: Tensor
     metrics: dict[str, Tensor]
+    logsumexp: Tensor
 
 
+# of a row's outcome, what a user gets of every row
+REPORTED = [Outcome.LOGPROB.value, Outcome.ENTROPY.value, Outcome.LOGSUMEXP.value]
 # a graph cannot trace a dataclass's default that is itself an object; it can trace a module's
 DEFAULT_OBJECTIVE = DRPO()
 
@@ -70,9 +74,9 @@ def linear_policy_loss(
                   per token); at most 1e12 in size
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
 
-    loss = Σ_t [c_t · token_weight_t · ℓ_t + kl_coef · c_t · KL_t - entropy_coef · c_t · H_t] with c_t from `reduction`
-    (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be backpropagated once. Logits
-    are float32 whatever the inputs; under autocast, products take autocast's dtype.
+    loss = Σ_t c_t · [token_weight_t · ℓ_t + kl_coef · KL_t - entropy_coef · H_t + z_loss_coef · (log Σ exp z_t)²] with
+    c_t from `reduction` (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be
+    backpropagated once. Logits are float32 whatever the inputs; under autocast, products take autocast's dtype.
 
     A logit of -inf bans its token: p = 0, no gradient, nothing in the entropy. Where the *target* of a valid row is
     banned, log π = -inf and r = e^-20: losses in r stay finite, with a zero gradient beyond the clamp on Δ; objectives
@@ -81,8 +85,8 @@ def linear_policy_loss(
     the loss NaN, never a number.
 
     Log-probs and entropy: against float64 on the same inputs, with the backends torch and triton,
-    |Δlogprob| <= max(1e-4, ε) and |Δentropy| <= 3 max(1e-4, ε) with ε = 3 (H + 10) 2⁻²⁴ S / temperature, the
-    smallest temperature. S is the largest sum of absolute products of a logit,
+    |Δlogprob| <= max(1e-4, ε), |Δlogsumexp| <= max(1e-4, ε) and |Δentropy| <= 3 max(1e-4, ε) with
+    ε = 3 (H + 10) 2⁻²⁴ S / temperature, the smallest temperature. S is the largest sum of absolute products of a logit,
     logit_scale · (Σ |hidden · weight| + |bias|); from ready logits H = 0 and S is logit_scale · max|logit|. That is
     the worst case, in which all roundings of a sum have the same sign; in any usual one √H takes the place of H.
 
@@ -94,7 +98,8 @@ def linear_policy_loss(
     the backward of a gradient that waits for it in 16 bits (bf16, and policy_loss on fp16 logits), if the loss was
     multiplied by a factor that is not a power of two, such as 1/3 for gradient accumulation. reduction, normalizer
     and token_weights act before any rounding. Where an objective's slope depends on log π more steeply than the ratio
-    does, at a clip or near weight 0, it also moves by what max(1e-4, ε) of log π changes there.
+    does, at a clip or near weight 0, it also moves by what max(1e-4, ε) of log π changes there, and a z-loss's slope,
+    2 logsumexp, by that of logsumexp.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
@@ -182,12 +187,12 @@ def _policy_loss(
     computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
     # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
     left_out = problem.unmasked.reshape(-1) > computed
-    logprobs, entropy = outcome[:2].masked_fill(left_out, torch.nan)  # Outcome's LOGPROB and ENTROPY
+    logprobs, entropy, logsumexp = outcome[REPORTED, :].masked_fill(left_out, torch.nan)
     if options.sparse_grad:
         active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
         metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
-    shape = targets.shape
-    return PolicyLossOutput(loss, logprobs.reshape(shape), entropy.reshape(shape), computed.reshape(shape), metrics)
+    reported = (x.reshape(targets.shape) for x in (logprobs, entropy, computed))
+    return PolicyLossOutput(loss, *reported, metrics, logsumexp.reshape(targets.shape))
 
 
 def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str, Tensor]:
@@ -236,16 +241,15 @@ def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     """
     problem = inputs.problem
     spec = problem.spec(every_row=problem.options.compact == "none")
-    logprobs, entropy = problem.source.logprobs(problem.flat_targets, inputs.rows, spec)
-    return _loss_from_logprobs(inputs, logprobs, entropy)
+    return _loss_from_logprobs(inputs, *problem.source.logprobs(problem.flat_targets, inputs.rows, spec))
 
 
 def _reference_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     return _loss_from_logprobs(inputs, *reference_logprobs_of(inputs.problem, inputs.rows, inputs.computed))
 
 
-def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor]:
-    """Naive log-probs and entropy of the computed rows, 0 elsewhere, [N] and differentiable."""
+def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Naive log-probs, entropy and log-sum-exp of the computed rows, 0 elsewhere, [N] each and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
     # of a fake tensor nobody knows which rows those are: all of them, then
@@ -259,8 +263,10 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     return tuple(zeros.index_put((index,), part) for part in parts)
 
 
-def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss from differentiable log-probs and entropy, [N]: the formula without any of the fused machinery."""
+def _loss_from_logprobs(
+    inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss from what is differentiable of each row, [N]: the formula without any of the fused machinery."""
     rows, terms, computed = inputs.rows, inputs.terms, inputs.computed
     old = rows[Row.OLD_LOGPROB]
     old = torch.where(old.isnan(), logprobs.detach(), old)
@@ -273,6 +279,8 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
         loss = loss + rows[Row.KL] * kl
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
+    if terms.z_loss:
+        loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
     loss = torch.where(computed, loss, 0)
     options, shape = inputs.problem.options, inputs.problem.targets.shape
     slope = ops.sequence_slope(
@@ -285,4 +293,4 @@ def _loss_from_logprobs(inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor)
         list(shape),
     )
     total = loss.reshape(shape) if options.reduction == "none" else loss.sum()
-    return total, torch.stack([logprobs, entropy, loss, slope]).detach()
+    return total, torch.stack([logprobs, entropy, loss, slope, logsumexp]).detach()

@@ -36,9 +36,9 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torc
     return logits if bias is None else logits + bias.to(dtype)
 
 
-def reference_logprobs(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """z [n, V], targets [n] -> (logprobs, entropy), both differentiable."""
+def reference_logprobs(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z [n, V], targets [n] -> (logprobs, entropy, logsumexp), all differentiable."""
     logp = torch.log_softmax(z, dim=-1)
     # p log p is 0 for a banned token, and so is its gradient
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-    return logp.gather(1, targets[:, None])[:, 0], entropy
+    return logp.gather(1, targets[:, None])[:, 0], entropy, torch.logsumexp(z, dim=-1)

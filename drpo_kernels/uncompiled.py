@@ -2,6 +2,11 @@
 
 import torch
 
+NOT_EXPORTED = (
+    "torch.export of the functions of drpo_kernels is not supported: they exist for training, and an exported program "
+    "has no backward of theirs. torch.compile(fullgraph=True) is"
+)
+
 
 @torch.compiler.disable
 def outside_graph(function, *args):
@@ -9,3 +14,9 @@ def outside_graph(function, *args):
     a vocabulary shard cannot travel through an op's schema, and a model's head is exchanged while it is probed.
     """
     return function(*args)
+
+
+@torch.compiler.disable(reason=NOT_EXPORTED)
+def refuse_export() -> None:
+    """Outside the graph too: from inside, PyTorch 2.8 would not pass the message on."""
+    raise NotImplementedError(NOT_EXPORTED)

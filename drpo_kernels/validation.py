@@ -34,10 +34,10 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def check_not_exported() -> None:
     if torch.compiler._is_exporting_flag:  # before torch 2.12 a graph takes is_exporting() for True
-        raise NotImplementedError(
-            "torch.export of the functions of drpo_kernels is not supported: they exist for training, and an exported "
-            "program has no backward of theirs. torch.compile(fullgraph=True) is"
-        )
+        # imported here: torch.compiler.disable loads all of torch._dynamo
+        from drpo_kernels.uncompiled import refuse_export
+
+        refuse_export()
 
 
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
@@ -263,6 +263,7 @@ def check_policy_options(
     _check_reduction(options, targets)
     check_number("kl_coef", options.kl_coef, positive=False)
     check_number("entropy_coef", options.entropy_coef, positive=False)
+    check_number("z_loss_coef", options.z_loss_coef, positive=False)
     _check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
     if not isinstance(options.kl_importance, bool):
         raise TypeError(f"kl_importance must be True or False, got {options.kl_importance!r}")
@@ -283,6 +284,7 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
     shard = options.vocab_shard
     for name, clash in (
         ("entropy_coef", options.entropy_coef != 0),  # its gradient is not bounded by the mass left out
+        ("z_loss_coef", options.z_loss_coef != 0),  # nor is that of the log-sum-exp
         ("softcap", options.softcap is not None),  # nor is that of a tanh, which may be flat at the target alone
         ("vocab_shard", shard is not None and len(shard.sizes) > 1),
         ("batch_invariant", options.batch_invariant),

@@ -102,7 +102,7 @@ def run(built: Built, backend: str) -> Result:
             objective = UserObjective() if case.objective == "user" else problems.build(built.spec)
             extra = {"inplace": case.inplace} if case.form == "logits" else {}
             out = problems.call(problem, objective, backend, leaves=leaves, **extra)
-            loss, logprobs, entropy, computed, metrics = out
+            loss, logprobs, entropy, computed, metrics, _ = out
         else:
             logprobs, entropy = _call_logprobs(built, backend, leaves)
             slopes = _cotangents(built).to(logprobs.dtype)
@@ -305,7 +305,7 @@ def _terms(built: Built, problem: problems.Problem, keep: Tensor) -> fuzz_budget
 
     seq = oracle.sequence_ids(shape, options.get("cu_seqlens"))
     chosen = oracle.term_coefficients(options["reduction"], keep, seq, options["horizon"], options.get("normalizer"))
-    policy, kl, entropy = (c[keep] for c in chosen)
+    policy, kl, entropy, _ = (c[keep] for c in chosen)
     weights = rows(options.get("token_weights"))
     policy = policy if weights is None else policy * weights
     coefficients = policy, options.get("kl_coef", 0.0) * kl, options["entropy_coef"] * entropy

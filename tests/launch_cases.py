@@ -90,9 +90,13 @@ def terms() -> Calls:
             "softcap": {"softcap": 30.0},
             "bias": {"bias": True},
             "entropy": {"entropy_coef": 0.1},
+            "z-loss": {"z_loss_coef": 0.1},
             "kl": reference,
-            "everything": {**reference, "softcap": 30.0, "bias": True, "entropy_coef": 0.1, "kl_importance": True},
-        }.items():
+            "everything": {
+                **reference, "softcap": 30.0, "bias": True, "entropy_coef": 0.1, "z_loss_coef": 0.1,
+                "kl_importance": True,
+            },
+        }.items():  # fmt: skip
             yield f"{label} {dtype}", partial(linear, dtype, **options)
     for estimator in KL_ESTIMATORS:
         options = {**reference, "kl_estimator": estimator, "kl_importance": True}

@@ -33,6 +33,7 @@ class OracleOutput:
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
+    logsumexp: Tensor
     valid: Tensor
     scale: Tensor  # sum of the absolute values of the terms of the loss: its conditioning
     metrics: dict[str, Tensor]
@@ -218,13 +219,13 @@ def coefficients(valid: Tensor, seq, reduction: str, horizon=None, normalizer=No
 
 
 def term_coefficients(reduction, valid, seq, horizon, normalizer):
-    """Coefficients of the policy, KL and entropy terms: a name, or a (policy, kl, entropy) triple of tensors."""
+    """Coefficients of the policy, KL, entropy and z-loss terms: a name, or a tensor for each or the first of them."""
     if isinstance(reduction, str):
         c = coefficients(valid, seq, reduction, horizon, None if normalizer is None else float(normalizer))
-        return c, c, c
-    policy, kl, entropy = reduction
-    triple = (policy, policy if kl is None else kl, policy if entropy is None else entropy)
-    return tuple(torch.where(valid, as_f64(c).reshape(-1), torch.zeros((), dtype=torch.float64)) for c in triple)
+        return c, c, c, c
+    given = [*reduction, None, None][:4]
+    given = [given[0] if c is None else c for c in given]
+    return tuple(torch.where(valid, as_f64(c).reshape(-1), torch.zeros((), dtype=torch.float64)) for c in given)
 
 
 def spread(value, shape) -> Tensor | None:
@@ -260,6 +261,7 @@ def policy_loss(
     kl_estimator="k3",
     kl_importance=False,
     entropy_coef=0.0,
+    z_loss_coef=0.0,
     token_weights=None,
     logit_scale=1.0,
     softcap=None,
@@ -291,7 +293,7 @@ def policy_loss(
     old = logp.detach() if old_logprobs is None else rows(old_logprobs)
     n_seq = 0 if seq is None or not len(seq) else int(seq.max()) + 1
     x = Rows(logp, old, rows(advantages), None if seq is None else seq[keep], n_seq)
-    c_pol, c_kl, c_ent = (c[keep] for c in term_coefficients(reduction, valid, seq, horizon, normalizer))
+    c_pol, c_kl, c_ent, c_z = (c[keep] for c in term_coefficients(reduction, valid, seq, horizon, normalizer))
     if token_weights is not None:
         c_pol = c_pol * rows(token_weights)
     terms = [c_pol * token_loss(spec, x)]
@@ -300,6 +302,9 @@ def policy_loss(
         terms.append(kl_coef * c_kl * ratio * kl_term(logp, rows(ref_logprobs), kl_estimator))
     if entropy_coef:
         terms.append(-entropy_coef * c_ent * entropy)
+    logsumexp = torch.logsumexp(z, 1)
+    if z_loss_coef:
+        terms.append(z_loss_coef * c_z * logsumexp**2)
     loss = sum(term.sum() for term in terms)
     loss = loss + logits[:0].sum()  # an empty selection still belongs to the graph
 
@@ -310,6 +315,7 @@ def policy_loss(
         loss=loss,
         logprobs=scatter(logp),
         entropy=scatter(entropy),
+        logsumexp=scatter(logsumexp),
         valid=valid.reshape(shape),
         scale=sum(term.detach().abs().sum() for term in terms),
         metrics=metrics(spec, x, entropy),

@@ -149,6 +149,7 @@ def full_options(seed: int, shape=(4, 6)) -> dict:
         "kl_coef": 0.11,
         "kl_estimator": ("k1", "k2", "k3")[seed % 3],
         "entropy_coef": 0.07,
+        "z_loss_coef": 0.013,
         "token_weights": 0.5 + torch.rand(shape, generator=g),
     }
 
@@ -286,12 +287,12 @@ def logit_error(problem: Problem, gradients: bool = False) -> float:
 
 
 def logprob_bound(problem: Problem) -> float:
-    """The contract's bound on |logprob error|; the entropy is held to it too, which promises three times as much."""
+    """The contract's bound on the error of log π and of log Σ exp. The entropy, which may err more, is held to it."""
     return max(1e-4, logit_error(problem))
 
 
 def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7, grad_bound, loss_bound=1e-4, **extra):
-    """Loss, gradients, logprobs, entropy and the computed rows of one call against the oracle."""
+    """Loss, gradients, logprobs, entropy, log-sum-exp and the computed rows of one call against the oracle."""
     want, want_grads = solve(problem, spec, upstream)
     out, grads = run(problem, build(spec), backend, device, upstream, **extra)
     got_loss, want_loss = out.loss.item(), want.loss.item()
@@ -305,7 +306,7 @@ def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7
     assert computed.shape == problem.targets.shape
     unmasked = torch.ones_like(computed) if problem.mask is None else problem.mask != 0
     bound = logprob_bound(problem)
-    for name in ("logprobs", "entropy"):
+    for name in ("logprobs", "entropy", "logsumexp"):
         value = getattr(out, name).detach().cpu().double()
         assert not getattr(out, name).requires_grad, name
         assert (value[~unmasked] == 0).all(), f"{name} of masked rows"

@@ -111,11 +111,14 @@ def problem_of(name, form, dtype, vocab=29) -> Problem:
     return problem if form == "linear" else problem.as_logits()
 
 
+OUTPUTS = ("logprobs", "entropy", "logsumexp")
+
+
 # --- what is exact ----------------------------------------------------------------------------------------------------
 
 
 def exact(problem, slopes, of="logprobs"):
-    """In float64: (log-probs, entropy, {name: (gradient of Σ slopes · log π, or · entropy, and its G)})."""
+    """In float64: ([log-probs, entropy, log-sum-exp], {name: (gradient of Σ slopes · the one named, and its G)})."""
     x = problem.leaves()
     if problem.logits is None:
         hidden, weight = x["hidden"].double(), x["weight"].double()
@@ -126,32 +129,33 @@ def exact(problem, slopes, of="logprobs"):
     options = dict(problem.options)
     heat = torch.as_tensor(options.pop("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
     z = oracle.transform(raw, heat, **options)
-    logprobs, entropy = oracle.statistics(z, problem.targets)
-    wanted = logprobs if of == "logprobs" else entropy
-    (dlogits,) = torch.autograd.grad((slopes.double() * wanted).sum(), raw, retain_graph=True)
+    values = [*oracle.statistics(z, problem.targets), z.logsumexp(-1)]
+    (dlogits,) = torch.autograd.grad((slopes.double() * values[OUTPUTS.index(of)]).sum(), raw, retain_graph=True)
+    values = [value.detach() for value in values]
     size = dlogits.abs()
     if of == "entropy":
         (chain,) = torch.autograd.grad(z.sum(), raw)
         logp = z.detach().log_softmax(-1)
-        size = slopes.double().abs()[:, None] * logp.exp() * (logp.abs() + entropy.detach()[:, None]) * chain
+        size = slopes.double().abs()[:, None] * logp.exp() * (logp.abs() + values[1][:, None]) * chain
     if problem.logits is not None:
-        return logprobs.detach(), entropy.detach(), {"logits": (dlogits, size.norm())}
+        return values, {"logits": (dlogits, size.norm())}
     gradients = {
         "hidden": (dlogits @ weight, (size @ weight.abs()).norm()),
         "weight": (dlogits.T @ hidden, (size.T @ hidden.abs()).norm()),
     }
-    return logprobs.detach(), entropy.detach(), gradients
+    return values, gradients
 
 
 def computed(problem, backend, device, slopes, of="logprobs", **extra):
     leaves = {name: x.to(device).requires_grad_() for name, x in problem.leaves().items()}
     options = {key: problems._moved(value, device) for key, value in problem.options.items()}
     function = dk.token_logprobs if problem.logits is not None else dk.linear_token_logprobs
-    logprobs, entropy = function(targets=problem.targets.to(device), backend=backend, **leaves, **options, **extra)
-    wanted = logprobs if of == "logprobs" else entropy
+    options |= {"targets": problem.targets.to(device), "backend": backend, "return_logsumexp": True, **extra}
+    values = function(**leaves, **options)
+    wanted = values[OUTPUTS.index(of)]
     names = [name for name in leaves if name != "bias"]
     gradients = torch.autograd.grad((slopes.to(device) * wanted).sum(), [leaves[name] for name in names])
-    return logprobs.detach(), entropy.detach(), dict(zip(names, gradients, strict=True))
+    return [value.detach() for value in values], dict(zip(names, gradients, strict=True))
 
 
 def difference(got, want):
@@ -160,11 +164,11 @@ def difference(got, want):
 
 def check(problem, backend, device, dtype, gradients=True, of="logprobs", **extra):
     slopes = torch.randn(len(problem.targets), generator=generator(4))
-    want, want_entropy, want_gradients = exact(problem, slopes, of)
-    got, got_entropy, got_gradients = computed(problem, backend, device, slopes, of, **extra)
+    want, want_gradients = exact(problem, slopes, of)
+    got, got_gradients = computed(problem, backend, device, slopes, of, **extra)
     bound = max(1e-4, problems.logit_error(problem))
-    assert difference(got, want).abs().max() <= bound
-    assert difference(got_entropy, want_entropy).abs().max() <= 3 * bound
+    for name, a, b in zip(OUTPUTS, got, want, strict=True):
+        assert difference(a, b).abs().max() <= (3 * bound if name == "entropy" else bound), name
     moved = problems.logit_error(problem, gradients=True)
     if moved > 1 or not gradients:
         return
@@ -205,8 +209,9 @@ def test_float16(name, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("form", problems.FORMS)
 @pytest.mark.parametrize("name", ["H=200", "outlier, bias", "T=0.01", "T=1e6", "softcap"])
-def test_entropy_gradients(name, form, backend, device):
-    check(problem_of(name, form, FP32), backend, device, FP32, of="entropy")
+@pytest.mark.parametrize("of", ["entropy", "logsumexp"])
+def test_other_gradients(name, of, form, backend, device):
+    check(problem_of(name, form, FP32), backend, device, FP32, of=of)
 
 
 @pytest.mark.parametrize("name", ["cancelling", "random"])
@@ -238,7 +243,7 @@ def test_the_worst_case_is_one(device):
         problem, hidden=problem.hidden.repeat(4, 1), targets=problem.targets.repeat(4), advantages=torch.ones(24)
     )
     slopes = torch.ones(24)
-    want, got = exact(problem, slopes)[0], computed(problem, "torch", device, slopes)[0]
+    want, got = exact(problem, slopes)[0][0], computed(problem, "torch", device, slopes)[0][0]
     found = difference(got, want).abs().max() / problems.logit_error(problem)
     assert found <= 1
     if device.type == "cpu":
@@ -332,7 +337,7 @@ def test_roundings_of_tensor_cores(dtype, upstream, device, tensor_cores):
 @pytest.mark.parametrize("name", ["H=200", "5,000", "T=0.01", "T=1e6", "T per token"])
 def test_losses_of_bad_inputs(name, form, backend, device):
     problem = problem_of(name, form, FP32)
-    logprobs = exact(problem, torch.ones(len(problem.targets)))[0]
+    logprobs = exact(problem, torch.ones(len(problem.targets)))[0][0]
     shift = 0.3 * torch.randn(len(logprobs), generator=generator(7))
     # beyond -20 the clamp of the log-ratio is a clip, at which no gradient has a bound
     old = (logprobs.clamp(-20, 0) + shift).clamp(max=-1e-3).float()

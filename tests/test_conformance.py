@@ -34,11 +34,11 @@ UPSTREAM = 3.7
 
 
 def own_coefficients(seed, shape):
-    """A caller's own aggregation: different tensors for the three terms, some zero."""
+    """A caller's own aggregation: different tensors for the four terms, some zero."""
     g = generator(seed)
-    policy, kl, entropy = (torch.rand(shape, generator=g) for _ in range(3))
-    policy[0, 1] = 0.0
-    return policy, kl, entropy
+    coefficients = [torch.rand(shape, generator=g) for _ in range(4)]
+    coefficients[0][0, 1] = 0.0
+    return tuple(coefficients)
 
 
 def with_reduction(problem, reduction, seed):
@@ -62,7 +62,7 @@ CASES = list(itertools.product(SPECS, (*REDUCTIONS, "coefficients")))
 
 @pytest.mark.parametrize("name, reduction, form, backend", grid(SPECS, (*REDUCTIONS, "coefficients")))
 def test_everything_together(name, reduction, form, backend, device):
-    """KL, entropy bonus, bias, softcap, scale, per-token temperature, token weights, upstream 3.7, A = 0 rows.
+    """KL, entropy bonus, z-loss, bias, softcap, scale, per-token temperature, token weights, upstream 3.7, A = 0 rows.
 
     Metrics too: ratios of exponentials of logprobs that are good to about 1e-6, hence 1e-4 of the value, 1e-6 near 0.
     """
@@ -90,10 +90,12 @@ def test_bare(name, form, backend, device):
         assert not out.computed.cpu()[dropped].any(), "compact='active' keeps rows that cannot contribute"
 
 
-@pytest.mark.parametrize("name, term, form, backend", grid(["drpo-active", "gspo"], ["kl_coef", "entropy_coef"]))
+@pytest.mark.parametrize(
+    "name, term, form, backend", grid(["drpo-active", "gspo"], ["kl_coef", "entropy_coef", "z_loss_coef"])
+)
 def test_one_optional_term(name, term, form, backend, device):
-    """The KL term alone, or the entropy bonus alone, keeps the rows without an advantage."""
-    problem = full_problem(110).with_options(kl_coef=0.0, entropy_coef=0.0)
+    """The KL term, the entropy bonus or the z-loss alone keeps the rows without an advantage."""
+    problem = full_problem(110).with_options(kl_coef=0.0, entropy_coef=0.0, z_loss_coef=0.0)
     problem = problem.with_options(**{term: 0.3})
     problem = problem if form == "linear" else problem.as_logits()
     out, _ = assert_agrees(problem, SPECS[name], backend, device, **FP32)
@@ -168,9 +170,9 @@ def test_scalar_temperature(form, as_tensor, backend, device):
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_coefficients_default_to_the_policy_ones(estimator, backend, device):
     shape = (4, 6)
-    policy, kl, entropy = own_coefficients(3, shape)
-    for triple in ((policy, None, None), (policy, kl, None), (policy, None, entropy)):
-        problem = full_problem(61, kl_estimator=estimator, reduction=triple)
+    policy, kl, entropy, z_loss = own_coefficients(3, shape)
+    for given in ((policy, None, None), (policy, kl, None), (policy, None, entropy), (policy, None, None, z_loss)):
+        problem = full_problem(61, kl_estimator=estimator, reduction=given)
         assert_agrees(problem, SPECS["drpo-active"], backend, device, **FP32)
 
 
@@ -207,7 +209,7 @@ def test_double_precision(name, form, backend, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 0.7}, {"vocab_size": 33}], ids=str)
 def test_token_logprobs(options, form, backend, device):
-    """Logprob and entropy, and the gradient of an arbitrary function of both."""
+    """Logprob, entropy and log-sum-exp, and the gradient of an arbitrary function of them."""
     problem = random_problem(91, bias=True, temperature=0.8, **options)
     problem = problem if form == "linear" else problem.as_logits()
     check_token_logprobs(problem, form, backend, device, 5e-5)
@@ -224,10 +226,10 @@ def test_token_logprobs_half_precision(dtype, form, backend, device):
 
 def check_token_logprobs(problem, form, backend, device, bound):
     g = generator(5)
-    upstream = [torch.randn(problem.targets.shape, generator=g) for _ in range(2)]
+    upstream = [torch.randn(problem.targets.shape, generator=g) for _ in range(3)]
     leaves = {name: value.to(device).requires_grad_() for name, value in problem.leaves().items()}
     targets = problem.targets.to(device)
-    options = {**problem.options, "backend": backend}
+    options = {**problem.options, "backend": backend, "return_logsumexp": True}
     if form == "linear":
         got = drpo_kernels.linear_token_logprobs(
             leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], workspace_bytes=SMALL_WORKSPACE, **options
@@ -240,10 +242,11 @@ def check_token_logprobs(problem, form, backend, device, bound):
     else:
         raw = want_leaves["logits"]
     z = oracle.transform(raw, **{"temperature": 1.0, **problem.options})
-    want = [x.reshape(problem.targets.shape) for x in oracle.statistics(z.flatten(0, -2), problem.targets.flatten())]
+    want = [*oracle.statistics(z.flatten(0, -2), problem.targets.flatten()), z.flatten(0, -2).logsumexp(1)]
+    want = [x.reshape(problem.targets.shape) for x in want]
     for a, b in zip(got, want, strict=True):
         assert (a.detach().cpu().double() - b.detach()).abs().max().item() <= problems.logprob_bound(problem)
-    for chosen in ((0,), (1,), (0, 1)):
+    for chosen in ((0,), (1,), (2,), (0, 1), (0, 1, 2)):
         scalar = sum((got[i] * upstream[i].to(device)).sum() for i in chosen)
         want_scalar = sum((want[i] * upstream[i].double()).sum() for i in chosen)
         grads = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True)

@@ -98,6 +98,7 @@ COMMON = [
     ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": changed(A["old_logprobs"], -math.inf)}),
     ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": changed(A["old_logprobs"], math.nan)}),
     ("entropy_coef", {"entropy_coef": math.inf}),
+    ("z_loss_coef", {"z_loss_coef": math.nan}),
     ("token_weights", {"token_weights": torch.ones(B, L + 1)}),
     ("horizon", {"reduction": "seq-mean-token-sum-norm"}),
     ("horizon", {"reduction": "seq-mean-token-sum-norm", "horizon": 0}),

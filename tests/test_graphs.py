@@ -22,6 +22,7 @@ class Own(dk.Objective):
 # how a coefficient changes from step to step: options of a call from one number
 ANNEALED = {
     "entropy_coef": lambda x: {"entropy_coef": x},
+    "z_loss_coef": lambda x: {"z_loss_coef": x},
     "entropy_coef to 0": lambda x: {"entropy_coef": x if x > 0.15 else 0.0},
     "sparse_grad": lambda x: {"sparse_grad": x / 10},
     "sparse_grad to 0": lambda x: {"sparse_grad": x / 10 if x > 0.15 else 0.0},

@@ -79,7 +79,7 @@ def random_rows(seed, device, scale=4.0):
     g = generator(seed)
     logits = scale * torch.randn(8, VOCAB, generator=g)
     targets = torch.tensor([0, 5, 7, 8, 12, 15, 18, 19])  # in every shard of every split
-    return (x.to(device) for x in (logits, targets, torch.randn(2, 8, generator=g)))
+    return (x.to(device) for x in (logits, targets, torch.randn(3, 8, generator=g)))
 
 
 @every_backend
@@ -106,7 +106,9 @@ def test_far_from_zero(offset, backend, device):
     logits += offset
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
-    assert (got - want).abs().max().item() <= 4e-6
+    ulp = torch.zeros(len(Stat), 1, device=device)
+    ulp[Stat.LOGSUMEXP] = 2.0**-10  # of 1e4, to which it is rounded
+    assert ((got - want).abs() <= 4e-6 + ulp).all()
     assert relative(found, gradient) <= 1e-6
     logits[:, 6:12] -= 2 * offset
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)

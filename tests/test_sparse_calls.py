@@ -478,6 +478,7 @@ def test_a_padded_vocabulary(device):
         ("sparse_grad", {"sparse_grad": 1.0}),
         ("sparse_grad", {"sparse_grad": float("nan")}),
         ("entropy_coef", {"sparse_grad": 0.1, "entropy_coef": 0.1}),
+        ("z_loss_coef", {"sparse_grad": 0.1, "z_loss_coef": 0.1}),
         ("backend", {"sparse_grad": 0.1, "backend": "reference"}),
         ("softcap", {"sparse_grad": 0.1, "softcap": 30.0}),
         ("batch_invariant", {"sparse_grad": 0.1, "batch_invariant": True, "backend": None}),

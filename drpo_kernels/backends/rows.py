@@ -39,6 +39,7 @@ class Row(IntEnum):
     REF_LOGPROB = 5
     INV_TEMPERATURE = 6
     KIND = 7  # a RowKind
+    Z_LOSS = 8  # coefficient of the z-loss, z_loss_coef included
 
 
 ROWS = tuple(Row)  # a graph of PyTorch 2.11 cannot iterate over an enumeration
@@ -59,6 +60,7 @@ class Stat(IntEnum):
     SUM = 3  # Σ exp(z - max z)
     MISS = 4  # 1 - p_y, summed over the other tokens and so exact when p_y is close to 1
     MEAN = 5  # Σ p (z - max z), so that log p + H = z - max z - MEAN, which keeps its digits on a flat row
+    LOGSUMEXP = 6  # log Σ exp(z)
 
 
 class Outcome(IntEnum):
@@ -68,13 +70,14 @@ class Outcome(IntEnum):
     ENTROPY = 1
     LOSS = 2  # the row's share of the total loss, coefficients included
     SLOPE = 3  # dℓ/dlogπ of the policy term alone, without its coefficient
+    LOGSUMEXP = 4
 
 
 class Sparsity(IntEnum):
     """What follows `Outcome` in a row's report where `sparse_grad` is used."""
 
-    ENTRIES = 4  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
-    LEFT_OUT = 5  # probability mass of the others, which have no gradient
+    ENTRIES = 5  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
+    LEFT_OUT = 6  # probability mass of the others, which have no gradient
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Terms:
     kl_estimator: str | None = None
     kl_importance: bool = False
     entropy_bonus: bool = False
+    z_loss: bool = False
     kl_cap: float = math.inf
 
 
@@ -165,10 +169,10 @@ class RowOps(Protocol):
         """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy); slopes is [1 or 2, N]."""
+        """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy + slopes[2] · logsumexp); slopes is [1 to 3, N]."""
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 or 2, N])."""
+        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
@@ -193,7 +197,7 @@ def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
 
 def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """`RowOps.losses` through PyTorch's autograd."""
-    logprobs, entropy = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY]
+    logprobs, entropy, logsumexp = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], statistics[Stat.LOGSUMEXP]
     with own_graph():
         rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
@@ -209,9 +213,13 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
     slopes = [total_slope]
     if terms.entropy_bonus:
         loss = loss - rows[Row.ENTROPY] * entropy
+    if terms.entropy_bonus or terms.z_loss:
         slopes.append(-rows[Row.ENTROPY])
+    if terms.z_loss:
+        loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
+        slopes.append(2 * rows[Row.Z_LOSS] * logsumexp)
     loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
-    return torch.stack([logprobs, entropy, loss, slope]).detach(), torch.stack(slopes).detach()
+    return torch.stack([logprobs, entropy, loss, slope, logsumexp]).detach(), torch.stack(slopes).detach()
 
 
 def recordable(tensor: Tensor) -> Tensor:
@@ -234,9 +242,10 @@ def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
 
     float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late.
     """
-    # |dlogits| <= |slope| + |entropy slope| · max p|log p + H|, the latter below max(H, 1/e) < 16 for any vocabulary
-    # under e^16
+    # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|, that maximum below max(H, 1/e) < 16
+    # for any vocabulary under e^16
     bound = slopes[0].abs() + (16 * slopes[1].abs() if slopes.shape[0] > 1 else 0)
+    bound = bound + (slopes[2].abs() if slopes.shape[0] > 2 else 0)
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())
     return scale, 1 / scale

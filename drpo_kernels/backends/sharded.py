@@ -13,7 +13,8 @@ from drpo_kernels.collectives import VocabShard, gather
 
 # of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
 NOTHING = {
-    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0
+    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0,
+    Stat.LOGSUMEXP: -torch.inf,
 }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     With m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
         LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
-        MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))
+        MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))    LOGSUMEXP = factor · m + log SUM
     A share above 1/2 has log share = -log1p(Σ_{others} M / M): all that is added has one sign, nothing cancels.
     """
     local_max, local_sum = parts[:, Stat.MAX], parts[:, Stat.SUM]
@@ -87,5 +88,5 @@ def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
 
     logprob = of_owner(parts[:, Stat.LOGPROB] + log_share)
     miss = of_owner(parts[:, Stat.MISS] * mass + others) / total
-    statistics = torch.stack([logprob, entropy, row_max, total, miss, mean])
+    statistics = torch.stack([logprob, entropy, row_max, total, miss, mean, factor * row_max + total.log()])
     return statistics.masked_fill(logprob.isnan(), torch.nan)

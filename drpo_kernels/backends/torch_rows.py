@@ -63,7 +63,7 @@ class TorchRows:
             base, buffers = scratch.base(block)
             e = batch.logits[block] if keep else buffers[1]
             sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None])
-        statistics = _from_sums(*sums, outside)
+        statistics = _from_sums(*sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
     def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
@@ -156,7 +156,7 @@ class TorchRows:
                 out[block] = gradient
 
     def fuses(self, terms: Terms) -> bool:
-        return not terms.entropy_bonus
+        return not (terms.entropy_bonus or terms.z_loss)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
@@ -365,7 +365,9 @@ def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor:
     return torch.cat([row_max, target, others, moment], dim=1).T
 
 
-def _from_sums(row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, outside: Tensor) -> Tensor:
+def _from_sums(
+    row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, factor: Tensor, outside: Tensor
+) -> Tensor:
     """[len(Stat), N] from the [N] sums of `_block_sums`; NaN where the target is outside the vocabulary."""
     target = target.masked_fill(outside[:, 0], torch.nan)
     at_target = target.exp2()
@@ -374,14 +376,15 @@ def _from_sums(row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, 
     mean = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E / total
     # rounding may leave -1e-8 where all mass is on one token
     entropy = (log_total - mean).clamp_(min=0)
-    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total, mean])
+    logsumexp = row_max * (factor / LOG2E) + log_total
+    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total, mean, logsumexp])
 
 
 class _GradientRows(NamedTuple):
     """What a row's gradient needs, [N, 1] each.
 
     dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term; at the target -slope · 2^q · scale
-    becomes slope · (1 - p_y).
+    becomes slope · (1 - p_y). A slope z of the log-sum-exp is one of log π, -z, with z more at the target.
     """
 
     row_max: Tensor
@@ -397,13 +400,16 @@ class _GradientRows(NamedTuple):
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
         index, outside = _safe(batch)
-        _, _, row_max, total, miss, mean = statistics[:, :, None]
+        logprob, _, row_max, total, miss, mean, _ = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
-        at_target, scale, per_q, constant, spread = slopes[0] * miss, -slopes[0] / total, None, None, None
+        at_target, slope, per_q, constant, spread = slopes[0] * miss, slopes[0], None, None, None
+        if len(slopes) > 2:
+            at_target, slope = at_target + slopes[2] * logprob.exp(), slope - slopes[2]
+        scale = -slope / total
         if len(slopes) > 1:
             scale, per_q, spread = 1 / total, -slopes[1] / LOG2E, slopes[1] * mean
-            constant = spread - slopes[0]
+            constant = spread - slope
         factor = transform.factor(inv_temperature) * LOG2E
         elsewhere = outside if batch.sharded else None
         at_target = at_target if batch.sharded else at_target.masked_fill(outside, torch.nan)
@@ -414,7 +420,9 @@ class _GradientRows(NamedTuple):
 
 
 def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor:
-    """slope · (onehot - p) - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a buffer."""
+    """slope · (onehot - p) - entropy slope · p (log p + H) + logsumexp slope · p of a block, times dz/dx, [n, V] in a
+    buffer.
+    """
     q = torch.sub(base, row.row_max, out=buffers[0]).mul_(row.factor)
     at_target = row.at_target
     if row.per_q is None:

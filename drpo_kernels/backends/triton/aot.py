@@ -142,7 +142,7 @@ def kernel_cases() -> list[KernelCase]:
     plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
     full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
     objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
-    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "WRITE": True}
+    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "WRITE": True}
     cases = []
     for objective in objectives:
         flags = {"OBJECTIVE": objective.twin} | bare | plain
@@ -158,16 +158,15 @@ def kernel_cases() -> list[KernelCase]:
         _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False})
     )
     for name, estimator in KL_ESTIMATORS.items():
-        flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
-        label = f"drpo {name} entropy bias softcap"
+        flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True, "HAS_Z_LOSS": True}
+        label = f"drpo {name} entropy z-loss bias softcap"
         cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
+    slopes = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
         cases.extend(_row_cases(logits, kernels.statistics_kernel, logits, out, **plain))
-        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, HAS_ENTROPY=True, **plain))
+        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, **slopes, **plain))
     cases.extend(_row_cases("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
-    cases.extend(
-        _row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", HAS_ENTROPY=True, **full)
-    )
+    cases.extend(_row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", **slopes, **full))
     return [*cases, *_scale_cases(), *_token_cases(), *invariant_cases(), *sparse_cases()]
 
 
@@ -194,12 +193,13 @@ def _token_cases() -> Iterator[KernelCase]:
     types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32")
     types |= {"count": "i32", "hyper": ("fp32",), "kl_cap": "fp32"}
     types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
-    terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True}
+    terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True}
+    terms |= {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
     clips |= {"FAR_BELOW_ONE": metrics.FAR_BELOW_ONE, "KL": KL_ESTIMATORS["k3"].twin}
     for vendor in ROW_DEVICES:
         for label, kernel, values, (block, per_thread) in (
-            ("losses[drpo k3 entropy]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
+            ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
             ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 2)),
         ):
             tile = RowTile(block, block // per_thread // 32)

@@ -4,11 +4,12 @@ For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with
 `Transform`:
     z_j = factor · b_j    q_j = factor · (b_j - max b)    Σ = Σ_j exp(q_j)
     logp = q_y - log Σ    q̄ = Σ_j exp(q_j) q_j / Σ    H = log Σ - q̄
-    dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (q_j - q̄))
+    lse = factor · max b + log Σ
+    dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (q_j - q̄) + slope_lse · p_j)
 where q_j - q̄ = log p_j + H, which would cancel on a flat row.
 The sum runs over the tokens other than the target first, which gives 1 - p_y = others / Σ and, where the target is the
 maximum, logp = -log1p(others) without cancellation.
-The packed per-row layouts (indices 0 to 7 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
+The packed per-row layouts (indices 0 to 8 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
 """
 
 import inspect
@@ -95,7 +96,9 @@ def reduce_row(
     row, column_stride, vocab, bias, target, head,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, max b, Σ, 1 - p_y, q̄). A maximum per lane: one exp per element, no barrier."""
+    """One read of the row -> (logp, H, max b, Σ, 1 - p_y, q̄, lse). A maximum per lane: one exp per element and no
+    barrier.
+    """
     LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
@@ -136,7 +139,7 @@ def reduce_row(
     # without a NaN among them, -inf: another shard of the vocabulary may hold the row's tokens
     banned = (largest <= LOWEST) & (b_y == b_y) & (tl.sum(lane_sum, 0) >= 0)
     row_max = tl.where(banned, float("-inf"), row_max)
-    return q_y - log_total, entropy, row_max, total, others / total, mean
+    return q_y - log_total, entropy, row_max, total, others / total, mean, row_max * factor + log_total
 
 
 @jit
@@ -166,18 +169,24 @@ def write_block(
 
 @jit
 def write_gradient(
-    row, column_stride, vocab, bias, target, head, statistics, slope, entropy_slope, out, padded,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    row, column_stride, vocab, bias, target, head, statistics, slopes, out, padded,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second read and the only write: out may be the row itself where element sizes agree. `statistics` are
-    (max b, Σ, 1 - p_y, q̄).
+    (logp, max b, Σ, 1 - p_y, q̄), `slopes` those of logp, H and lse.
     """
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, chain = head
-    row_max, total, miss, mean = statistics
+    logp, row_max, total, miss, mean = statistics
+    slope, entropy_slope, z_slope = slopes
     slope *= chain
-    per_row = (inner_scale, factor / LN2, row_max, 1 / total, mean, slope, entropy_slope * chain, slope * miss)
+    at_target = slope * miss
+    if HAS_Z_LOSS:  # z_slope · p is slope · (onehot - p) with -z_slope, and z_slope more at the target
+        at_target += z_slope * chain * tl.exp(logp)
+        slope -= z_slope * chain
+    per_row = (inner_scale, factor / LN2, row_max, 1 / total, mean, slope, entropy_slope * chain, at_target)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         write_block(
@@ -208,16 +217,16 @@ def statistics_kernel(
     statistics, statistics_stride,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V] -> statistics [6, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
+    """logits [N, V] -> statistics [7, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
     t = tl.program_id(0).to(tl.int64)
     rows += t
     statistics += t
     if tl.load(rows + 7 * rows_stride) < 1:
-        for field in tl.static_range(6):
+        for field in tl.static_range(7):
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, row_max, total, miss, mean = reduce_row(
+        logp, entropy, row_max, total, miss, mean, lse = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head,
             HAS_BIAS, HAS_SOFTCAP, BLOCK,
         )  # fmt: skip
@@ -227,16 +236,17 @@ def statistics_kernel(
         tl.store(statistics + 3 * statistics_stride, total)
         tl.store(statistics + 4 * statistics_stride, miss)
         tl.store(statistics + 5 * statistics_stride, mean)
+        tl.store(statistics + 6 * statistics_stride, lse)
 
 
 @row_jit
 def gradient_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded, order,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+    HAS_ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits [., V], statistics [6, N], slopes [1 or 2, N] -> out [N, padded]; zeros where a row is not ACTIVE.
+    """logits [., V], statistics [7, N], slopes [1 to 3, N] -> out [N, padded]; zeros where a row is not ACTIVE.
 
     With `order` [N] int64 the logits of row t are those at order[t], and `out` is not where they are.
     """
@@ -250,26 +260,31 @@ def gradient_kernel(
     else:
         statistics += t
         known = (
-            tl.load(statistics + 2 * statistics_stride), tl.load(statistics + 3 * statistics_stride),
-            tl.load(statistics + 4 * statistics_stride), tl.load(statistics + 5 * statistics_stride),
+            tl.load(statistics), tl.load(statistics + 2 * statistics_stride),
+            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
+            tl.load(statistics + 5 * statistics_stride),
         )  # fmt: skip
         entropy_slope = 0.0
         if HAS_ENTROPY:
             entropy_slope = tl.load(slopes + slopes_stride + t)
+        z_slope = 0.0
+        if HAS_Z_LOSS:
+            z_slope = tl.load(slopes + 2 * slopes_stride + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         write_gradient(
             logits + source * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
-            tl.load(slopes + t), entropy_slope, out + t * out_stride, padded,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+            (tl.load(slopes + t), entropy_slope, z_slope), out + t * out_stride, padded,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
         )  # fmt: skip
 
 
 @jit
 def row_loss(
-    rows, rows_stride, inside, logp, entropy, hyper, kl_cap,
+    rows, rows_stride, inside, logp, entropy, lse, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row, or of a block of rows where `inside` is not None -> (loss, slope, entropy_slope,
+    """The loss of one row, or of a block of rows where `inside` is not None -> (loss, its slopes in logp, H and lse,
     dℓ/dlogπ of the policy term alone without its coefficient).
 
     OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp - ref) -> (kl, dkl/dlogπ, their sum) are the twins;
@@ -303,16 +318,21 @@ def row_loss(
     if HAS_ENTROPY:
         entropy_slope = -tl.load(rows + 4 * rows_stride, mask=inside, other=other)
         loss += entropy_slope * entropy
-    return loss, slope, entropy_slope, policy_slope
+    z_slope = 0.0
+    if HAS_Z_LOSS:
+        z_coefficient = tl.load(rows + 8 * rows_stride, mask=inside, other=other)
+        loss += z_coefficient * lse * lse
+        z_slope = 2 * z_coefficient * lse
+    return loss, (slope, entropy_slope, z_slope), policy_slope
 
 
 @row_jit
 def losses_kernel(
     statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count, hyper,
     kl_cap, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """statistics [6, N], rows [8, N] -> outcome [4, N] and slopes [1 or 2, N] of their losses, zeros where a row is
+    """statistics [7, N], rows [9, N] -> outcome [5, N] and slopes [1 to 3, N] of their losses, zeros where a row is
     SKIPPED: the middle of `policy_kernel`, for those that need it between two kernels.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -320,16 +340,22 @@ def losses_kernel(
     computed = inside & (tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) >= 1)
     logp = tl.load(statistics + t, mask=computed, other=0.0)
     entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
-    loss, slope, entropy_slope, policy_slope = row_loss(
-        rows + t, rows_stride, computed, logp, entropy, hyper, kl_cap, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
-    )
+    lse = tl.load(statistics + 6 * statistics_stride + t, mask=computed, other=0.0)
+    loss, by_statistic, policy_slope = row_loss(
+        rows + t, rows_stride, computed, logp, entropy, lse, hyper, kl_cap,
+        OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY, HAS_Z_LOSS,
+    )  # fmt: skip
+    slope, entropy_slope, z_slope = by_statistic
     tl.store(outcome + t, logp, mask=inside)
     tl.store(outcome + outcome_stride + t, entropy, mask=inside)
     tl.store(outcome + 2 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
     tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
+    tl.store(outcome + 4 * outcome_stride + t, lse, mask=inside)
     tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
-    if HAS_ENTROPY:
+    if HAS_ENTROPY or HAS_Z_LOSS:
         tl.store(slopes + slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
+    if HAS_Z_LOSS:
+        tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, z_slope, 0.0), mask=inside)
 
 
 @row_jit
@@ -337,9 +363,10 @@ def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     outcome, outcome_stride, out, out_stride, padded, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole loss of a row in one launch: logits [N, V] -> outcome [4, N] (`Outcome`), with WRITE out [N, padded].
+    """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`), with WRITE out [N, padded].
 
     OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
     """
@@ -348,30 +375,33 @@ def policy_kernel(
     outcome += t
     kind = tl.load(rows + 7 * rows_stride)
     if kind < 1:
-        for field in tl.static_range(4):
+        for field in tl.static_range(5):
             tl.store(outcome + field * outcome_stride, 0.0)
         if WRITE:
             write_zeros(out + t * out_stride, padded, BLOCK)
     else:
         target = tl.load(targets + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, row_max, total, miss, mean = reduce_row(
+        logp, entropy, row_max, total, miss, mean, lse = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
         )  # fmt: skip
-        loss, slope, entropy_slope, policy_slope = row_loss(
-            rows, rows_stride, None, logp, entropy, hyper, kl_cap, OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY
-        )
+        loss, slopes, policy_slope = row_loss(
+            rows, rows_stride, None, logp, entropy, lse, hyper, kl_cap,
+            OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY, HAS_Z_LOSS,
+        )  # fmt: skip
         tl.store(outcome, logp)
         tl.store(outcome + outcome_stride, entropy)
         tl.store(outcome + 2 * outcome_stride, loss)
         tl.store(outcome + 3 * outcome_stride, policy_slope)
+        tl.store(outcome + 4 * outcome_stride, lse)
         if WRITE:
             if kind < 2:
                 write_zeros(out + t * out_stride, padded, BLOCK)
             else:
                 write_gradient(
-                    logits + t * row_stride, column_stride, vocab, bias, target, head, (row_max, total, miss, mean),
-                    slope, entropy_slope, out + t * out_stride, padded, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+                    logits + t * row_stride, column_stride, vocab, bias, target, head,
+                    (logp, row_max, total, miss, mean), slopes, out + t * out_stride, padded,
+                    HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
                 )  # fmt: skip
 
 

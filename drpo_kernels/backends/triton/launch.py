@@ -108,7 +108,7 @@ class TritonRows:
         self._launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
             out, out.stride(0), out.shape[1], batch.order, HAS_ENTROPY=slopes.shape[0] > 1,
-            HAS_ORDER=batch.order is not None,
+            HAS_Z_LOSS=slopes.shape[0] > 2, HAS_ORDER=batch.order is not None,
         )  # fmt: skip
 
     def fuses(self, terms: Terms) -> bool:
@@ -118,7 +118,8 @@ class TritonRows:
         if not self.fuses(terms):
             return row_losses(statistics, rows, terms)
         count = rows.shape[1]
-        outcome, slopes = rows.new_empty(len(Outcome), count), rows.new_empty(1 + terms.entropy_bonus, count)
+        outcome = rows.new_empty(len(Outcome), count)
+        slopes = rows.new_empty(3 if terms.z_loss else 1 + terms.entropy_bonus, count)
         if count:
             with _on(rows):
                 kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
@@ -200,6 +201,7 @@ def _twins(terms: Terms) -> dict[str, object]:
         "KL": _kl_twin(terms.kl_estimator),
         "KL_IMPORTANCE": terms.kl_importance,
         "HAS_ENTROPY": terms.entropy_bonus,
+        "HAS_Z_LOSS": terms.z_loss,
     }
 
 

@@ -48,7 +48,7 @@ def select_kernel(
     statistics, statistics_stride, tolerance, limit, most_entropy, columns, shares, counts, left_out,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [6, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
+    """logits [N, V], statistics [7, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
 
     The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
     ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
