@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.regimes import Case
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.backends.quantize import FORMATS, Quantized, per_row
-from drpo_kernels.tokens import LOG_RATIO_LIMIT
+from drpo_kernels.tokens import log_ratio_limit
 
 FORMAT = "fp8_e4m3"
 SPLIT = 128
@@ -60,7 +60,7 @@ def measure_mismatch(case: Case) -> Iterator[dict]:
             old = engine_logprobs(case, quantized, logits).double()
             found = {}
             for name, logp in trainers.items():
-                ratio = torch.expm1((logp - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).abs()
+                ratio = torch.expm1((logp - old).clamp(-log_ratio_limit(), log_ratio_limit())).abs()
                 shift = (logp.exp() - old.exp()).abs()
                 found[name] = [ratio.max().item(), quantile(ratio), ratio.mean().item(), shift.max().item()]
             yield {"kind": "mismatch", "engine": quantized, "engine_logits": logits, "ratio": found}

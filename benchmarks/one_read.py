@@ -107,9 +107,9 @@ def one_read_kernel(logits, row_stride, vocab, targets, rows, rows_stride, outco
     loss, slope = OBJECTIVE(logp, old, tl.load(rows + rows_stride), hyper)
     tl.store(outcome, logp)
     tl.store(outcome + outcome_stride, tl.where(entropy < 0, 0.0, entropy))
-    tl.store(outcome + 2 * outcome_stride, coefficient * loss)
-    tl.store(outcome + 3 * outcome_stride, slope)
-    tl.store(outcome + 4 * outcome_stride, x_y * scale * LN2 - logp)
+    tl.store(outcome + 2 * outcome_stride, x_y * scale * LN2 - logp)
+    tl.store(outcome + 3 * outcome_stride, coefficient * loss)
+    tl.store(outcome + 4 * outcome_stride, slope)
     tl.store(factors + t, -coefficient * slope * scale / LOG2E / total)
     tl.debug_barrier()  # the target's place was written with its block
     tl.store(out + target, (-others).to(out.dtype.element_ty))

@@ -37,7 +37,7 @@ class LinearSource:
         main_grad: Tensor | None = None,
         loss_scale: float = 1.0,
     ):
-        autocast = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
+        autocast = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) and not hidden.is_meta else None
         validation.check_head(hidden, weight, bias, autocast)
         self.tensor, self.weight, self.bias = hidden, weight, bias
         self.lead, self.vocab = hidden.shape[:-1], weight.shape[0]
@@ -110,6 +110,8 @@ class Problem:
         if shard is not None:
             validation.check_vocab_shard(shard, source.weight, options.backend)
         vocab = source.vocab if shard is None else shard.total
+        validation.check_tensor("targets", targets, floating=False)
+        targets = validation.comparable(targets)
         validation.check_logprob_options(options, targets, source.lead, source.tensor, vocab)
         validation.check_mask(mask, targets)
         cu_seqlens = getattr(options, "cu_seqlens", None)
@@ -244,7 +246,9 @@ def _unmasked(mask: Tensor | None, targets: Tensor) -> Tensor:
     """bool, shaped like targets; a NaN in the mask masks."""
     if mask is None:
         return torch.ones_like(targets, dtype=torch.bool)
-    return mask if mask.dtype == torch.bool else (mask != 0) & (mask == mask)
+    if not mask.dtype.is_floating_point:
+        return mask.to(torch.bool)
+    return (mask != 0) & (mask == mask)
 
 
 def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:

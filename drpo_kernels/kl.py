@@ -12,12 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drpo_kernels.tokens import LOG_RATIO_LIMIT, expm1, ratio_terms
+from drpo_kernels.tokens import between, expm1, log_ratio_limit, ratio_terms
 from drpo_kernels.triton_support import jit, tl
-
-# beyond this many nats below the reference k3 keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32,
-# also after weighting
-EXPONENT_LIMITS = {torch.float32: 60.0, torch.float64: 680.0}
 
 
 @jit
@@ -38,6 +34,10 @@ def k2(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d.square() / 2, d, d.square() / 2 + d
 
 
+# Beyond 60 nats below the reference k3 keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32, also
+# after weighting. A constant of the module would be a symbol in a graph, which its autograd functions do not take
+
+
 @jit
 def k3_twin(d):
     d = tl.where(d < -60.0, -60.0, d)
@@ -46,7 +46,7 @@ def k3_twin(d):
 
 
 def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    d = d.clamp(min=-EXPONENT_LIMITS[d.dtype])
+    d = d.clamp(min=-60.0 if d.dtype == torch.float32 else -680.0)
     excess = d.neg().expm1()
     return excess + d, -excess, d
 
@@ -77,35 +77,36 @@ KL_ESTIMATORS = {"k1": KLEstimator(k1, k1_twin), "k2": KLEstimator(k2, k2_twin),
 
 
 def kl_term(
-    estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float
+    estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(kl, dkl/dlogπ), or of r·kl with `importance`, [N] each; `cap` may be inf."""
     d = logprobs - ref_logprobs
     far = d.abs() > cap
-    kl, slope, total = KL_ESTIMATORS[estimator].terms(d.clamp(-cap, cap))
+    kl, slope, total = KL_ESTIMATORS[estimator].terms(between(d, -cap, cap))
     slope, total = torch.where(far, 0, slope), torch.where(far, kl, total)
     if not importance:
         return kl, slope
     difference = logprobs - old_logprobs
-    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return ratio * kl, ratio * torch.where(difference.abs() <= LOG_RATIO_LIMIT, total, slope)
+    ratio = difference.clamp(-log_ratio_limit(), log_ratio_limit()).exp()
+    return ratio * kl, ratio * torch.where(difference.abs() <= log_ratio_limit(), total, slope)
 
 
 class _KLLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, old_logprobs, ref_logprobs, estimator, importance, cap):
-        ctx.save_for_backward(logprobs, old_logprobs, ref_logprobs)
-        ctx.how = estimator, importance, cap
+    def forward(ctx, logprobs, old_logprobs, ref_logprobs, cap, estimator, importance):
+        ctx.save_for_backward(logprobs, old_logprobs, ref_logprobs, cap)
+        ctx.how = estimator, importance
         return kl_term(estimator, logprobs, old_logprobs, ref_logprobs, importance, cap)[0]
 
     @staticmethod
     def backward(ctx, upstream):
-        estimator, importance, cap = ctx.how
-        return upstream * kl_term(estimator, *ctx.saved_tensors, importance, cap)[1], None, None, None, None, None
+        (*logprobs, cap), (estimator, importance) = ctx.saved_tensors, ctx.how
+        return upstream * kl_term(estimator, *logprobs, importance, cap)[1], None, None, None, None, None
 
 
 def kl_loss(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float
 ) -> Tensor:
     """The same as a loss [N] that autograd differentiates, as often as asked, with the slope above."""
-    return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, estimator, importance, cap)
+    cap = logprobs.new_ones(()) * cap  # a tensor, because a graph's function cannot keep a number that changes
+    return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, cap, estimator, importance)

@@ -220,7 +220,7 @@ def policy_metrics_kernel(
         inside = t < count
         logp = tl.load(outcome + t, mask=inside, other=0.0)
         entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
-        slope = tl.load(outcome + 3 * outcome_stride + t, mask=inside, other=0.0)
+        slope = tl.load(outcome + 4 * outcome_stride + t, mask=inside, other=0.0)
         old = tl.load(rows + t, mask=inside, other=0.0)
         old = tl.where(old == old, old, logp)  # on-policy
         advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)

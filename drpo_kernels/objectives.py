@@ -5,15 +5,17 @@ stop-gradient. A new objective is a frozen dataclass with a `token_loss`; the tw
 route runs through PyTorch's autograd on [N].
 """
 
+import ast
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.tokens import Tokens, clamped_shift, expm1, prob_shift, ratio_terms
+from drpo_kernels.tokens import Tokens, between, clamped_shift, expm1, prob_shift, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
 _REGISTRY: dict[str, type["Objective"]] = {}
@@ -23,10 +25,12 @@ _REGISTRY: dict[str, type["Objective"]] = {}
 class Objective:
     """A per-token loss. Subclass as a frozen dataclass and write `token_loss`; that is all a new objective needs.
 
-    It gives one loss per token, of that token alone unless `sequence_level`. At its first use it is tried on a few
-    made-up tokens, together and one by one (`drpo_kernels.token_losses`).
+    It gives one loss per token, of that token alone unless `sequence_level`, for any number of tokens, and keeps no
+    state: at its first use with these settings it is tried on made-up tokens and on some of the call's own, together
+    and in parts (`drpo_kernels.token_losses`). Only log π gets a gradient; other tensors in it are constants.
 
-    zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed.
+    zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed. A
+                          subclass with a formula of its own says so anew, and so it does for a `twin`.
     sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute
                           route.
     clips                 True where tokens lose their gradient by clipping or masking (reported as `drpo/clip_share`).
@@ -38,8 +42,12 @@ class Objective:
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        if "token_loss" in vars(cls) and "twin" not in vars(cls):
-            cls.twin = None  # a parent's twin is that of the parent's formula
+        order = cls.__mro__
+        down_to_formula = order[: 1 + next(i for i, base in enumerate(order) if "token_loss" in vars(base))]
+        for name in ("twin", "zero_if_no_advantage"):
+            # what a parent says of its formula is not said of another one, from wherever that is inherited
+            if not any(name in vars(base) for base in down_to_formula):
+                setattr(cls, name, vars(Objective)[name])
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         """ℓ of each token, [N], differentiable in `tokens.logprobs`."""
@@ -52,8 +60,11 @@ class Objective:
 
     @property
     def twin(self):
-        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None."""
-        return None
+        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None. Of a built-in objective it is
+        the `twin` of its `token_loss`, and stays behind where another function is put in that one's place.
+        """
+        choose = getattr(type(self).token_loss, "twin", None)
+        return None if choose is None else choose(self)
 
     @property
     def hyper(self) -> tuple[float, ...]:
@@ -62,11 +73,26 @@ class Objective:
         return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
 
 
+def with_twin(choose: Callable[[Objective], Callable]) -> Callable[[Callable], Callable]:
+    """Decorator of a `token_loss`: its Triton twin, by the objective's settings."""
+
+    def mark(token_loss: Callable) -> Callable:
+        token_loss.twin = choose
+        return token_loss
+
+    return mark
+
+
+def is_built_in(objective: Objective) -> bool:
+    """Whether its formula is one of this module, which keeps the contract of `Objective`."""
+    return type(objective).token_loss.__module__ == __name__
+
+
 def register_objective(cls: type[Objective]) -> type[Objective]:
     """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
 
-    The class must be a frozen dataclass whose fields are numbers, None or strings. Raises ValueError if the name is
-    taken.
+    The class must be a frozen dataclass whose fields are numbers, bools, None or strings. A float may change from call
+    to call in one graph. Raises ValueError if the name is taken.
     """
     if _REGISTRY.setdefault(cls.__name__, cls) is not cls:
         raise ValueError(f"an objective named {cls.__name__!r} is already registered")
@@ -74,14 +100,14 @@ def register_objective(cls: type[Objective]) -> type[Objective]:
 
 
 def encode_objective(objective: Objective) -> tuple[str, list[float]]:
-    """An objective as a custom op's schema can carry it: its name with the non-number fields, and the numbers."""
+    """An objective as a custom op's schema can carry it: its name with the other fields, and the floats."""
     words, numbers = [type(objective).__name__], []
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
-        if value is None or isinstance(value, str):
-            if value is not None and not value.isidentifier():
-                raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
-            words.append(f"{field.name}={'' if value is None else value}")
+        if isinstance(value, str) and not value.isidentifier():
+            raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
+        if value is None or isinstance(value, str | int):
+            words.append(f"{field.name}={value!r}")
         else:
             numbers.append(float(value))
     return " ".join(words), numbers
@@ -91,7 +117,7 @@ def decode_objective(words: str, numbers: list[float]) -> Objective:
     """The inverse of `encode_objective`, for registered objectives."""
     name, *pairs = words.split(" ")
     cls = _REGISTRY[name]
-    values = {key: value or None for key, value in (pair.split("=") for pair in pairs)}
+    values = {key: ast.literal_eval(value) for key, value in (pair.split("=") for pair in pairs)}
     rest = iter(numbers)
     return cls(**{f.name: values[f.name] if f.name in values else next(rest) for f in dataclasses.fields(cls)})
 
@@ -145,6 +171,7 @@ class DRPO(Objective):
     def __post_init__(self):
         _require_positive(self, "delta")
 
+    @with_twin(lambda self: drpo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         penalty = tokens.advantages.abs() * tokens.clamped_shift * tokens.ratio_minus_one / (2 * self.delta)
         return penalty - tokens.advantages * tokens.ratio
@@ -158,10 +185,6 @@ class DRPO(Objective):
             f"weight stays within 1 ± {1 / self.delta:.2g}, a mild attenuation. Choose δ < 1 (0.15 to 0.2) for an "
             "active boundary."
         )
-
-    @property
-    def twin(self):
-        return drpo
 
 
 @jit
@@ -182,13 +205,10 @@ class SPO(Objective):
     def __post_init__(self):
         _require_positive(self, "epsilon")
 
+    @with_twin(lambda self: spo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         penalty = tokens.advantages.abs() * tokens.ratio_minus_one.square() / (2 * self.epsilon)
         return penalty - tokens.advantages * tokens.ratio
-
-    @property
-    def twin(self):
-        return spo
 
 
 # --- clipped surrogates: PPO, GSPO ------------------------------------------------------------------------------------
@@ -206,7 +226,7 @@ def ppo(logp, old, adv, hyper):
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A)."""
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    return -torch.minimum(ratio * advantages, between(ratio, 1 - low, 1 + high) * advantages)
 
 
 @register_objective
@@ -229,16 +249,13 @@ class PPO(Objective):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"PPO: dual_clip must be greater than 1, got {self.dual_clip}")
 
+    @with_twin(lambda self: ppo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         loss = clipped_surrogate(tokens.ratio, tokens.advantages, self.clip_low, self.clip_high)
         if self.dual_clip is None:
             return loss
         bounded = torch.minimum(loss, -self.dual_clip * tokens.advantages)
         return torch.where(tokens.advantages < 0, bounded, loss)
-
-    @property
-    def twin(self):
-        return ppo
 
 
 @register_objective
@@ -289,6 +306,13 @@ def dppo_tv(logp, old, adv, hyper):
     return _masked_score(logp, ratio, adv, tl.abs(prob_shift(logp, old)), hyper[0], hyper[1], hyper[2])
 
 
+def binary_kl(tokens: Tokens) -> Tensor:
+    """KL(μ‖π) of "this token or another", with 1e-8 inside both logarithms of 1 - p."""
+    mu, miss = tokens.old_probs, -tokens.old_logprobs.clamp(max=0).expm1()  # rounding may put μ above 1
+    hit_term = torch.where(mu > 0, mu * (tokens.old_logprobs - tokens.logprobs), 0)
+    return hit_term + miss * ((miss + 1e-8).log() - (1e-8 - tokens.logprobs.expm1()).log())
+
+
 @jit
 def dppo_kl(logp, old, adv, hyper):
     ratio, _, _ = ratio_terms(logp, old)
@@ -319,22 +343,13 @@ class DPPO(Objective):
         if self.divergence not in ("tv", "kl"):
             raise ValueError(f"DPPO: divergence must be 'tv' or 'kl', got {self.divergence!r}")
 
-    def _divergence(self, tokens: Tokens) -> Tensor:
-        if self.divergence == "tv":
-            return tokens.prob_shift.abs()
-        mu, miss = tokens.old_probs, -tokens.old_logprobs.clamp(max=0).expm1()  # rounding may put μ above 1
-        hit_term = torch.where(mu > 0, mu * (tokens.old_logprobs - tokens.logprobs), 0)
-        return hit_term + miss * ((miss + 1e-8).log() - (1e-8 - tokens.logprobs.expm1()).log())
-
+    @with_twin(lambda self: dppo_tv if self.divergence == "tv" else dppo_kl)
     def token_loss(self, tokens: Tokens) -> Tensor:
-        adv, ratio, divergence = tokens.advantages, tokens.ratio, self._divergence(tokens)
+        adv, ratio = tokens.advantages, tokens.ratio
+        divergence = tokens.prob_shift.abs() if self.divergence == "tv" else binary_kl(tokens)
         too_high = (adv > 0) & (ratio > 1) & (divergence > self.delta_high)
         too_low = (adv < 0) & (ratio < 1) & (divergence > self.delta_low)
-        return score(torch.where(too_high | too_low, 0, -adv * ratio.clamp(max=self.ratio_cap)), tokens.logprobs)
-
-    @property
-    def twin(self):
-        return dppo_tv if self.divergence == "tv" else dppo_kl
+        return score(torch.where(too_high | too_low, 0, -adv * between(ratio, 0.0, self.ratio_cap)), tokens.logprobs)
 
 
 @jit
@@ -345,7 +360,7 @@ def cispo(logp, old, adv, hyper):
 
 def capped_score(tokens: Tokens, cap: float, floor: float = 0.0) -> Tensor:
     """-A · sg(clip(r, c, C)) · logπ."""
-    return score(-tokens.advantages * tokens.ratio.clamp(floor, cap), tokens.logprobs)
+    return score(-tokens.advantages * between(tokens.ratio, floor, cap), tokens.logprobs)
 
 
 @register_objective
@@ -367,12 +382,9 @@ class CISPO(Objective):
         if self.ratio_floor > self.ratio_cap:
             raise ValueError(f"CISPO: ratio_floor must be at most ratio_cap {self.ratio_cap}, got {self.ratio_floor}")
 
+    @with_twin(lambda self: cispo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return capped_score(tokens, self.ratio_cap, self.ratio_floor)
-
-    @property
-    def twin(self):
-        return cispo
 
 
 @jit
@@ -402,9 +414,6 @@ class PolicyGradient(Objective):
     def clips(self) -> bool:
         return self.ratio_cap is not None
 
+    @with_twin(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)
-
-    @property
-    def twin(self):
-        return policy_gradient if self.ratio_cap is None else capped_policy_gradient

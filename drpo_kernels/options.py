@@ -89,8 +89,8 @@ class PolicyOptions(LogprobOptions):
     horizon           number > 0, the constant length that "seq-mean-token-sum-norm" divides by (Dr. GRPO)
     cu_seqlens        [S + 1] integer offsets of the sequences of a packed batch; what lies beyond the last one is
                       padding and must be masked
-    ref_logprobs      finite log-probs under a reference policy, shaped like targets: for the KL term, or alone, for
-                      metrics["drpo/ref_kl"]
+    ref_logprobs      log-probs under a reference policy, shaped like targets and above -1000: for the KL term, or
+                      alone, for metrics["drpo/ref_kl"]
     kl_coef           coefficient of the KL term
     kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
     kl_importance     multiply the KL term by the ratio r, differentiably: under samples of μ an unbiased estimate of

@@ -37,8 +37,6 @@ class PolicyLossOutput(NamedTuple):
     logsumexp: Tensor
 
 
-# of a row's outcome, what a user gets of every row
-REPORTED = [Outcome.LOGPROB.value, Outcome.ENTROPY.value, Outcome.LOGSUMEXP.value]
 # a graph cannot trace a dataclass's default that is itself an object; it can trace a module's
 DEFAULT_OBJECTIVE = DRPO()
 
@@ -187,7 +185,7 @@ def _policy_loss(
     computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
     # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
     left_out = problem.unmasked.reshape(-1) > computed
-    logprobs, entropy, logsumexp = outcome[REPORTED, :].masked_fill(left_out, torch.nan)
+    logprobs, entropy, logsumexp = outcome[:3].masked_fill(left_out, torch.nan)  # the first of Outcome
     if options.sparse_grad:
         active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
         metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
@@ -293,4 +291,4 @@ def _loss_from_logprobs(
         list(shape),
     )
     total = loss.reshape(shape) if options.reduction == "none" else loss.sum()
-    return total, torch.stack([logprobs, entropy, loss, slope, logsumexp]).detach()
+    return total, torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach()

@@ -4,22 +4,23 @@ What breaks it would be silent: a mean makes every gradient N times too small, a
 loss that mixes tokens depends on how many of them fit into a chunk.
 """
 
+import dataclasses
+import weakref
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from drpo_kernels.graphs import own_graph, traced
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objectives import Objective, is_built_in
 from drpo_kernels.tokens import Tokens
 
-# (log π, log μ, A, coefficient of the loss) of each token that an objective is tried on: ratios far on both sides of 1
-# and beyond the clamp on Δ, advantages of both signs
-SAMPLE = (
-    (-0.1, -0.3, 1.0, 1.0), (-1.3, -1.0, -0.5, 0.7), (-9.0, -3.5, 2.0, 1.2), (-0.6, -0.61, -10.0, 0.9),
-    (-2.0, -8.0, 10.0, 0.5), (-0.3, -40.0, 0.3, 1.5),
-)  # fmt: skip
-# of float32 results from a token alone and beside others, where vectorised functions may round in another way
-SAMPLE_TOLERANCE = 1e-4
-# classes and settings that have been tried; so many of them are remembered
+# tokens that an objective is tried on: so many made-up ones, and at most so many of a call's own
+MADE_UP, OWN = 64, 1024
+# Relative to a token's loss and surrogate: float32 results beside others and not, which vectorised functions may round
+# in another way
+TOLERANCE = 1e-4
+# settings that have been tried; so many of them are remembered
 MOST_TRIED = 1000
 _tried: set[tuple] = set()
 
@@ -27,14 +28,18 @@ _tried: set[tuple] = set()
 def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
     """ℓ of each token [N] in the dtype of its log-prob, differentiable in `tokens.logprobs` where those require grad.
 
-    The first time that an objective of this class and these settings is met, it is also tried on a few tokens alone and
-    together. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss per
-    token, or that mixes tokens without `sequence_level`.
+    The first time that an objective of this class and these settings is met, it is also tried on a few tokens, together
+    and in parts. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss
+    per token, or that mixes tokens without `sequence_level`.
     """
-    if not (objective.sequence_level or traced(tokens.logprobs)):
-        _require_no_mixing(objective, tokens.logprobs)
+    if not is_built_in(objective):
+        if not (objective.sequence_level or traced(tokens.logprobs)):
+            _try(objective, tokens)
+        groups = {"valid": tokens.valid, "sequences": tokens.sequences}
+        # a copy, which it may write to without changing what the metrics see
+        tokens = Tokens(tokens.logprobs, tokens.old_logprobs, tokens.advantages.clone(), **groups)
     losses, wanted = objective.token_loss(tokens), tokens.logprobs
-    name = f"{type(objective).__name__}.token_loss"
+    name = _name(objective)
     if not isinstance(losses, Tensor) or not losses.dtype.is_floating_point:
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"{name} must return a tensor of float losses, got {kind}")
@@ -49,53 +54,175 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
 
 
 def not_differentiable(objective: Objective) -> ValueError:
-    name = type(objective).__name__
-    return ValueError(f"{name}.token_loss must be differentiable in tokens.logprobs, got a loss detached from them")
+    return ValueError(
+        f"{_name(objective)} must be differentiable in tokens.logprobs, got a loss detached from them. Where there is "
+        "nothing to learn, return 0 * tokens.logprobs"
+    )
 
 
-def _require_no_mixing(objective: Objective, like: Tensor) -> None:
+def require_no_other_gradient(objective: Objective, losses: Tensor, logprobs: Tensor) -> None:
+    """Raise ValueError where the losses are differentiable in more than the log-probs: the fused route gives gradients
+    to nothing else. A look at autograd's graph, and no computation.
+    """
+    if is_built_in(objective):
+        return
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", logprobs) is not logprobs:
+            raise ValueError(
+                f"{_name(objective)} has a tensor in it that requires grad, of shape {tuple(node.variable.shape)}, and "
+                "would leave it without a gradient: detach it, or use reduction='none' or backend='reference', which "
+                "differentiate the loss in everything"
+            )
+        pending.extend(following for following, _ in node.next_functions)
+
+
+def _name(objective: Objective) -> str:
+    return f"{type(objective).__name__}.token_loss"
+
+
+# --- trying an objective ----------------------------------------------------------------------------------------------
+
+
+def _try(objective: Objective, tokens: Tokens) -> None:
     key = _settings(objective)
     if key in _tried:
         return
-    sample = torch.tensor(SAMPLE, dtype=like.dtype, device=like.device).T
-    count = sample.shape[1]
-    try:
-        # the run's random numbers stay what they are
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            together, again = (_loss_and_slope(objective, sample) for _ in range(2))
-            alone = [_loss_and_slope(objective, sample[:, i : i + 1]) for i in range(count)]
-    except Exception:
-        together = None  # It may ask of tokens what these do not have. What fails for the real ones raises there
-    if together is not None and torch.equal(together, again):  # of random numbers nothing can be told
-        alone = torch.cat(alone, 1)
-        if not torch.allclose(together, alone, rtol=SAMPLE_TOLERANCE, atol=SAMPLE_TOLERANCE, equal_nan=True):
-            raise ValueError(
-                f"{type(objective).__name__}.token_loss must give a token the same loss and gradient whatever tokens "
-                f"are beside it, got losses {together[0].tolist()} for {count} tokens together and "
-                f"{alone[0].tolist()} one by one: its result would depend on the size of a chunk. An objective that "
-                "needs other tokens declares sequence_level = True"
-            )
+    # the run's random numbers stay what they are
+    with torch.random.fork_rng([tokens.logprobs.device] if tokens.logprobs.is_cuda else []):
+        for fields in (_made_up(tokens.logprobs), _own(tokens)):
+            _require_no_mixing(objective, fields)
+            _require_nothing_without_advantage(objective, fields)
     if len(_tried) >= MOST_TRIED:
         _tried.clear()
     _tried.add(key)
 
 
-def _loss_and_slope(objective: Objective, sample: Tensor) -> Tensor:
+def _made_up(like: Tensor) -> Tensor:
+    """(log π, log μ, A, coefficient of the loss), [4, MADE_UP]: ratios of 0.1 to 10 and advantages of both signs."""
+    # multiples of irrational numbers, modulo 1: even, and alike in no two parts
+    steps = torch.tensor([0.618034, 0.754878, 0.569840, 0.414214], dtype=torch.float64)
+    even = (torch.arange(1, MADE_UP + 1, dtype=torch.float64) * steps[:, None]) % 1
+    old = -0.01 - 8 * even[0].square()
+    shift = torch.where(old > -3, 1, 4.6) * (even[1] - 0.5)
+    fields = torch.stack([(old + shift).clamp(max=-0.001), old, 4 * even[2] - 2, 0.5 + even[3]])
+    return fields.to(device=like.device, dtype=like.dtype)
+
+
+def _own(tokens: Tokens) -> Tensor:
+    """The same of the first tokens of a call."""
+    fields = [x.detach()[:OWN] for x in (tokens.logprobs, tokens.old_logprobs, tokens.advantages)]
+    coefficients = 0.5 + torch.arange(len(fields[0]), device=fields[0].device) * 0.414214 % 1
+    return torch.stack([*fields, coefficients.to(fields[0].dtype)])
+
+
+def _require_no_mixing(objective: Objective, fields: Tensor) -> None:
+    count = fields.shape[1]
+    try:
+        together, again = (_losses_and_slopes(objective, fields) for _ in range(2))
+    except Exception:
+        return  # it may ask of tokens what made-up ones do not have; what fails for a call's own raises there
+    if count < 2 or not torch.equal(together.nan_to_num(), again.nan_to_num()):
+        return  # of random numbers nothing can be told
+    parts = [slice(0, None, 2), slice(1, None, 2), slice(count - 1, None)]
+    try:
+        apart = [_losses_and_slopes(objective, fields[:, part]) for part in parts]
+    except Exception as error:
+        raise ValueError(
+            f"{_name(objective)} must take any number of tokens, as many as fit into a chunk: it works for {count} and "
+            f"not for each of {count - count // 2}, {count // 2} and 1"
+        ) from error
+    logprobs, old, advantages, _ = fields
+    size = TOLERANCE * (1 + advantages.abs() * (1 + (logprobs - old).clamp(-20, 20).exp()))
+    for part, found in zip(parts, apart, strict=True):
+        wanted, size_of_part = together[:, part], size[part]
+        close = (found - wanted).abs() <= size_of_part + TOLERANCE * wanted.abs()
+        wrong = ~(close | (found == wanted) | (found.isnan() & wanted.isnan())).all(0)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{_name(objective)} must give a token the same loss and gradient whatever tokens are beside it, got "
+                f"losses and slopes {wanted[:, i].tolist()} among {count} tokens and {found[:, i].tolist()} among "
+                f"{found.shape[1]}: its result would depend on the size of a chunk. An objective that needs other "
+                "tokens declares sequence_level = True"
+            )
+
+
+def _require_nothing_without_advantage(objective: Objective, fields: Tensor) -> None:
+    if not objective.zero_if_no_advantage:
+        return
+    without = fields.clone()
+    without[2] = 0
+    try:
+        found = _losses_and_slopes(objective, without)
+    except Exception:
+        return
+    if (found != 0).any():
+        raise ValueError(
+            f"{type(objective).__name__}.zero_if_no_advantage must be False, got True: the token_loss of a token with "
+            "A = 0 is not 0, or has a slope, and such tokens would be left out"
+        )
+
+
+def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
     """[2, n] of tokens [4, n]; raises whatever the objective raises, or for what is no loss per token."""
     with own_graph():
-        logprobs, old, advantages, coefficients = (row.clone() for row in sample)
+        logprobs, old, advantages, coefficients = (row.clone() for row in fields)
         losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
         (slope,) = torch.autograd.grad(losses, logprobs, coefficients)
         return torch.stack([losses.detach(), slope])
 
 
-def _settings(objective: Objective) -> tuple:
-    """Its class, and its attributes as far as they may choose another formula: a coefficient may be annealed, to 0."""
+# --- what has been tried ----------------------------------------------------------------------------------------------
 
-    def chosen(value: object) -> object:
-        if isinstance(value, float):
-            return value == 0
-        return value if isinstance(value, str | int | None) else type(value)
 
-    attributes = getattr(objective, "__dict__", {})
-    return (type(objective), *((name, chosen(value)) for name, value in attributes.items()))
+class _Same:
+    """Equal only to another of the same living object."""
+
+    def __init__(self, value: object):
+        self._hash = hash((type(value), id(value)))
+        try:
+            self._get = weakref.ref(value)
+        except TypeError:
+            self._get = lambda: value  # which then stays alive, and its id its own
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        value = self._get()
+        return isinstance(other, _Same) and value is not None and value is other._get()
+
+
+def _settings(value: object) -> tuple:
+    """The class and attributes of an objective, as far as they can be compared: another number may be another formula,
+    and so may another function or tensor.
+    """
+    return (type(value), *((name, _setting(attribute)) for name, attribute in _attributes(value)))
+
+
+def _setting(value: object) -> object:
+    if value is None or isinstance(value, str | int | float | complex):
+        return type(value), value
+    if isinstance(value, list | tuple):
+        return type(value), *map(_setting, value)
+    if isinstance(value, dict):
+        return dict, *((_setting(key), _setting(item)) for key, item in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _settings(value)
+    if isinstance(value, Tensor) and not value.is_inference():
+        return _Same(value), value._version
+    return _Same(value)
+
+
+def _attributes(value: object) -> Iterator[tuple[str, object]]:
+    yield from getattr(value, "__dict__", {}).items()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield name, getattr(value, name)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from drpo_kernels.triton_support import jit, tl
 
-LOG_RATIO_LIMIT = 20.0
 # No sampled token has a log-prob as low as this. Random numbers of 32 bits choose a token at most 23 nats below the
 # likeliest, at the temperature τ of the sampling, and that one is within log V <= 13 of 0: log μ > -23 τ - 13, above
 # -100 for every τ up to 3. Engines write -9999 or -1e9 for a log-prob that they do not have, since JSON has no -inf.
@@ -19,6 +18,19 @@ LEAST_LOGPROB = -100.0
 def scorable(old_logprobs: Tensor) -> Tensor:
     """False where the rollout engine has no log-prob: NaN, or what no token that was sampled can have."""
     return old_logprobs > LEAST_LOGPROB
+
+
+def log_ratio_limit() -> float:
+    """Of |Δ|. A constant of the module would be a symbol in a graph, which its autograd functions do not take."""
+    return 20.0
+
+
+def between(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """x clamped to [low, high]; inside a graph by tensors, because it would be compiled again for each new number."""
+    if torch.compiler.is_compiling():
+        one = x.new_ones(())
+        low, high = one * low, one * high
+    return x.clamp(low, high)
 
 
 class Sequences:
@@ -118,7 +130,7 @@ class Tokens:
     @property
     def log_ratio(self) -> Tensor:
         """Δ = clamp(log π - log μ, ±20)."""
-        return (self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
 
     @property
     def ratio(self) -> Tensor:
@@ -152,7 +164,7 @@ class Tokens:
     @property
     def clamped_shift(self) -> Tensor:
         """μ (r - 1), which is π - μ where the clamp on Δ changes nothing and has no gradient where it does."""
-        within = (self.logprobs - self.old_logprobs).abs() <= LOG_RATIO_LIMIT
+        within = (self.logprobs - self.old_logprobs).abs() <= log_ratio_limit()
         return torch.where(within, self.prob_shift, self.old_probs * self.ratio_minus_one)
 
 

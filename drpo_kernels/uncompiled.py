@@ -8,7 +8,13 @@ NOT_EXPORTED = (
 )
 
 
-@torch.compiler.disable
+UNREGISTERED = (
+    "an objective of a class without @drpo_kernels.register_objective, a vocab_shard or a head that is being probed "
+    "cannot be used in one graph (fullgraph=True)"
+)
+
+
+@torch.compiler.disable(reason=UNREGISTERED)
 def outside_graph(function, *args):
     """Call `function` outside the graph: an unregistered objective (see `register_objective`) and the process group of
     a vocabulary shard cannot travel through an op's schema, and a model's head is exchanged while it is probed.

@@ -22,6 +22,8 @@ COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what rounding to bf16 may add to a log-prob of 0
 POSITIVE_LOGPROB = 1e-2
+# Of a reference, which may all but ban a token: its log-prob of -9999 is a server's word for none
+LEAST_REFERENCE = -1000.0
 # A (r - 1)² / (2 ε) with r = e^20 stays finite in float32; what is larger was never normalised, or never initialised
 LARGEST_ADVANTAGE = 1e12
 # no fp32 computation of a softmax loses a scale in this range
@@ -43,6 +45,11 @@ def check_not_exported() -> None:
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must have values, got a meta tensor: make it on a device first (`to_empty` and loaded weights); "
+            "FakeTensorMode estimates memory without values"
+        )
     if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
         raise TypeError(
             f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, "
@@ -73,10 +80,19 @@ def _check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
-def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
+def _check_real(name: str, value: Tensor) -> None:
     check_tensor(name, value)
-    if value.dtype.is_complex:
-        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.dtype.is_complex or (value.dtype.is_floating_point and value.dtype not in FLOATS):
+        raise TypeError(f"{name} must be float64, float32, bfloat16, float16, integer or bool, got {value.dtype}")
+
+
+def comparable(values: Tensor) -> Tensor:
+    """The values in a dtype that PyTorch compares: bool and the unsigned ones are short of operations."""
+    return values if values.dtype in FLOATS or values.dtype == torch.int64 else values.to(torch.int64)
+
+
+def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
+    _check_real(name, value)
     if value.shape != targets.shape:
         raise ValueError(f"{name} must be shaped like targets {_shape(targets)}, got {_shape(value)}")
     _check_device(name, value, targets.device)
@@ -156,8 +172,9 @@ def check_logits(logits: Tensor) -> None:
 def check_logprob_options(
     options: LogprobOptions, targets: Tensor, lead: torch.Size, source: Tensor, vocab: int
 ) -> None:
-    """Everything about targets and `LogprobOptions`; `source` is hidden or logits, `vocab` its full V."""
-    check_tensor("targets", targets, floating=False)
+    """Everything about targets, which are integers, and `LogprobOptions`; `source` is hidden or logits, `vocab` its
+    full V.
+    """
     if targets.shape != lead:
         raise ValueError(
             f"targets must have the leading shape {tuple(lead)} of hidden or logits, got {_shape(targets)}"
@@ -252,12 +269,12 @@ def check_policy_options(
     if not isinstance(options.objective, Objective):
         raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {options.objective!r}")
     check_mask(mask, targets)
-    if old_logprobs is not None:
-        _check_like_targets("old_logprobs", old_logprobs, targets)
-        check_tensor("old_logprobs", old_logprobs, floating=True)
-    for name in ("ref_logprobs", "token_weights"):
-        if getattr(options, name) is not None:
-            _check_like_targets(name, getattr(options, name), targets)
+    for name, value in (("old_logprobs", old_logprobs), ("ref_logprobs", options.ref_logprobs)):
+        if value is not None:
+            check_tensor(name, value, floating=True)
+            _check_like_targets(name, value, targets)
+    if options.token_weights is not None:
+        _check_like_targets("token_weights", options.token_weights, targets)
     _check_sequences(options, targets)
     _check_spread("advantages", advantages, targets, options.cu_seqlens)
     _check_reduction(options, targets)
@@ -299,9 +316,7 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
 
 def _check_spread(name: str, value: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
     """One value per token or one per sequence."""
-    check_tensor(name, value)
-    if value.dtype.is_complex:
-        raise TypeError(f"{name} must be real, got {value.dtype}")
+    _check_real(name, value)
     _check_device(name, value, targets.device)
     shapes = [_shape(targets)]
     if targets.dim() > 1:
@@ -357,6 +372,7 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
         raise ValueError("normalizer must be None with reduction 'none', got one")
     check_horizon(options.horizon, options.reduction)
     if isinstance(options.normalizer, Tensor):
+        _check_real("normalizer", options.normalizer)
         if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {_shape(options.normalizer)}")
     elif options.normalizer is not None:
@@ -379,12 +395,14 @@ def _require(name: str, requirement: str, values: Tensor, good: Tensor) -> None:
 
 def check_mask_values(mask: Tensor | None) -> None:
     if mask is not None and mask.dtype != torch.bool:
+        mask = comparable(mask)
         _require("mask", "bool or 0 and 1 (use token_weights for other factors)", mask, (mask == 0) | (mask == 1))
 
 
 def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int) -> None:
     """All shaped like targets; where not `valid`, masked or unscorable, they may carry anything."""
-    _require("targets", f"in [0, {vocab})", targets, ~valid | ((targets >= 0) & (targets < vocab)))
+    hint = ", or masked: mask=targets != -100" if (valid & (targets == -100)).any() else ""
+    _require("targets", f"in [0, {vocab}){hint}", targets, ~valid | ((targets >= 0) & (targets < vocab)))
     if temperature is not None:
         inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
         _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)
@@ -399,17 +417,20 @@ def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, val
         good = ~(old_logprobs > POSITIVE_LOGPROB)
         _require("old_logprobs", f"log-probabilities <= 0{_NEGATED}", old_logprobs, ~valid | good)
     if options.token_weights is not None:
-        _require("token_weights", "finite", options.token_weights, ~valid | options.token_weights.isfinite())
+        weights = comparable(options.token_weights)
+        _require("token_weights", "finite", weights, ~valid | weights.isfinite())
     ref = options.ref_logprobs
     if ref is not None:
-        good = ref.isfinite() & (ref <= POSITIVE_LOGPROB)
-        _require("ref_logprobs", f"finite log-probabilities <= 0{_NEGATED}", ref, ~valid | good)
+        good = (ref > LEAST_REFERENCE) & (ref <= POSITIVE_LOGPROB)
+        wanted = f"log-probabilities <= 0{_NEGATED} and above {LEAST_REFERENCE:g}, which stands for a missing one"
+        _require("ref_logprobs", wanted, ref, ~valid | good)
     if isinstance(options.reduction, TokenCoefficients):
         for field, value in options.reduction._asdict().items():
             if value is not None:
+                value = comparable(value)
                 _require(f"reduction.{field}", "finite", value, ~valid | value.isfinite())
-    normalizer = options.normalizer
-    if isinstance(normalizer, Tensor):
+    if isinstance(options.normalizer, Tensor):
+        normalizer = comparable(options.normalizer)
         good = (normalizer > 0) & normalizer.isfinite()
         hint = ": a batch without a single valid token counts as 1 (drpo_kernels.distributed.global_normalizer)"
         _require("normalizer", f"positive and finite{hint}", normalizer, good)
@@ -429,5 +450,6 @@ def check_packing_values(cu_seqlens: Tensor, valid: Tensor) -> None:
 
 def check_advantage_values(advantages: Tensor, valid: Tensor) -> None:
     """Both shaped like targets."""
+    advantages = comparable(advantages)
     good = advantages.isfinite() & (advantages.abs() <= LARGEST_ADVANTAGE)  # in float16 the bound itself is inf
     _require("advantages", f"finite and at most {LARGEST_ADVANTAGE:g} in size", advantages, ~valid | good)

@@ -92,18 +92,21 @@ def test_float16_gradient_with_a_low_temperature(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("objective", [dk.DRPO(), dk.PPO(), dk.CISPO(), dk.DPPO()])
-@pytest.mark.parametrize("bad", ["nan logit", "target"])
+@pytest.mark.parametrize("bad", ["nan logit", "inf logit", "banned row", "target"])
 def test_a_bad_row_is_never_a_number(bad, objective, backend, device):
     x, (targets, old, advantages) = logits_of(), inputs()
     if bad == "target":
         targets[3] = VOCAB + 5
+    elif bad == "banned row":
+        x[3] = -math.inf
     else:
-        x[3, 7] = math.nan
+        x[3, 7] = float(bad.split()[0])
     arguments = (t.to(device) for t in (x, targets, old, advantages))
     with torch.no_grad():
         out = dk.policy_loss(*arguments, objective=objective, backend=backend, validate=False)
     assert out.loss.isnan()
-    assert out.logprobs.isnan().tolist() == [i == 3 for i in range(12)]
+    for value in (out.logprobs, out.entropy, out.logsumexp):
+        assert value.isnan().tolist() == [i == 3 for i in range(12)]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,16 @@ COMMON = [
     ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": A["targets"]}),
     ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": changed(A["old_logprobs"], -math.inf)}),
     ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": changed(A["old_logprobs"], math.nan)}),
+    ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": changed(A["old_logprobs"], -9999)}),
+    ("ref_logprobs", {"ref_logprobs": A["old_logprobs"].to(torch.float8_e5m2)}),
+    ("advantages", {"advantages": A["advantages"].to(torch.float8_e4m3fn)}),
+    ("advantages", {"advantages": A["advantages"].to("meta")}),
+    ("token_weights", {"token_weights": ROWS.to(torch.float8_e4m3fn)}),
+    ("mask", {"mask": A["mask"].to(torch.float8_e4m3fn)}),
+    ("mask", {"mask": changed(A["mask"].to(torch.int32), 2).to(torch.uint16)}),
+    ("targets", {"targets": changed(A["targets"], 60000).to(torch.uint16)}),
+    ("normalizer", {"normalizer": torch.tensor(0, dtype=torch.uint16)}),
+    ("reduction.policy", {"reduction": dk.TokenCoefficients(ROWS.to(torch.float8_e4m3fn))}),
     ("entropy_coef", {"entropy_coef": math.inf}),
     ("z_loss_coef", {"z_loss_coef": math.nan}),
     ("token_weights", {"token_weights": torch.ones(B, L + 1)}),
@@ -213,6 +223,38 @@ def label(rows):
 @pytest.mark.parametrize("name, change", COMMON + LINEAR, ids=label(COMMON + LINEAR))
 def test_linear_policy_loss(name, change, backend):
     expect(name, dk.linear_policy_loss, **{**arguments(), "backend": backend, **change})
+
+
+WHOLE = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bool, *WHOLE], ids=str)
+def test_whole_numbers_of_any_dtype_are_taken(dtype, backend):
+    """Tokens of memory-mapped data sets, rewards of 0 and 1, weights and masks."""
+    flags = (A["advantages"] > 0).to(dtype)
+    given = {**arguments(), "backend": backend}
+    names = ("advantages", "mask", "token_weights")
+    want = dk.linear_policy_loss(**{**given, **dict.fromkeys(names, flags.float())}).loss
+    got = dk.linear_policy_loss(**{**given, **dict.fromkeys(names, flags)}).loss
+    assert got == want
+    if dtype != torch.bool:
+        given["targets"] = given["targets"].to(dtype)
+        given["normalizer"], given["reduction"] = torch.tensor(1).to(dtype), "token-sum"
+        got = dk.linear_policy_loss(**{**given, **dict.fromkeys(names, flags)})
+        exact = dk.TokenCoefficients(torch.ones(B, L).to(dtype))
+        given |= {"reduction": exact, "normalizer": None, "targets": A["targets"]}
+        assert got.loss == dk.linear_policy_loss(**{**given, **dict.fromkeys(names, flags)}).loss
+
+
+def test_the_labels_of_others_are_named():
+    """-100 is for them what a mask is here; and tensors without values have none to look at."""
+    given = arguments() | {"targets": changed(A["targets"], -100)}
+    with pytest.raises(ValueError, match=r"targets must be .*mask=targets != -100"):
+        dk.linear_policy_loss(**given)
+    given = {name: x.to("meta") for name, x in arguments().items()}
+    expect("hidden", dk.linear_policy_loss, **given)
+    expect("logits", dk.token_logprobs, LOGITS.to("meta"), given["targets"])
 
 
 @pytest.mark.parametrize("name, change", COMMON, ids=label(COMMON))

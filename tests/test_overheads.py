@@ -117,7 +117,7 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     dropped, unscorable = (torch.rand(count, generator=generator) < share for share in (0.2, 0.1))
     valid = (rows[Row.KIND] > 0) | dropped
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])
-    logprobs, entropy, _, slope = outcome
+    logprobs, entropy, _, _, slope = outcome
     want = policy_metrics(
         objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable,
         unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False, 2.0)[0],

@@ -51,10 +51,26 @@ class Written(dk.Objective):
             "random": lambda: loss * (1 + torch.rand_like(loss)),
             "gradient of a mean": lambda: loss + (loss.mean() - loss.mean().detach()),
             "outliers": lambda: -advantages * tokens.ratio.minimum(3 * tokens.ratio.mean()),
+            "trimmed": lambda: loss - loss.sort().values[: int(0.1 * len(loss))].sum(),
+            "behind a guard": lambda: self.guarded(tokens, loss - loss.mean()),
+            "where it is large": lambda: (advantages - advantages.mean()) * self.cut((2.5 * tokens.log_ratio).exp()),
+            "of many": lambda: loss - (advantages.mean() if len(loss) >= 8 else 0),
+            "largest four": lambda: loss * (advantages >= advantages.topk(4).values[-1]),
+            "groups": lambda: loss - advantages.view(-1, 4).mean(1).repeat_interleave(4),
             "a constant's": lambda: loss.detach() * torch.ones((), requires_grad=True, device=loss.device),
             "of labels": lambda: -torch.ones(2, device=loss.device)[(advantages > 0).long()] * tokens.logprobs,
             "of few advantages": lambda: loss * torch.ones(99, device=loss.device)[(advantages * 0).long()],
         }[self.how]()
+
+    @staticmethod
+    def guarded(tokens, loss):
+        if tokens.ratio.max() > 1e4:
+            raise RuntimeError("the policy has exploded")
+        return loss
+
+    @staticmethod
+    def cut(ratio):
+        return torch.where(ratio > 1e3, 0, ratio)
 
 
 WRONG = {
@@ -71,9 +87,10 @@ WRONG = {
     "sequences": (AttributeError, "'NoneType' object has no attribute 'expand'"),
 }
 MIXING = ("spread mean", "centred advantages", "normalised ratios", "running sum", "neighbour", "largest")
-MIXING += ("gradient of a mean", "outliers")
+MIXING += ("gradient of a mean", "outliers", "trimmed", "behind a guard", "where it is large", "of many")
 MIXED = "Written.token_loss must give a token the same loss and gradient whatever.*sequence_level"
 WRONG |= dict.fromkeys(MIXING, (ValueError, MIXED))
+WRONG |= dict.fromkeys(("largest four", "groups"), (ValueError, "Written.token_loss must take any number of tokens"))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -141,8 +158,8 @@ def test_inside_a_graph(objective, fullgraph, device):
         loss(leaves)
 
 
-def test_an_objective_is_tried_once(device):
-    """Another value of a coefficient is the same formula; another option may not be."""
+def test_settings_are_tried_once(device):
+    """Another number may be another formula."""
     calls = []
 
     @dataclass(frozen=True)
@@ -151,16 +168,16 @@ def test_an_objective_is_tried_once(device):
             calls.append(len(tokens.logprobs))
             return super().token_loss(tokens)
 
-    for strength in (1.0, 0.9, 0.8):
+    for strength in (1.0, 0.9, 1.0, 1.0):
         problem_call(problem("linear"), Counted("right", strength), "torch", device)
-    assert calls.count(1) == len(token_losses.SAMPLE)
+    assert calls.count(1) == 2 * 2  # the last token alone, of those made up and of the call's
     with pytest.raises(ValueError, match="whatever tokens"):
         problem_call(problem("linear"), Counted("running sum"), "torch", device)
 
 
 @every_backend
-def test_a_coefficient_that_was_0_is_tried_again(backend, device):
-    """And so is another attribute of a class that is no dataclass."""
+def test_other_settings_are_tried_again(backend, device):
+    """Numbers, functions, tensors and what is nested, in dataclasses and not, with slots and without."""
 
     @dataclass(frozen=True)
     class Annealed(dk.Objective):
@@ -177,22 +194,147 @@ def test_a_coefficient_that_was_0_is_tried_again(backend, device):
             loss = surrogate(tokens)
             return loss - loss.mean() if self.mode == "centred" else loss
 
-    for right, wrong in ((Annealed(0.0), Annealed(0.5)), (Plain("not"), Plain("centred"))):
+    @dataclass(frozen=True, slots=True)
+    class Slotted(dk.Objective):
+        high: float = 0.1
+
+        def token_loss(self, tokens):
+            return surrogate(tokens) - (surrogate(tokens).mean() if self.high > 0.5 else 0)
+
+    @dataclass(frozen=True, eq=False)
+    class Holding(dk.Objective):
+        held: object
+
+        def token_loss(self, tokens):
+            share = self.held
+            share = share[-1]["share"] if isinstance(share, list) else share
+            share = share.mix if isinstance(share, Annealed) else share
+            return share(tokens) if callable(share) else surrogate(tokens) + share * surrogate(tokens).mean()
+
+    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+    pairs = [(Annealed(0.0), Annealed(0.5)), (Plain("not"), Plain("centred")), (Slotted(0.1), Slotted(0.9))]
+    pairs += [(Holding(zero), Holding(one)), (Holding(Annealed(0.0)), Holding(Annealed(1.0)))]
+    pairs += [(Holding([{"share": 0}]), Holding([{"share": 1}]))]
+    for right, wrong in pairs:
         problem_call(problem("linear"), right, backend, device)
         with pytest.raises(ValueError, match="whatever tokens"):
             problem_call(problem("linear"), wrong, backend, device)
+    problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens)), backend, device)
+    with pytest.raises(ValueError, match="whatever tokens"):  # where the first one may have been
+        problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens).cumsum(0)), backend, device)
+    held = Holding(zero)
+    problem_call(problem("linear"), held, backend, device)
+    zero.fill_(1)
+    with pytest.raises(ValueError, match="whatever tokens"):
+        problem_call(problem("linear"), held, backend, device)
+
+
+@dataclass(frozen=True)
+class Tripled(dk.Objective):
+    def token_loss(self, tokens):
+        return 3 * surrogate(tokens)
+
+
+def mixed_in(parent):
+    return dataclass(frozen=True)(type("MixedIn", (Tripled, parent), {}))
+
+
+def overridden(parent):
+    return dataclass(frozen=True)(type("Overridden", (parent,), {"token_loss": Tripled.token_loss}))
+
+
+def put_in_place(parent):
+    put = type("PutInPlace", (parent,), {})
+    put.token_loss = Tripled.token_loss
+    return put
 
 
 @every_backend
-@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO])
-def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(parent, backend, device):
-    """Not the Triton twin of its parent's."""
+@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO, dk.DPPO])
+@pytest.mark.parametrize("make", [mixed_in, overridden, put_in_place])
+def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(make, parent, backend, device):
+    """Not the Triton twin of its parent's, wherever the formula comes from."""
+    given = problem("linear")
+    objectives = Tripled(), make(parent)()
+    loss, own = (problem_call(given, objective, backend, device).loss.item() for objective in objectives)
+    assert own == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO])
+def test_a_subclass_with_the_formula_of_its_parent_keeps_the_twin(parent):
+    @dataclass(frozen=True)
+    class Renamed(parent):
+        label: str = ""
+
+    assert Renamed().twin is parent().twin is not None and Renamed().zero_if_no_advantage
+
+
+@every_backend
+def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device):
+    """A parent's promise that they do not is one about the parent's formula; a wrong one of its own is an error."""
 
     @dataclass(frozen=True)
-    class Tripled(parent):
+    class Pulled(dk.DRPO):
         def token_loss(self, tokens):
-            return 3 * super().token_loss(tokens)
+            return super().token_loss(tokens) + 5 * tokens.prob_shift**2
+
+    @dataclass(frozen=True)
+    class Promising(Pulled):
+        zero_if_no_advantage = True
 
     given = problem("linear")
-    loss, tripled = (problem_call(given, kind(), backend, device).loss.item() for kind in (parent, Tripled))
-    assert tripled == pytest.approx(3 * loss, rel=1e-5)
+    given.advantages[::2] = 0
+    losses = [
+        problem_call(given, Pulled(0.2), backend, device, compact=compact).loss.item()
+        for compact in ("active", "mask", "none")
+    ]
+    exact = problem_call(given, Pulled(0.2), "reference", device, compact="none").loss.item()
+    assert losses == pytest.approx([exact] * 3, rel=1e-5)
+    with pytest.raises(ValueError, match=r"Promising\.zero_if_no_advantage must be False"):
+        problem_call(given, Promising(0.2), backend, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned(dk.Objective):
+    strength: torch.Tensor
+
+    def token_loss(self, tokens):
+        return surrogate(tokens) + self.strength.exp() * tokens.ratio_minus_one**2
+
+
+@every_backend
+def test_nothing_else_is_differentiated_silently(backend, device):
+    """A learned coefficient: an error where it would get no gradient, and a gradient elsewhere."""
+    given, strength = problem("linear"), torch.full((), 0.3, device=device, requires_grad=True)
+    leaves = {name: x.to(device).requires_grad_() for name, x in given.leaves().items()}
+    if backend == "reference":
+        problem_call(given, Learned(strength), backend, device, leaves).loss.backward()
+    else:
+        with pytest.raises(ValueError, match=r"Learned\.token_loss has a tensor in it that requires grad, of shape"):
+            problem_call(given, Learned(strength), backend, device, leaves)
+        problem_call(given, Learned(strength), backend, device, leaves, reduction="none").loss.mean().backward()
+        assert problem_call(given, Learned(strength.detach()), backend, device, leaves).loss.isfinite()
+    assert strength.grad.abs() > 0
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_an_objective_may_write_to_its_advantages(reduction, backend, device):
+    @dataclass(frozen=True)
+    class Clamping(dk.Objective):
+        def token_loss(self, tokens):
+            return -tokens.advantages.clamp_(min=0) * tokens.ratio
+
+    @dataclass(frozen=True)
+    class Clamped(dk.Objective):
+        def token_loss(self, tokens):
+            return -tokens.advantages.clamp(min=0) * tokens.ratio
+
+    given = problem("linear")
+    leaves = {name: x.to(device).requires_grad_() for name, x in given.leaves().items()}
+    got, want = (
+        problem_call(given, objective, backend, device, leaves, reduction=reduction)
+        for objective in (Clamping(), Clamped())
+    )
+    assert torch.equal(got.loss, want.loss) and got.metrics == want.metrics
+    got.loss.sum().backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from drpo_kernels.graphs import own_graph
 from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
-from drpo_kernels.token_losses import not_differentiable, token_losses
+from drpo_kernels.token_losses import not_differentiable, require_no_other_gradient, token_losses
 from drpo_kernels.tokens import Tokens
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
@@ -68,9 +68,9 @@ class Outcome(IntEnum):
 
     LOGPROB = 0
     ENTROPY = 1
-    LOSS = 2  # the row's share of the total loss, coefficients included
-    SLOPE = 3  # dℓ/dlogπ of the policy term alone, without its coefficient
-    LOGSUMEXP = 4
+    LOGSUMEXP = 2
+    LOSS = 3  # the row's share of the total loss, coefficients included
+    SLOPE = 4  # dℓ/dlogπ of the policy term alone, without its coefficient
 
 
 class Sparsity(IntEnum):
@@ -203,6 +203,7 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE]))
         slope = derivative(policy, logprobs, terms.objective)
+        require_no_other_gradient(terms.objective, policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
             reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
@@ -219,7 +220,7 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
         slopes.append(2 * rows[Row.Z_LOSS] * logsumexp)
     loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
-    return torch.stack([logprobs, entropy, loss, slope, logsumexp]).detach(), torch.stack(slopes).detach()
+    return torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach(), torch.stack(slopes).detach()
 
 
 def recordable(tensor: Tensor) -> Tensor:

@@ -348,9 +348,9 @@ def losses_kernel(
     slope, entropy_slope, z_slope = by_statistic
     tl.store(outcome + t, logp, mask=inside)
     tl.store(outcome + outcome_stride + t, entropy, mask=inside)
-    tl.store(outcome + 2 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
-    tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
-    tl.store(outcome + 4 * outcome_stride + t, lse, mask=inside)
+    tl.store(outcome + 2 * outcome_stride + t, lse, mask=inside)
+    tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
+    tl.store(outcome + 4 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
     tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
     if HAS_ENTROPY or HAS_Z_LOSS:
         tl.store(slopes + slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
@@ -391,9 +391,9 @@ def policy_kernel(
         )  # fmt: skip
         tl.store(outcome, logp)
         tl.store(outcome + outcome_stride, entropy)
-        tl.store(outcome + 2 * outcome_stride, loss)
-        tl.store(outcome + 3 * outcome_stride, policy_slope)
-        tl.store(outcome + 4 * outcome_stride, lse)
+        tl.store(outcome + 2 * outcome_stride, lse)
+        tl.store(outcome + 3 * outcome_stride, loss)
+        tl.store(outcome + 4 * outcome_stride, policy_slope)
         if WRITE:
             if kind < 2:
                 write_zeros(out + t * out_stride, padded, BLOCK)
