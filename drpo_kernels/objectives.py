@@ -106,7 +106,7 @@ def encode_objective(objective: Objective) -> tuple[str, list[float]]:
         value = getattr(objective, field.name)
         if isinstance(value, str) and not value.isidentifier():
             raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
-        if value is None or isinstance(value, str | int):
+        if value is None or isinstance(value, (str, int)):  # no union of types, which a graph of PyTorch 2.8 lacks
             words.append(f"{field.name}={value!r}")
         else:
             numbers.append(float(value))

@@ -189,7 +189,7 @@ def test_a_process_that_dies_or_hangs_costs_the_case_that_it_had_begun(tmp_path,
     script.write_text(textwrap.dedent(DYING).lstrip().format(python=sys.executable, root=str(device.ROOT)))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setitem(PARTS, "ours", replace(PARTS["ours"], patience=30))
+    monkeypatch.setitem(PARTS, "ours", replace(PARTS["ours"], patience=20))
     assert device._outcome("ours", 300, tmp_path, True) == "done"
     lines = [(r["method"], r["active_share"], r["status"]) for r in read(tmp_path / SPEED)]
     loss, died = "linear_policy_loss", DIED

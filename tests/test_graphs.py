@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import drpo_kernels as dk
 from problems import BACKENDS, random_problem, relative
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 MADE = random_problem(8, (2, 5), 8, 23)
 REF = MADE.old_logprobs - 0.25
 
@@ -75,11 +76,11 @@ def annealed():
 
 
 @pytest.mark.parametrize("name, by, dynamic", annealed())
-@torch._dynamo.config.patch(recompile_limit=8 if torch.__version__.startswith("2.8.") else 4)
+@torch._dynamo.config.patch(recompile_limit=4 if TORCH > (2, 11) else 8)
 def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
     """The graph gives the eager call's loss and gradients at every value, in the same operations: hence 1e-6. Four
     graphs are allowed, so that not every value may have its own: with a number, with a symbol, without the term.
-    PyTorch 2.8 makes one for each value of some, such as 10 · x for a number x that changes.
+    Up to 2.11 PyTorch makes one for each value of some, such as 10 · x for a number x that changes.
     """
     torch.compiler.reset()
     rest = [x.to(device) for x in (MADE.targets, MADE.old_logprobs, MADE.advantages)]
