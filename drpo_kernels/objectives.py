@@ -19,6 +19,8 @@ from drpo_kernels.tokens import Tokens, between, clamped_shift, expm1, prob_shif
 from drpo_kernels.triton_support import jit, tl
 
 _REGISTRY: dict[str, type["Objective"]] = {}
+# of each `token_loss` of this module: how an objective's settings choose the Triton twin of it, or None without one
+_TWINS: dict[Callable, Callable | None] = {}
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Objective:
 
     @property
     def twin(self):
-        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None. Of a built-in objective it is
-        the `twin` of its `token_loss`, and stays behind where another function is put in that one's place.
+        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None. That of a built-in objective
+        belongs to its `token_loss`, and not to another function in the place of that.
         """
-        choose = getattr(type(self).token_loss, "twin", None)
+        choose = _TWINS.get(type(self).token_loss)
         return None if choose is None else choose(self)
 
     @property
@@ -73,19 +75,19 @@ class Objective:
         return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
 
 
-def with_twin(choose: Callable[[Objective], Callable]) -> Callable[[Callable], Callable]:
-    """Decorator of a `token_loss`: its Triton twin, by the objective's settings."""
+def built_in(choose: Callable[[Objective], Callable] | None = None) -> Callable[[Callable], Callable]:
+    """Decorator of a `token_loss` that keeps the contract of `Objective`, with its Triton twin by the settings."""
 
-    def mark(token_loss: Callable) -> Callable:
-        token_loss.twin = choose
+    def enter(token_loss: Callable) -> Callable:
+        _TWINS[token_loss] = choose
         return token_loss
 
-    return mark
+    return enter
 
 
 def is_built_in(objective: Objective) -> bool:
-    """Whether its formula is one of this module, which keeps the contract of `Objective`."""
-    return type(objective).token_loss.__module__ == __name__
+    """Whether its formula is one of this module."""
+    return type(objective).token_loss in _TWINS
 
 
 def register_objective(cls: type[Objective]) -> type[Objective]:
@@ -171,7 +173,7 @@ class DRPO(Objective):
     def __post_init__(self):
         _require_positive(self, "delta")
 
-    @with_twin(lambda self: drpo)
+    @built_in(lambda self: drpo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         penalty = tokens.advantages.abs() * tokens.clamped_shift * tokens.ratio_minus_one / (2 * self.delta)
         return penalty - tokens.advantages * tokens.ratio
@@ -205,7 +207,7 @@ class SPO(Objective):
     def __post_init__(self):
         _require_positive(self, "epsilon")
 
-    @with_twin(lambda self: spo)
+    @built_in(lambda self: spo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         penalty = tokens.advantages.abs() * tokens.ratio_minus_one.square() / (2 * self.epsilon)
         return penalty - tokens.advantages * tokens.ratio
@@ -249,7 +251,7 @@ class PPO(Objective):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"PPO: dual_clip must be greater than 1, got {self.dual_clip}")
 
-    @with_twin(lambda self: ppo)
+    @built_in(lambda self: ppo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         loss = clipped_surrogate(tokens.ratio, tokens.advantages, self.clip_low, self.clip_high)
         if self.dual_clip is None:
@@ -272,6 +274,7 @@ class GSPO(Objective):
     def __post_init__(self):
         _require_positive(self, "clip_low", "clip_high")
 
+    @built_in()
     def token_loss(self, tokens: Tokens) -> Tensor:
         lengths = tokens.sequences.sum(tokens.valid.to(tokens.logprobs.dtype)).clamp(min=1)
         log_ratio = torch.where(tokens.valid, tokens.log_ratio, 0)
@@ -343,7 +346,7 @@ class DPPO(Objective):
         if self.divergence not in ("tv", "kl"):
             raise ValueError(f"DPPO: divergence must be 'tv' or 'kl', got {self.divergence!r}")
 
-    @with_twin(lambda self: dppo_tv if self.divergence == "tv" else dppo_kl)
+    @built_in(lambda self: dppo_tv if self.divergence == "tv" else dppo_kl)
     def token_loss(self, tokens: Tokens) -> Tensor:
         adv, ratio = tokens.advantages, tokens.ratio
         divergence = tokens.prob_shift.abs() if self.divergence == "tv" else binary_kl(tokens)
@@ -382,7 +385,7 @@ class CISPO(Objective):
         if self.ratio_floor > self.ratio_cap:
             raise ValueError(f"CISPO: ratio_floor must be at most ratio_cap {self.ratio_cap}, got {self.ratio_floor}")
 
-    @with_twin(lambda self: cispo)
+    @built_in(lambda self: cispo)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return capped_score(tokens, self.ratio_cap, self.ratio_floor)
 
@@ -414,6 +417,6 @@ class PolicyGradient(Objective):
     def clips(self) -> bool:
         return self.ratio_cap is not None
 
-    @with_twin(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
+    @built_in(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)

@@ -32,8 +32,9 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
     and in parts. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss
     per token, or that mixes tokens without `sequence_level`.
     """
-    if not is_built_in(objective):
-        if not (objective.sequence_level or traced(tokens.logprobs)):
+    in_graph = traced(tokens.logprobs)
+    if in_graph or not is_built_in(objective):
+        if not (in_graph or objective.sequence_level):
             _try(objective, tokens)
         groups = {"valid": tokens.valid, "sequences": tokens.sequences}
         # a copy, which it may write to without changing what the metrics see

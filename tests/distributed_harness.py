@@ -4,6 +4,7 @@ A case is a function of its process's `World`. What it asserts, it asserts after
 for one that has failed.
 """
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,14 @@ class World:
 
     def own(self, tensors) -> list:
         return [x.to(self.device) for x in tensors]
+
+
+def leave() -> None:
+    """The end of a process. A thread of gloo's that is still letting go of its last work when Python ends would abort
+    the process (pytorch#179291, #190489): what keeps the group alive goes first, and the group joins its threads.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def case(*names, **options):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import batch_cases  # noqa: F401, they register themselves
 import shard_cases  # noqa: F401
-from distributed_harness import CASES, World
+from distributed_harness import CASES, World, leave
 
 
 def main(report, backend="gloo"):
@@ -39,8 +39,8 @@ def main(report, backend="gloo"):
         errors[name] = None if not found else f"rank {found[0][0]}: {found[0][1]}"
     if rank == 0:
         Path(report).write_text(json.dumps(errors))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

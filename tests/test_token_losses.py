@@ -1,5 +1,6 @@
 """An objective's losses: one per token, differentiable, and of that token alone, on every backend and in a graph."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -243,6 +244,12 @@ def overridden(parent):
     return dataclass(frozen=True)(type("Overridden", (parent,), {"token_loss": Tripled.token_loss}))
 
 
+def wrapped(parent):
+    """`wraps` copies everything that a function carries."""
+    token_loss = functools.wraps(parent.token_loss)(lambda self, tokens: 3 * surrogate(tokens))
+    return type("Wrapped", (parent,), {"token_loss": token_loss})
+
+
 def put_in_place(parent):
     put = type("PutInPlace", (parent,), {})
     put.token_loss = Tripled.token_loss
@@ -251,7 +258,7 @@ def put_in_place(parent):
 
 @every_backend
 @pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO, dk.DPPO])
-@pytest.mark.parametrize("make", [mixed_in, overridden, put_in_place])
+@pytest.mark.parametrize("make", [mixed_in, overridden, wrapped, put_in_place])
 def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(make, parent, backend, device):
     """Not the Triton twin of its parent's, wherever the formula comes from."""
     given = problem("linear")

@@ -10,6 +10,7 @@ import transformers
 from trl import GRPOConfig, GRPOTrainer
 
 import tiny_trl
+from distributed_harness import leave
 from drpo_kernels import PPO
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
 
@@ -52,8 +53,8 @@ def main(output_dir: str) -> None:
             "ranks": (group[0] - group[1]).abs().max().item(),
         }  # fmt: skip
         print("RECORD " + json.dumps(record), flush=True)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distributed_harness import CASES, World
+from distributed_harness import CASES, World, leave
 
 
 def main(module, report, *names):
@@ -36,8 +36,8 @@ def main(module, report, *names):
         errors[name] = None if not found else f"rank {found[0][0]}: {found[0][1]}"
     if world.rank == 0:
         Path(report).write_text(json.dumps(errors))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -81,6 +81,7 @@ def main() -> None:
         trainer = DRPOTrainer(task.model, accuracy_reward, args, train_dataset=data)
     trainer.train()
     trainer.save_model(args.output_dir)
+    trainer.accelerator.end_training()  # destroys the process group, whose threads must not outlive Python
 
 
 if __name__ == "__main__":
