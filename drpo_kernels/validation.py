@@ -45,11 +45,6 @@ def check_not_exported() -> None:
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.is_meta:
-        raise ValueError(
-            f"{name} must have values, got a meta tensor: make it on a device first (`to_empty` and loaded weights); "
-            "FakeTensorMode estimates memory without values"
-        )
     if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
         raise TypeError(
             f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, "
@@ -98,6 +93,14 @@ def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
     _check_device(name, value, targets.device)
 
 
+def _check_not_meta(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must have values, got a meta tensor: give the model a device first (`to_empty`, or loaded "
+            "weights); FakeTensorMode estimates memory without values"
+        )
+
+
 def _check_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
@@ -111,6 +114,7 @@ def _check_choice(name: str, value: object, choices) -> None:
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
     check_tensor("hidden", hidden, floating=True)
     check_tensor("weight", weight, floating=True)
+    _check_not_meta("hidden", hidden)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., H] with at least one leading dimension, got shape {_shape(hidden)}")
     if weight.dim() != 2:
@@ -163,6 +167,7 @@ def check_main_grad(
 
 def check_logits(logits: Tensor) -> None:
     check_tensor("logits", logits, floating=True)
+    _check_not_meta("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(
             f"logits must be [..., V] with a leading dimension and V at least 1, got shape {_shape(logits)}"
