@@ -46,8 +46,9 @@ CONDITIONS = (
         "not finite",
         lambda m: m["nonfinite"] > 0,
         "{nonfinite:.0f} computed tokens have a log-prob or a slope that is not finite: a NaN or inf among their "
-        "logits, a target outside the vocabulary (validate=True names it on a GPU), or a target whose logit is -inf. "
-        "Mask tokens that the trainer's own filter bans; for the rest look at the backbone's last hidden states.",
+        "logits, a target outside the vocabulary, such as -100 without a mask (validate=True names it on a GPU), or a "
+        "target whose logit is -inf. Mask tokens that the trainer's own filter bans; for the rest look at the "
+        "backbone's last hidden states.",
         ("mismatch", "shift", "explosion", "collapse"),
     ),
     Condition(
