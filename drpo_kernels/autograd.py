@@ -79,12 +79,12 @@ def _assert_declared(factor: Tensor, loss_scale: float) -> None:
     )
 
 
-# of a statistics sweep, what autograd gives out
-DIFFERENTIABLE = (Stat.LOGPROB, Stat.ENTROPY, Stat.LOGSUMEXP)
+# the statistics that the log-prob functions give out, in the order of `Slope`
+DIFFERENTIABLE = (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)
 
 
 def _slopes(*slopes: Tensor | None) -> Tensor | None:
-    """[K, N] of `DIFFERENTIABLE`, up to the last one that is used, or None where none is."""
+    """`Slope` packed up to the last one that is used, or None where none is."""
     used = [i for i, slope in enumerate(slopes) if slope is not None]
     if not used:
         return None
@@ -128,7 +128,7 @@ class LinearPolicyLoss(torch.autograd.Function):
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(hidden [..., H], weight [V, H], bias) -> (logprobs, entropy, logsumexp), [N] each; the backward recomputes
+    """(hidden [..., H], weight [V, H], bias) -> (logprobs, logsumexp, entropy), [N] each; the backward recomputes
     the logits.
 
     With `main_grad` the backward adds dW to it, and the weight gets no gradient here.
@@ -179,7 +179,7 @@ class ReadyPolicyLoss(torch.autograd.Function):
 
 
 class ReadyLogprobs(torch.autograd.Function):
-    """logits [..., V] -> (logprobs, entropy, logsumexp), [N] each and differentiable."""
+    """logits [..., V] -> (logprobs, logsumexp, entropy), [N] each and differentiable."""
 
     @staticmethod
     def forward(ctx, logits, targets, rows, spec):

@@ -237,8 +237,8 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     rows = torch.stack([fields[row] for row in ROWS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     cap = math.inf if options.kl_cap is None else options.kl_cap
-    extra = options.entropy_coef != 0, options.z_loss_coef != 0
-    terms = Terms(options.objective, kl_estimator, options.kl_importance, *extra, cap)
+    flags = {"entropy_bonus": options.entropy_coef != 0, "z_loss": options.z_loss_coef != 0}
+    terms = Terms(options.objective, kl_estimator, options.kl_importance, kl_cap=cap, **flags)
     return PolicyInputs(problem, terms, rows, valid, unscorable, given, sequences)
 
 

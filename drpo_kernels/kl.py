@@ -34,10 +34,6 @@ def k2(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d.square() / 2, d, d.square() / 2 + d
 
 
-# Beyond 60 nats below the reference k3 keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32, also
-# after weighting. A constant of the module would be a symbol in a graph, which its autograd functions do not take
-
-
 @jit
 def k3_twin(d):
     d = tl.where(d < -60.0, -60.0, d)
@@ -46,6 +42,8 @@ def k3_twin(d):
 
 
 def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Further below the reference it keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32, also after
+    # weighting. Literals for the reason that `log_ratio_limit` gives
     d = d.clamp(min=-60.0 if d.dtype == torch.float32 else -680.0)
     excess = d.neg().expm1()
     return excess + d, -excess, d

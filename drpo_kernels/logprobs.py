@@ -68,4 +68,5 @@ def _token_logprobs(
             results = outside_graph(source.logprobs, *arguments)
         else:
             results = source.logprobs(*arguments)
-    return tuple(x.reshape(targets.shape) for x in results[: 2 + return_logsumexp])
+    logprobs, logsumexp, entropy = (x.reshape(targets.shape) for x in results)
+    return (logprobs, entropy, logsumexp) if return_logsumexp else (logprobs, entropy)

@@ -29,10 +29,12 @@ class Objective:
 
     It gives one loss per token, of that token alone unless `sequence_level`, for any number of tokens, and keeps no
     state: at its first use with these settings it is tried on made-up tokens and on some of the call's own, together
-    and in parts (`drpo_kernels.token_losses`). Only log π gets a gradient; other tensors in it are constants.
+    and in parts, which reads a few results back from the device (`drpo_kernels.token_losses`). Where numbers among
+    the settings change from call to call, the first values are tried. Only log π gets a gradient; other tensors in it
+    are constants.
 
     zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed. A
-                          subclass with a formula of its own says so anew, and so it does for a `twin`.
+                          subclass that overrides `token_loss` sets this again, and its `twin`: neither is inherited.
     sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute
                           route.
     clips                 True where tokens lose their gradient by clipping or masking (reported as `drpo/clip_share`).
@@ -75,11 +77,13 @@ class Objective:
         return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
 
 
-def built_in(choose: Callable[[Objective], Callable] | None = None) -> Callable[[Callable], Callable]:
-    """Decorator of a `token_loss` that keeps the contract of `Objective`, with its Triton twin by the settings."""
+def built_in(twin_of: Callable[[Objective], Callable] | None = None) -> Callable[[Callable], Callable]:
+    """Decorator of a `token_loss` of this module, which is known to keep the contract of `Objective` and is not tried;
+    `twin_of` gives its Triton twin by the objective's settings.
+    """
 
     def enter(token_loss: Callable) -> Callable:
-        _TWINS[token_loss] = choose
+        _TWINS[token_loss] = twin_of
         return token_loss
 
     return enter
@@ -106,8 +110,12 @@ def encode_objective(objective: Objective) -> tuple[str, list[float]]:
     words, numbers = [type(objective).__name__], []
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
-        if isinstance(value, str) and not value.isidentifier():
-            raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
+        if isinstance(value, str):
+            value = str(value)  # of an enumeration's member its value
+            if not value.isidentifier():
+                raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = int(value)
         if value is None or isinstance(value, (str, int)):  # no union of types, which a graph of PyTorch 2.8 lacks
             words.append(f"{field.name}={value!r}")
         else:

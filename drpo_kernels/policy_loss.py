@@ -14,7 +14,7 @@ from drpo_kernels.kl import kl_loss, kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
-from drpo_kernels.token_losses import token_losses
+from drpo_kernels.token_losses import check_objective, token_losses
 from drpo_kernels.tokens import Tokens
 
 
@@ -185,12 +185,12 @@ def _policy_loss(
     computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
     # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
     left_out = problem.unmasked.reshape(-1) > computed
-    logprobs, entropy, logsumexp = outcome[:3].masked_fill(left_out, torch.nan)  # the first of Outcome
+    reported = outcome[: Outcome.LOGSUMEXP + 1].masked_fill(left_out, torch.nan)
+    logprobs, entropy, logsumexp = reported.view(len(reported), *targets.shape)
     if options.sparse_grad:
         active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
-        metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], logprobs, active)
-    reported = (x.reshape(targets.shape) for x in (logprobs, entropy, computed))
-    return PolicyLossOutput(loss, *reported, metrics, logsumexp.reshape(targets.shape))
+        metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], reported[0], active)
+    return PolicyLossOutput(loss, logprobs, entropy, computed.reshape(targets.shape), metrics, logsumexp)
 
 
 def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str, Tensor]:
@@ -229,6 +229,7 @@ def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
 
 def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     problem = inputs.problem
+    check_objective(inputs.terms.objective, inputs.rows, alone=True)
     spec = problem.spec(inputs.terms, every_row=problem.options.compact == "none")
     return problem.source.policy_loss(problem.flat_targets, inputs.rows, spec)
 
@@ -247,7 +248,7 @@ def _reference_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
 
 
 def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Naive log-probs, entropy and log-sum-exp of the computed rows, 0 elsewhere, [N] each and differentiable."""
+    """Naive log-probs, log-sum-exp and entropy of the computed rows, 0 elsewhere, [N] each and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
     # of a fake tensor nobody knows which rows those are: all of them, then
@@ -262,7 +263,7 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
 
 
 def _loss_from_logprobs(
-    inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor, logsumexp: Tensor
+    inputs: PolicyInputs, logprobs: Tensor, logsumexp: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss from what is differentiable of each row, [N]: the formula without any of the fused machinery."""
     rows, terms, computed = inputs.rows, inputs.terms, inputs.computed

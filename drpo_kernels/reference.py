@@ -37,10 +37,11 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torc
 
 
 def reference_logprobs(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [n, V], targets [n] -> (logprobs, entropy, logsumexp), all differentiable."""
+    """z [n, V], targets [n] -> (logprobs, logsumexp, entropy), all differentiable."""
     logp = torch.log_softmax(z, dim=-1)
     # p log p is 0 for a banned token, and so is its gradient
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
     logprobs = logp.gather(1, targets[:, None])[:, 0]
     # a row without log-probs (a logit of +inf, every token banned) has no log-sum-exp either
-    return logprobs, entropy, torch.logsumexp(z, dim=-1).masked_fill(logprobs.isnan(), torch.nan)
+    logsumexp = torch.logsumexp(z, dim=-1).masked_fill(logprobs.isnan(), torch.nan)
+    return logprobs, logsumexp, entropy

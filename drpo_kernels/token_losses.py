@@ -4,6 +4,7 @@ What breaks it would be silent: a mean makes every gradient N times too small, a
 loss that mixes tokens depends on how many of them fit into a chunk.
 """
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ MADE_UP, OWN = 64, 1024
 # Relative to a token's loss and surrogate: float32 results beside others and not, which vectorised functions may round
 # in another way
 TOLERANCE = 1e-4
-# settings that have been tried; so many of them are remembered
-MOST_TRIED = 1000
-_tried: set[tuple] = set()
+# settings that have been tried, so many of which are remembered; of those that differ in their numbers alone, as those
+# of an annealed objective do in every step, so many are tried
+MOST_TRIED, MOST_VALUES = 1000, 16
+_tried: dict[tuple, set[tuple[float, ...]]] = {}
 
 
 def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
@@ -32,13 +34,11 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
     and in parts. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss
     per token, or that mixes tokens without `sequence_level`.
     """
-    in_graph = traced(tokens.logprobs)
-    if in_graph or not is_built_in(objective):
-        if not (in_graph or objective.sequence_level):
-            _try(objective, tokens)
-        groups = {"valid": tokens.valid, "sequences": tokens.sequences}
-        # a copy, which it may write to without changing what the metrics see
-        tokens = Tokens(tokens.logprobs, tokens.old_logprobs, tokens.advantages.clone(), **groups)
+    if traced(tokens.logprobs):  # a graph cannot ask `is_built_in`, nor read what was tried
+        tokens = _copied(tokens)
+    elif not is_built_in(objective):
+        tokens = _copied(tokens)
+        _try_on_own(objective, tokens)
     losses, wanted = objective.token_loss(tokens), tokens.logprobs
     name = _name(objective)
     if not isinstance(losses, Tensor) or not losses.dtype.is_floating_point:
@@ -54,32 +54,17 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
     return losses.to(wanted.dtype)
 
 
+def _copied(tokens: Tokens) -> Tokens:
+    """For an objective that writes to what it is given: the KL term and the metrics read it too."""
+    old, advantages = tokens.old_logprobs.clone(), tokens.advantages.clone()
+    return Tokens(tokens.logprobs, old, advantages, valid=tokens.valid, sequences=tokens.sequences)
+
+
 def not_differentiable(objective: Objective) -> ValueError:
     return ValueError(
         f"{_name(objective)} must be differentiable in tokens.logprobs, got a loss detached from them. Where there is "
         "nothing to learn, return 0 * tokens.logprobs"
     )
-
-
-def require_no_other_gradient(objective: Objective, losses: Tensor, logprobs: Tensor) -> None:
-    """Raise ValueError where the losses are differentiable in more than the log-probs: the fused route gives gradients
-    to nothing else. A look at autograd's graph, and no computation.
-    """
-    if is_built_in(objective):
-        return
-    pending, seen = [losses.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", logprobs) is not logprobs:
-            raise ValueError(
-                f"{_name(objective)} has a tensor in it that requires grad, of shape {tuple(node.variable.shape)}, and "
-                "would leave it without a gradient: detach it, or use reduction='none' or backend='reference', which "
-                "differentiate the loss in everything"
-            )
-        pending.extend(following for following, _ in node.next_functions)
 
 
 def _name(objective: Objective) -> str:
@@ -89,18 +74,34 @@ def _name(objective: Objective) -> str:
 # --- trying an objective ----------------------------------------------------------------------------------------------
 
 
-def _try(objective: Objective, tokens: Tokens) -> None:
-    key = _settings(objective)
-    if key in _tried:
+def check_objective(objective: Objective, like: Tensor, alone: bool) -> None:
+    """Try an objective on made-up tokens, in the dtype and on the device of `like`, once for its settings. `alone`:
+    nothing but log π will get a gradient, where one is asked for.
+
+    Raises ValueError, naming the objective, where it mixes tokens without `sequence_level`, where
+    `zero_if_no_advantage` is not true of it, or where it would leave a tensor that requires grad without a gradient.
+    """
+    if traced(like) or is_built_in(objective) or objective.sequence_level:
         return
-    # the run's random numbers stay what they are
-    with torch.random.fork_rng([tokens.logprobs.device] if tokens.logprobs.is_cuda else []):
-        for fields in (_made_up(tokens.logprobs), _own(tokens)):
+    with _once(objective, like.device, "made up") as new:
+        if new:
+            fields = _made_up(like)
             _require_no_mixing(objective, fields)
             _require_nothing_without_advantage(objective, fields)
-    if len(_tried) >= MOST_TRIED:
-        _tried.clear()
-    _tried.add(key)
+    if alone and torch.is_grad_enabled():
+        with _once(objective, like.device, "alone") as new:
+            if new:
+                _require_no_other_gradient(objective, _made_up(like))
+
+
+def _try_on_own(objective: Objective, tokens: Tokens) -> None:
+    """On some of a call's own tokens: a guard or a rare branch of it may not have met made-up ones."""
+    if objective.sequence_level:
+        return
+    check_objective(objective, tokens.logprobs, alone=False)
+    with _once(objective, tokens.logprobs.device, "own") as new:
+        if new:
+            _require_no_mixing(objective, _own(tokens))
 
 
 def _made_up(like: Tensor) -> Tensor:
@@ -169,6 +170,30 @@ def _require_nothing_without_advantage(objective: Objective, fields: Tensor) -> 
         )
 
 
+def _require_no_other_gradient(objective: Objective, fields: Tensor) -> None:
+    """Looks at autograd's graph of the losses."""
+    with own_graph():
+        logprobs, old, advantages, coefficients = (row.clone() for row in fields)
+        try:
+            losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
+            torch.autograd.grad(losses, logprobs, coefficients)  # which frees what the graph has saved
+        except Exception:
+            return
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", logprobs) is not logprobs:
+            raise ValueError(
+                f"{_name(objective)} has a tensor in it that requires grad, of shape {tuple(node.variable.shape)}, and "
+                "would leave it without a gradient: detach it, or use reduction='none' or backend='reference', which "
+                "differentiate the loss in everything"
+            )
+        pending.extend(following for following, _ in node.next_functions)
+
+
 def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
     """[2, n] of tokens [4, n]; raises whatever the objective raises, or for what is no loss per token."""
     with own_graph():
@@ -179,6 +204,25 @@ def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
 
 
 # --- what has been tried ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _once(objective: Objective, device: torch.device, *of: object) -> Iterator[bool]:
+    """Whether the body is to try the objective: new settings of it, and not of MOST_VALUES values of the same numbers.
+    What raises is tried again. The run's random numbers stay what they are.
+    """
+    numbers: list[float] = []
+    kind = (*of, *_settings(objective, numbers))
+    values = _tried.get(kind, ())
+    new = len(values) < MOST_VALUES and tuple(numbers) not in values
+    if not new:
+        yield False
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield True
+    if len(_tried) >= MOST_TRIED:
+        _tried.clear()
+    _tried.setdefault(kind, set()).add(tuple(numbers))
 
 
 class _Same:
@@ -199,24 +243,26 @@ class _Same:
         return isinstance(other, _Same) and value is not None and value is other._get()
 
 
-def _settings(value: object) -> tuple:
-    """The class and attributes of an objective, as far as they can be compared: another number may be another formula,
-    and so may another function or tensor.
+def _settings(value: object, numbers: list[float]) -> tuple:
+    """The class and attributes of an objective, as far as they can be compared. Floats, and how often a tensor was
+    written to, are left for `numbers`: those may be annealed.
     """
-    return (type(value), *((name, _setting(attribute)) for name, attribute in _attributes(value)))
+    return (type(value), *((name, _setting(attribute, numbers)) for name, attribute in _attributes(value)))
 
 
-def _setting(value: object) -> object:
-    if value is None or isinstance(value, str | int | float | complex):
+def _setting(value: object, numbers: list[float]) -> object:
+    if isinstance(value, float):
+        numbers.append(float(value))
+        return float
+    if value is None or isinstance(value, str | int):
         return type(value), value
-    if isinstance(value, list | tuple):
-        return type(value), *map(_setting, value)
-    if isinstance(value, dict):
-        return dict, *((_setting(key), _setting(item)) for key, item in value.items())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _settings(value)
+    if isinstance(value, tuple):
+        return type(value), *(_setting(item, numbers) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen:
+        return _settings(value, numbers)
     if isinstance(value, Tensor) and not value.is_inference():
-        return _Same(value), value._version
+        numbers.append(value._version)
+        return _Same(value), value.requires_grad
     return _Same(value)
 
 

@@ -21,7 +21,9 @@ def scorable(old_logprobs: Tensor) -> Tensor:
 
 
 def log_ratio_limit() -> float:
-    """Of |Δ|. A constant of the module would be a symbol in a graph, which its autograd functions do not take."""
+    """The largest |Δ|. Not a constant of the module: `torch.compile(dynamic=True)` takes those for numbers that change,
+    and cannot hand such a number to the backward of an autograd function.
+    """
     return 20.0
 
 

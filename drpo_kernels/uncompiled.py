@@ -6,8 +6,6 @@ NOT_EXPORTED = (
     "torch.export of the functions of drpo_kernels is not supported: they exist for training, and an exported program "
     "has no backward of theirs. torch.compile(fullgraph=True) is"
 )
-
-
 UNREGISTERED = (
     "an objective of a class without @drpo_kernels.register_objective, a vocab_shard or a head that is being probed "
     "cannot be used in one graph (fullgraph=True)"

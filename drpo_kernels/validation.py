@@ -406,8 +406,8 @@ def check_mask_values(mask: Tensor | None) -> None:
 
 def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int) -> None:
     """All shaped like targets; where not `valid`, masked or unscorable, they may carry anything."""
-    hint = ", or masked: mask=targets != -100" if (valid & (targets == -100)).any() else ""
-    _require("targets", f"in [0, {vocab}){hint}", targets, ~valid | ((targets >= 0) & (targets < vocab)))
+    wanted = f"in [0, {vocab}), or masked (mask=targets != -100 where -100 stands for none)"
+    _require("targets", wanted, targets, ~valid | ((targets >= 0) & (targets < vocab)))
     if temperature is not None:
         inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
         _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)

@@ -305,10 +305,11 @@ def _terms(built: Built, problem: problems.Problem, keep: Tensor) -> fuzz_budget
 
     seq = oracle.sequence_ids(shape, options.get("cu_seqlens"))
     chosen = oracle.term_coefficients(options["reduction"], keep, seq, options["horizon"], options.get("normalizer"))
-    policy, kl, entropy, _ = (c[keep] for c in chosen)
+    policy, kl, entropy, z_loss = (c[keep] for c in chosen)
     weights = rows(options.get("token_weights"))
     policy = policy if weights is None else policy * weights
     coefficients = policy, options.get("kl_coef", 0.0) * kl, options["entropy_coef"] * entropy
+    coefficients += (options["z_loss_coef"] * z_loss,)
     sequences = (None, 0) if seq is None else (seq[keep], int(seq.max()) + 1 if len(seq) else 0)
     estimator = (options["kl_estimator"], options["kl_importance"]) if "kl_coef" in options else None
     return fuzz_budget.policy_terms(

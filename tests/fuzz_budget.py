@@ -7,7 +7,8 @@ With u the unit roundoff of the statistics (2^-24, or 2^-53 for fp64 inputs) and
     log π          e = 2 max_j (error of z_j) + (V + 16) u + 4 u |log π|; relative to p and to 1 - p_y: expm1(2 e)
     dℓ/dlogπ, ℓ    what they change when log π moves by ± (e + 2 u (|log π| + |log μ| + |log π_ref|)), so that a token
                    at the edge of a clip may fall on either side of it, plus 64 u of their parts before cancellation
-    dlogits        those through dz = s (onehot - p) + a p (log p + H), and o of the result for its rounding
+    log Σ exp z    max_j (error of z_j) + (V + 16) u + 4 u (max |z| + |log Σ exp z|); it moves the z-loss and its slope
+    dlogits        those through dz = s (onehot - p) + a p (log p + H) + t p, and o of the result for its rounding
     dX, dW, db     |dlogits error| times |W| or |X|, plus (length of the sum + 8) u of the sum of magnitudes, plus
                    three roundings to the result's dtype
 
@@ -61,11 +62,12 @@ class Setting:
 
 @dataclass
 class Terms:
-    """The loss as a function of log π, and the entropy's coefficient a = entropy_coef · c_t, [n]."""
+    """The loss as a function of log π, and the coefficients of the entropy and of (log Σ exp z)², [n]."""
 
     evaluate: object  # logp [n] -> (share of the loss [n], its derivative [n], magnitudes of both)
     size: Tensor  # |log μ| + |log π_ref|, [n]
     entropy: Tensor
+    z_loss: Tensor
 
 
 class RowErrors:
@@ -106,6 +108,9 @@ class RowErrors:
         self.entropy = -(self.p * self.logp_all).sum(1)
         self.e = 2 * z_error.amax(1) + (x.shape[1] + 16) * u + 4 * u * finite_part(self.logp).abs()
         self.relative = torch.expm1((2 * self.e).clamp(max=80.0))[:, None]
+        self.lse = torch.logsumexp(z, 1)
+        sizes = z.masked_fill(self.banned, 0).abs().amax(1) + finite_part(self.lse).abs()
+        self.e_lse = z_error.amax(1) + (x.shape[1] + 16) * u + 4 * u * sizes
         spread = (self.p * (self.logp_all.abs() + 1 + self.entropy[:, None])).sum(1)
         self.e_entropy = self.relative[:, 0] * spread + 16 * u * (math.log(x.shape[1]) + self.entropy + 1)
 
@@ -122,24 +127,28 @@ def budget(s: Setting, terms: Terms, upstream: float) -> Budget:
     loss_error = torch.stack([(side[0] - loss).abs() for side in sides]).amax(0) + 64 * u * parts + FLOOR
     slope_error = torch.stack([(side[1] - slope).abs() for side in sides]).amax(0) + 64 * u * slope_parts + FLOOR
     total = (loss_error + terms.entropy.abs() * rows.e_entropy).sum() + 8 * u * loss.abs().sum()
-    dx, dx_error = _dlogits(s, rows, slope, slope_error, terms.entropy)
+    size = terms.z_loss.abs() * (2 * rows.lse.abs() + rows.e_lse)
+    total = total + (size * rows.e_lse + 8 * u * size * rows.lse.abs()).sum()
+    dx, dx_error = _dlogits(s, rows, slope, slope_error, terms)
     gradients = _gradients(s, upstream * dx, abs(upstream) * dx_error)
     return Budget(
         SAFETY * total, SAFETY * rows.e, SAFETY * rows.e_entropy, {k: SAFETY * v for k, v in gradients.items()}
     )
 
 
-def _dlogits(s: Setting, rows: RowErrors, slope, slope_error, entropy_slope) -> tuple[Tensor, Tensor]:
+def _dlogits(s: Setting, rows: RowErrors, slope, slope_error, terms: Terms) -> tuple[Tensor, Tensor]:
     """(dloss/dx, its error) over the real vocabulary, [n, V']."""
     u, p = s.unit, rows.p
     others = (p * (1 - rows.onehot)).sum(1, keepdim=True)
     shape = rows.onehot * others - (1 - rows.onehot) * p  # onehot - p
-    a, slope, slope_error = entropy_slope[:, None], slope[:, None], slope_error[:, None]
+    a, slope, slope_error = terms.entropy[:, None], slope[:, None], slope_error[:, None]
+    t, t_error = 2 * (terms.z_loss * rows.lse)[:, None], 2 * (terms.z_loss.abs() * rows.e_lse)[:, None]
     surprise = rows.logp_all + rows.entropy[:, None]
-    dz = slope * shape + a * p * surprise
+    dz = slope * shape + a * p * surprise + t * p
     size = rows.logp_all.abs() + rows.entropy[:, None] + 1
     error = (slope_error + slope.abs() * rows.relative) * shape.abs()
     error = error + a.abs() * p * (rows.relative * size + rows.e_entropy[:, None])
+    error = error + p * (t_error + t.abs() * (rows.relative + 8 * u))
     # by subtraction, as the oracle itself does in fp64
     naive = u if s.naive else UNIT[torch.float64]
     error = error + 16 * naive * (slope.abs() * (rows.onehot + p) + a.abs() * (size * p + rows.onehot * size))
@@ -149,8 +158,8 @@ def _dlogits(s: Setting, rows: RowErrors, slope, slope_error, entropy_slope) -> 
     if s.compute == torch.float16 and len(dx):
         # scaled so that the largest possible entry is about 2^14: what is below 2^-38 of it is subnormal or zero
         heat = s.transform["logit_scale"] / s.temperature
-        dx_error = dx_error + 2.0**-37 * ((slope.abs() + 16 * a.abs()) * heat).amax()
-    return dx, dx_error + TINY[torch.float32] * (slope.abs() + a.abs())
+        dx_error = dx_error + 2.0**-37 * ((slope.abs() + 16 * a.abs() + t.abs()) * heat).amax()
+    return dx, dx_error + TINY[torch.float32] * (slope.abs() + a.abs() + t.abs())
 
 
 def _gradients(s: Setting, dx: Tensor, error: Tensor) -> dict[str, Tensor]:
@@ -175,8 +184,10 @@ def rounded(s: Setting, name: str, want: Tensor, error: Tensor) -> Tensor:
 
 
 def policy_terms(spec, old, ref, advantages, sequences, coefficients, kl) -> Terms:
-    """`old` None: on-policy; `coefficients` (policy with token weights, kl, entropy); `kl` (estimator, importance)."""
-    c_policy, c_kl, c_entropy = coefficients
+    """`old` None: on-policy; `coefficients` of the policy, with token weights, the KL, the entropy and the z-loss; `kl`
+    (estimator, importance).
+    """
+    c_policy, c_kl, c_entropy, c_z_loss = coefficients
     seq, n_seq = sequences
 
     def parts(logp: Tensor, adv: Tensor, with_kl: bool) -> tuple[Tensor, Tensor]:
@@ -204,7 +215,7 @@ def policy_terms(spec, old, ref, advantages, sequences, coefficients, kl) -> Ter
     size = torch.zeros_like(advantages)
     for values in (old, ref):
         size = size if values is None else size + finite_part(values).abs()
-    return Terms(evaluate, size, c_entropy)
+    return Terms(evaluate, size, c_entropy, c_z_loss)
 
 
 def logprob_terms(slopes: Tensor, entropy_slopes: Tensor) -> Terms:
@@ -214,4 +225,4 @@ def logprob_terms(slopes: Tensor, entropy_slopes: Tensor) -> Terms:
         value = slopes * finite_part(logp)
         return value, slopes, value.abs(), slopes.abs()
 
-    return Terms(evaluate, torch.zeros_like(slopes), -entropy_slopes)
+    return Terms(evaluate, torch.zeros_like(slopes), -entropy_slopes, torch.zeros_like(slopes))

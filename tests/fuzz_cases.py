@@ -64,6 +64,7 @@ class Case:
     kl: str | None = None
     kl_importance: bool = False
     entropy_coef: float = 0.0
+    z_loss_coef: float = 0.0
     token_weights: bool = False
     compact: str = "active"
     workspace: int | None = None
@@ -121,6 +122,7 @@ CASES = st.builds(
     kl=_choice(None, None, "k1", "k2", "k3"),
     kl_importance=st.booleans(),
     entropy_coef=_choice(0.0, 0.0, 0.2, -0.1),
+    z_loss_coef=_choice(0.0, 0.0, 0.05, -0.02),
     token_weights=st.booleans(),
     compact=_choice("active", "mask", "none"),
     workspace=_choice(None, 1, 64, 640, 1 << 14),
@@ -238,10 +240,11 @@ class _Builder:
             return
         options["reduction"] = case.reduction
         if case.reduction == "coefficients":
-            options["reduction"] = tuple(self.side(self.uniform(*shape)) for _ in range(3))
+            options["reduction"] = tuple(self.side(self.uniform(*shape)) for _ in range(4))
         elif case.normalizer:
             options["normalizer"] = 7 if case.normalizer == "number" else torch.tensor(7.0)
         options |= {"horizon": 5, "compact": case.compact, "entropy_coef": case.entropy_coef}
+        options["z_loss_coef"] = case.z_loss_coef
         if case.packed:
             options["cu_seqlens"] = torch.tensor([0, *case.packed]).cumsum(0).to(torch.int32)
         if case.kl:

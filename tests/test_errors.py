@@ -205,6 +205,7 @@ LOGPROBS = [
     ("softcap", {"softcap": -1.0}),
     ("vocab_size", {"vocab_size": V + 1}),
     ("backend", {"backend": "cuda"}),
+    ("return_logsumexp", {"return_logsumexp": 1}),
     ("reduction", {"reduction": "token-mean"}),
 ]
 

@@ -35,7 +35,8 @@ def test_poison_behind_every_layout(form, layout):
     for compact in ("active", "mask", "none"):
         check(
             Case(
-                seed=5, form=form, mask="bool", poison=True, layout=layout, compact=compact, kl="k2", entropy_coef=0.2,
-                token_weights=True, temperature="token", reduction="coefficients", triton=compact == "none",
+                seed=5, form=form, mask="bool", poison=True, layout=layout, compact=compact, kl="k2",
+                entropy_coef=0.2, z_loss_coef=0.1, token_weights=True, temperature="token", reduction="coefficients",
+                triton=compact == "none",
             )
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Inside one graph with coefficients that change, with tensors that have no values, and under torch.export."""
 
 import dataclasses
+import enum
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def every_term(x):
     return {**coefficients, "temperature": x, "logit_scale": x, "softcap": 10 * x}
 
 
+class Kind(enum.IntEnum):
+    FIRST = 1
+    SECOND = 2
+
+
 @dk.register_objective
 @dataclasses.dataclass(frozen=True)
 class Settings(dk.Objective):
@@ -33,13 +39,14 @@ class Settings(dk.Objective):
     times: int = 3
     mirrored: bool = True
     mode: str = "plain"
+    kind: int = Kind.FIRST
     floor: float | None = None
     strength: float = 0.5
 
     def token_loss(self, tokens):
         ratio = tokens.ratio if self.floor is None else tokens.ratio.clamp(min=self.floor)
         loss = sum(self.strength * tokens.advantages * ratio for _ in range(self.times))
-        return -loss if self.mirrored is True and self.mode == "plain" else loss
+        return -loss if self.mirrored is True and self.mode == "plain" and self.kind == Kind.FIRST else loss
 
 
 # how coefficients change from step to step: options of a call from one number
@@ -101,7 +108,9 @@ def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
         assert all(relative(got, exact) <= 1e-6 for got, exact in pairs)
 
 
-@pytest.mark.parametrize("objective", [Settings(), Settings(2, False), Settings(floor=1, mode="other", strength=2)])
+@pytest.mark.parametrize(
+    "objective", [Settings(), Settings(2, False), Settings(floor=1, mode="other"), Settings(kind=Kind.SECOND)]
+)
 def test_settings_of_a_registered_objective_enter_a_graph(objective, device):
     torch.compiler.reset()
     given = [x.to(device) for x in (MADE.hidden, MADE.weight, MADE.targets, MADE.old_logprobs, MADE.advantages)]
@@ -124,7 +133,8 @@ FAKE = {
     "sequences": lambda h, w, *rest, **kw: dk.linear_policy_loss(h, w, *rest, objective=dk.GSPO(), **kw),
     "own": lambda h, w, *rest, **kw: dk.linear_policy_loss(h, w, *rest, objective=Own(), **kw),
     "all terms": lambda h, w, t, old, adv, **kw: dk.linear_policy_loss(
-        h, w, t, old, adv, adv > 0, ref_logprobs=old, kl_coef=0.1, entropy_coef=0.1, compact="mask", **kw
+        h, w, t, old, adv, adv > 0, ref_logprobs=old, kl_coef=0.1, entropy_coef=0.1, z_loss_coef=0.1, compact="mask",
+        **kw
     ),
     "per token": lambda h, w, *rest, **kw: dk.linear_policy_loss(h, w, *rest, reduction="none", **kw),
     "packed": lambda h, w, t, old, adv, **kw: dk.linear_policy_loss(
@@ -133,6 +143,7 @@ FAKE = {
     ),
     "logits": lambda h, w, *rest, **kw: dk.policy_loss(h @ w.T, *rest, **kw),
     "log-probs": lambda h, w, t, *_, **kw: dk.linear_token_logprobs(h, w, t, **kw),
+    "log-sum-exp": lambda h, w, t, *_, **kw: dk.linear_token_logprobs(h, w, t, return_logsumexp=True, **kw)[::-1],
     "masked log-probs": lambda h, w, t, old, adv, **kw: dk.linear_token_logprobs(h, w, t, mask=adv > 0, **kw),
     "log-probs of logits": lambda h, w, t, *_, **kw: dk.token_logprobs(h @ w.T, t, **kw),
 }  # fmt: skip
@@ -171,6 +182,26 @@ class Model(torch.nn.Module):
     def forward(self, hidden, *rest):
         out = self.call(hidden, self.weight, *rest)
         return out.loss if hasattr(out, "loss") else out[0]
+
+
+@pytest.mark.parametrize("form", ["linear", "logits"])
+def test_the_log_sum_exp_inside_a_graph(form, device):
+    torch.compiler.reset()
+    leaves = [x.clone().to(device).requires_grad_() for x in (MADE.hidden, MADE.weight)]
+    targets = MADE.targets.to(device)
+
+    def loss(hidden, weight):
+        if form == "linear":
+            logprobs, _, logsumexp = dk.linear_token_logprobs(hidden, weight, targets, return_logsumexp=True)
+        else:
+            logprobs, _, logsumexp = dk.token_logprobs(hidden @ weight.T, targets, return_logsumexp=True)
+        return (logprobs + logsumexp.square()).sum()
+
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    want = loss(*leaves)
+    assert found.item() == pytest.approx(want.item(), rel=1e-6)
+    pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(want, leaves), strict=True)
+    assert all(relative(got, exact) <= 1e-6 for got, exact in pairs)
 
 
 @pytest.mark.parametrize("strict", [False, True])

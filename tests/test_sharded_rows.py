@@ -124,7 +124,7 @@ def test_certain_tokens(backend, device):
     logits = torch.full((4, VOCAB), -3.0)
     logits[range(4), targets] = torch.tensor([16.0, 17.5, 16.0, 22.0])
     logits[1, 15] = 1.0  # most of what is left of row 1 in the other shard
-    slopes = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 0.1, 0.0, -0.3]])
+    slopes = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 0.2, -0.1, 0.0], [0.0, 0.1, 0.0, -0.3]])
     logits, targets, slopes = (x.to(device) for x in (logits, targets, slopes))
     exact = logits.double()
     miss = (exact.softmax(1)).scatter(1, targets[:, None], 0).sum(1)
@@ -136,7 +136,8 @@ def test_certain_tokens(backend, device):
     assert ((got[Stat.ENTROPY] - entropy).abs() <= 2e-6 * entropy).all(), "cancellation in the entropy"
     wide = exact.requires_grad_()
     logp = wide.log_softmax(1)
-    value = slopes[0] * logp.gather(1, targets[:, None])[:, 0] - slopes[1] * (logp.exp() * logp).sum(1)
+    value = slopes[0] * logp.gather(1, targets[:, None])[:, 0] - slopes[2] * (logp.exp() * logp).sum(1)
+    value = value + slopes[1] * wide.logsumexp(1)
     (gradient,) = torch.autograd.grad(value.sum(), wide)
     for row in range(4):
         assert relative(found[row], gradient[row]) <= 1e-5

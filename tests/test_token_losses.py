@@ -14,7 +14,7 @@ from problems import call as problem_call
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
-    monkeypatch.setattr(token_losses, "_tried", set())
+    monkeypatch.setattr(token_losses, "_tried", {})
 
 
 def surrogate(tokens):
@@ -160,7 +160,7 @@ def test_inside_a_graph(objective, fullgraph, device):
 
 
 def test_settings_are_tried_once(device):
-    """Another number may be another formula."""
+    """Another number may be another formula, but not for ever: of an annealed one the first values are tried."""
     calls = []
 
     @dataclass(frozen=True)
@@ -169,9 +169,17 @@ def test_settings_are_tried_once(device):
             calls.append(len(tokens.logprobs))
             return super().token_loss(tokens)
 
-    for strength in (1.0, 0.9, 1.0, 1.0):
+    def cost(strength):
+        calls.clear()
         problem_call(problem("linear"), Counted("right", strength), "torch", device)
-    assert calls.count(1) == 2 * 2  # the last token alone, of those made up and of the call's
+        return len(calls)
+
+    # beside the call's own two, on its chunk and for the metrics: whole twice and in three parts, of made-up tokens and
+    # of the call's, and once for other tensors that require grad
+    assert cost(1.0) - cost(1.0) == 2 * 5 + 1
+    others = [cost(1 - 0.01 * step) for step in range(1, token_losses.MOST_VALUES)]
+    assert set(others) == {cost(1.0) + 11}
+    assert cost(0.5) == cost(1.0)
     with pytest.raises(ValueError, match="whatever tokens"):
         problem_call(problem("linear"), Counted("running sum"), "torch", device)
 
@@ -317,27 +325,66 @@ def test_nothing_else_is_differentiated_silently(backend, device):
     if backend == "reference":
         problem_call(given, Learned(strength), backend, device, leaves).loss.backward()
     else:
+        with torch.no_grad():
+            assert problem_call(given, Learned(strength), backend, device, leaves).loss.isfinite()
         with pytest.raises(ValueError, match=r"Learned\.token_loss has a tensor in it that requires grad, of shape"):
             problem_call(given, Learned(strength), backend, device, leaves)
         problem_call(given, Learned(strength), backend, device, leaves, reduction="none").loss.mean().backward()
         assert problem_call(given, Learned(strength.detach()), backend, device, leaves).loss.isfinite()
-    assert strength.grad.abs() > 0
+    logprobs = problem_call(given, dk.DRPO(), backend, device, leaves, compact="mask").logprobs
+    tokens = dk.Tokens(logprobs, given.old_logprobs.to(device), given.advantages.to(device))
+    assert strength.grad.item() == pytest.approx((strength.exp() * tokens.ratio_minus_one**2).mean().item(), rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Twinned(dk.Objective):
+    """What Triton would run of it is another function, which nobody tries."""
+
+    zero_if_no_advantage = True
+    twin = dk.DRPO().twin
+
+    def token_loss(self, tokens):
+        return surrogate(tokens) + surrogate(tokens).mean()
+
+
+@every_backend
+def test_a_formula_with_a_twin_is_tried_too(backend, device):
+    with pytest.raises(ValueError, match="whatever tokens"):
+        problem_call(problem("linear"), Twinned(), backend, device)
+
+
+@dataclass(frozen=True)
+class Promised(dk.Objective):
+    zero_if_no_advantage = True
+
+    def token_loss(self, tokens):
+        return surrogate(tokens)
+
+
+@every_backend
+def test_a_bad_row_is_not_blamed_on_the_objective(backend, device):
+    given = problem("logits")
+    given.logits[0, 0], given.advantages[0, 0] = torch.nan, 1.0
+    assert problem_call(given, Promised(), backend, device, validate=False).loss.isnan()
 
 
 @every_backend
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
-def test_an_objective_may_write_to_its_advantages(reduction, backend, device):
+def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
+    """The metrics, and a KL term weighted by the ratio, do not see it."""
+
     @dataclass(frozen=True)
     class Clamping(dk.Objective):
         def token_loss(self, tokens):
-            return -tokens.advantages.clamp_(min=0) * tokens.ratio
+            return -tokens.advantages.clamp_(min=0) * (tokens.logprobs - tokens.old_logprobs.clamp_(min=-1)).exp()
 
     @dataclass(frozen=True)
     class Clamped(dk.Objective):
         def token_loss(self, tokens):
-            return -tokens.advantages.clamp(min=0) * tokens.ratio
+            return -tokens.advantages.clamp(min=0) * (tokens.logprobs - tokens.old_logprobs.clamp(min=-1)).exp()
 
     given = problem("linear")
+    given = given.with_options(ref_logprobs=given.old_logprobs - 0.3, kl_coef=0.5, kl_importance=True)
     leaves = {name: x.to(device).requires_grad_() for name, x in given.leaves().items()}
     got, want = (
         problem_call(given, objective, backend, device, leaves, reduction=reduction)

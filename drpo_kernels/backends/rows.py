@@ -15,7 +15,7 @@ from torch import Tensor
 from drpo_kernels.graphs import own_graph
 from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
-from drpo_kernels.token_losses import not_differentiable, require_no_other_gradient, token_losses
+from drpo_kernels.token_losses import not_differentiable, token_losses
 from drpo_kernels.tokens import Tokens
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
@@ -71,6 +71,14 @@ class Outcome(IntEnum):
     LOGSUMEXP = 2
     LOSS = 3  # the row's share of the total loss, coefficients included
     SLOPE = 4  # dℓ/dlogπ of the policy term alone, without its coefficient
+
+
+class Slope(IntEnum):
+    """What the gradient of a row is of, packed [1 to len(Slope), N]: the first alone, or the first two, or all."""
+
+    LOGPROB = 0
+    LOGSUMEXP = 1  # costs nothing per element
+    ENTROPY = 2
 
 
 class Sparsity(IntEnum):
@@ -169,7 +177,7 @@ class RowOps(Protocol):
         """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        """out = d/dx Σ (slopes[0] · logprob + slopes[1] · entropy + slopes[2] · logsumexp); slopes is [1 to 3, N]."""
+        """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
         """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
@@ -203,7 +211,6 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
         policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE]))
         slope = derivative(policy, logprobs, terms.objective)
-        require_no_other_gradient(terms.objective, policy, logprobs)
         loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
         if terms.kl_estimator is not None:
             reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
@@ -212,13 +219,12 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
             loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
             total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)
     slopes = [total_slope]
-    if terms.entropy_bonus:
-        loss = loss - rows[Row.ENTROPY] * entropy
-    if terms.entropy_bonus or terms.z_loss:
-        slopes.append(-rows[Row.ENTROPY])
-    if terms.z_loss:
+    if terms.z_loss or terms.entropy_bonus:
         loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
         slopes.append(2 * rows[Row.Z_LOSS] * logsumexp)
+    if terms.entropy_bonus:
+        loss = loss - rows[Row.ENTROPY] * entropy
+        slopes.append(-rows[Row.ENTROPY])
     loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
     return torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach(), torch.stack(slopes).detach()
 
@@ -245,8 +251,7 @@ def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
     """
     # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|, that maximum below max(H, 1/e) < 16
     # for any vocabulary under e^16
-    bound = slopes[0].abs() + (16 * slopes[1].abs() if slopes.shape[0] > 1 else 0)
-    bound = bound + (slopes[2].abs() if slopes.shape[0] > 2 else 0)
+    bound = sum(weight * slope.abs() for weight, slope in zip((1, 1, 16), slopes, strict=False))
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())
     return scale, 1 / scale

@@ -13,8 +13,7 @@ from drpo_kernels.collectives import VocabShard, gather
 
 # of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
 NOTHING = {
-    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0,
-    Stat.LOGSUMEXP: -torch.inf,
+    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0
 }  # fmt: skip
 
 
@@ -31,8 +30,8 @@ class ShardedRows:
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
     def contribution(self, batch: RowBatch) -> Tensor:
-        """The statistics of this rank's columns alone, [len(Stat), n]: LOGPROB and MISS are NaN where the target is
-        not a real entry here, so that a target which is one nowhere makes its row NaN.
+        """The statistics of this rank's columns alone, without LOGSUMEXP [6, n]: LOGPROB and MISS are NaN where the
+        target is not a real entry here, so that a target which is one nowhere makes its row NaN.
         """
         vocab, local = batch.logits.shape[1], batch.targets - self.shard.start
         here = (local >= 0) & (local < vocab)
@@ -45,7 +44,7 @@ class ShardedRows:
             statistics[stat].masked_fill_(empty, value)
         for stat in (Stat.LOGPROB, Stat.MISS):
             statistics[stat].masked_fill_(~here, torch.nan)
-        return statistics
+        return statistics[: Stat.LOGSUMEXP].contiguous()
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         if batch.logits.shape[1]:
@@ -60,7 +59,7 @@ class ShardedRows:
 
 
 def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
-    """Every rank's `contribution` [ranks, len(Stat), n] -> the statistics of the whole rows, [len(Stat), n].
+    """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].
 
     With m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)

@@ -342,7 +342,7 @@ def recompute_sweep(
     execution: Execution,
     wanted: Wanted,
 ) -> Gradients:
-    """The recompute route's backward, 6F: gradients of Σ slopes[0] · logprob + slopes[1] · entropy."""
+    """The recompute route's backward, 6F: gradients of Σ slopes · (logprob, logsumexp, entropy)."""
     with exact_products():
         sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
         if sweep.index is not None:

@@ -24,6 +24,7 @@ from drpo_kernels.backends.rows import (
     RowBatch,
     RowKind,
     Selection,
+    Slope,
     Stat,
     Terms,
     most_entropy,
@@ -57,12 +58,12 @@ class TorchRows:
         """With `keep`, 2^q (0 at the target) overwrites the logits: the gradient needs no second exponential."""
         scratch = _Scratch(batch)
         index, outside = _safe(batch)
-        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
+        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
         sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
             e = batch.logits[block] if keep else buffers[1]
-            sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None])
+            sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None] * LOG2E)
         statistics = _from_sums(*sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
@@ -156,7 +157,7 @@ class TorchRows:
                 out[block] = gradient
 
     def fuses(self, terms: Terms) -> bool:
-        return not (terms.entropy_bonus or terms.z_loss)
+        return not terms.entropy_bonus
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
@@ -376,7 +377,7 @@ def _from_sums(
     mean = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E / total
     # rounding may leave -1e-8 where all mass is on one token
     entropy = (log_total - mean).clamp_(min=0)
-    logsumexp = row_max * (factor / LOG2E) + log_total
+    logsumexp = factor * row_max + log_total
     return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total, mean, logsumexp])
 
 
@@ -404,11 +405,13 @@ class _GradientRows(NamedTuple):
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
         at_target, slope, per_q, constant, spread = slopes[0] * miss, slopes[0], None, None, None
-        if len(slopes) > 2:
-            at_target, slope = at_target + slopes[2] * logprob.exp(), slope - slopes[2]
+        if len(slopes) > Slope.LOGSUMEXP:
+            z_slope = slopes[Slope.LOGSUMEXP]
+            at_target, slope = at_target + z_slope * logprob.exp(), slope - z_slope
         scale = -slope / total
-        if len(slopes) > 1:
-            scale, per_q, spread = 1 / total, -slopes[1] / LOG2E, slopes[1] * mean
+        if len(slopes) > Slope.ENTROPY:
+            entropy_slope = slopes[Slope.ENTROPY]
+            scale, per_q, spread = 1 / total, -entropy_slope / LOG2E, entropy_slope * mean
             constant = spread - slope
         factor = transform.factor(inv_temperature) * LOG2E
         elsewhere = outside if batch.sharded else None
@@ -420,7 +423,7 @@ class _GradientRows(NamedTuple):
 
 
 def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor:
-    """slope · (onehot - p) - entropy slope · p (log p + H) + logsumexp slope · p of a block, times dz/dx, [n, V] in a
+    """slope · (onehot - p) + logsumexp slope · p - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a
     buffer.
     """
     q = torch.sub(base, row.row_max, out=buffers[0]).mul_(row.factor)

@@ -161,12 +161,19 @@ def kernel_cases() -> list[KernelCase]:
         flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True, "HAS_Z_LOSS": True}
         label = f"drpo {name} entropy z-loss bias softcap"
         cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
-    slopes = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
+    entropy = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
+    for z_loss in (False, True):
+        label = f"fp32>bf16, {'z-loss' if z_loss else 'log-probs'} alone"
+        alone = {"HAS_ENTROPY": False, "HAS_Z_LOSS": z_loss}
+        cases.extend(_row_cases(label, kernels.gradient_kernel, "fp32", "bf16", **alone, **plain))
+    cases.extend(
+        _row_cases("drpo z-loss", kernels.policy_kernel, "fp32", "bf16", 1, **drpo | plain | {"HAS_Z_LOSS": True})
+    )
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
         cases.extend(_row_cases(logits, kernels.statistics_kernel, logits, out, **plain))
-        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, **slopes, **plain))
+        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, **entropy, **plain))
     cases.extend(_row_cases("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
-    cases.extend(_row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", **slopes, **full))
+    cases.extend(_row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", **entropy, **full))
     return [*cases, *_scale_cases(), *_token_cases(), *invariant_cases(), *sparse_cases()]
 
 

@@ -174,18 +174,19 @@ def write_gradient(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second read and the only write: out may be the row itself where element sizes agree. `statistics` are
-    (logp, max b, Σ, 1 - p_y, q̄), `slopes` those of logp, H and lse.
+    (logp, max b, Σ, 1 - p_y, q̄), `slopes` those of logp, lse and H (`Slope`).
     """
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, chain = head
     logp, row_max, total, miss, mean = statistics
-    slope, entropy_slope, z_slope = slopes
+    slope, z_slope, entropy_slope = slopes
     slope *= chain
     at_target = slope * miss
     if HAS_Z_LOSS:  # z_slope · p is slope · (onehot - p) with -z_slope, and z_slope more at the target
-        at_target += z_slope * chain * tl.exp(logp)
-        slope -= z_slope * chain
+        z_slope *= chain
+        at_target += z_slope * tl.exp(logp)
+        slope -= z_slope
     per_row = (inner_scale, factor / LN2, row_max, 1 / total, mean, slope, entropy_slope * chain, at_target)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -264,16 +265,16 @@ def gradient_kernel(
             tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
             tl.load(statistics + 5 * statistics_stride),
         )  # fmt: skip
-        entropy_slope = 0.0
-        if HAS_ENTROPY:
-            entropy_slope = tl.load(slopes + slopes_stride + t)
         z_slope = 0.0
         if HAS_Z_LOSS:
-            z_slope = tl.load(slopes + 2 * slopes_stride + t)
+            z_slope = tl.load(slopes + slopes_stride + t)
+        entropy_slope = 0.0
+        if HAS_ENTROPY:
+            entropy_slope = tl.load(slopes + 2 * slopes_stride + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         write_gradient(
             logits + source * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
-            (tl.load(slopes + t), entropy_slope, z_slope), out + t * out_stride, padded,
+            (tl.load(slopes + t), z_slope, entropy_slope), out + t * out_stride, padded,
             HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
         )  # fmt: skip
 
@@ -284,7 +285,7 @@ def row_loss(
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row, or of a block of rows where `inside` is not None -> (loss, its slopes in logp, H and lse,
+    """The loss of one row, or of a block of rows where `inside` is not None -> (loss, its slopes in logp, lse and H,
     dℓ/dlogπ of the policy term alone without its coefficient).
 
     OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp - ref) -> (kl, dkl/dlogπ, their sum) are the twins;
@@ -314,16 +315,16 @@ def row_loss(
             kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
         loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
         slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
-    entropy_slope = 0.0
-    if HAS_ENTROPY:
-        entropy_slope = -tl.load(rows + 4 * rows_stride, mask=inside, other=other)
-        loss += entropy_slope * entropy
     z_slope = 0.0
     if HAS_Z_LOSS:
         z_coefficient = tl.load(rows + 8 * rows_stride, mask=inside, other=other)
         loss += z_coefficient * lse * lse
         z_slope = 2 * z_coefficient * lse
-    return loss, (slope, entropy_slope, z_slope), policy_slope
+    entropy_slope = 0.0
+    if HAS_ENTROPY:
+        entropy_slope = -tl.load(rows + 4 * rows_stride, mask=inside, other=other)
+        loss += entropy_slope * entropy
+    return loss, (slope, z_slope, entropy_slope), policy_slope
 
 
 @row_jit
@@ -341,21 +342,21 @@ def losses_kernel(
     logp = tl.load(statistics + t, mask=computed, other=0.0)
     entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
     lse = tl.load(statistics + 6 * statistics_stride + t, mask=computed, other=0.0)
-    loss, by_statistic, policy_slope = row_loss(
+    loss, row_slopes, policy_slope = row_loss(
         rows + t, rows_stride, computed, logp, entropy, lse, hyper, kl_cap,
         OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY, HAS_Z_LOSS,
     )  # fmt: skip
-    slope, entropy_slope, z_slope = by_statistic
+    slope, z_slope, entropy_slope = row_slopes
     tl.store(outcome + t, logp, mask=inside)
     tl.store(outcome + outcome_stride + t, entropy, mask=inside)
     tl.store(outcome + 2 * outcome_stride + t, lse, mask=inside)
     tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
     tl.store(outcome + 4 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
     tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
-    if HAS_ENTROPY or HAS_Z_LOSS:
-        tl.store(slopes + slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
-    if HAS_Z_LOSS:
-        tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, z_slope, 0.0), mask=inside)
+    if HAS_Z_LOSS or HAS_ENTROPY:
+        tl.store(slopes + slopes_stride + t, tl.where(computed, z_slope, 0.0), mask=inside)
+    if HAS_ENTROPY:
+        tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
 
 
 @row_jit

@@ -12,6 +12,7 @@ from drpo_kernels.backends.rows import (
     Outcome,
     RowBatch,
     Selection,
+    Slope,
     Stat,
     Terms,
     most_entropy,
@@ -107,8 +108,8 @@ class TritonRows:
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         self._launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
-            out, out.stride(0), out.shape[1], batch.order, HAS_ENTROPY=slopes.shape[0] > 1,
-            HAS_Z_LOSS=slopes.shape[0] > 2, HAS_ORDER=batch.order is not None,
+            out, out.stride(0), out.shape[1], batch.order, HAS_ENTROPY=len(slopes) > Slope.ENTROPY,
+            HAS_Z_LOSS=len(slopes) > Slope.LOGSUMEXP, HAS_ORDER=batch.order is not None,
         )  # fmt: skip
 
     def fuses(self, terms: Terms) -> bool:
@@ -119,7 +120,7 @@ class TritonRows:
             return row_losses(statistics, rows, terms)
         count = rows.shape[1]
         outcome = rows.new_empty(len(Outcome), count)
-        slopes = rows.new_empty(3 if terms.z_loss else 1 + terms.entropy_bonus, count)
+        slopes = rows.new_empty(len(Slope) if terms.entropy_bonus else 1 + terms.z_loss, count)
         if count:
             with _on(rows):
                 kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
