@@ -46,9 +46,10 @@ class LogprobOptions:
                       over trained-looking tokens, docs/precision.md). torch._scaled_mm where it multiplies E4M3
                       into float32 (CUDA, sm_89 and later), elsewhere the same definition by wider products
     batch_invariant   True: of the linear functions, products by Triton kernels that add in one fixed order. A row's
-                      log-prob, entropy, loss and dX are then bitwise the same whatever rows are beside it, wherever it
-                      lies, and for any `compact` and workspace; the gradients of weight and bias for any workspace.
-                      Slower than the vendor's products; see docs/determinism.md. Needs backend None or "triton"
+                      log-prob, entropy, log-sum-exp, loss and dX are then bitwise the same whatever rows are beside it,
+                      wherever it lies, and for any `compact` and workspace; the gradients of weight and bias for any
+                      workspace. Slower than the vendor's products; see docs/determinism.md. Needs backend None or
+                      "triton"
     vocab_shard       of the linear functions, `drpo_kernels.distributed.VocabShard`: weight and bias are this rank's
                       rows of a head split over a process group, and their gradients are local; targets and vocab_size
                       stay those of the whole head. Every rank of the group makes the same call with the same other

@@ -291,8 +291,9 @@ def compiled(world):
     def loss(hidden, weight, bias, objective):
         hidden = torch.tanh(hidden)
         if objective is None:
-            logps, entropy = dk.linear_token_logprobs(hidden, weight, rest[0], bias=bias, vocab_shard=shard)
-            return (logps * rest[2]).sum() + entropy.sum()
+            options = {"bias": bias, "vocab_shard": shard, "return_logsumexp": True}
+            logps, entropy, logsumexp = dk.linear_token_logprobs(hidden, weight, rest[0], **options)
+            return (logps * rest[2]).sum() + entropy.sum() + logsumexp.square().sum()
         return 2 * dk.linear_policy_loss(hidden, weight, *rest, bias=bias, objective=objective, vocab_shard=shard).loss
 
     for objective in (dk.DRPO(), dk.GSPO(), None):

@@ -74,13 +74,13 @@ def reported(problem, route, device, monkeypatch, **options):
         keywords.pop("compact", None)
         keywords["mask"] = None if options.get("compact") == "none" else problem.mask.to(device)
         targets = problem.targets.to(device)
-        logprobs, entropy = dk.linear_token_logprobs(
-            leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], **keywords
+        logprobs, entropy, logsumexp = dk.linear_token_logprobs(
+            leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], return_logsumexp=True, **keywords
         )
         # slopes that are 0 where masked: then an unmasked call has the same gradients
         slopes = torch.where(problem.mask, problem.advantages, 0).to(device)
-        (logprobs * slopes + 0.3 * entropy * slopes).sum().backward()
-        kept = torch.stack([logprobs, entropy]).detach() * problem.mask.to(device)
+        ((logprobs + 0.3 * entropy + 0.1 * logsumexp) * slopes).sum().backward()
+        kept = torch.stack([logprobs, entropy, logsumexp]).detach() * problem.mask.to(device)
         return kept, leaves["hidden"].grad, leaves["weight"].grad, leaves["bias"].grad
     outcomes, total = [], autograd._total
     with monkeypatch.context() as patch:

@@ -63,8 +63,9 @@ def test_recomputing_routes_add_in_every_backward(function, device):
     def loss(**options):
         if function == "gspo":
             return problems.call(problem, problems.build(SPECS["gspo"]), None, device, leaves, **options).loss
-        logprobs, entropy = dk.linear_token_logprobs(*leaves.values(), problem.targets.to(device), **options)
-        return (logprobs + 0.3 * entropy).mean()
+        options |= {"targets": problem.targets.to(device), "return_logsumexp": True}
+        logprobs, entropy, logsumexp = dk.linear_token_logprobs(*leaves.values(), **options)
+        return (logprobs + 0.3 * entropy + 0.1 * logsumexp**2).mean()
 
     (2.5 * loss()).backward()
     want, hidden = leaves["weight"].grad, leaves["hidden"].grad
@@ -180,4 +181,4 @@ def test_the_ops_say_what_they_write(given):
     head, rest = (hidden, weight, None, targets, rows), (buffer, *encoded, [True, True, False])
     statistics = torch.ops.drpo_kernels.linear_statistics(*head, *encoded)
     torch.library.opcheck(torch.ops.drpo_kernels.linear_policy, (*head, *rest))
-    torch.library.opcheck(torch.ops.drpo_kernels.linear_recompute, (*head, statistics, torch.ones(1, 5), *rest))
+    torch.library.opcheck(torch.ops.drpo_kernels.linear_recompute, (*head, statistics, torch.ones(3, 5), *rest))

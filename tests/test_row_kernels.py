@@ -10,21 +10,24 @@ from benchmarks import tiles
 from benchmarks.method import OBJECTIVE
 from benchmarks.one_read import dlogits, one_read
 from drpo_kernels import Tokens
-from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.backends.rows import Row
 from drpo_kernels.backends.triton.tiles import RowTile
 
 VOCAB, TILE = 700, RowTile(256, 1)
 
 
 def exact(batch):
-    """(log π, entropy, dlogits) in float64 autograd."""
+    """(outcome [len(Outcome), n], dlogits) in float64 autograd."""
     leaf, rows = batch.logits.double().requires_grad_(), batch.rows.double()
     logps = (leaf * rows[Row.INV_TEMPERATURE][:, None]).log_softmax(-1)
     logp = logps.gather(-1, batch.targets[:, None])[:, 0]
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logp.detach(), rows[Row.OLD_LOGPROB])
-    loss = (rows[Row.POLICY] * OBJECTIVE.token_loss(Tokens(logp, old, rows[Row.ADVANTAGE]))).sum()
+    losses = OBJECTIVE.token_loss(Tokens(logp, old, rows[Row.ADVANTAGE]))
+    (slope,) = torch.autograd.grad(losses.sum(), logp, retain_graph=True)
     entropy = -(logps.exp() * logps.clamp(min=-1e20)).sum(-1)
-    return logp.detach(), entropy.detach(), torch.autograd.grad(loss, leaf)[0]
+    logsumexp = (leaf * rows[Row.INV_TEMPERATURE][:, None]).logsumexp(-1)
+    outcome = torch.stack([logp, entropy, logsumexp, rows[Row.POLICY] * losses, slope]).detach()
+    return outcome, torch.autograd.grad((rows[Row.POLICY] * losses).sum(), leaf)[0]
 
 
 def test_one_read_agrees_with_float64(device):
@@ -41,9 +44,10 @@ def test_one_read_agrees_with_float64(device):
     batch.targets[6], batch.targets[7] = VOCAB - 1, 0
     out = torch.full((8, VOCAB), float("nan"), dtype=torch.bfloat16, device=device)
     outcome, factors = one_read(batch, out, TILE)
-    logp, entropy, gradient = exact(batch)
-    assert (outcome[Outcome.LOGPROB] - logp).abs().max() <= 1e-3  # the ulp of 1e4, which row 1 is lower by
-    assert (outcome[Outcome.ENTROPY] - entropy).abs().max() <= 1e-3
+    want, gradient = exact(batch)
+    # the ulp of 1e4, which row 1 is lower by; and that moves what depends on log π
+    allowed = 1e-3 + 2e-3 * want.abs() * torch.tensor([0, 0, 0, 1, 1], device=device)[:, None]
+    assert ((outcome - want).abs() <= allowed).all()
     found = dlogits(factors, out).double()
     # a bf16 of each entry, which the interpreter truncates
     assert (found - gradient).abs().max() <= 2.0**-7 * gradient.abs().max()

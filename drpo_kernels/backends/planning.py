@@ -31,7 +31,7 @@ ENTRY_BYTES = 80
 COPY_BYTES = 32 * MIB
 # on a CPU, measured: two blocks of logits in float32 (torch_rows.py) and, of a weight that is cast, one block of it
 # (matmul.py); what the products' library packs, columns of up to so many of a row's numbers; what a token takes
-CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 80
+CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 92
 
 
 class Wanted(NamedTuple):
