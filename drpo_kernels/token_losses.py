@@ -212,7 +212,7 @@ def _once(objective: Objective, device: torch.device, *of: object) -> Iterator[b
     What raises is tried again. The run's random numbers stay what they are.
     """
     numbers: list[float] = []
-    kind = (*of, *_settings(objective, numbers))
+    kind = (*of, _Same(type(objective).token_loss), *_settings(objective, numbers))
     values = _tried.get(kind, ())
     new = len(values) < MOST_VALUES and tuple(numbers) not in values
     if not new:

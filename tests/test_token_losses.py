@@ -231,6 +231,11 @@ def test_other_settings_are_tried_again(backend, device):
     problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens)), backend, device)
     with pytest.raises(ValueError, match="whatever tokens"):  # where the first one may have been
         problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens).cumsum(0)), backend, device)
+    put = type("Put", (dk.Objective,), {"token_loss": lambda self, tokens: surrogate(tokens)})
+    problem_call(problem("linear"), put(), backend, device)
+    put.token_loss = lambda self, tokens: surrogate(tokens).cumsum(0)
+    with pytest.raises(ValueError, match="whatever tokens"):
+        problem_call(problem("linear"), put(), backend, device)
     held = Holding(zero)
     problem_call(problem("linear"), held, backend, device)
     zero.fill_(1)
