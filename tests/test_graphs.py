@@ -82,7 +82,7 @@ def annealed():
             yield pytest.param(name, by, dynamic, id=f"{name}, {by}, {dynamic}")
 
 
-@pytest.mark.parametrize("name, by, dynamic", annealed())
+@pytest.mark.parametrize("name, by, dynamic", list(annealed()))
 @torch._dynamo.config.patch(recompile_limit=4 if TORCH > (2, 11) else 8)
 def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
     """The graph gives the eager call's loss and gradients at every value, in the same operations: hence 1e-6. Four
