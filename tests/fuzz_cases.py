@@ -234,7 +234,9 @@ class _Builder:
         raw = leaves["logits"] if case.form == "logits" else leaves["hidden"] @ leaves["weight"].T
         raw = raw + leaves["bias"] if "bias" in leaves else raw
         logp = _logprobs(raw, self.targets, options, shape)
-        self.old = None if case.on_policy else self.side((logp + case.spread * self.normal(*shape)).clamp(max=-1e-3))
+        # scorable: what is not is a hazard of its own, and hides every other one of its token
+        old = (logp + case.spread * self.normal(*shape)).clamp(-99, -1e-3)
+        self.old = None if case.on_policy else self.side(old)
         self.advantages = self._advantages()
         if case.call == "logprobs":
             return
@@ -248,7 +250,7 @@ class _Builder:
         if case.packed:
             options["cu_seqlens"] = torch.tensor([0, *case.packed]).cumsum(0).to(torch.int32)
         if case.kl:
-            ref = (logp + min(case.spread, 2.0) * self.normal(*shape)).clamp(max=-1e-3)
+            ref = (logp + min(case.spread, 2.0) * self.normal(*shape)).clamp(-900, -1e-3)
             options |= {"kl_coef": 0.3, "kl_estimator": case.kl, "ref_logprobs": self.side(ref)}
             options["kl_importance"] = case.kl_importance
         if case.token_weights:
