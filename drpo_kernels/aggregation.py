@@ -14,8 +14,8 @@ class TokenCoefficients(NamedTuple):
     """Per-token coefficients of the terms, each shaped like targets, for callers with their own aggregation.
 
     loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t
-                + z_loss_coef · z_loss_t · (log Σ exp z_t)²]; what is None is `policy`. Masked tokens do not count
-    whatever their coefficient.
+                + z_loss_coef · z_loss_t · (log Σ exp z_t)²]. A field that is None takes the values of `policy`. Masked
+    tokens do not count whatever their coefficient.
     """
 
     policy: Tensor

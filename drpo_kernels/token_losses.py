@@ -16,13 +16,13 @@ from drpo_kernels.graphs import own_graph, traced
 from drpo_kernels.objectives import Objective, is_built_in
 from drpo_kernels.tokens import Tokens
 
-# tokens that an objective is tried on: so many made-up ones, and at most so many of a call's own
+# An objective is tried on MADE_UP made-up tokens, and on at most OWN of a call's own
 MADE_UP, OWN = 64, 1024
-# Relative to a token's loss and surrogate: float32 results beside others and not, which vectorised functions may round
-# in another way
+# A token's loss and slope may differ so much, relative to themselves and to 1 + |A| (1 + r), between two calls with
+# other tokens beside it: vectorised functions round in float32 according to a token's place
 TOLERANCE = 1e-4
-# settings that have been tried, so many of which are remembered; of those that differ in their numbers alone, as those
-# of an annealed objective do in every step, so many are tried
+# At most MOST_TRIED kinds of settings are remembered. Settings of one kind differ in their numbers alone, as those of
+# an annealed objective do in every step: the first MOST_VALUES of them are tried
 MOST_TRIED, MOST_VALUES = 1000, 16
 _tried: dict[tuple, set[tuple[float, ...]]] = {}
 
@@ -208,8 +208,8 @@ def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _once(objective: Objective, device: torch.device, *of: object) -> Iterator[bool]:
-    """Whether the body is to try the objective: new settings of it, and not of MOST_VALUES values of the same numbers.
-    What raises is tried again. The run's random numbers stay what they are.
+    """Yields True where the body shall try the objective: its settings are new, and fewer than MOST_VALUES of their
+    kind have been tried. A body that raises is run again the next time. The run's random numbers stay what they are.
     """
     numbers: list[float] = []
     kind = (*of, _Same(type(objective).token_loss), *_settings(objective, numbers))
@@ -244,8 +244,8 @@ class _Same:
 
 
 def _settings(value: object, numbers: list[float]) -> tuple:
-    """The class and attributes of an objective, as far as they can be compared. Floats, and how often a tensor was
-    written to, are left for `numbers`: those may be annealed.
+    """The class and attributes of an objective, as far as they can be compared. What may be annealed is appended to
+    `numbers` instead: floats, and how often a tensor was written to.
     """
     return (type(value), *((name, _setting(attribute, numbers)) for name, attribute in _attributes(value)))
 

@@ -22,7 +22,7 @@ COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # what rounding to bf16 may add to a log-prob of 0
 POSITIVE_LOGPROB = 1e-2
-# Of a reference, which may all but ban a token: its log-prob of -9999 is a server's word for none
+# A reference may all but ban a token, so its log-probs may be much lower than a sampler's; -9999 stands for none
 LEAST_REFERENCE = -1000.0
 # A (r - 1)² / (2 ε) with r = e^20 stays finite in float32; what is larger was never normalised, or never initialised
 LARGEST_ADVANTAGE = 1e12

@@ -234,7 +234,7 @@ class _Builder:
         raw = leaves["logits"] if case.form == "logits" else leaves["hidden"] @ leaves["weight"].T
         raw = raw + leaves["bias"] if "bias" in leaves else raw
         logp = _logprobs(raw, self.targets, options, shape)
-        # scorable: what is not is a hazard of its own, and hides every other one of its token
+        # Every log-prob is scorable here: one that is not is a hazard of its own, and nothing else of its token is read
         old = (logp + case.spread * self.normal(*shape)).clamp(-99, -1e-3)
         self.old = None if case.on_policy else self.side(old)
         self.advantages = self._advantages()

@@ -85,7 +85,7 @@ def run_chunk(chunk: tuple[int, int]) -> tuple[int, str | None]:
     try:
         cases()
     except BaseException as error:
-        # What `pytest.raises` finds missing is no Exception. Let through, it would end the worker: the pool would wait
+        # `pytest.raises` reports a missing error by a BaseException, which would end the worker: the pool would hang
         if last is None or isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         case, error = last  # hypothesis runs the smallest one last

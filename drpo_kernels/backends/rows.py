@@ -74,7 +74,7 @@ class Outcome(IntEnum):
 
 
 class Slope(IntEnum):
-    """What the gradient of a row is of, packed [1 to len(Slope), N]: the first alone, or the first two, or all."""
+    """The statistics whose slopes make up a row's gradient, [1 to 3, N]: the first alone, the first two, or all."""
 
     LOGPROB = 0
     LOGSUMEXP = 1  # costs nothing per element
