@@ -32,8 +32,11 @@ class World:
 
 
 def leave() -> None:
-    """The end of a process. A thread of gloo's that is still letting go of its last work when Python ends would abort
-    the process (pytorch#179291, #190489): what keeps the group alive goes first, and the group joins its threads.
+    """The end of a process: call it when no local variable holds a wrapped model any more.
+
+    A thread of gloo's that still lets go of its last tensors when Python ends would abort the process (pytorch#190489).
+    Destroying the group joins these threads; where DDP's reducer is the last to hold the group, it joins them without
+    releasing the interpreter's lock, which they wait for: a deadlock. So what holds the group goes first.
     """
     gc.collect()
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import drpo_kernels as dk
+from distributed_harness import leave
 from fused_models import V, eager, make, make_batch
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations" / "transformers.md"
@@ -50,7 +51,7 @@ def names():
 def group_of_one(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    leave()
 
 
 def expected(delta, names):

@@ -7,8 +7,10 @@ README.md beside this file has the launches in full. Without --model a tiny Qwen
 nothing downloaded; every option of DRPOConfig, and so of TRL's GRPOConfig, is an option of this command.
 """
 
+import gc
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
@@ -81,8 +83,11 @@ def main() -> None:
         trainer = DRPOTrainer(task.model, accuracy_reward, args, train_dataset=data)
     trainer.train()
     trainer.save_model(args.output_dir)
-    trainer.accelerator.end_training()  # destroys the process group, whose threads must not outlive Python
 
 
 if __name__ == "__main__":
     main()
+    # PyTorch wants the process group destroyed before Python ends, and DDP, which holds it, gone before that: the last
+    # one to let go of the group waits for its threads, and only the group's own object lets them finish meanwhile.
+    gc.collect()
+    PartialState().destroy_process_group()
