@@ -1,4 +1,4 @@
-"""The autograd boundary: four `torch.autograd.Function`s over the computations of ops.py.
+"""The autograd boundary: `torch.autograd.Function`s over the computations of ops.py.
 
 The policy losses compute their gradients in the forward and only scale them in the backward; the log-probs recompute
 the logits there.
@@ -199,3 +199,19 @@ class ReadyLogprobs(torch.autograd.Function):
         if gradient.dtype == torch.float16:
             gradient = _finished(gradient, undo, gradient.dtype, ctx.spec)
         return gradient, None, None, None
+
+
+class KeptLogits(torch.autograd.Function):
+    """(hidden [..., H], weight [V, H], bias, ids [N, K]) -> logits [N, K] of those entries, 0 where ids are below 0."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, spec, wanted):
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.spec, ctx.wanted = spec, wanted
+        return ops.kept_logits(hidden, weight, bias, ids, spec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slopes):
+        gradients = ops.kept_gradients(*ctx.saved_tensors, slopes.contiguous(), ctx.spec, ctx.wanted)
+        return *(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)), None, None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
-from drpo_kernels.autograd import LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
+from drpo_kernels.autograd import KeptLogits, LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
@@ -55,6 +55,14 @@ class LinearSource:
         inputs = self.tensor, self.weight, self.bias, targets, rows, self.main_grad
         return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
 
+    def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
+        """[N, K] of ids [N, K] int64, differentiable; anything where an id is below 0."""
+        if spec.execution.backend == "reference":
+            every_row = torch.arange(len(ids), device=ids.device)
+            dtype = statistics_dtype(self.compute_dtype)
+            return self.selected_logits(every_row, spec.vocab, dtype).gather(1, ids.clamp(min=0))
+        return KeptLogits.apply(self.tensor, self.weight, self.bias, ids, op_spec(spec, self.tensor), self.wanted)
+
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The naive logits of the indexed rows, for the reference."""
         from drpo_kernels.reference import head_logits, rounded
@@ -82,6 +90,10 @@ class ReadySource:
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
         return ReadyLogprobs.apply(self.tensor, targets, rows, op_spec(spec, self.tensor))
+
+    def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
+        at = ids.clamp(min=0).view(*self.lead, ids.shape[1])
+        return self.tensor.gather(-1, at).view(ids.shape).to(statistics_dtype(self.compute_dtype))
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         return self.tensor.reshape(-1, self.vocab)[index, :vocab].to(dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from drpo_kernels.backends.rows import Row, RowKind
 from drpo_kernels.inputs import LinearSource, Problem, ReadySource, Source
+from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.options import LINEAR_ONLY, LogprobOptions, takes
 from drpo_kernels.policy_loss import reference_logprobs_of
 
@@ -54,6 +55,7 @@ def _token_logprobs(
 ) -> tuple[Tensor, ...]:
     if not isinstance(return_logsumexp, bool):
         raise TypeError(f"return_logsumexp must be True or False, got {return_logsumexp!r}")
+    source, targets, options = on_kept_ids(source, targets, mask, options)
     problem = Problem.checked(source, targets, mask, options)
     rows = problem.logprob_rows()
     if problem.backend == "reference":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import row_ops
+from drpo_kernels.backends import kept, row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
 from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
 from drpo_kernels.backends.sparse import outcome_fields, sparse_policy_sweep
@@ -149,6 +149,14 @@ def _ready_gradient(logits, targets, rows, statistics, slopes, spec: Spec) -> tu
     return out, rows.new_ones(()) if undo is None else undo
 
 
+def _kept_logits(hidden, weight, bias, ids, spec: Spec) -> Tensor:
+    return kept.logits(hidden, weight, bias, ids, spec.execution)
+
+
+def _kept_gradients(hidden, weight, bias, ids, slopes, spec: Spec, wanted: list[bool]) -> tuple[Tensor, ...]:
+    return _present(kept.gradients(hidden, weight, bias, ids, slopes, spec.execution, Wanted(*wanted)), hidden)
+
+
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
     """∂(Σ ℓ)/∂logπ of each token, [N], where autograd differentiates the loss; `shape` is that of the targets."""
     objective, groups = spec.terms.objective, {}
@@ -256,7 +264,21 @@ ready_gradient = _define(
     ),
 )  # fmt: skip
 
-
+kept_logits = _define(
+    "kept_logits", f"Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_SPEC}", "Tensor", _kept_logits,
+    lambda hidden, weight, bias, ids, words, numbers: (
+        hidden.new_empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    ),
+)  # fmt: skip
+kept_gradients = _define(
+    "kept_gradients",
+    f"Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor slopes, {_SPEC}, bool[] wanted",
+    "(Tensor, Tensor, Tensor)", _kept_gradients,
+    lambda hidden, weight, bias, ids, slopes, words, numbers, wanted: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if want else hidden.new_empty(0)
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    ),
+)  # fmt: skip
 sequence_slope = _define(
     "sequence_slope",
     f"Tensor logprobs, Tensor old, Tensor advantages, Tensor valid, Tensor? cu_seqlens, {_SPEC}, SymInt[] shape",

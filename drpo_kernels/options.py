@@ -30,6 +30,13 @@ class LogprobOptions:
     logit_scale       number > 0 on the logits (Cohere, Granite)
     softcap           number > 0 or None: cap · tanh(· / cap) on the scaled logits (Gemma)
     vocab_size        number of real entries of a padded vocabulary; the columns beyond do not exist for the softmax
+    kept_ids          [..., K] integer: the ids that top-p, top-k or min-p sampling kept when each token of [...]
+                      was sampled, its own among them, in any order and padded with -1 (vLLM's `SamplingMask`). The
+                      policy is then a softmax over these ids alone, as the engine's was, and the ratio is exact, where
+                      a softmax over the whole vocabulary is off by the mass that was cut (arXiv 2512.02556, section
+                      3.1). logprobs, entropy and logsumexp are of that softmax too. An id costs 6H FLOP, in place of
+                      6VH for a token. Masked tokens may carry anything. None with logits_dtype, head_dtype,
+                      batch_invariant, main_grad and sparse_grad
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
     validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it
                       does not synchronise
@@ -69,6 +76,7 @@ class LogprobOptions:
     logit_scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
+    kept_ids: Tensor | None = None
     backend: str | None = None
     validate: bool | None = None
     workspace_bytes: int | None = None

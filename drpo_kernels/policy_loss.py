@@ -10,6 +10,7 @@ from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
 from drpo_kernels.graphs import traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
+from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_loss, kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
@@ -104,6 +105,7 @@ def linear_policy_loss(
     """
     options = _options(options)
     source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
+    source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
     return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
 
 
@@ -131,7 +133,9 @@ def policy_loss(
     for name in LINEAR_ONLY:
         if name in options:
             raise TypeError(f"policy_loss() got an unexpected keyword argument {name!r}: the logits exist already")
-    return _policy_loss(ReadySource(logits, inplace), targets, old_logprobs, advantages, mask, _options(options))
+    source, options = ReadySource(logits, inplace), _options(options)
+    source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
+    return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
 
 
 @takes(PolicyOptions, omit=("objective",))

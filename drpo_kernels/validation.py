@@ -214,8 +214,26 @@ def check_logprob_options(
     _check_batch_invariant(options, source)
     if options.main_grad is not None and options.backend == "reference":
         raise ValueError("backend must be None, 'triton' or 'torch' with main_grad, got 'reference'")
+    _check_kept_ids(options, targets)
     if options.validate not in (None, True, False):
         raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
+
+
+def _check_kept_ids(options: LogprobOptions, targets: Tensor) -> None:
+    ids = options.kept_ids
+    if ids is None:
+        return
+    check_tensor("kept_ids", ids, floating=False)
+    if ids.shape[:-1] != targets.shape or not ids.shape[-1]:
+        raise ValueError(
+            f"kept_ids must be shaped like targets {_shape(targets)} with one more dimension, the ids that were kept "
+            f"for each token padded with -1, got {_shape(ids)}"
+        )
+    _check_device("kept_ids", ids, targets.device)
+    for name in ("logits_dtype", "head_dtype", "batch_invariant", "main_grad", "sparse_grad"):
+        if (value := getattr(options, name, None)) not in (None, False, 0):
+            value = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"kept_ids must be None with {name} = {value}, got a tensor")
 
 
 def _check_head_dtype(options: LogprobOptions, source: Tensor) -> None:
@@ -411,6 +429,15 @@ def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Ten
     if temperature is not None:
         inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
         _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)
+
+
+def check_kept_values(kept_ids: Tensor, targets: Tensor, valid: Tensor, vocab: int) -> None:
+    """kept_ids [..., K]; targets and valid [...]."""
+    ids = comparable(kept_ids)
+    inside = ~valid[..., None] | (ids < vocab)
+    _require("kept_ids", f"below {vocab}, the vocabulary, or negative where there are no more", ids, inside)
+    wanted = "among the kept_ids of its own token: do they belong to the next or the previous token?"
+    _require("targets", wanted, targets, ~valid | (ids == targets[..., None]).any(-1))
 
 
 _NEGATED = " (are these probabilities, or negated?)"

@@ -164,6 +164,14 @@ def sparse_grad() -> Calls:
                 yield label, partial(gathered_sums, dtype, out, base)
 
 
+@group("gathered_dots", "gathered_sums")
+def kept_ids() -> Calls:
+    for dtype in DTYPES:
+        ids = torch.arange(48)[:, None] + torch.arange(5)
+        yield f"sets {dtype}", partial(linear, dtype, kept_ids=ids)
+        yield f"sets of one {dtype}", partial(linear_logprobs, dtype, kept_ids=ids[:, :1])
+
+
 def gathered_sums(dtype: torch.dtype, out: torch.dtype, base: tuple[Tensor, Tensor] | None) -> None:
     sums = GatheredSums(torch.arange(32), torch.ones(32), torch.arange(0, 33, 4), torch.arange(8))
     launch.TritonRows().gathered_sums(torch.ones(32, 64, dtype=dtype), sums, torch.zeros(8, 64, dtype=out), dtype, base)

@@ -134,6 +134,28 @@ def policy(
         assert abs(out.metrics[name] - value) <= 10 * closeness * (1 + value.abs()), name
 
 
+@case("torch", split="uneven")
+@case("padded", split="padded")
+@case("share", split="even", partial_hidden_gradient=True)
+def kept_ids(world, split, partial_hidden_gradient=False):
+    """The sampler's ids of the whole head, of which every rank holds some."""
+    total = sum(SPLITS[world.size][split])
+    problem = full_problem(9, (4, 6), 12, total, **({"vocab_size": REAL} if total > REAL else {}))
+    ids = torch.randint(-3, REAL, (4, 6, 8), generator=problems.generator(10))
+    ids[..., 5] = problem.targets
+    problem = problem.with_options(kept_ids=ids)
+    mine, shard = split_problem(world, problem, split)
+    shard = replace(shard, partial_hidden_gradient=partial_hidden_gradient)
+    leaves = {name: value.detach().to(world.device).requires_grad_() for name, value in mine.leaves().items()}
+    problems.call(mine, dk.DRPO(delta=0.15), "torch", world.device, leaves, vocab_shard=shard).loss.backward()
+    if partial_hidden_gradient:
+        leaves["hidden"].grad = sum(world.everyone(leaves["hidden"].grad.cpu())).to(world.device)
+    found = whole_gradients(world, {name: x.grad for name, x in leaves.items()})
+    whole = {name: value.detach().requires_grad_() for name, value in problem.leaves().items()}
+    problems.call(problem, dk.DRPO(delta=0.15), "torch", torch.device("cpu"), whole).loss.backward()
+    agree(found, {name: x.grad for name, x in whole.items()}, BOUNDS[torch.float32][0])
+
+
 @case("main-grad", split="uneven")
 @case("main-grad-padded", split="padded")
 def main_grad(world, split):

@@ -176,6 +176,13 @@ class RowOps(Protocol):
         rounded once to that of `out` [., H].
         """
 
+    def gathered_dots(
+        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """left[left_index[i]] · right[right_index[i]], [M] in the accumulator's precision, from tables [., H] of any
+        strides whose rows are rounded to `dtype`; indices [M] int64.
+        """
+
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
 

@@ -167,14 +167,14 @@ class SparseSweep(LinearSweep):
     def _add_to_hidden(self, entries: Entries) -> None:
         sparse = entries.counts.nonzero()[:, 0]
         places = self._places(self._added + sparse)
-        sums = GatheredSums(entries.columns, entries.values, _offsets(entries.counts[sparse]), places)
+        sums = GatheredSums(entries.columns, entries.values, offsets_of(entries.counts[sparse]), places)
         table, base = self.head.weight[: self.head.vocab], (self._mean_row, entries.spread[sparse])
         self.ops.gathered_sums(table, sums, self._gradients.hidden, self.execution.compute_dtype, base)
 
     def _add_to_head(self, entries: Entries) -> None:
         order = entries.columns.argsort(stable=True)  # by column, and within one by row
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
-        values, offsets = entries.values[order], _offsets(counts)
+        values, offsets = entries.values[order], offsets_of(counts)
         if self.wanted.weight:
             table, rows = self._hidden_view, self._places(entries.rows[order])
             if table is None:
@@ -191,7 +191,7 @@ class SparseSweep(LinearSweep):
         return rows if self.index is None else self.index[rows]
 
 
-def _offsets(counts: Tensor) -> Tensor:
+def offsets_of(counts: Tensor) -> Tensor:
     """[G] -> [G + 1]."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 

@@ -125,6 +125,17 @@ class TorchRows:
             else:
                 out[places] = total.addcmul_(base[1][groups, None], base[0]).to(out.dtype)
 
+    def gathered_dots(
+        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        out = left.new_empty(len(left_index), dtype=wide)
+        step = cast_rows(left, 3 * wide.itemsize)
+        for block in (slice(start, start + step) for start in range(0, len(out), step)):
+            rows = left[left_index[block]].to(dtype).to(wide)
+            out[block] = rows.mul_(right[right_index[block]].to(dtype)).sum(1)
+        return out
+
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         if batch.exponentials:
             self._scale_exponentials(batch, statistics, slopes, out)

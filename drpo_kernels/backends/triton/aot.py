@@ -248,6 +248,18 @@ def sparse_cases() -> Iterator[KernelCase]:
                 types | {"table": f"*{table}", "out": f"*{out}"}, values, vendor, tile,
                 ("table", "out", "base", "row_stride", "out_stride", "width"), Expected(),
             )  # fmt: skip
+    strides = ("left_stride", "right_stride")
+    types = {"width": "i32", "out": "*fp32"} | dict.fromkeys(strides, "i64")
+    types |= dict.fromkeys(("left_index", "right_index"), "*i64")
+    for table in ("bf16", "fp32"):
+        for vendor in ROW_DEVICES:
+            tile = gather_tile(4096)
+            values = {"left_column_stride": 1, "right_column_stride": 1, "ROUNDED": COMPUTE[table]}
+            yield _case(
+                f"gathered_dots[{table}]", sparse.gathered_dots_kernel,
+                types | {"left": f"*{table}", "right": f"*{table}"}, values | {"COLUMNS": tile.columns}, vendor, tile,
+                ("left", "right", *strides, "width"), Expected(),
+            )  # fmt: skip
 
 
 def _case(

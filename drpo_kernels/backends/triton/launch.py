@@ -105,6 +105,19 @@ class TritonRows:
                 COLUMNS=tile.columns, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
 
+    def gathered_dots(
+        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        out = torch.empty(len(left_index), dtype=torch.float32, device=left.device)
+        if len(out):
+            tile = gather_tile(left.shape[1])
+            with _on(out):
+                sparse.gathered_dots_kernel[(len(out),)](
+                    left, *left.stride(), left_index, right, *right.stride(), right_index, out, left.shape[1],
+                    ROUNDED=sparse.TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+                )  # fmt: skip
+        return out
+
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         self._launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),

@@ -1,4 +1,6 @@
-"""Kernels of `sparse_grad`: the entries of a row's gradient, and sums of gathered rows. See backends/sparse.py."""
+"""Kernels on some of a row's vocabulary entries: for `sparse_grad` those of its gradient (backends/sparse.py), for
+`kept_ids` those that were sampled from (backends/kept.py).
+"""
 
 import torch
 
@@ -156,3 +158,27 @@ def gathered_sums_kernel(
         values = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(ROUNDED).to(tl.float32)
         total += tl.sum(factor[:, None] * values, 0)
     tl.store(out, total.to(out.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize_on_alignment=["left_index", "right_index"])
+def gathered_dots_kernel(
+    left, left_stride, left_column_stride, left_index, right, right_stride, right_column_stride, right_index, out,
+    width,
+    ROUNDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[i] = Σ_h left[left_index[i], h] · right[right_index[i], h], fp32 [M].
+
+    left and right [., width] of any float dtype and strides, rounded to ROUNDED; products and sums in fp32. One program
+    per result.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    left += tl.load(left_index + i) * left_stride
+    right += tl.load(right_index + i) * right_stride
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS).to(tl.int64)
+        inside = column < width
+        x = tl.load(left + column * left_column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
+        y = tl.load(right + column * right_column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
+        total += x * y
+    tl.store(out + i, tl.sum(total, 0))

@@ -1,0 +1,85 @@
+"""Logits of the vocabulary entries that the sampler kept of each row, [N, K], and their gradients, without [N, V].
+
+An entry is a pair of a row t and a vocabulary entry v = ids[t, k]; what is not kept has an id below 0.
+    logits[t, k] = W[v] · x_t + b[v]
+    dX[t] = Σ_k d[t, k] W[v]        dW[v] = Σ d[t, k] x_t over the entries of v, in row order        db[v] = Σ d[t, k]
+That is 6H FLOP for an entry, where a row of all the vocabulary pays 6VH.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends import row_ops
+from drpo_kernels.backends.planning import Wanted
+from drpo_kernels.backends.rows import GatheredSums
+from drpo_kernels.backends.sparse import offsets_of
+from drpo_kernels.backends.sweep import Execution, Gradients
+from drpo_kernels.collectives import summed
+
+
+class Entries(NamedTuple):
+    """The M entries of this rank's part of the head, row by row."""
+
+    here: Tensor  # bool, shaped like ids [N, K]
+    rows: Tensor  # [M] int64
+    columns: Tensor  # [M] int64, rows of this rank's weight
+
+
+def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> Entries:
+    first = 0 if execution.shard is None else execution.shard.start
+    here = (ids >= first) & (ids < first + weight.shape[0])
+    return Entries(here, here.nonzero()[:, 0], ids[here] - first)
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, execution: Execution) -> Tensor:
+    """hidden [..., H], ids [N, K] int64 -> [N, K], 0 where nothing is kept; float32, or float64 for float64 inputs.
+
+    Products of operands in the compute dtype, and sums, are in that precision. With a shard every rank gets the same.
+    """
+    entries, rows = _entries(ids, weight, execution), hidden.reshape(-1, hidden.shape[-1])
+    operands = rows, entries.rows, weight, entries.columns
+    values = row_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
+    if bias is not None:
+        values += bias[entries.columns]
+    found = values.new_zeros(ids.shape).masked_scatter_(entries.here, values)
+    return found if execution.shard is None else summed(found, execution.shard.group)
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    slopes: Tensor,
+    execution: Execution,
+    wanted: Wanted,
+) -> Gradients:
+    """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
+    entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
+    values = slopes[entries.here]
+    found: list[Tensor | None] = [None, None, None]
+    if wanted.hidden:
+        shard = execution.shard
+        sums = shard is not None and not shard.partial_hidden_gradient
+        kind = {"dtype": slopes.dtype if sums else hidden.dtype, "memory_format": torch.contiguous_format}
+        out = torch.zeros_like(hidden, **kind).view(-1, hidden.shape[-1])
+        counts = entries.here.sum(1)
+        places = counts.nonzero()[:, 0]
+        terms = GatheredSums(entries.columns, values, offsets_of(counts[places]), places)
+        ops.gathered_sums(weight, terms, out, execution.compute_dtype)
+        out = summed(out, shard.group) if sums else out
+        found[0] = out.to(hidden.dtype).view(hidden.shape)
+    if wanted.weight or wanted.bias:
+        order = entries.columns.argsort(stable=True)  # by column, and within one by row
+        columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
+        values, offsets = values[order], offsets_of(counts)
+    if wanted.weight:
+        found[1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        terms = GatheredSums(entries.rows[order], values, offsets, columns)
+        ops.gathered_sums(hidden.reshape(-1, hidden.shape[-1]), terms, found[1], execution.compute_dtype)
+    if wanted.bias:
+        found[2] = torch.zeros_like(bias)
+        found[2][columns] = torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
+    return Gradients(*found)
