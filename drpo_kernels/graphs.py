@@ -13,6 +13,13 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
+def positions(wanted: Tensor) -> Tensor:
+    """Where a mask [N] is True; every place of a fake one, of which nobody knows it."""
+    if traced(wanted) and not torch.compiler.is_compiling():
+        return torch.arange(len(wanted), device=wanted.device)
+    return wanted.nonzero()[:, 0]
+
+
 def own_graph() -> contextlib.AbstractContextManager:
     """Autograd for a graph that ends where it begins, whatever mode the caller is in. In C, unlike `torch.enable_grad`,
     so that no Ctrl-C leaves autograd off.

@@ -12,6 +12,7 @@ from drpo_kernels.autograd import KeptLogits, LinearLogprobs, LinearPolicyLoss, 
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
+from drpo_kernels.graphs import positions
 from drpo_kernels.ops import Spec, op_spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
@@ -56,11 +57,13 @@ class LinearSource:
         return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
 
     def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
-        """[N, K] of ids [N, K] int64, differentiable; anything where an id is below 0."""
+        """[N, K] of ids [N, K] int64, differentiable; a finite number where an id is below 0."""
         if spec.execution.backend == "reference":
-            every_row = torch.arange(len(ids), device=ids.device)
-            dtype = statistics_dtype(self.compute_dtype)
-            return self.selected_logits(every_row, spec.vocab, dtype).gather(1, ids.clamp(min=0))
+            index = positions((ids >= 0).any(1))  # the others may carry anything
+            with torch.autocast(ids.device.type, enabled=False):
+                x = self.selected_logits(index, spec.vocab, statistics_dtype(self.compute_dtype))
+            x = x.gather(1, ids[index].clamp(min=0))
+            return x.new_zeros(ids.shape).index_put((index,), x)
         return KeptLogits.apply(self.tensor, self.weight, self.bias, ids, op_spec(spec, self.tensor), self.wanted)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -93,7 +96,8 @@ class ReadySource:
 
     def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
         at = ids.clamp(min=0).view(*self.lead, ids.shape[1])
-        return self.tensor.gather(-1, at).view(ids.shape).to(statistics_dtype(self.compute_dtype))
+        x = self.tensor.gather(-1, at).view(ids.shape).to(statistics_dtype(self.compute_dtype))
+        return x.masked_fill(ids < 0, 0)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         return self.tensor.reshape(-1, self.vocab)[index, :vocab].to(dtype)

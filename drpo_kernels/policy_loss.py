@@ -8,7 +8,7 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
-from drpo_kernels.graphs import traced
+from drpo_kernels.graphs import positions, traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_loss, kl_term
@@ -255,9 +255,7 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     """Naive log-probs, log-sum-exp and entropy of the computed rows, 0 elsewhere, [N] each and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
-    # of a fake tensor nobody knows which rows those are: all of them, then
-    fake = traced(computed) and not torch.compiler.is_compiling()
-    index = torch.arange(len(computed), device=rows.device) if fake else computed.nonzero()[:, 0]
+    index = positions(computed)
     with torch.autocast(rows.device.type, enabled=False):
         x = problem.source.selected_logits(index, problem.vocab, rows.dtype)
         z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE, index])

@@ -270,12 +270,18 @@ def _oracle_logprobs(built: Built, operands: problems.Problem) -> Result:
         raw = raw + leaves["bias"] if "bias" in leaves else raw
     transform = problems.transform_of(operands.options)
     heat = oracle.spread(transform.pop("temperature"), shape).reshape(shape)[rows].unsqueeze(-1)
-    parts = oracle.statistics(oracle.transform(raw, heat, **transform), operands.targets[rows])
+    z = oracle.kept_only(oracle.transform(raw, heat, **transform), _kept_ids(operands, rows))
+    parts = oracle.statistics(z, operands.targets[rows])
     slopes = _cotangents(built).double()[:, rows]
     loss = (parts[0] * slopes[0] + parts[1] * slopes[1]).sum()
     gradients = torch.autograd.grad(loss * built.case.upstream, list(leaves.values()))
     full = [torch.zeros(shape, dtype=torch.float64).index_put((rows,), part.detach()) for part in parts]
     return Result(loss.detach(), *full, rows, dict(zip(leaves, gradients, strict=True)), {})
+
+
+def _kept_ids(operands: problems.Problem, rows: Tensor) -> Tensor | None:
+    ids = operands.options.get("kept_ids")
+    return None if ids is None else ids[rows]
 
 
 def _budget(built: Built, operands: problems.Problem, want: Result, naive: bool) -> fuzz_budget.Budget:
@@ -288,7 +294,7 @@ def _budget(built: Built, operands: problems.Problem, want: Result, naive: bool)
     results = {name: getattr(built.problem, name).dtype for name in built.problem.leaves()}
     setting = Setting(
         inputs, problem.targets[rows].long(), heat, transform, main.dtype, results,
-        options.get("logits_dtype") == torch.bfloat16 and not naive, naive,
+        options.get("logits_dtype") == torch.bfloat16 and not naive, naive, _kept_ids(problem, rows),
     )  # fmt: skip
     if case.call == "logprobs":
         terms = fuzz_budget.logprob_terms(*_cotangents(built).double()[:, rows])

@@ -54,6 +54,7 @@ class Setting:
     results: dict[str, torch.dtype]  # of each gradient
     bf16_logits: bool
     naive: bool  # the reference: 1 - p_y by subtraction
+    kept_ids: Tensor | None = None  # [n, K]
 
     @property
     def unit(self) -> float:
@@ -88,7 +89,7 @@ class RowErrors:
         size = x.where(finite, 0).abs()
         error = (s.inputs[0].shape[1] + 4) * u * magnitude.where(finite, 0) if weight is not None else 0 * size
         error = error + (2.0**-8 * product if s.bf16_logits else 0) + 4 * u * size
-        z = oracle.transform(x, heat, logit_scale=scale, softcap=cap)
+        z = oracle.kept_only(oracle.transform(x, heat, logit_scale=scale, softcap=cap), s.kept_ids)
         self.banned = torch.isneginf(z)
         self.chain = (scale / heat).expand_as(x).masked_fill(self.banned, 0)
         self.chain_error = torch.zeros_like(x)

@@ -60,6 +60,7 @@ class Case:
     softcap: float | None = None
     logit_scale: float = 1.0
     padding: int = 0
+    kept: int = 0  # ids beside the target that a token was sampled from; 0: the whole vocabulary
     bias: bool = False
     kl: str | None = None
     kl_importance: bool = False
@@ -118,6 +119,7 @@ CASES = st.builds(
     softcap=_choice(None, None, 5.0, 0.5),
     logit_scale=_choice(1.0, 0.25, 3.0),
     padding=_choice(0, 0, 1, 3),
+    kept=_choice(0, 0, 0, 0, 1, 5),
     bias=st.booleans(),
     kl=_choice(None, None, "k1", "k2", "k3"),
     kl_importance=st.booleans(),
@@ -233,6 +235,9 @@ class _Builder:
         leaves = {name: x.double() for name, x in self.tensors.items()}
         raw = leaves["logits"] if case.form == "logits" else leaves["hidden"] @ leaves["weight"].T
         raw = raw + leaves["bias"] if "bias" in leaves else raw
+        if case.kept:
+            ids = torch.randint(-2, self.vocab, (*shape, case.kept), generator=self.g)
+            options["kept_ids"] = torch.cat([ids, self.targets[..., None]], -1)
         logp = _logprobs(raw, self.targets, options, shape)
         # Every log-prob is scorable here: one that is not is a hazard of its own, and nothing else of its token is read
         old = (logp + case.spread * self.normal(*shape)).clamp(-99, -1e-3)
@@ -296,7 +301,7 @@ def _consistent(case: Case) -> Case:
         changes["objective"] = "drpo-active" if case.objective == "gspo" else case.objective
     if case.form == "logits" or case.dtype == "f64":
         changes["autocast"] = None
-    if case.dtype == "f64" or case.form == "logits":
+    if case.dtype == "f64" or case.form == "logits" or case.kept:
         changes["logits_dtype"] = None
     if case.triton:
         changes |= {"vocab": min(case.vocab, 24), "shape": tuple(min(n, 2) for n in case.shape)}
@@ -309,6 +314,8 @@ def _logprobs(raw: Tensor, targets: Tensor, options: dict, shape) -> Tensor:
     transform = problems.transform_of(options)
     heat = problems.oracle.spread(transform.pop("temperature"), shape).unsqueeze(-1)
     z = problems.oracle.transform(raw.reshape(-1, raw.shape[-1]), heat, **transform)
+    if "kept_ids" in options:
+        z = problems.oracle.kept_only(z, options["kept_ids"].flatten(0, -2))
     return problems.oracle.statistics(z, targets.reshape(-1))[0].reshape(shape)
 
 

@@ -142,5 +142,7 @@ def apply_poison(builder) -> None:
         value = builder.options.get(name)
         if isinstance(value, Tensor) and value.shape == off.shape:
             builder.options[name] = spoil(value)
+    if "kept_ids" in builder.options:
+        builder.options["kept_ids"] = spoil(builder.options["kept_ids"])
     if isinstance(builder.options.get("reduction"), tuple):
         builder.options["reduction"] = tuple(map(spoil, builder.options["reduction"]))

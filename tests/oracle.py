@@ -58,6 +58,15 @@ def transform(raw: Tensor, temperature, *, logit_scale=1.0, softcap=None, vocab_
     return z / temperature
 
 
+def kept_only(z: Tensor, kept_ids: Tensor | None) -> Tensor:
+    """z [n, V] with -inf for what is not among a row's ids [n, K], of which those below 0 are none."""
+    if kept_ids is None:
+        return z
+    kept = torch.zeros(len(z), z.shape[1] + 1, dtype=torch.bool)
+    kept = kept.scatter(1, torch.where(kept_ids < 0, z.shape[1], kept_ids).long(), True)[:, :-1]
+    return z.masked_fill(~kept, -torch.inf)
+
+
 def statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(logprob of the target, entropy) of each row of z [N, V]; banned tokens (-inf) count nothing."""
     logp_all = torch.log_softmax(z, dim=-1)
@@ -266,6 +275,7 @@ def policy_loss(
     logit_scale=1.0,
     softcap=None,
     vocab_size=None,
+    kept_ids=None,
 ) -> OracleOutput:
     """`raw` is the fp64 logits [..., V], or a pair (hidden [..., H], weight [V, H]), with requires_grad as wished."""
     shape = tuple(targets.shape)
@@ -288,6 +298,7 @@ def policy_loss(
         logits = raw.reshape(-1, raw.shape[-1])[keep]
     heat = rows(temperature).unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
     z = transform(logits, heat, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size)
+    z = kept_only(z, None if kept_ids is None else kept_ids.flatten(0, -2)[keep])
     logp, entropy = statistics(z, targets.detach().cpu().expand(shape).reshape(-1)[keep].long())
 
     old = logp.detach() if old_logprobs is None else rows(old_logprobs)

@@ -20,17 +20,17 @@ from drpo_kernels.collectives import summed
 
 
 class Entries(NamedTuple):
-    """The M entries of this rank's part of the head, row by row."""
+    """The M entries of this rank's part of the head, row by row, int64."""
 
-    here: Tensor  # bool, shaped like ids [N, K]
-    rows: Tensor  # [M] int64
-    columns: Tensor  # [M] int64, rows of this rank's weight
+    rows: Tensor  # [M]
+    columns: Tensor  # [M], rows of this rank's weight
+    places: tuple[Tensor, Tensor]  # where they are among ids [N, K]
 
 
 def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> Entries:
     first = 0 if execution.shard is None else execution.shard.start
-    here = (ids >= first) & (ids < first + weight.shape[0])
-    return Entries(here, here.nonzero()[:, 0], ids[here] - first)
+    places = ((ids >= first) & (ids < first + weight.shape[0])).nonzero(as_tuple=True)
+    return Entries(places[0], ids[places] - first, places)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, execution: Execution) -> Tensor:
@@ -43,7 +43,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, exe
     values = row_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
     if bias is not None:
         values += bias[entries.columns]
-    found = values.new_zeros(ids.shape).masked_scatter_(entries.here, values)
+    found = values.new_zeros(ids.shape).index_put_(entries.places, values)
     return found if execution.shard is None else summed(found, execution.shard.group)
 
 
@@ -58,16 +58,15 @@ def gradients(
 ) -> Gradients:
     """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
     entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
-    values = slopes[entries.here]
+    values = slopes[entries.places]
     found: list[Tensor | None] = [None, None, None]
     if wanted.hidden:
         shard = execution.shard
         sums = shard is not None and not shard.partial_hidden_gradient
         kind = {"dtype": slopes.dtype if sums else hidden.dtype, "memory_format": torch.contiguous_format}
         out = torch.zeros_like(hidden, **kind).view(-1, hidden.shape[-1])
-        counts = entries.here.sum(1)
-        places = counts.nonzero()[:, 0]
-        terms = GatheredSums(entries.columns, values, offsets_of(counts[places]), places)
+        places, counts = entries.rows.unique_consecutive(return_counts=True)
+        terms = GatheredSums(entries.columns, values, offsets_of(counts), places)
         ops.gathered_sums(weight, terms, out, execution.compute_dtype)
         out = summed(out, shard.group) if sums else out
         found[0] = out.to(hidden.dtype).view(hidden.shape)
