@@ -96,7 +96,7 @@ class TritonRows:
             self.gathered_sums(table, sums, wide, dtype, base)
             out.copy_(wide)
             return
-        width, tile = out.shape[1], gather_tile(out.shape[1])
+        table, width, tile = _rounded(table, dtype), out.shape[1], gather_tile(out.shape[1])
         row, factors = base or (None, None)
         with _on(out):
             sparse.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
@@ -110,7 +110,7 @@ class TritonRows:
     ) -> Tensor:
         out = torch.empty(len(left_index), dtype=torch.float32, device=left.device)
         if len(out):
-            tile = gather_tile(left.shape[1])
+            left, right, tile = _rounded(left, dtype), _rounded(right, dtype), gather_tile(left.shape[1])
             with _on(out):
                 sparse.gathered_dots_kernel[(len(out),)](
                     left, *left.stride(), left_index, right, *right.stride(), right_index, out, left.shape[1],
@@ -206,6 +206,11 @@ class TritonRows:
                 targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
+
+
+def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to bf16 before the launch where the kernel would truncate, which is in the interpreter."""
+    return table.to(dtype) if INTERPRETING and dtype == torch.bfloat16 else table
 
 
 def _twins(terms: Terms) -> dict[str, object]:
