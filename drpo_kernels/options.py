@@ -94,8 +94,9 @@ class PolicyOptions(LogprobOptions):
                       alone, for metrics["drpo/ref_kl"]
     kl_coef           coefficient of the KL term
     kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
-    kl_importance     multiply the KL term by the ratio r, differentiably: under samples of μ an unbiased estimate of
-                      the KL and of its gradient (arXiv 2512.02556)
+    kl_importance     multiply the KL term by the token's ratio r, differentiably: under samples of μ an unbiased
+                      estimate of the KL and of its gradient (arXiv 2512.02556). With GSPO too, where TRL and Liger
+                      take the ratio of the sequence
     kl_cap            None, or a number in [1e-6, 1e6] to which log π - log π_ref is clamped in the KL term, which has
                       no gradient beyond it: 20 keeps exp(-d) of k3 finite where the reference all but bans a token
     entropy_coef      coefficient of the entropy bonus (differentiable)

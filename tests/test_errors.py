@@ -193,6 +193,7 @@ OBJECTIVES = [
     ("ratio_cap", lambda: dk.PolicyGradient(ratio_cap=0.0)),
     ("clip_low", lambda: dk.GSPO(clip_low=-1e-4)),
     ("clip_high", lambda: dk.GSPO(clip_high=math.nan)),
+    ("token_level", lambda: dk.GSPO(token_level=1)),
 ]
 
 LOGPROBS = [
