@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from drpo_kernels.keywords import with_known_keywords
 from drpo_kernels.tokens import Tokens, between, clamped_shift, expm1, prob_shift, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
@@ -441,3 +442,8 @@ class PolicyGradient(Objective):
     @built_in(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)
+
+
+for _objective in _REGISTRY.values():
+    _fields = tuple(field.name for field in dataclasses.fields(_objective))
+    _objective.__init__ = with_known_keywords(_objective.__init__, _objective.__name__, _fields)
