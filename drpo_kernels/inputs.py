@@ -148,7 +148,8 @@ class Problem:
         cu_seqlens = getattr(self.options, "cu_seqlens", None)
         if cu_seqlens is not None:
             validation.check_packing_values(cu_seqlens, valid)
-        validation.check_logprob_values(self.targets, self.temperature, valid, self.vocab)
+        from_logits = isinstance(self.source, ReadySource)
+        validation.check_logprob_values(self.targets, self.temperature, valid, self.vocab, from_logits)
 
     @property
     def temperature(self) -> Tensor | None:

@@ -49,7 +49,8 @@ def on_kept_ids(
     if old_logprobs is not None and old_logprobs.shape == valid.shape:
         valid = valid & scorable(old_logprobs)
     if problem.wants_values:
-        validation.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab)
+        from_logits = isinstance(source, ReadySource)
+        validation.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab, from_logits)
         validation.check_kept_values(options.kept_ids, problem.targets, valid, problem.vocab)
     ids, place, lost = _sets(problem, valid.reshape(-1))
     z = _transformed(source.kept_logits(ids, problem.spec()), options)

@@ -29,7 +29,7 @@ def linear_token_logprobs(
     hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions
     (mask 0) may carry anything, are not computed, and report 0. The logits of a chunk are recomputed in the backward,
     which may run more than once. `linear_policy_loss` says how far from exact results and gradients may be; no gradient
-    waits for a factor here.
+    waits for a factor here. hidden, weight and bias get gradients; a mask or temperature that requires one is an error.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
@@ -44,9 +44,6 @@ def token_logprobs(
     logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, return_logsumexp: bool = False, **options
 ) -> tuple[Tensor, ...]:
     """The same from logits [..., V] of any float dtype and any strides."""
-    for name in LINEAR_ONLY:
-        if name in options:
-            raise TypeError(f"token_logprobs() got an unexpected keyword argument {name!r}: the logits exist already")
     return _token_logprobs(ReadySource(logits), targets, mask, return_logsumexp, LogprobOptions(**options))
 
 

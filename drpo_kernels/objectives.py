@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from drpo_kernels.keywords import with_known_keywords
 from drpo_kernels.tokens import Tokens, between, clamped_shift, expm1, prob_shift, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
@@ -271,22 +272,35 @@ class PPO(Objective):
 @register_objective
 @dataclass(frozen=True)
 class GSPO(Objective):
-    """PPO on the sequence ratio s = exp(mean_t Δ_t), the gradient flowing through the mean  (arXiv 2507.18071)."""
+    """PPO on the sequence ratio s = exp(mean_t Δ_t), the gradient flowing through the mean  (arXiv 2507.18071).
+
+    token_level  True: the paper's GSPO-token (section 4.3), which verl computes. The loss is the same, but each
+                 token's ratio is s_t = sg(s / r_t) · r_t, so that a token's advantage and weight act on the gradient of
+                 that token alone. Without it they act on that of the whole sequence, as the gradient of the loss does.
+                 Where all tokens of a sequence have the same advantage and weight, the gradients are the same.
+
+    The importance ratio of `kl_importance` stays the token's own r_t, while that of TRL and Liger is s here.
+    """
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
+    token_level: bool = False
     zero_if_no_advantage: ClassVar[bool] = True
     sequence_level: ClassVar[bool] = True
     clips: ClassVar[bool] = True
 
     def __post_init__(self):
         _require_positive(self, "clip_low", "clip_high")
+        if not isinstance(self.token_level, bool):
+            raise TypeError(f"GSPO: token_level must be True or False, got {self.token_level!r}")
 
     @built_in()
     def token_loss(self, tokens: Tokens) -> Tensor:
         lengths = tokens.sequences.sum(tokens.valid.to(tokens.logprobs.dtype)).clamp(min=1)
         log_ratio = torch.where(tokens.valid, tokens.log_ratio, 0)
         ratio = tokens.sequences.expand((tokens.sequences.sum(log_ratio) / lengths).exp())
+        if self.token_level:
+            ratio = ratio.detach() * (log_ratio - log_ratio.detach()).exp()
         return clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high)
 
 
@@ -428,3 +442,8 @@ class PolicyGradient(Objective):
     @built_in(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)
+
+
+for _objective in _REGISTRY.values():
+    _fields = tuple(field.name for field in dataclasses.fields(_objective))
+    _objective.__init__ = with_known_keywords(_objective.__init__, _objective.__name__, _fields)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard
+from drpo_kernels.keywords import with_known_keywords
 from drpo_kernels.objectives import DRPO, Objective
 
 # options that mean nothing where the logits exist already
@@ -26,7 +27,8 @@ LINEAR_ONLY = (
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogprobOptions:
     """temperature       number in [1e-6, 1e6], or a tensor of such: 0-d, per token or, as advantages, per sequence;
-                      z = softcap(logit_scale · x) / temperature
+                      z = softcap(logit_scale · x) / temperature. A constant: one that requires grad is an error; to
+                      learn it, divide hidden or logits by it before the call
     logit_scale       number > 0 on the logits (Cohere, Granite)
     softcap           number > 0 or None: cap · tanh(· / cap) on the scaled logits (Gemma)
     vocab_size        number of real entries of a padded vocabulary; the columns beyond do not exist for the softmax
@@ -38,8 +40,12 @@ class LogprobOptions:
                       6VH for a token. Masked tokens may carry anything. None with logits_dtype, head_dtype,
                       batch_invariant, main_grad and sparse_grad
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
-    validate          check values as well as shapes (target range, signs, finiteness); None: on the CPU only, where it
-                      does not synchronise
+    validate          True: raise ValueError for values too, not only for shapes, dtypes, devices and plain numbers,
+                      which are always checked: targets in range, a mask of 0 and 1, temperatures in range, rising
+                      cu_seqlens, log-probs of at most 0.01, finite advantages, weights and coefficients, a tensor
+                      normalizer above 0. None: on a CPU alone, because it reads the data and so waits for a GPU.
+                      Unchecked, a bad target or a token outside of every sequence makes the loss NaN, offsets are
+                      brought into order and range first, and any other value enters the formula as it is
     workspace_bytes   bytes of the linear functions for logits and their gradients; None: 64 to 128 MiB on a CPU, 1 GiB
                       on a GPU. Where the head is trained, bf16 gradients of all rows' logits or a float32 gradient of
                       the weight may come on top: `python -m drpo_kernels plan` says what a call takes, and why
@@ -94,16 +100,18 @@ class PolicyOptions(LogprobOptions):
                       or `TokenCoefficients`; "none": out.loss is shaped like targets, 0 where nothing was computed, for
                       a sum of your own, whose backward recomputes the logits (8F in place of 6F)
     normalizer        number or 0-d tensor > 0 in place of the reduction's own count (tokens, or non-empty sequences):
-                      the global count over ranks and accumulation steps
+                      the global count over ranks and accumulation steps, 1 where that is 0. A tensor of 0 that is not
+                      validated makes the loss NaN or infinite
     horizon           number > 0, the constant length that "seq-mean-token-sum-norm" divides by (Dr. GRPO)
     cu_seqlens        [S + 1] integer offsets of the sequences of a packed batch; what lies beyond the last one is
-                      padding and must be masked
+                      padding and must be masked. Where they are not validated, offsets beyond the batch mean its end
     ref_logprobs      log-probs under a reference policy, shaped like targets and above -1000: for the KL term, or
                       alone, for metrics["drpo/ref_kl"]
     kl_coef           coefficient of the KL term
     kl_estimator      "k1", "k2" or "k3": d, d²/2 or exp(-d) + d - 1, with d = log π - log π_ref
-    kl_importance     multiply the KL term by the ratio r, differentiably: under samples of μ an unbiased estimate of
-                      the KL and of its gradient (arXiv 2512.02556)
+    kl_importance     multiply the KL term by the token's ratio r, differentiably: under samples of μ an unbiased
+                      estimate of the KL and of its gradient (arXiv 2512.02556). With GSPO too, where TRL and Liger
+                      take the ratio of the sequence
     kl_cap            None, or a number in [1e-6, 1e6] to which log π - log π_ref is clamped in the KL term, which has
                       no gradient beyond it: 20 keeps exp(-d) of k3 finite where the reference all but bans a token
     entropy_coef      coefficient of the entropy bonus (differentiable)
@@ -152,7 +160,9 @@ def _documentation(options: type) -> str:
 
 
 def takes(options: type, omit: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Give a function ending in `**options` the signature and the documentation of the options' fields."""
+    """Give a function ending in `**options` the signature and the documentation of the options' fields. It then raises
+    TypeError for any other keyword, and says what to write instead.
+    """
 
     def decorate(function: Callable) -> Callable:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -161,8 +171,23 @@ def takes(options: type, omit: tuple[str, ...] = ()) -> Callable[[Callable], Cal
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
             for f in fields
         ]
-        function.__signature__ = inspect.signature(function).replace(parameters=own + keywords)
-        function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions\n    {_documentation(options)}\n"
-        return function
+        known = tuple(p.name for p in own + keywords)
+        checked = with_known_keywords(
+            function, function.__name__, known, lambda name: _of_another_function(name, known)
+        )
+        checked.__signature__ = inspect.signature(function).replace(parameters=own + keywords)
+        checked.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions\n    {_documentation(options)}\n"
+        return checked
 
     return decorate
+
+
+def _of_another_function(name: str, known: tuple[str, ...]) -> str | None:
+    """What to say of a keyword that another public function takes, or None."""
+    if "logits" in known and name in ("hidden", "weight", "bias", *LINEAR_ONLY):
+        return "the logits exist already; linear_policy_loss and linear_token_logprobs take hidden states"
+    if name == "logits":
+        return "policy_loss and token_logprobs take logits"
+    if name in ("old_logprobs", "advantages", *(f.name for f in dataclasses.fields(PolicyOptions))):
+        return "linear_policy_loss and policy_loss take it"
+    return None

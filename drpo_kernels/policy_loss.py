@@ -68,10 +68,14 @@ def linear_policy_loss(
     old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached
                   log-prob. A row whose value is NaN or -100 and below (-inf, -9999: no token that was sampled has
                   such a μ, `drpo_kernels.tokens.LEAST_LOGPROB`) is treated as masked and counted in
-                  metrics["drpo/unscorable"]. Rounding may leave up to 0.01; what is above is an error
+                  metrics["drpo/unscorable"]. Values up to 0.01 are taken, because rounding may add as much to a
+                  log-prob of 0; a larger one is an error on a CPU, and elsewhere with validate=True
     advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens` (where both fit,
                   per token); at most 1e12 in size
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
+
+    Gradients are those of hidden, weight and bias. All other tensors, those among the options too, are constants of the
+    loss: outside of torch.no_grad() one that requires grad is an error, whatever the backend and the reduction.
 
     loss = Σ_t c_t · [token_weight_t · ℓ_t + kl_coef · KL_t - entropy_coef · H_t + z_loss_coef · (log Σ exp z_t)²] with
     c_t from `reduction` (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be
@@ -130,9 +134,6 @@ def policy_loss(
     """
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
-    for name in LINEAR_ONLY:
-        if name in options:
-            raise TypeError(f"policy_loss() got an unexpected keyword argument {name!r}: the logits exist already")
     source, options = ReadySource(logits, inplace), _options(options)
     source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
     return _policy_loss(source, targets, old_logprobs, advantages, mask, options)

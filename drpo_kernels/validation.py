@@ -44,7 +44,8 @@ def check_not_exported() -> None:
 
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        hint = f": pass lm_head.{name} of a module lm_head" if isinstance(value, torch.nn.Module) else ""
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
     if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
         raise TypeError(
             f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, "
@@ -57,11 +58,11 @@ def check_tensor(name: str, value: object, *, floating: bool | None = None) -> N
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
 
 
-def check_number(name: str, value: object, *, positive: bool = True) -> None:
+def check_number(name: str, value: object, *, positive: bool = True, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (0 if positive else -math.inf) < value < math.inf:  # math.isfinite cannot be traced in a graph
-        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}{hint}")
 
 
 def _check_scale(name: str, value: object) -> None:
@@ -76,7 +77,9 @@ def _check_integer(name: str, value: object) -> None:
 
 
 def _check_real(name: str, value: Tensor) -> None:
+    """Of a tensor that enters the loss as a constant."""
     check_tensor(name, value)
+    _check_constant(name, value)
     if value.dtype.is_complex or (value.dtype.is_floating_point and value.dtype not in FLOATS):
         raise TypeError(f"{name} must be float64, float32, bfloat16, float16, integer or bool, got {value.dtype}")
 
@@ -91,6 +94,16 @@ def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
     if value.shape != targets.shape:
         raise ValueError(f"{name} must be shaped like targets {_shape(targets)}, got {_shape(value)}")
     _check_device(name, value, targets.device)
+
+
+def _check_constant(name: str, value: Tensor) -> None:
+    """A gradient for such a tensor, where one is asked for, would be missing without a word."""
+    if value.requires_grad and torch.is_grad_enabled():
+        learnt = "; to learn it, divide hidden or logits by it before the call" if name == "temperature" else ""
+        raise ValueError(
+            f"{name} must not require grad, because it gets no gradient here, got a tensor that does: pass "
+            f"{name}.detach(){learnt}"
+        )
 
 
 def _check_not_meta(name: str, value: Tensor) -> None:
@@ -122,7 +135,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: to
     if weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(f"weight must be [V, H] with V and H at least 1, got shape {_shape(weight)}")
     if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight must be [V, H] with H = {hidden.shape[-1]} like hidden, got shape {_shape(weight)}")
+        hint = ": pass weight.T where it is [H, V]; where hidden are logits, call policy_loss or token_logprobs"
+        raise ValueError(
+            f"weight must be [V, H] with H = {hidden.shape[-1]} like hidden, got shape {_shape(weight)}"
+            f"{hint if hidden.shape[-1] == weight.shape[0] else ''}"
+        )
     _check_device("weight", weight, hidden.device)
     if autocast is None and hidden.dtype != weight.dtype:
         raise TypeError(
@@ -190,6 +207,7 @@ def check_logprob_options(
         check_packing(cu_seqlens, "targets", targets)
     if isinstance(options.temperature, Tensor):
         check_tensor("temperature", options.temperature, floating=True)
+        _check_constant("temperature", options.temperature)
         if options.temperature.dim():
             _check_spread("temperature", options.temperature, targets, cu_seqlens)
         _check_device("temperature", options.temperature, targets.device)
@@ -399,7 +417,7 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
         if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {_shape(options.normalizer)}")
     elif options.normalizer is not None:
-        check_number("normalizer", options.normalizer)
+        check_number("normalizer", options.normalizer, hint=_EMPTY)
 
 
 def wants_values(options: LogprobOptions, targets: Tensor) -> bool:
@@ -409,11 +427,12 @@ def wants_values(options: LogprobOptions, targets: Tensor) -> bool:
     return targets.device.type == "cpu" if options.validate is None else options.validate
 
 
-def _require(name: str, requirement: str, values: Tensor, good: Tensor) -> None:
+def _require(name: str, requirement: str, values: Tensor, good: Tensor, hint: str = "") -> None:
     bad = ~good
     if bad.any():
         index = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name} must be {requirement}, got {values[index].item()} at index {index}")
+        where = f" at index {index}" if index else ""
+        raise ValueError(f"{name} must be {requirement}, got {values[index].item()}{where}{hint}")
 
 
 def check_mask_values(mask: Tensor | None) -> None:
@@ -422,10 +441,14 @@ def check_mask_values(mask: Tensor | None) -> None:
         _require("mask", "bool or 0 and 1 (use token_weights for other factors)", mask, (mask == 0) | (mask == 1))
 
 
-def check_logprob_values(targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int) -> None:
+def check_logprob_values(
+    targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int, from_logits: bool
+) -> None:
     """All shaped like targets; where not `valid`, masked or unscorable, they may carry anything."""
     wanted = f"in [0, {vocab}), or masked (mask=targets != -100 where -100 stands for none)"
-    _require("targets", wanted, targets, ~valid | ((targets >= 0) & (targets < vocab)))
+    hint = ": where logits are hidden states, call linear_policy_loss or linear_token_logprobs" if from_logits else ""
+    _require("targets", wanted, targets, ~valid | (targets < vocab), hint)
+    _require("targets", wanted, targets, ~valid | (targets >= 0))
     if temperature is not None:
         inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
         _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)
@@ -440,22 +463,24 @@ def check_kept_values(kept_ids: Tensor, targets: Tensor, valid: Tensor, vocab: i
     _require("targets", wanted, targets, ~valid | (ids == targets[..., None]).any(-1))
 
 
-_NEGATED = " (are these probabilities, or negated?)"
+_LOGPROBS = f"log-probabilities of at most {POSITIVE_LOGPROB:g}, 0 and what rounding adds"
+_NO_LOGPROBS = ": are these probabilities, or negated? Pass their logarithms, or their negatives"
+_EMPTY = ": a batch without a single valid token counts as 1, as in drpo_kernels.distributed.global_normalizer"
 
 
 def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
     """`valid`, shaped like targets: in the mask, and not without an old log-prob, which is treated as masked."""
     if old_logprobs is not None:
         good = ~(old_logprobs > POSITIVE_LOGPROB)
-        _require("old_logprobs", f"log-probabilities <= 0{_NEGATED}", old_logprobs, ~valid | good)
+        _require("old_logprobs", _LOGPROBS, old_logprobs, ~valid | good, _NO_LOGPROBS)
     if options.token_weights is not None:
         weights = comparable(options.token_weights)
         _require("token_weights", "finite", weights, ~valid | weights.isfinite())
     ref = options.ref_logprobs
     if ref is not None:
         good = (ref > LEAST_REFERENCE) & (ref <= POSITIVE_LOGPROB)
-        wanted = f"log-probabilities <= 0{_NEGATED} and above {LEAST_REFERENCE:g}, which stands for a missing one"
-        _require("ref_logprobs", wanted, ref, ~valid | good)
+        wanted = f"{_LOGPROBS}, and above {LEAST_REFERENCE:g}, which stands for a missing one"
+        _require("ref_logprobs", wanted, ref, ~valid | good, _NO_LOGPROBS)
     if isinstance(options.reduction, TokenCoefficients):
         for field, value in options.reduction._asdict().items():
             if value is not None:
@@ -464,8 +489,7 @@ def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, val
     if isinstance(options.normalizer, Tensor):
         normalizer = comparable(options.normalizer)
         good = (normalizer > 0) & normalizer.isfinite()
-        hint = ": a batch without a single valid token counts as 1 (drpo_kernels.distributed.global_normalizer)"
-        _require("normalizer", f"positive and finite{hint}", normalizer, good)
+        _require("normalizer", "positive and finite", normalizer, good, _EMPTY)
 
 
 def check_packing_values(cu_seqlens: Tensor, valid: Tensor) -> None:

@@ -298,7 +298,7 @@ def _consistent(case: Case) -> Case:
             changes["advantages"] = "token"
     if flat:
         changes["reduction"] = "token-mean" if case.reduction.startswith("seq-") else case.reduction
-        changes["objective"] = "drpo-active" if case.objective == "gspo" else case.objective
+        changes["objective"] = "drpo-active" if case.objective.startswith("gspo") else case.objective
     if case.form == "logits" or case.dtype == "f64":
         changes["autocast"] = None
     if case.dtype == "f64" or case.form == "logits" or case.kept:

@@ -19,7 +19,7 @@ DEFAULTS = {
     "PPO": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
     "CISPO": {"ratio_cap": 5.0},
     "PolicyGradient": {"ratio_cap": None},
-    "GSPO": {"clip_low": 3e-4, "clip_high": 4e-4},
+    "GSPO": {"clip_low": 3e-4, "clip_high": 4e-4, "token_level": False},
 }
 LOG_RATIO_LIMIT = 20.0
 SEQUENCE_OBJECTIVES = ("GSPO",)
@@ -158,11 +158,15 @@ def policy_gradient(x: Rows, ratio_cap):
     return -x.adv * x.ratio if ratio_cap is None else cispo(x, ratio_cap)
 
 
-def gspo(x: Rows, clip_low, clip_high):
-    """PPO on exp(mean over the sequence of the log-ratio); the gradient flows through that mean."""
+def gspo(x: Rows, clip_low, clip_high, token_level):
+    """PPO on exp(mean over the sequence of the log-ratio); the gradient flows through that mean, or with `token_level`
+    through each token's own ratio.
+    """
     total = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, x.log_ratio)
     count = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, torch.ones_like(x.logp))
     ratio = (total / count.clamp(min=1)).exp()[x.seq]
+    if token_level:
+        ratio = (ratio / x.ratio).detach() * x.ratio
     return _clipped_surrogate(ratio, x.adv, clip_low, clip_high)
 
 

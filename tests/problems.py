@@ -34,6 +34,7 @@ SPECS = {
     "pg": ("PolicyGradient", {}),
     "pg-cap": ("PolicyGradient", {"ratio_cap": 1.25}),
     "gspo": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03}),
+    "gspo-token": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03, "token_level": True}),
 }
 SMALL_WORKSPACE = 640  # a few rows at a time: every problem below takes several chunks
 TENSORS = ("hidden", "weight", "bias", "targets", "old_logprobs", "advantages", "mask")

@@ -42,7 +42,7 @@ def shift(rows):
     return 0.3 * rows.log_ratio.square() - rows.adv * rows.logp
 
 
-OBJECTIVES = {name: (spec, spec) for name, spec in SPECS.items() if name != "gspo"}  # (the package's, the oracle's)
+OBJECTIVES = {name: (spec, spec) for name, spec in SPECS.items() if spec[0] != "GSPO"}  # (the package's, the oracle's)
 OBJECTIVES["user"] = ((Shift, {}), (shift, {}))
 
 

@@ -82,11 +82,11 @@ def test_bare(name, form, backend, device):
     problem = problem if form == "linear" else problem.as_logits()
     out, _ = assert_agrees(problem, SPECS[name], backend, device, upstream=UPSTREAM, **FP32)
     dropped = problem.mask & (problem.advantages == 0)
-    if name == "gspo":
+    if name.startswith("gspo"):
         dropped = dropped & (problem.advantages == 0).masked_fill(~problem.mask, True).all(-1, keepdim=True)
     assert not out.computed.cpu()[~problem.mask].any()
     assert out.computed.cpu()[problem.mask & ~dropped].all(), "a row that contributes was dropped"
-    if name != "gspo":
+    if not name.startswith("gspo"):
         assert not out.computed.cpu()[dropped].any(), "compact='active' keeps rows that cannot contribute"
 
 
@@ -110,7 +110,7 @@ def test_on_policy(name, form, backend, device):
     assert_agrees(problem, SPECS[name], backend, device, **FP32)
 
 
-@pytest.mark.parametrize("name, reduction, form, backend", grid(["drpo-active", "gspo"], REDUCTIONS))
+@pytest.mark.parametrize("name, reduction, form, backend", grid(["drpo-active", "gspo", "gspo-token"], REDUCTIONS))
 def test_packed(name, reduction, form, backend, device):
     problem = with_reduction(full_problem(21), reduction, 2)
     problem = problems.packed(problem if form == "linear" else problem.as_logits())
@@ -254,6 +254,19 @@ def check_token_logprobs(problem, form, backend, device, bound):
         for name, a, b in zip(leaves, grads, want_grads, strict=True):
             assert a.dtype == problem.leaves()[name].dtype
             assert relative(a, b) <= bound, (name, chosen)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_two_forms_of_gspo(weighted, device):
+    """One loss; the same gradient where a sequence's tokens share an advantage and a weight, and otherwise not."""
+    problem = problems.replace(random_problem(96), advantages=torch.tensor([1.0, 2.0, -0.5, -1.5]))
+    if weighted:
+        problem = problem.with_options(token_weights=full_problem(96).options["token_weights"])
+    forms = [problems.build(("GSPO", {"clip_low": 0.3, "clip_high": 0.3, "token_level": x})) for x in (False, True)]
+    (out, grads), (out_token, grads_token) = (problems.run(problem, form, "torch", device) for form in forms)
+    assert out_token.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)  # a few roundings of float32
+    distance = relative(grads_token["hidden"], grads["hidden"])
+    assert distance > 1e-2 if weighted else distance <= FP32["grad_bound"]
 
 
 @pytest.mark.parametrize("name", sorted(oracle.DEFAULTS))

@@ -92,7 +92,7 @@ def test_nan_logits():
 
 def test_normalizer_of_zero():
     """An error where values are checked; a sentence where they are not."""
-    with pytest.raises(ValueError, match="normalizer must be positive and finite: a batch without a"):
+    with pytest.raises(ValueError, match=r"normalizer must be positive and finite, got 0\.0: a batch without a"):
         said(*batch(), normalizer=torch.tensor(0.0))
     (sentence,) = said(*batch(), normalizer=torch.tensor(0.0), validate=False)
     assert "normalizer is probably 0" in sentence

@@ -54,6 +54,7 @@ ANNEALED = {
     "terms": lambda x: {**every_term(x), "normalizer": 10 * x},
     "terms per token": lambda x: {**every_term(x), "kl_importance": True, "reduction": "none"},
     "terms of sequences": lambda x: {**every_term(x), "objective": dk.GSPO(x, x)},
+    "GSPO per token": lambda x: {"objective": dk.GSPO(x, x, token_level=True)},
     "entropy to 0": lambda x: {"entropy_coef": x if x > 0.15 else 0.0},
     "z-loss to 0": lambda x: {"z_loss_coef": x if x > 0.15 else 0.0},
     "sparse_grad": lambda x: {"sparse_grad": x / 10},

@@ -33,7 +33,9 @@ def call(backend, device, **options):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("route", ["fused", "recomputed"])
 def test_a_capped_log_ratio(route, estimator, importance, backend, device):
-    """Its value stops at the cap and its slope is 0 beyond; the ratio of `kl_importance` keeps its own."""
+    """Its value stops at the cap and its slope is 0 beyond; the ratio of `kl_importance` keeps its own slope. It is the
+    token's own ratio with GSPO too, where TRL and Liger take the sequence's.
+    """
     objective = dk.PPO() if route == "fused" else dk.GSPO()
     distance = torch.linspace(-3, 3, 15).view(3, 5)
     ref = (logprobs(MADE.hidden.double()) - distance).float()

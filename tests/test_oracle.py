@@ -79,13 +79,14 @@ def test_reductions(reduction, options, want):
     assert oracle.coefficients(valid, seq, reduction, **options).tolist() == pytest.approx([*want, 0, 0])
 
 
-def test_gspo_gradient_flows_through_the_mean():
-    """Two tokens, unclipped: l_t = -A_t s, so each logp gets -(A_1 + A_2) s / 2."""
+@pytest.mark.parametrize("token_level, advantages", [(False, [2.0, 2.0]), (True, [1.0, 3.0])])
+def test_gspo_gradient_flows_through_the_mean(token_level, advantages):
+    """Two tokens, unclipped: l_t = -A_t s, so each logp gets -(A_1 + A_2) s / 2, or with token_level -A_t s."""
     logp = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     adv = torch.tensor([1.0, 3.0], dtype=torch.float64)
     rows = oracle.Rows(logp, torch.tensor([-1.1, -1.8], dtype=torch.float64), adv, torch.tensor([0, 0]), 1)
-    oracle.gspo(rows, 0.2, 0.2).sum().backward()
-    assert logp.grad.tolist() == pytest.approx([-2 * math.exp(-0.05)] * 2)
+    oracle.gspo(rows, 0.2, 0.2, token_level).sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-x * math.exp(-0.05) for x in advantages])
 
 
 # Numeric differentiation looks through a stop-gradient; a cap below every ratio holds the stopped factor constant.

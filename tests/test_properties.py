@@ -40,7 +40,7 @@ def specs(draw):
         },
         "CISPO": {"ratio_cap": st.floats(0.5, 6.0)},
         "PolicyGradient": {"ratio_cap": st.none() | st.floats(0.5, 6.0)},
-        "GSPO": {"clip_low": small, "clip_high": small},
+        "GSPO": {"clip_low": small, "clip_high": small, "token_level": st.booleans()},
     }
     name = draw(st.sampled_from(sorted(choices)))
     return name, {key: draw(value) for key, value in choices[name].items()}

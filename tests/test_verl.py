@@ -1,5 +1,7 @@
 """The verl integration against the real verl, which `make verl-env` installs apart from everything else."""
 
+import __future__
+
 import ast
 import importlib.util
 import math
@@ -264,6 +266,27 @@ def test_hyper_parameters(verl):
         verl.core.get_policy_loss_fn("drpo")(**data)
 
 
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
+def test_gspo_is_verls_with_token_level(verl, mode):
+    """Advantages and weights differ within a sequence: then our two forms have the same loss and other gradients."""
+    data = batch(torch.float64, poison=-1.0)
+    data["log_prob"][0, 0] = data["old_log_prob"][0, 0] - 0.1  # verl does not clamp the log-ratio of one token
+    config = actor_config(verl, "gspo", mode)
+    loss, gradient, metrics = call(verl, "gspo", data, config)
+    assert 0 < metrics["actor/pg_clipfrac"] < 1
+    leaf = data["log_prob"].clone().requires_grad_()
+    logits = torch.stack([leaf, torch.log1p(-leaf.exp())], -1)  # log π of the first of two tokens is the leaf
+    for token_level in (True, False):
+        objective = drpo_kernels.GSPO(config.clip_ratio_low, config.clip_ratio_high, token_level=token_level)
+        out = drpo_kernels.policy_loss(
+            logits, torch.zeros_like(leaf, dtype=torch.long), data["old_log_prob"], data["advantages"],
+            data["response_mask"], token_weights=data["rollout_is_weights"], objective=objective, reduction=mode,
+        )  # fmt: skip
+        (ours,) = torch.autograd.grad(out.loss, leaf, retain_graph=True)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=LOSS_BOUND[torch.float64])
+        assert (relative(ours, gradient) <= LOSS_BOUND[torch.float64]) == token_level
+
+
 def test_a_loss_of_verls_own_is_left_in_place(verl, monkeypatch):
     theirs, registry = object(), verl.core.POLICY_LOSS_REGISTRY
     monkeypatch.setitem(registry, "spo", theirs)
@@ -338,6 +361,90 @@ def test_inside_verls_ppo_loss(verl):
     assert abs(loss.detach() - reference) <= LOSS_BOUND[torch.float32] * scale
     assert relative(torch.where(data["response_mask"], leaf.grad, 0), gradient) <= LOSS_BOUND[torch.float32]
     assert metrics["drpo/weight_mean"].aggregate() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# how verl's trainers choose μ
+
+OURS = (
+    "actor_rollout_ref.actor.policy_loss._target_=drpo_kernels.integrations.verl.DRPOPolicyLossConfig",
+    "actor_rollout_ref.actor.policy_loss.loss_mode=drpo",
+    f"+actor_rollout_ref.actor.policy_loss.drpo_delta={DELTA}",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+)
+
+
+def verls(path):
+    return Path(sys.modules["verl"].__file__).parent / path
+
+
+def composed(folder, name, *overrides):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(verls(folder)), version_base=None):
+        return compose(name, [*OURS, *overrides])
+
+
+def method(path, name, **names):
+    """verl's own method, out of a file whose other imports are not installed here; `names` is what it uses."""
+    tree = ast.parse(verls(path).read_text(encoding="utf-8"))
+    tree.body = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == name]
+    exec(compile(tree, path, "exec", __future__.annotations.compiler_flag), names)
+    return names[name]
+
+
+def test_the_v1_trainers_keep_the_loss(verl):
+    """verl's own step from the batch to μ with bypass_mode=true: of all its v1 trainers, synchronous or not."""
+    bypass = "algorithm.rollout_correction.bypass_mode=true"
+    config = composed("trainer/config", "ppo_trainer", bypass)
+    assert config.trainer.use_v1
+    sampled, stored = batch(torch.float32)["old_log_prob"], {}
+    queue = types.SimpleNamespace(
+        kv_batch_get=lambda select_fields, **_: dict.fromkeys(select_fields, sampled),
+        kv_batch_put=lambda fields, **_: stored.update(fields),
+    )
+    rows = types.SimpleNamespace(keys=[], partition_id="train")
+    step = method("trainer/ppo/v1/trainer_base.py", "_compute_old_log_prob", tq=queue)
+    assert step(types.SimpleNamespace(config=config), rows, {}) is rows
+    assert stored == {"old_log_probs": sampled}
+    from verl.utils.config import omega_conf_to_dataclass
+
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss.loss_mode == "drpo"
+
+
+@pytest.mark.parametrize("recipe", ["fully_async", "one_step_off"])
+def test_the_experimental_trainers_cannot_fall_back_to_ppo(verl, recipe):
+    """Their configurations come with bypass_mode=true. verl builds its actors before the first step, which overwrites
+    loss_mode: such an actor keeps the loss and takes μ from the rollout engine, and a later one is refused.
+    """
+    from verl.utils.config import omega_conf_to_dataclass
+
+    search = "hydra.searchpath=[pkg://verl.trainer.config]"
+    config = composed(f"experimental/{recipe}_policy/config", f"{recipe}_ppo_trainer", search)
+    assert config.algorithm.rollout_correction.bypass_mode and config.actor_rollout_ref.rollout.calculate_log_probs
+    built = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    data = batch(torch.float32)
+    rows = types.SimpleNamespace(batch={"rollout_log_probs": data["old_log_prob"]})
+    step = method("experimental/separation/ray_trainer.py", "_fit_compute_log_prob")
+    step(types.SimpleNamespace(config=config, metrics={}, timing_raw={}), rows)
+    assert rows.batch["old_log_probs"] is data["old_log_prob"]
+    assert verl.core.get_policy_loss_fn(built.policy_loss.loss_mode).__module__ == verl.ours.__name__
+    assert built.policy_loss.drpo_delta == DELTA
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "bypass_mode"
+    with pytest.raises(Exception, match="loss_mode must be 'drpo', 'spo'"):
+        omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+
+
+def test_bypass_mode_is_refused(verl):
+    from verl.utils.config import omega_conf_to_dataclass
+
+    ours, refused = verl.ours.DRPOPolicyLossConfig, pytest.raises(ValueError, match="loss_mode must be 'drpo', 'spo'")
+    with refused:
+        ours(loss_mode="bypass_mode")
+    with refused:
+        ours(loss_mode="drpo").loss_mode = "bypass_mode"
+    with refused:
+        omega_conf_to_dataclass({"loss_mode": "bypass_mode", "drpo_delta": DELTA}, ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -39,11 +39,22 @@ class DRPOPolicyLossConfig(PolicyLossConfig):
     drpo_delta   δ of `loss_mode: drpo`, see `drpo_kernels.DRPO`
     spo_epsilon  ε of `loss_mode: spo`, see `drpo_kernels.SPO`
 
-    Raises TypeError or ValueError where one of them is not a positive number.
+    Raises TypeError or ValueError where one of them is not a positive number, and ValueError where `loss_mode` is or
+    becomes "bypass_mode", verl's PPO on the rollout engine's log-probs, which some of its trainers write over ours.
     """
 
     drpo_delta: float = DRPO.delta
     spo_epsilon: float = SPO.epsilon
+
+    def __setattr__(self, name: str, value: object):
+        if name == "loss_mode" and value == "bypass_mode":
+            raise ValueError(
+                "policy_loss.loss_mode must be 'drpo', 'spo' or another loss than verl's 'bypass_mode', which is PPO, "
+                "got 'bypass_mode'. algorithm.rollout_correction.bypass_mode=true writes it over loss_mode in trainers "
+                "of verl.experimental and with trainer.use_v1=false: write trainer.use_v1=true, where bypass_mode=true "
+                "makes μ the rollout engine's log-probs and leaves loss_mode as it is"
+            )
+        super().__setattr__(name, value)
 
     def __post_init__(self):
         for objective_from in OBJECTIVES.values():

@@ -1,0 +1,54 @@
+"""What to say of a keyword that a function or an objective does not take."""
+
+import difflib
+import functools
+from collections.abc import Callable
+
+# Names that other libraries (TRL, verl, Liger, transformers) use and that are unlike ours: what to write here
+_ELSEWHERE = {
+    written: ours
+    for ours, names in {
+        "kl_coef=...": "beta kl_beta",
+        "objective=PPO(clip_low=..., clip_high=...)": "clip clip_coef clip_eps clip_high clip_low clip_range "
+        "clip_ratio clip_ratio_high clip_ratio_low cliprange eps epsilon epsilon_high epsilon_low",
+        "objective=DRPO(delta=...)": "delta",
+        "objective=GSPO()": "importance_sampling_level",
+        "objective=... and reduction=...": "loss_type",
+        "reduction=...": "loss_agg_mode",
+        "normalizer=...": "num_items_in_batch",
+        "token_weights=...": "importance_weights rollout_is_weights",
+        "weight=lm_head.weight": "lm_head lm_head_weight",
+        "softcap=...": "final_logit_softcapping logit_softcap logit_softcapping",
+        "targets=...": "completion_ids input_ids labels responses selected_token_ids",
+        "mask=...": "attention_mask completion_mask loss_mask response_mask",
+        "mask=targets != ignore_index": "ignore_index",
+        "old_logprobs=...": "old_logps old_per_token_logps rollout_log_probs sampling_logprobs",
+        "ref_logprobs=...": "ref_logps ref_per_token_logps",
+    }.items()
+    for written in names.split()
+}
+
+
+def with_known_keywords(
+    function: Callable, called: str, known: tuple[str, ...], hint: Callable[[str], str | None] = lambda name: None
+) -> Callable:
+    """`function`, which users call by the name `called`, with a TypeError for keywords that are not `known`. It says
+    what to write instead: the `hint` for that keyword, what another library's name of it is here, or the most alike.
+    """
+
+    @functools.wraps(function)
+    def checked(*args, **given):
+        for name in given:
+            if name not in known:
+                said = hint(name) or _said_of(name, known)
+                raise TypeError(f"{called}() got an unexpected keyword argument {name!r}: {said}")
+        return function(*args, **given)
+
+    return checked
+
+
+def _said_of(name: str, known: tuple[str, ...]) -> str:
+    if _ELSEWHERE.get(name, "").partition("=")[0] in known:
+        return f"write {_ELSEWHERE[name]}"
+    alike = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {alike[0]!r}?" if alike else f"it takes {', '.join(known)}"
