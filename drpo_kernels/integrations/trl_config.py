@@ -40,6 +40,24 @@ def parse_objective(text: str) -> Objective:
         raise ValueError(f"objective {text!r} has the wrong arguments: {error}") from error
 
 
+def read_objective(objective: Objective | str) -> Objective:
+    """An objective or its text to the objective.
+
+    Raises TypeError for anything else, ValueError for text that names none and for one that a checkpoint cannot hold.
+    """
+    if isinstance(objective, str):
+        objective = parse_objective(objective)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {objective!r}")
+    try:
+        pickle.dumps(objective)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"objective={objective} cannot be saved with a checkpoint: define its class at the top of a module"
+        ) from error
+    return objective
+
+
 @dataclass
 class DRPOConfig(GRPOConfig):
     """`GRPOConfig` with the policy objective of this package.
@@ -83,16 +101,7 @@ class DRPOConfig(GRPOConfig):
 
     def check(self) -> None:
         """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
-        if isinstance(self.objective, str):
-            self.objective = parse_objective(self.objective)
-        if not isinstance(self.objective, Objective):
-            raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {self.objective!r}")
-        try:
-            pickle.dumps(self.objective)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"objective={self.objective} cannot be saved with a checkpoint: define its class at the top of a module"
-            ) from error
+        self.objective = read_objective(self.objective)
         instead = dict(FORMULA_OPTIONS)
         if not self.vllm_importance_sampling_correction:
             instead |= dict.fromkeys(CORRECTION_OPTIONS, "vllm_importance_sampling_correction=True with it")
