@@ -16,8 +16,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
-from trl.trainer import grpo_trainer
 
 from drpo_kernels import (
     CISPO,
@@ -29,11 +27,16 @@ from drpo_kernels import (
     linear_token_logprobs,
 )
 from drpo_kernels.distributed import reduce_metrics
+from drpo_kernels.integrations import needs
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
 from drpo_kernels.metrics import FAR_BELOW_ONE, PREFIX
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
+
+with needs("trl", "trl>=1.16"):
+    from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
 
 __all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
 

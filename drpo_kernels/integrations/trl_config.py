@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from trl import GRPOConfig
 
 from drpo_kernels import CISPO, DPPO, DRPO, GSPO, PPO, SPO, Objective, PolicyGradient
+from drpo_kernels.integrations import needs
 from drpo_kernels.objectives import registered_objective
 from drpo_kernels.options import PolicyOptions
 from drpo_kernels.validation import check_logprob_options, check_policy_options
+
+with needs("trl", "trl>=1.16"):
+    from trl import GRPOConfig
 
 OBJECTIVES = (DRPO, PPO, CISPO, GSPO, SPO, DPPO, PolicyGradient)
 # loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
