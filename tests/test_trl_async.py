@@ -224,6 +224,8 @@ def test_tokens_without_an_advantage_cost_nothing(tmp_path):
     assert torch.equal(got, want) and active["loss"] == mask["loss"]
     assert active["drpo/computed"][0] == 0 < active["drpo/computed"][1] < mask["drpo/computed"][1]
     assert active["entropy"] == active["drpo/entropy_mean"]
+    assert active["ratio"][0] == 1  # of a row in which nothing was computed
+    assert all(math.isfinite(value) for value in active["kl"])
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -236,13 +238,14 @@ def config(tmp_path, **options):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"epsilon": 0.1}, ValueError, "epsilon must .*got 0.1: write objective=PPO"),
-        ({"epsilon_high": 0.3}, ValueError, "epsilon_high must .*got 0.3: write objective=PPO"),
+        ({"epsilon": 0.1}, ValueError, r"epsilon must .*got 0.1: write objective=PPO\(clip_low=0.1, clip_high=0.1\)"),
+        ({"epsilon_high": 0.3}, ValueError, r"epsilon_high must .*got 0.3: write objective=PPO\(.*clip_high=0.3\)"),
         ({"objective": 0.2}, TypeError, "objective must"),
         ({"objective": "DRPO(epsilon=1)"}, ValueError, "objective"),
         ({"compact": "none"}, ValueError, "compact must"),
         ({"sparse_grad": 1.0}, ValueError, "sparse_grad must"),
         ({"sparse_grad": 0.01, "objective": "GSPO"}, ValueError, "sparse_grad must"),
+        ({"logits_dtype": "float16"}, ValueError, "logits_dtype must"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, error, message, tmp_path):

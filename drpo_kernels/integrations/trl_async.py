@@ -9,62 +9,38 @@ call also computes the loss, in 6F, and TRL's own formula runs on the resulting 
 
 import inspect
 import logging
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from torch import Tensor
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
-from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
-from drpo_kernels import GSPO, PPO, Objective, linear_policy_loss
-from drpo_kernels.integrations.trl import DRPOTrainer, _add_head, _parts, _Scored
-from drpo_kernels.integrations.trl_config import read_objective
-from drpo_kernels.options import PolicyOptions
+from drpo_kernels import GSPO, PPO, linear_policy_loss
+from drpo_kernels.integrations import needs
+from drpo_kernels.integrations.trl import UNFILTERED, DRPOTrainer, _add_head, _parts, _Scored
+from drpo_kernels.integrations.trl_config import ObjectiveOptions
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
-from drpo_kernels.validation import check_policy_options
+
+with needs("trl", "trl>=1.16"):
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
+    from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 __all__ = ["AsyncDRPOConfig", "AsyncDRPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
-# sampling options that change what a server's processed log-probs are of; their defaults do not
-FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
-
-
-def _default(name: str) -> Any:
-    return AsyncGRPOConfig.__dataclass_fields__[name].default
-
 
 @dataclass
-class AsyncDRPOConfig(AsyncGRPOConfig):
-    """`AsyncGRPOConfig` with the policy objective of this package.
+class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
+    """`AsyncGRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
 
-    objective   an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved config
-                hold). It takes the place of TRL's formula: `epsilon` and `epsilon_high` must keep their defaults
-    compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in AsyncGRPOTrainer. "active":
-                they cost nothing, TRL's `ratio` and `kl` count them as unchanged, and the logged entropy is that of the
-                tokens with A ≠ 0
-    sparse_grad τ in [0, 1) of `linear_policy_loss`: tokens whose policy is decided cost a third, and their gradients
-                are within τ of themselves (docs/sparse.md). 0: exact
+    `epsilon` and `epsilon_high` must keep their defaults. With compact="active", TRL's `ratio` and `kl` count the
+    tokens that were not computed as unchanged.
 
-    Raises TypeError or ValueError, naming the option, for one that would be ignored or that `linear_policy_loss`
-    refuses.
+    Raises TypeError or ValueError, naming the option and what to write instead, for one that would be ignored or that
+    `linear_policy_loss` refuses.
     """
-
-    objective: Objective | str | None = field(
-        default="DRPO()", metadata={"help": "Policy objective, such as 'DRPO(delta=0.2)' or 'PPO(clip_high=0.28)'."}
-    )
-    compact: str = field(
-        default="mask",
-        metadata={"help": "'mask': tokens with zero advantage cost a forward; 'active': they cost nothing."},
-    )
-    sparse_grad: float = field(
-        default=0.0,
-        metadata={"help": "Gradients of the fewest vocabulary entries, each token's within this of itself; 0: exact."},
-    )
 
     def __post_init__(self):
         self.check()
@@ -72,25 +48,15 @@ class AsyncDRPOConfig(AsyncGRPOConfig):
 
     def check(self) -> None:
         """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
-        self.objective = read_objective(self.objective)
-        for name in ("epsilon", "epsilon_high"):
-            if getattr(self, name) != _default(name):
+        self.check_loss_options()
+        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
+        for name, value in bounds.items():
+            if value != getattr(AsyncGRPOConfig, name):
+                high = self.epsilon if self.epsilon_high is None else self.epsilon_high
                 raise ValueError(
-                    f"{name} must keep its default, because the objective has its own bounds, got "
-                    f"{getattr(self, name)!r}: write objective=PPO(clip_low=..., clip_high=...)"
+                    f"{name} must keep its default, because objective={self.objective} has its own bounds, got "
+                    f"{value!r}: write objective=PPO(clip_low={self.epsilon}, clip_high={high})"
                 )
-        if self.compact not in ("mask", "active"):
-            raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
-        token = torch.ones(1, 1)
-        check_policy_options(PolicyOptions(**self.loss_options()), token.long(), None, token, None)
-
-    def loss_options(self) -> dict[str, Any]:
-        """Keywords of `linear_policy_loss`."""
-        names = ("objective", "compact", "sparse_grad", "temperature")
-        return {name: getattr(self, name) for name in names}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "objective": repr(self.objective)}
 
 
 class AsyncDRPOTrainer(AsyncGRPOTrainer):
@@ -119,7 +85,7 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         with mock.patch.object(async_grpo_trainer, "add_fused_lm_head", _add_head):
             super().__init__(model, reward_funcs, args, *positional, **keywords)
         self._step_metrics: list[dict[str, Tensor]] = []
-        self._diagnosed: set[str] = set()
+        self._diagnosed: dict[str, set[str]] = {"train": set()}
         if args.objective.remark:
             logger.info(args.objective.remark)
         if isinstance(args.objective, (PPO, GSPO)):  # TRL's clip ratios count what lies beyond these
@@ -134,7 +100,7 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
 
     def _check_engine(self) -> None:
         """Warn where the server's log-probs, which are μ here, are not those of the distribution that is trained."""
-        filters = [name for name in FILTERS if getattr(self.args, name) != _default(name)]
+        filters = [name for name, same in UNFILTERED.items() if vars(self.args).get(name) not in (None, *same)]
         if self.temperature == 1 and not filters:
             return
         self.vllm_client.wait_for_server_ready()
@@ -155,7 +121,8 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         trained = inputs["token_index"] >= 0
         position = inputs["token_index"][trained]
         old_logprobs, advantages = inputs["old_log_probs"][trained], inputs["advantages"][trained]
-        options = self.args.loss_options()
+        options = self.args.head_options() | {"temperature": self.temperature, "compact": self.args.compact}
+        options |= {"objective": self.args.objective, "sparse_grad": self.args.sparse_grad}
         if self.args.objective.sequence_level:
             lengths = inputs["segment_id"][trained].bincount()
             options["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -172,7 +139,7 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
                     reduction="token-sum", normalizer=normalizer, **options, **head,
                 )  # fmt: skip
 
-            out, aux_loss = _parts(model(**model_inputs, fused_head=head))
+            out, aux_loss = _parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
             loss = out.loss
             if self.aux_loss_enabled:
                 loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
