@@ -8,6 +8,7 @@ client, the weight transfer and the name of the GPU by nothing. Everything else 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import queue
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import oracle
 import tiny_trl
 from drpo_kernels import CISPO, DPPO, DRPO, GSPO, PPO
 from drpo_kernels.integrations.trl_async import AsyncDRPOConfig, AsyncDRPOTrainer
+from launcher import torchrun
 from test_trl import LORA, WEIGHT_BOUND, close, moe
 
 STEPS, SAMPLES = 3, 8  # a step's samples: two groups of four completions
@@ -43,11 +45,15 @@ def attention(q, k, v, starts_q, starts_k, *_, softmax_scale, causal, window_siz
     return torch.cat(out)
 
 
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
+def run_on_a_cpu(monkeypatch):
     monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=attention))
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # asks CUDA for its name
     monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *_: None)  # needs `requests`
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    run_on_a_cpu(monkeypatch)
 
 
 def samples(steps=STEPS + 1, **changes) -> list[RolloutSample]:
@@ -126,10 +132,14 @@ def assert_same_run(theirs, ours):
     assert len(want["loss"]) == theirs.args.max_steps
     assert (tiny_trl.weights(theirs) - start).norm() > 0
     assert (tiny_trl.weights(ours) - tiny_trl.weights(theirs)).norm() <= WEIGHT_BOUND * tiny_trl.weights(theirs).norm()
+    assert_same_logs(got, want)
+    return want, got
+
+
+def assert_same_logs(got, want):
     for name in want.keys() - TIMES:
         if not name.startswith("perf/"):
             assert close(got[name], want[name]), f"{name}: {got[name]} instead of {want[name]}"
-    return want, got
 
 
 # name: (TRL's options of the formula, the objective that says the same, options of both, the policy)
@@ -226,6 +236,16 @@ def test_tokens_without_an_advantage_cost_nothing(tmp_path):
     assert active["entropy"] == active["drpo/entropy_mean"]
     assert active["ratio"][0] == 1  # of a row in which nothing was computed
     assert all(math.isfinite(value) for value in active["kl"])
+
+
+def test_two_processes(tmp_path):
+    """The same run as TRL's where the tokens of a step are on two ranks, and metrics of both ranks' tokens."""
+    status, output = torchrun(2, "trl_async_worker.py", str(tmp_path))
+    assert status == 0, output[-4000:]
+    record = json.loads(next(line for line in output.splitlines() if line.startswith("RECORD "))[len("RECORD ") :])
+    assert_same_logs(record["ours"], record["theirs"])
+    assert record["weights"] <= WEIGHT_BOUND
+    assert record["ours"]["drpo/tokens"] == record["theirs"]["batch/trained_tokens_per_step"]
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
