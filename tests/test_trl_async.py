@@ -238,6 +238,20 @@ def test_tokens_without_an_advantage_cost_nothing(tmp_path):
     assert all(math.isfinite(value) for value in active["kl"])
 
 
+def test_options_of_the_head_reach_the_loss(tmp_path):
+    exact, rounded = (
+        tiny_trl.run(trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path, max_steps=1, logits_dtype=dtype))["loss"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact != rounded
+
+
+def test_what_is_wrong_is_said_once(tmp_path, caplog):
+    recorded = samples(old_log_probs=np.zeros_like)
+    tiny_trl.run(trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path, recorded=recorded))
+    assert caplog.text.count("these are placeholders, not log-probs") == 1
+
+
 def test_two_processes(tmp_path):
     """The same run as TRL's where the tokens of a step are on two ranks, and metrics of both ranks' tokens."""
     status, output = torchrun(2, "trl_async_worker.py", str(tmp_path))
