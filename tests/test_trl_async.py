@@ -246,6 +246,13 @@ def test_options_of_the_head_reach_the_loss(tmp_path):
     assert exact != rounded
 
 
+def test_a_router_without_its_loss(tmp_path):
+    ours = trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path)
+    ours.aux_loss_enabled, ours.router_aux_loss_coef = True, 0.1  # as of a model that only declares a router
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef must .* 0.1: write AsyncDRPOConfig\(router_aux"):
+        ours.train()
+
+
 def test_what_is_wrong_is_said_once(tmp_path, caplog):
     recorded = samples(old_log_probs=np.zeros_like)
     tiny_trl.run(trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path, recorded=recorded))

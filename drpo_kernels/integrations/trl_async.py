@@ -130,7 +130,7 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         tokens = (inputs["global_n_tokens"][0] / self.accelerator.num_processes).clamp(min=1.0)
         normalizer = tokens * self.current_gradient_accumulation_steps
         unchanged = torch.where(scorable(old_logprobs), old_logprobs, 0)
-        results: list[PolicyLossOutput] = []
+        results: list[tuple[Tensor, dict[str, Tensor]]] = []
 
         def score(shift_labels: Tensor, fused_lm_head: bool, **model_inputs) -> _Scored:
             def head(hidden: Tensor, weight: Tensor, **head) -> PolicyLossOutput:
@@ -142,9 +142,13 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
             out, aux_loss = _parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
             loss = out.loss
             if self.aux_loss_enabled:
+                if aux_loss is None:
+                    raise ValueError(
+                        "router_aux_loss_coef must be 0 with a model whose forward returns no load-balancing loss, got "
+                        f"{self.router_aux_loss_coef}: write AsyncDRPOConfig(router_aux_loss_coef=0.0)"
+                    )
                 loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
-                aux_loss = aux_loss.detach()
-            results.append(out._replace(loss=loss))
+            results.append((loss, out.metrics))
             # for TRL's metrics, a token that was not computed is one of the same policy
             logprobs = torch.where(out.computed, out.logprobs, unchanged)
             return _Scored(logprobs, torch.where(out.computed, out.entropy, 0), aux_loss)
@@ -153,9 +157,9 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         index = torch.where(trained, trained.cumsum(-1) - 1, -1)
         known = inputs["old_log_probs"].masked_scatter(trained, unchanged)
         super().compute_loss(score, {**inputs, "token_index": index, "old_log_probs": known})
-        (out,) = results
-        self._log_objective("train", out.metrics)
-        return out.loss
+        ((loss, metrics),) = results
+        self._log_objective("train", metrics)
+        return loss
 
 
 # for help() and editors: AsyncGRPOTrainer's arguments, of which none is added or taken away
