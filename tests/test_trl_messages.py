@@ -71,6 +71,12 @@ def test_keywords_that_do_not_exist(options, message, tmp_path):
         tiny_trl.arguments(DRPOConfig, tmp_path, **options)
 
 
+def test_an_objective_beside_the_config(tmp_path):
+    args = tiny_trl.arguments(DRPOConfig, tmp_path)
+    with pytest.raises(TypeError, match=r"objective must be given in args, .*DRPOConfig\(objective=SPO\("):
+        tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model(), objective=SPO())
+
+
 class Engine:
     """In place of vLLM, which is not asked for anything here."""
 
