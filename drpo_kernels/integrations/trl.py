@@ -229,7 +229,7 @@ class DRPOTrainer(GRPOTrainer):
         return output
 
     def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
-        """Whether most tokens have none, of all processes: a 0 is one where the policy is sure of the token."""
+        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
         mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
 
         def mostly(missing: Tensor) -> bool:
