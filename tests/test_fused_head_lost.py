@@ -89,6 +89,14 @@ def test_trl_s_argument():
         model(**batch.inputs, labels=batch.targets, fused_lm_head=True)
 
 
+def test_trl_s_head_on_a_loaded_model():
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    model, batch = pickled(add_fused_head(make())), make_batch()
+    utils.add_fused_lm_head(model)
+    found = model(**batch.inputs, labels=batch.inputs["input_ids"], fused_lm_head=True).log_probs
+    assert found.isfinite().all() and found.min() < 0
+
+
 @pytest.mark.parametrize("value", ["loss", torch.ones(3), True])
 def test_no_function(value):
     with pytest.raises(TypeError, match=r"fused_head must be a function .*linear_policy_loss"):

@@ -48,7 +48,7 @@ def test_what_to_write_instead(options, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         tiny_trl.arguments(DRPOConfig, tmp_path, **options)
     if "write objective=" in str(error.value):  # what it says can be written
-        text = str(error.value).rpartition("objective=")[2].removesuffix(", which sets it")
+        text = str(error.value).rpartition("objective=")[2].partition(", which")[0]
         tiny_trl.arguments(DRPOConfig, tmp_path, objective=parse_objective(text))
 
 
@@ -69,6 +69,12 @@ def test_what_to_write_instead(options, message, tmp_path):
 def test_keywords_that_do_not_exist(options, message, tmp_path):
     with pytest.raises(TypeError, match=message):
         tiny_trl.arguments(DRPOConfig, tmp_path, **options)
+
+
+def test_an_objective_beside_the_config(tmp_path):
+    args = tiny_trl.arguments(DRPOConfig, tmp_path)
+    with pytest.raises(TypeError, match=r"objective must be given in args, .*DRPOConfig\(objective=SPO\("):
+        tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model(), objective=SPO())
 
 
 class Engine:

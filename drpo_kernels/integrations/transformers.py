@@ -148,7 +148,7 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of the model and of its backbone: a function in an argument that the model's own forward would
     swallow in its **kwargs. Picklable, so that a model keeps it when it loses its fused head.
     """
-    fused = module.__dict__.get(_STATE) is not None
+    fused, backbone = module.__dict__.get(_STATE) is not None, _WATCHES not in module.__dict__
     for name, value in kwargs.items():
         if name == "fused_head" and value is not None and not fused:
             raise RuntimeError(
@@ -156,7 +156,7 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 "something replaced model.forward since (such as Liger's fused cross-entropy), or the model was "
                 "pickled; call add_fused_head(model) again, after it"
             )
-        if name != "fused_head" and (callable(value) or (name == "fused_lm_head" and not fused)):
+        if name != "fused_head" and (callable(value) or (name == "fused_lm_head" and backbone)):
             raise TypeError(
                 f"the function of a fused head must be given as fused_head=, got {name}=, which "
                 f"{type(module).__name__} would ignore: write model(..., fused_head=function)"
@@ -298,7 +298,7 @@ def _layers(head: nn.Module) -> list[nn.Module]:
 
 
 def _wrapped_by(layer: nn.Module) -> nn.Module | None:
-    if not _is_peft_s(layer, "ModulesToSaveWrapper"):
+    if not _is_from_peft(layer, "ModulesToSaveWrapper"):
         return getattr(layer, "module", None)  # FSDP1 wraps the head where its policy says so
     active = layer.active_adapters
     if layer.disable_adapters or not active or active[0] not in layer.modules_to_save:
@@ -306,7 +306,7 @@ def _wrapped_by(layer: nn.Module) -> nn.Module | None:
     return layer.modules_to_save[active[0]]
 
 
-def _is_peft_s(layer: nn.Module, name: str) -> bool:
+def _is_from_peft(layer: nn.Module, name: str) -> bool:
     peft = sys.modules.get("peft.utils.other")  # who has such a layer has imported it
     return peft is not None and isinstance(layer, getattr(peft, name))
 
@@ -323,7 +323,7 @@ def _require_plain(head: nn.Module, float32: bool) -> None:
         "take the head out of PEFT's target_modules (modules_to_save trains it whole), do not quantise it, load "
         "without device_map; or use the model's own logits with policy_loss"
     )
-    if _is_peft_s(head, "TrainableTokensWrapper"):
+    if _is_from_peft(head, "TrainableTokensWrapper"):
         advice = (
             "its trainable_token_indices reach the head, which is tied to the embedding; write "
             "modules_to_save=['embed_tokens'] with ensure_weight_tying=True in their place, or untie the head"

@@ -114,10 +114,12 @@ class DRPOTrainer(GRPOTrainer):
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
     `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all
-    processes, and what `diagnose` says of them is a warning, once each. `off_policy_mask_threshold` and
-    `top_entropy_quantile` need every token's log-prob or entropy first and cost one more forward of the head (8F).
+    processes, and what `diagnose` says of them is a warning, once each in training and in evaluation.
+    `off_policy_mask_threshold` and `top_entropy_quantile` need every token's log-prob or entropy first and cost one
+    more forward of the head (8F).
 
-    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
+    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses, and, in training,
+    RuntimeError where something replaced the model's forward since and ValueError where a router gives no loss.
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "drpo"]
@@ -138,6 +140,11 @@ class DRPOTrainer(GRPOTrainer):
             args = DRPOConfig(f"{name.split('/')[-1]}-DRPO")
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args must be a DRPOConfig, got {type(args).__name__}")
+        if "objective" in keywords:
+            raise TypeError(
+                f"objective must be given in args, got {keywords['objective']!r} beside them: write "
+                f"args=DRPOConfig(objective={keywords['objective']!r})"
+            )
         args.check()  # fields may have been set since
         # the one moment at which every model, the reference too, is there and not yet wrapped
         with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
@@ -222,7 +229,7 @@ class DRPOTrainer(GRPOTrainer):
         return output
 
     def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
-        """Whether most tokens have none, of all processes: a 0 is one where the policy is sure of the token."""
+        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
         mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
 
         def mostly(missing: Tensor) -> bool:

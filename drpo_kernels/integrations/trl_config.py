@@ -30,8 +30,6 @@ CORRECTION_OPTIONS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode
 RENAMED = {"kl_coef": "beta", "kl_importance": "use_bias_correction_kl", "reduction": "loss_type"}
 # options of the head that the log-probs functions take too
 HEAD_OPTIONS = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "validate")
-
-
 # what to write for the loss types of TRL that are formulas
 FORMULAS = {
     "cispo": f"; write objective=CISPO(ratio_cap={CISPO.ratio_cap})",
@@ -222,7 +220,8 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
         if self.importance_sampling_level not in ("token", level):
             raise ValueError(
                 f"importance_sampling_level must be {level!r} with objective={self.objective}, got "
-                f"{self.importance_sampling_level!r}: write {self._as_objective(changed)}, which sets it"
+                f"{self.importance_sampling_level!r}: write {self._as_objective(changed)}, which sets it, or "
+                f"importance_sampling_level={level!r}"
             )
         self.importance_sampling_level = level  # TRL's constructor advises on it
 
