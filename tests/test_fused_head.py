@@ -6,7 +6,6 @@ The budgets are those of fused_models.py; from bf16 inputs, against float64 on t
 
 import copy
 import inspect
-import pickle
 import types
 from functools import partial
 
@@ -322,13 +321,6 @@ def test_saving(tmp_path):
     assert_as_its_logits(add_fused_head(loaded), batch)
 
 
-def test_pickle_leaves_the_fused_head_behind():
-    model, batch = add_fused_head(make()), make_batch()
-    restored = pickle.loads(pickle.dumps(model))
-    assert torch.equal(restored(**batch.inputs).logits, model(**batch.inputs).logits)
-    assert_as_its_logits(add_fused_head(restored), batch)
-
-
 def test_changes_after_adding():
     """The head and the configuration are those of the call."""
     model, batch = add_fused_head(make("Gemma3")), make_batch()
@@ -382,16 +374,48 @@ def test_adapters_on_the_backbone(order):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize(
-    "options",
-    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
-    ids=["lora", "modules_to_save"],
-)
-def test_adapters_on_the_head(order, options):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_an_adapter_saves(order, tied):
+    """The active adapter's copy of the head computes and is trained, and the original where adapters are disabled."""
     peft = pytest.importorskip("peft")
-    model, batch = make(), make_batch()
+    model, batch = make("Qwen3", tied=tied), make_batch()
+    original = model.lm_head.weight.detach().clone()
+    if order == "before":
+        add_fused_head(model)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, ensure_weight_tying=tied,
+        modules_to_save=["embed_tokens" if tied else "lm_head"],
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(model, lora)
+    if not tied:  # PEFT ties the head of the first adapter only
+        wrapped.add_adapter("other", lora)
+    add_fused_head(wrapped)
+    for name in list(wrapped.peft_config):
+        wrapped.set_adapter(name)
+        with torch.no_grad():
+            wrapped.get_output_embeddings().weight.mul_(1.5 if name == "other" else 0.7)
+        assert_as_its_logits(wrapped, batch)
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped(**batch.inputs, fused_head=lambda hidden, weight, **_: weight), original)
+        want = eager(wrapped(**batch.inputs).logits, batch)[1]
+        got = wrapped(**batch.inputs, fused_head=logprobs_of(batch))[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=LOGPROB_BOUND)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "trainable_token_indices .*'embed_tokens'"),
+    ],
+    ids=["lora", "tokens"],
+)
+def test_adapters_on_the_head(order, options, message):
+    peft = pytest.importorskip("peft")
+    model, batch = make("Qwen3", tied="trainable_token_indices" in options), make_batch()
     if order == "before":
         add_fused_head(model)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
-    with pytest.raises(TypeError, match=r"plain nn\.Linear, got peft.*target_modules and modules_to_save"):
+    with pytest.raises(TypeError, match=rf"plain nn\.Linear, got peft.*{message}"):
         add_fused_head(wrapped)(**batch.inputs, fused_head=loss_of(batch))

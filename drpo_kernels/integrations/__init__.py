@@ -1,1 +1,15 @@
 """Thin adapters to trainers; nothing here is imported until asked for."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def needs(package: str, requirement: str) -> Iterator[None]:
+    """Around imports of a package that may not be installed. Raises ImportError that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != package:
+            raise
+        raise ImportError(f"{requirement} must be installed, got {error}: pip install '{requirement}'") from error

@@ -9,6 +9,7 @@ does, and what it does to logits after the head is read off the probe instead of
 import copy
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from drpo_kernels.collectives import VocabShard
 from drpo_kernels.integrations.probing import Probe, standing_in, transform_of
 
-_STATE = "_drpo_fused_head"
+_STATE, _WATCHES = "_drpo_fused_head", "_drpo_fused_head_watches"  # attributes of the model
 _TENSOR_PARALLEL = "tp"  # the mesh dimension of a head split over its vocabulary; FSDP's shards look the same otherwise
 
 
@@ -33,10 +34,11 @@ class WithAuxiliaryLoss(NamedTuple):
 class _State:
     """What `add_fused_head` remembers of a model."""
 
-    def __init__(self, float32: bool, forward: Callable, previous: Callable | None):
+    def __init__(self, float32: bool, forward: Callable, previous: Callable | None, older: "_State | None"):
         self.float32 = float32
         self.forward = forward  # the function on the instance now, and what somebody had set there before
         self.previous = previous
+        self.older = older  # of an add_fused_head before somebody replaced the forward
 
     def __deepcopy__(self, memo: dict) -> "_State":
         copied = _State.__new__(_State)
@@ -53,7 +55,8 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     Afterwards `model(..., fused_head=function)` runs the backbone and returns
     `function(hidden [B, L, H], weight [V, H], bias=..., logit_scale=..., softcap=...)`, with the logit scale and the
     soft-cap that this model applies (and vocab_size=..., where it cuts its logits); without `fused_head` the forward is
-    the model's own, and so is `generate`. Adding it twice changes nothing.
+    the model's own, and so is `generate`. Adding it twice changes nothing. A deep copy keeps it; after something else
+    replaced the model's forward, and after pickling (`torch.save`), `fused_head=` is an error until it is added again.
     `functools.partial` of `linear_policy_loss` or `linear_token_logprobs` is such a function:
 
         out = model(input_ids=ids[:, :-1], attention_mask=attention_mask[:, :-1], fused_head=partial(
@@ -73,24 +76,27 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
 
     float32       True: the head's product runs in float32, outside autocast
 
-    Raises TypeError for a model whose head is not a plain `nn.Linear` (LoRA on the head, quantised, a forward of its
-    own), then or at a fused call, and ValueError, at a fused call, where what follows the head is not a scale and a
-    soft-cap.
+    Raises TypeError for a model whose head is not a plain `nn.Linear`, PEFT's `modules_to_save` around one included
+    (LoRA on the head, quantised, a forward of its own), then or at a fused call, and ValueError, at a fused call, where
+    what follows the head is not a scale and a soft-cap.
     """
     model = _causal_lm(given := model)
-    linear = _linear(_head_of(model))
+    head = _head_of(model)
     state = model.__dict__.get(_STATE)
-    if state is not None:
+    if state is not None and _calls(model.forward, state.forward):
         if state.float32 != float32:
             raise ValueError(
                 f"{type(model).__name__} has a fused head with float32={state.float32} already: "
                 "remove_fused_head(model) takes it off"
             )
         return given
-    _require_plain(linear, float32)
+    _require_plain(head, float32)
     forward = _forward_of(type(model).forward)
-    setattr(model, _STATE, _State(float32, forward, model.__dict__.get("forward")))
+    setattr(model, _STATE, _State(float32, forward, model.__dict__.get("forward"), state))
     model.forward = types.MethodType(forward, model)
+    if _WATCHES not in model.__dict__:
+        watched = {model, getattr(model, "base_model", model)}
+        setattr(model, _WATCHES, [m.register_forward_pre_hook(_refuse_lost, with_kwargs=True) for m in watched])
     return given
 
 
@@ -106,7 +112,13 @@ def remove_fused_head(model: nn.Module) -> nn.Module:
         del model.forward
     else:
         model.forward = state.previous
+    if state.older is not None:
+        setattr(model, _STATE, state.older)
+        return given
+    for watch in model.__dict__[_WATCHES]:
+        watch.remove()
     delattr(model, _STATE)
+    delattr(model, _WATCHES)
     return given
 
 
@@ -115,7 +127,11 @@ def _forward_of(original: Callable) -> Callable:
 
     @functools.wraps(original)  # `generate` checks its arguments against this signature
     def forward(self, *args, fused_head: Callable | None = None, **kwargs):
-        plain = self.__dict__[_STATE].previous or functools.partial(original, self)
+        _refuse_lost(self, args, kwargs)  # also where PEFT calls it past the hooks
+        state = self.__dict__[_STATE]
+        while state.forward is not forward:
+            state = state.older
+        plain = state.previous or functools.partial(original, self)
         if fused_head is None:
             return plain(*args, **kwargs)
         if torch.compiler.is_compiling():
@@ -128,20 +144,52 @@ def _forward_of(original: Callable) -> Callable:
     return forward
 
 
+def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of the model and of its backbone: a function in an argument that the model's own forward would
+    swallow in its **kwargs. Picklable, so that a model keeps it when it loses its fused head.
+    """
+    fused, backbone = module.__dict__.get(_STATE) is not None, _WATCHES not in module.__dict__
+    for name, value in kwargs.items():
+        if name == "fused_head" and value is not None and not fused:
+            raise RuntimeError(
+                f"fused_head must reach the forward of add_fused_head, got to {type(module).__name__} without it: "
+                "something replaced model.forward since (such as Liger's fused cross-entropy), or the model was "
+                "pickled; call add_fused_head(model) again, after it"
+            )
+        if name != "fused_head" and (callable(value) or (name == "fused_lm_head" and backbone)):
+            raise TypeError(
+                f"the function of a fused head must be given as fused_head=, got {name}=, which "
+                f"{type(module).__name__} would ignore: write model(..., fused_head=function)"
+            )
+
+
+def _calls(forward: Callable, function: Callable) -> bool:
+    """Whether the function is this forward, or one that it says to wrap, as Accelerate's autocast does."""
+    while forward is not None:
+        if getattr(forward, "__func__", forward) is function:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
 def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: tuple, kwargs: dict):
+    if not callable(fused_head):
+        raise TypeError(
+            f"fused_head must be a function of (hidden, weight, bias=..., ...), got {_kind(fused_head)}: write "
+            "functools.partial(linear_policy_loss, targets=..., ...)"
+        )
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None with fused_head: give the targets to the function, aligned with hidden")
     if _takes_use_cache(model):
         kwargs["use_cache"] = False
-    state, head = model.__dict__[_STATE], _head_of(model)
-    linear = _linear(head)
-    _require_plain(linear, state.float32)
-    probe = Probe(head, linear.out_features)
+    float32, head = model.__dict__[_STATE].float32, _head_of(model)
+    _require_plain(head, float32)
+    probe = Probe(head, _layers(head)[-1].out_features)
     with standing_in(model, head, probe):
         outputs = _run(model, plain, probe, args, kwargs)
     transform = transform_of(model, outputs.logits, probe.width)
     function = functools.partial(fused_head, **transform.keywords())
-    result = _call_head(head, linear, probe.hidden, function, state.float32)
+    result = _call_head(head, probe.hidden, function, float32)
     aux_loss = getattr(outputs, "aux_loss", None)
     return result if aux_loss is None else WithAuxiliaryLoss(result, aux_loss)
 
@@ -174,8 +222,10 @@ def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: d
     return outputs
 
 
-def _call_head(head: nn.Module, linear: nn.Linear, hidden: Tensor, function: Callable, float32: bool):
+def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: bool):
     """`function(hidden, weight, bias=...)` as the head's forward, inside the hooks by which wrappers gather it."""
+    layers = _layers(head)
+    linear = layers[-1]
 
     def forward(hidden: Tensor):
         weight, bias, shard = _whole_or_shard(linear.weight, linear.bias)
@@ -187,14 +237,16 @@ def _call_head(head: nn.Module, linear: nn.Linear, hidden: Tensor, function: Cal
 
     if _mesh_of(linear.weight) == (_TENSOR_PARALLEL,):
         return forward(hidden)  # its hooks would take the result for logits
-    previous = linear.__dict__.get("forward")
-    linear.forward = forward
+    # TRL's float32 head is the forward of PEFT's wrapper, where there is one
+    layer = next((layer for layer in layers if "forward" in layer.__dict__), linear)
+    previous = layer.__dict__.get("forward")
+    layer.forward = forward
     try:
         return head(hidden)
     finally:
-        del linear.forward
+        del layer.forward
         if previous is not None:
-            linear.forward = previous
+            layer.forward = previous
 
 
 def _mesh_of(weight: Tensor) -> tuple[str, ...]:
@@ -239,22 +291,47 @@ def _head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _linear(head: nn.Module) -> nn.Module:
-    return getattr(head, "module", head)  # FSDP1 wraps the head where its policy says so
+def _layers(head: nn.Module) -> list[nn.Module]:
+    """The head, and what is inside of FSDP1's and PEFT's wrappers: the last one multiplies."""
+    inner = _wrapped_by(head)
+    return [head] if inner is None else [head, *_layers(inner)]
+
+
+def _wrapped_by(layer: nn.Module) -> nn.Module | None:
+    if not _is_from_peft(layer, "ModulesToSaveWrapper"):
+        return getattr(layer, "module", None)  # FSDP1 wraps the head where its policy says so
+    active = layer.active_adapters
+    if layer.disable_adapters or not active or active[0] not in layer.modules_to_save:
+        return layer.original_module
+    return layer.modules_to_save[active[0]]
+
+
+def _is_from_peft(layer: nn.Module, name: str) -> bool:
+    peft = sys.modules.get("peft.utils.other")  # who has such a layer has imported it
+    return peft is not None and isinstance(layer, getattr(peft, name))
 
 
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}"
 
 
-def _require_plain(linear: nn.Module, float32: bool) -> None:
-    """The fused head multiplies with `linear.weight`: anything else in the head would silently be left out."""
+def _require_plain(head: nn.Module, float32: bool) -> None:
+    """The fused head multiplies with the weight of a plain linear layer: anything else in the head would silently be
+    left out.
+    """
     advice = (
-        "take the head out of PEFT's target_modules and modules_to_save, do not quantise it, load without device_map; "
-        "or use the model's own logits with policy_loss"
+        "take the head out of PEFT's target_modules (modules_to_save trains it whole), do not quantise it, load "
+        "without device_map; or use the model's own logits with policy_loss"
     )
+    if _is_from_peft(head, "TrainableTokensWrapper"):
+        advice = (
+            "its trainable_token_indices reach the head, which is tied to the embedding; write "
+            "modules_to_save=['embed_tokens'] with ensure_weight_tying=True in their place, or untie the head"
+        )
+    *wrappers, linear = _layers(head)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise TypeError(f"the head must be a plain nn.Linear, got {_kind(linear)}: {advice}")
     # TRL's float32 head and tensor parallelism set a forward, for which this one stands in
-    if "forward" in linear.__dict__ and not float32 and _TENSOR_PARALLEL not in _mesh_of(linear.weight):
+    replaced = any("forward" in layer.__dict__ for layer in (*wrappers, linear))
+    if replaced and not float32 and _TENSOR_PARALLEL not in _mesh_of(linear.weight):
         raise TypeError(f"the head must be a plain nn.Linear, got one whose forward was replaced: {advice}")

@@ -10,13 +10,12 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
-from trl.trainer import grpo_trainer
 
 from drpo_kernels import (
     CISPO,
@@ -28,20 +27,33 @@ from drpo_kernels import (
     linear_token_logprobs,
 )
 from drpo_kernels.distributed import reduce_metrics
+from drpo_kernels.integrations import needs
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
+from drpo_kernels.metrics import FAR_BELOW_ONE, PREFIX
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
+
+with needs("trl", "trl>=1.16"):
+    from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
 
 __all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
 
 logger = logging.getLogger(__name__)
 
-# sampling options that change what the engine's log-probs are of, and the values at which they do not
-UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+# sampling options that change what the engine's log-probs are of, and the values at which they do not, beside None
+UNFILTERED: dict[str, tuple] = {
+    "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "min_tokens": (0,), "logit_bias": ({},), "bad_words": ([],), "allowed_token_ids": (),
+    "logits_processors": ([],), "guided_decoding": (), "structured_outputs": (), "vllm_structured_outputs_regex": (),
+}  # fmt: skip
 
-# where less than this share of a rollout's log-probs can be one, they stand for none
+# where more than this share of a rollout's log-probs cannot be one, they stand for none
 PLACEHOLDERS = 0.5
+
+# metrics for `diagnose` alone
+EVIDENCE = f"{PREFIX}evidence/"
 
 
 class _Scored(NamedTuple):
@@ -69,12 +81,12 @@ class _LossHead:
         old_logprobs: Tensor | None,
         advantages: Tensor,
         mask: Tensor,
-        temperature: float,
+        scoring: dict[str, Any],
         coefficients: Callable[[Callable[[], tuple[Tensor, Tensor]]], TokenCoefficients],
         options: dict[str, Any],
     ):
         self.targets, self.old_logprobs, self.advantages, self.mask = targets, old_logprobs, advantages, mask
-        self.temperature, self.coefficients, self.options = temperature, coefficients, options
+        self.scoring, self.coefficients, self.options = scoring, coefficients, options
 
     def __call__(self, hidden: Tensor, weight: Tensor, **head) -> _FusedLoss:
         if len(hidden) != len(self.targets):
@@ -83,7 +95,7 @@ class _LossHead:
                 "_get_per_token_logps_and_entropies without batch_size"
             )
         hidden = hidden[:, -self.targets.shape[1] - 1 : -1]
-        head["temperature"] = self.temperature
+        head |= self.scoring
 
         @torch.no_grad()
         def score() -> tuple[Tensor, Tensor]:
@@ -102,10 +114,12 @@ class DRPOTrainer(GRPOTrainer):
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
     `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all
-    processes, and what `diagnose` says of them is a warning, once each. `off_policy_mask_threshold` and
-    `top_entropy_quantile` need every token's log-prob or entropy first and cost one more forward of the head (8F).
+    processes, and what `diagnose` says of them is a warning, once each in training and in evaluation.
+    `off_policy_mask_threshold` and `top_entropy_quantile` need every token's log-prob or entropy first and cost one
+    more forward of the head (8F).
 
-    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses.
+    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses, and, in training,
+    RuntimeError where something replaced the model's forward since and ValueError where a router gives no loss.
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "drpo"]
@@ -126,24 +140,44 @@ class DRPOTrainer(GRPOTrainer):
             args = DRPOConfig(f"{name.split('/')[-1]}-DRPO")
         if not isinstance(args, DRPOConfig):
             raise TypeError(f"args must be a DRPOConfig, got {type(args).__name__}")
+        if "objective" in keywords:
+            raise TypeError(
+                f"objective must be given in args, got {keywords['objective']!r} beside them: write "
+                f"args=DRPOConfig(objective={keywords['objective']!r})"
+            )
         args.check()  # fields may have been set since
         # the one moment at which every model, the reference too, is there and not yet wrapped
         with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
             super().__init__(model, reward_funcs, args, *positional, **keywords)
         self.objective = args.objective
         self._step_metrics: list[dict[str, Tensor]] = []
-        self._diagnosed: set[str] = set()
+        self._diagnosed: dict[str, set[str]] = {"train": set(), "eval": set()}
+        if self.num_generations_eval == 1:  # one completion has no advantage over its mean
+            self._diagnosed["eval"].add("no advantage")
         if self.objective.remark:
             logger.info(self.objective.remark)
         if self.use_vllm and not self.vllm_importance_sampling_correction:
             self._check_engine()
+        if self.loss_type == "luspo" and not self.objective.sequence_level:
+            logger.warning(
+                "the setup of LUSPO's paper, importance_sampling_level='sequence', is objective=GSPO(...) of DRPOConfig"
+            )
         self._set_metric_bounds()
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     def _check_engine(self) -> None:
         """Warn where the engine's log-probs, which are μ here, are not those of the distribution that is trained."""
-        filtered = [name for name, value in UNFILTERED.items() if getattr(self, name) != value]
+        sampling = vars(self.args) | (self.args.generation_kwargs or {})
+        unfiltered = UNFILTERED | {"temperature": (self.temperature,)}
+        filtered = [name for name, same in unfiltered.items() if sampling.get(name) not in (None, *same)]
         if filtered:
-            logger.warning(f"μ is the engine's log-prob after {', '.join(filtered)}, which π does not apply")
+            logger.warning(
+                f"μ is the engine's log-prob after {', '.join(filtered)}, which π does not apply: the ratio is one of "
+                "unlike things. Leave these options out, or expect ratios away from 1 on a fresh batch"
+            )
         if self.vllm_mode == "server" and self.accelerator.is_main_process:
             mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
             if mode != "processed_logprobs":
@@ -159,8 +193,70 @@ class DRPOTrainer(GRPOTrainer):
         if isinstance(self.objective, CISPO):
             cap = self.objective.ratio_cap
             self.epsilon_high = cap if self.loss_type == "cispo" else cap - 1
-        if self.objective.sequence_level:
-            self.importance_sampling_level = "sequence"
+
+    def _generate(self, prompts):
+        """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
+        output = list(super()._generate(prompts))
+        completions, logprobs = output[1], output[4]
+        if self.rollout_func is None or logprobs is None:
+            return tuple(output)
+        output[4] = rows = []
+        for tokens, row in zip_longest(completions, logprobs, fillvalue=()):
+            rows.append([None] * len(tokens) if row is None else row)
+            if len(rows[-1]) != len(tokens):
+                raise ValueError(
+                    f"rollout_func must return one log-prob per completion token, got {len(row)} for the {len(tokens)} "
+                    f'tokens of completion {len(rows) - 1}: write None for those that have none, or "logprobs": None'
+                )
+        return tuple(output)
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's, without log-probs of a `rollout_func` that stand for none: TRL asks for some in any case."""
+        output = super()._generate_and_score_completions(inputs)
+        sampled = output.get("sampling_per_token_logps")
+        if self.rollout_func is None or sampled is None or not self._are_placeholders(output, sampled):
+            return output
+        del output["sampling_per_token_logps"]
+        if "importance_sampling_ratio" in output:
+            output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
+        if "rollout_func" not in self._diagnosed[self._mode]:
+            self._diagnosed[self._mode].add("rollout_func")
+            logger.warning(
+                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. "
+                "μ is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
+                'with, or None under "logprobs"'
+            )
+        return output
+
+    def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
+        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
+        mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
+
+        def mostly(missing: Tensor) -> bool:
+            counts = self.accelerator.reduce(torch.stack([(missing & mask).sum(), mask.sum()]), reduction="sum")
+            return bool(counts[0] > PLACEHOLDERS * counts[1])
+
+        without, zero = ~scorable(sampled), sampled == 0
+        if not mostly(without | zero):
+            return False
+        return mostly(without) or mostly(without | (zero & (self._policy_logprobs(output) < -FAR_BELOW_ONE)))
+
+    def _policy_logprobs(self, output: dict) -> Tensor:
+        """log π [B, K] of a generated batch, by one more forward where TRL has not made it."""
+        if "old_per_token_logps" in output:
+            return output["old_per_token_logps"]
+        ids, attention = (
+            torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        named = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys() & output.keys()
+        mode = self._mode
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        with torch.no_grad():
+            logprobs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, attention, output["completion_ids"].shape[1], batch_size=size,
+                **{name: output[name] for name in named},
+            )  # fmt: skip
+        return logprobs
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         scorer = partial(self._score, model) if isinstance(model, torch.nn.Module) else model
@@ -171,28 +267,34 @@ class DRPOTrainer(GRPOTrainer):
 
         def head(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Tensor]:
             targets = labels[:, 1:]
+            predicting = hidden[:, -labels.shape[1] : -1]  # behind the virtual tokens of prompt tuning
             return linear_token_logprobs(
-                hidden[:, :-1], weight, targets, mask=targets != -100, temperature=self.temperature, **head
+                predicting, weight, targets, mask=targets != -100, **self._scoring_options(), **head
             )
 
-        (logprobs, entropy), aux_loss = _parts(model(**model_inputs, fused_head=head))
+        (logprobs, entropy), aux_loss = _parts(model(**model_inputs, fused_head=head), tuple)
         return _Scored(logprobs, entropy, aux_loss)
 
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
         mask = counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        old_logprobs = self._behaviour_logprobs(inputs, mask)
+        old_logprobs = self._behaviour_logprobs(inputs)
         if old_logprobs is not None:  # what the engine could not score is in neither the loss nor TRL's metrics
             counted = inputs["tool_mask"] = mask * scorable(old_logprobs)
         entropy_coef = self._applied_entropy_coef()
         loss_head = _LossHead(
-            inputs["completion_ids"], old_logprobs, inputs["advantages"], mask, self.temperature,
+            inputs["completion_ids"], old_logprobs, inputs["advantages"], mask, self._scoring_options(),
             partial(self._coefficients, inputs, counted), self._loss_options(inputs, entropy_coef),
         )  # fmt: skip
         results = []
 
         def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
-            fused, aux_loss = _parts(model(**model_inputs, fused_head=loss_head))
+            fused, aux_loss = _parts(model(**model_inputs, fused_head=loss_head), _FusedLoss)
+            if self.aux_loss_enabled and aux_loss is None:
+                raise ValueError(
+                    "router_aux_loss_coef must be 0 with a model whose forward returns no load-balancing loss, got "
+                    f"{self.router_aux_loss_coef}: write DRPOConfig(router_aux_loss_coef=0.0)"
+                )
             results.append((fused, aux_loss))
             # TRL adds up every row of the batch: 0 where none was computed
             logprobs, entropy = (torch.where(fused.out.computed, x, 0) for x in (fused.out.logprobs, fused.out.entropy))
@@ -203,7 +305,7 @@ class DRPOTrainer(GRPOTrainer):
         # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
         super()._compute_loss(score, inputs)
         (fused, aux_loss), = results
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         loss = fused.out.loss
         if self._entropy_bonus_enabled:
             policy_loss = (loss.detach() + entropy_coef * fused.mean_entropy) * self._loss_scale(mode)
@@ -213,34 +315,19 @@ class DRPOTrainer(GRPOTrainer):
         self._log_objective(mode, fused.out.metrics)
         return loss
 
-    def _behaviour_logprobs(self, inputs: dict, mask: Tensor) -> Tensor | None:
+    def _behaviour_logprobs(self, inputs: dict) -> Tensor | None:
         """log μ [B, K]: the sampling engine's where it gave them, unless TRL's importance ratio stands for them."""
-        old, sampled = inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps")
-        if sampled is None or (self.vllm_importance_sampling_correction and self.use_vllm):
-            return old
-        if self.rollout_func is None or not self._are_placeholders(sampled, mask):
-            return sampled
-        del inputs["sampling_per_token_logps"]  # which TRL's masks would read
-        return old
-
-    def _are_placeholders(self, sampled: Tensor, mask: Tensor) -> bool:
-        """A `rollout_func` must return log-probs, also where it has none."""
-        known = (scorable(sampled) & (sampled != 0) & (mask != 0)).sum()
-        if known >= PLACEHOLDERS * (mask != 0).sum():
-            return False
-        if "rollout_func" not in self._diagnosed:
-            self._diagnosed.add("rollout_func")
-            logger.warning(
-                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. "
-                "μ is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
-                'with, or None under "logprobs"'
-            )
-        return True
+        if self.vllm_importance_sampling_correction and self.use_vllm:
+            return inputs.get("old_per_token_logps")
+        return inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
 
     def _applied_entropy_coef(self) -> float:
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
             return 0.0
         return self.entropy_coef
+
+    def _scoring_options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, **self.args.head_options()}
 
     def _loss_options(self, inputs: dict, entropy_coef: float) -> dict[str, Any]:
         options = {"objective": self.objective, "compact": self.args.compact, "entropy_coef": entropy_coef}
@@ -263,7 +350,7 @@ class DRPOTrainer(GRPOTrainer):
         self, inputs: dict, mask: Tensor, score: Callable[[], tuple[Tensor, Tensor]]
     ) -> TokenCoefficients:
         """TRL's aggregations as coefficients [B, K]; `score` gives (logprobs, entropy) for the selections below."""
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         base, selected = self._aggregation(inputs, mask.float(), mode), mask.float()
         policy = base
         if self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0:
@@ -318,18 +405,26 @@ class DRPOTrainer(GRPOTrainer):
         self._step_metrics = []
         values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
         for name, value in values.items():
-            self._metrics[mode][name].append(value)
+            if not name.startswith(EVIDENCE):
+                self._metrics[mode][name].append(value)
         if self.accelerator.is_main_process:
-            for sentence in diagnose(values, seen=self._diagnosed):
-                logger.warning(sentence)
+            for sentence in diagnose(values, seen=self._diagnosed[mode]):
+                logger.warning(sentence if mode == "train" else f"In evaluation: {sentence}")
 
 
 # for help() and editors: GRPOTrainer's arguments, of which none is added or taken away
 DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)
 
 
-def _parts(output) -> tuple[Any, Tensor | None]:
-    return output if isinstance(output, WithAuxiliaryLoss) else (output, None)
+def _parts(output, kind: type) -> tuple[Any, Tensor | None]:
+    """The fused head's result, of this kind, and the router's loss."""
+    result, aux_loss = output if isinstance(output, WithAuxiliaryLoss) else (output, None)
+    if not isinstance(result, kind):
+        raise RuntimeError(
+            f"the model's forward must be that of its fused head, got a {type(result).__name__} from another one that "
+            "replaced it: patch the model before DRPOTrainer is made"
+        )
+    return result, aux_loss
 
 
 def _add_head(model, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple = ()) -> None:

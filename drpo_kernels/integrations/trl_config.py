@@ -1,24 +1,41 @@
 """`DRPOConfig`: TRL's `GRPOConfig` with a policy objective of this package, as an object or as text."""
 
 import ast
+import difflib
+import functools
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import GRPOConfig
+import torch
 
-from drpo_kernels import CISPO, Objective
+from drpo_kernels import CISPO, DPPO, DRPO, GSPO, PPO, SPO, Objective, PolicyGradient
+from drpo_kernels.integrations import needs
 from drpo_kernels.objectives import registered_objective
+from drpo_kernels.options import PolicyOptions
+from drpo_kernels.validation import check_logprob_options, check_policy_options
 
+with needs("trl", "trl>=1.16"):
+    from trl import GRPOConfig
+
+OBJECTIVES = (DRPO, PPO, CISPO, GSPO, SPO, DPPO, PolicyGradient)
 # loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# TRL's own options of the per-token formula, and what says the same here
-FORMULA_OPTIONS = {
-    "epsilon": "objective=PPO(clip_low=..., clip_high=...)",
-    "epsilon_high": "objective=PPO(clip_high=...), or objective=CISPO(ratio_cap=...)",
-    "delta": "objective=PPO(dual_clip=...)",
-}
+# TRL's own options of the per-token formula, and those that belong to formulas which are not ours
+CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta")
+OTHER_FORMULAS = {"sapo_": "SAPO", "vespo_": "VESPO"}
 CORRECTION_OPTIONS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max", "cap"))
+# keywords of `linear_policy_loss`, and TRL's options that say the same
+RENAMED = {"kl_coef": "beta", "kl_importance": "use_bias_correction_kl", "reduction": "loss_type"}
+# options of the head that the log-probs functions take too
+HEAD_OPTIONS = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "validate")
+# what to write for the loss types of TRL that are formulas
+FORMULAS = {
+    "cispo": f"; write objective=CISPO(ratio_cap={CISPO.ratio_cap})",
+    "sapo": "; write the objective SAPO of docs/integrations/trl.md, with loss_type='grpo'",
+    "vespo": "; write the objective VESPO of docs/integrations/trl.md, with loss_type='dapo'",
+}
 
 
 def parse_objective(text: str) -> Objective:
@@ -40,22 +57,37 @@ def parse_objective(text: str) -> Objective:
         raise ValueError(f"objective {text!r} has the wrong arguments: {error}") from error
 
 
+def read_objective(objective: Objective | str) -> Objective:
+    """An objective or its text to the objective.
+
+    Raises TypeError for anything else, ValueError for text that names none and for one that a checkpoint cannot hold.
+    """
+    if isinstance(objective, str):
+        objective = parse_objective(objective)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {objective!r}")
+    try:
+        pickle.dumps(objective)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"objective={objective} cannot be saved with a checkpoint: define its class at the top of a module"
+        ) from error
+    return objective
+
+
 @dataclass
-class DRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the policy objective of this package.
+class ObjectiveOptions:
+    """Beside a trainer's own configuration: the policy objective, and options of `linear_policy_loss`.
 
-    objective   an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved config
-                hold). It takes the place of TRL's formula: `epsilon`, `epsilon_high` and `delta` must keep their
-                defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo", "luspo") chooses the aggregation, and a
-                sequence-level ratio is asked for with `objective=GSPO(...)`
-    compact     "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in GRPOTrainer. "active": they
-                cost nothing, and the logged entropy is that of the tokens with A ≠ 0
-    sparse_grad τ in [0, 1) of `linear_policy_loss`: tokens whose policy is decided cost a third, and their gradients
-                are within τ of themselves (docs/sparse.md). 0: exact
-
-    vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
-    one, so the ratio itself corrects the mismatch. True is TRL's decoupled form: old log-probs recomputed by the
-    trainer, and the policy term weighted by TRL's importance ratio. One or the other, never both.
+    objective        an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved
+                     config hold). It takes the place of TRL's formula
+    compact          "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in TRL's trainer.
+                     "active": they cost nothing, and the logged entropy is that of the tokens with A ≠ 0
+    sparse_grad      τ in [0, 1) of `linear_policy_loss`: tokens whose policy is decided cost a third, and their
+                     gradients are within τ of themselves (docs/sparse.md). 0: exact
+    workspace_bytes, logits_dtype, head_dtype, batch_invariant, validate
+                     those of `linear_policy_loss`, for the loss and for the scoring of old and reference log-probs
+                     alike. `logits_dtype` is "float32", "bfloat16" or the torch.dtype, and kept as text
     """
 
     objective: Objective | str | None = field(
@@ -69,6 +101,64 @@ class DRPOConfig(GRPOConfig):
         default=0.0,
         metadata={"help": "Gradients of the fewest vocabulary entries, each token's within this of itself; 0: exact."},
     )
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Bytes for the head's logits and their gradients; the default fits the device."}
+    )
+    logits_dtype: str | None = field(
+        default=None, metadata={"help": "'bfloat16': round the logits, for speed; the default keeps them in float32."}
+    )
+    head_dtype: str | None = field(
+        default=None, metadata={"help": "'fp8_e4m3' or 'fp8_e5m2': the head of an fp8 engine. Experimental."}
+    )
+    batch_invariant: bool = field(
+        default=False, metadata={"help": "A token's log-prob does not depend on what is beside it. Needs Triton."}
+    )
+    validate: bool | None = field(
+        default=None, metadata={"help": "Check values as well as shapes; the default does so on a CPU only."}
+    )
+
+    def check_loss_options(self, entropy_coef: float = 0.0) -> None:
+        """Read the objective; what `linear_policy_loss` says of a call with these options, before there is one."""
+        self.objective = read_objective(self.objective)
+        if self.compact not in ("mask", "active"):
+            raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
+        if self.logits_dtype is not None:
+            self.logits_dtype = str(self.logits_dtype).removeprefix("torch.")
+        options = PolicyOptions(
+            objective=self.objective, temperature=self.temperature, entropy_coef=entropy_coef,
+            sparse_grad=self.sparse_grad, **self.head_options(),
+        )  # fmt: skip
+        one = torch.ones(1, 1)
+        check_logprob_options(options, one.long(), one.shape, one, vocab=1)
+        check_policy_options(options, one.long(), None, one, None)
+
+    def head_options(self) -> dict[str, Any]:
+        """Keywords of `linear_policy_loss` that `linear_token_logprobs` takes too."""
+        options = {name: getattr(self, name) for name in HEAD_OPTIONS}
+        if isinstance(self.logits_dtype, str):
+            options["logits_dtype"] = getattr(torch, self.logits_dtype, self.logits_dtype)
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "objective": repr(self.objective)}
+
+
+@dataclass
+class DRPOConfig(ObjectiveOptions, GRPOConfig):
+    """`GRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
+
+    `epsilon`, `epsilon_high` and `delta` must keep their defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo",
+    "luspo") chooses the aggregation, and `importance_sampling_level` is "sequence" with `objective=GSPO(...)`, else
+    "token".
+
+    Raises TypeError or ValueError, naming the option and what to write instead, for one that would be ignored or that
+    `linear_policy_loss` refuses.
+
+    vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
+    one, so the ratio itself corrects the mismatch. True is TRL's decoupled form: old log-probs recomputed by the
+    trainer, and the policy term weighted by TRL's importance ratio. One or the other, never both.
+    """
+
     vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={
@@ -83,49 +173,112 @@ class DRPOConfig(GRPOConfig):
 
     def check(self) -> None:
         """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
-        if isinstance(self.objective, str):
-            self.objective = parse_objective(self.objective)
-        if not isinstance(self.objective, Objective):
-            raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {self.objective!r}")
-        try:
-            pickle.dumps(self.objective)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"objective={self.objective} cannot be saved with a checkpoint: define its class at the top of a module"
-            ) from error
-        instead = dict(FORMULA_OPTIONS)
-        if not self.vllm_importance_sampling_correction:
-            instead |= dict.fromkeys(CORRECTION_OPTIONS, "vllm_importance_sampling_correction=True with it")
-        for name, value in instead.items():
-            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} belongs to TRL's own formula: say {value}")
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} belongs to TRL's own formula: "
-                "say objective=GSPO(clip_low=..., clip_high=...)"
-            )
+        self.objective = read_objective(self.objective)
+        self._check_formula_options()
         allowed = (*AGGREGATIONS, "cispo") if isinstance(self.objective, CISPO) else AGGREGATIONS
         if self.loss_type not in allowed:
             raise ValueError(
                 f"loss_type must be one of {', '.join(map(repr, allowed))} with objective={self.objective}, got "
                 f"{self.loss_type!r}: the objective is the formula and loss_type its aggregation"
+                + FORMULAS.get(self.loss_type, "")
             )
-        if self.compact not in ("mask", "active"):
-            raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
         if self.compact == "active" and self.use_adaptive_entropy:
             raise ValueError("compact must be 'mask' with use_adaptive_entropy (it measures all tokens), got 'active'")
-        if not 0 <= self.sparse_grad < 1:
-            raise ValueError(f"sparse_grad must be in [0, 1), got {self.sparse_grad!r}")
-        if self.sparse_grad and (self.entropy_coef or self.use_adaptive_entropy or self.objective.sequence_level):
-            raise ValueError(
-                f"sparse_grad must be 0 with entropy_coef, use_adaptive_entropy or a sequence-level objective, got "
-                f"{self.sparse_grad!r}"
-            )
+        if self.sparse_grad and self.use_adaptive_entropy:
+            raise ValueError(f"sparse_grad must be 0 with use_adaptive_entropy, got {self.sparse_grad!r}")
+        self.check_loss_options(self.entropy_coef)
         if self.objective.sequence_level and self.beta and self.use_bias_correction_kl:
             raise ValueError(
-                f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta: "
-                "the KL would carry the ratio of a whole sequence"
+                f"use_bias_correction_kl must be False with the sequence-level objective={self.objective} and beta, "
+                "got True: TRL multiplies each token's KL by the ratio of its whole sequence; write "
+                "use_bias_correction_kl=False"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "objective": repr(self.objective)}
+    def _check_formula_options(self) -> None:
+        """What TRL's formula would have honoured and an objective would ignore."""
+        fields = GRPOConfig.__dataclass_fields__.items()
+        changed = {name: getattr(self, name) for name, field in fields if getattr(self, name) != field.default}
+        for name in CLIP_OPTIONS:
+            if name in changed:
+                raise ValueError(
+                    f"{name} must keep its default, because objective={self.objective} has its own bounds, got "
+                    f"{changed[name]!r}: write {self._as_objective(changed)}"
+                )
+        for prefix, objective in OTHER_FORMULAS.items():
+            for name in (name for name in changed if name.startswith(prefix)):
+                raise ValueError(
+                    f"{name} must keep its default, because no formula here has it, got {changed[name]!r}: set it on "
+                    f"the objective {objective} of docs/integrations/trl.md"
+                )
+        for name in CORRECTION_OPTIONS:
+            if name in changed and not self.vllm_importance_sampling_correction:
+                raise ValueError(
+                    f"{name} must keep its default without vllm_importance_sampling_correction, got {changed[name]!r}: "
+                    "write vllm_importance_sampling_correction=True with it"
+                )
+        level = "sequence" if self.objective.sequence_level else "token"
+        if self.importance_sampling_level not in ("token", level):
+            raise ValueError(
+                f"importance_sampling_level must be {level!r} with objective={self.objective}, got "
+                f"{self.importance_sampling_level!r}: write {self._as_objective(changed)}, which sets it, or "
+                f"importance_sampling_level={level!r}"
+            )
+        self.importance_sampling_level = level  # TRL's constructor advises on it
+
+    def _as_objective(self, changed: dict[str, Any]) -> str:
+        """The objective that says what these options of TRL's formula say, as it is written."""
+        bounds = getattr(self.objective, "clip_low", None), getattr(self.objective, "clip_high", None)
+        low = changed.get("epsilon", bounds[0] or GRPOConfig.epsilon)
+        high = changed.get("epsilon_high", changed.get("epsilon", bounds[1] or GRPOConfig.epsilon))
+        delta = changed.get("delta")
+        if self.objective.sequence_level or self.importance_sampling_level == "sequence":
+            if not (isinstance(self.objective, GSPO) or "epsilon" in changed or "epsilon_high" in changed):
+                low, high = GSPO.clip_low, GSPO.clip_high
+            without = "" if delta is None else ", which has no two-sided clip"
+            return f"objective=GSPO(clip_low={low}, clip_high={high}){without}"
+        if isinstance(self.objective, CISPO) or self.loss_type == "cispo":
+            cap = changed.get("epsilon_high", changed.get("epsilon", CISPO.ratio_cap))
+            return f"objective=CISPO(ratio_cap={cap})"
+        if isinstance(self.objective, DPPO) and delta is not None:
+            return f"objective=DPPO(delta_low={delta}, delta_high={delta})"
+        if isinstance(self.objective, SPO) and "epsilon" in changed:
+            return f"objective=SPO(epsilon={low})"
+        if delta is None:
+            return f"objective=PPO(clip_low={low}, clip_high={high})"
+        drpo = f"objective=DRPO(delta={delta})"
+        if delta <= 1:
+            return drpo
+        # TRL caps the ratio at delta in one branch of its minimum, whatever the advantage's sign
+        upper, cap = (high, delta) if delta > 1 + high else (round(delta - 1, 12), round(1 + high, 12))
+        ppo = f"objective=PPO(clip_low={low}, clip_high={upper}, dual_clip={cap})"
+        return ppo if isinstance(self.objective, PPO) else f"{drpo}, or for TRL's two-sided clip {ppo}"
+
+
+def _suggest(name: str, value: Any, objective: Any) -> str:
+    """What to write in place of a keyword that DRPOConfig does not have."""
+    chosen = objective.split("(")[0].strip() if isinstance(objective, str) else type(objective).__name__
+    for cls in sorted(OBJECTIVES, key=lambda cls: cls.__name__ != chosen):
+        option = name.removeprefix(f"{cls.__name__.lower()}_")
+        if option in cls.__dataclass_fields__:
+            return f"objective={cls.__name__}({option}={value!r})"
+    if name in RENAMED:
+        return f"{RENAMED[name]}=..."
+    close = difflib.get_close_matches(name, DRPOConfig.__dataclass_fields__, 1)
+    return f"{close[0]}={value!r}" if close else "one of those that help(DRPOConfig) lists"
+
+
+def _named(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def __init__(self, *args, **keywords):
+        for name, value in keywords.items():
+            if name not in DRPOConfig.__dataclass_fields__:
+                raise TypeError(
+                    f"DRPOConfig must be given its own options, got {name}={value!r}: write "
+                    f"{_suggest(name, value, keywords.get('objective'))}"
+                )
+        init(self, *args, **keywords)
+
+    return __init__
+
+
+DRPOConfig.__init__ = _named(DRPOConfig.__init__)  # not that of a subclass, which may have more

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from torch import Tensor
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
-from verl.utils.kernel import linear_cross_entropy as verl_kernel
-from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from drpo_kernels.backends.rows import derivative
 from drpo_kernels.distributed import VocabShard
+from drpo_kernels.integrations import needs
 from drpo_kernels.logprobs import linear_token_logprobs
 from drpo_kernels.metrics import policy_metrics
 from drpo_kernels.objectives import DRPO, SPO, Objective
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens, scorable
+
+with needs("verl", "verl>=0.9"):
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
+    from verl.utils.kernel import linear_cross_entropy as verl_kernel
+    from verl.workers.config import ActorConfig, PolicyLossConfig
 
 VERL_HEAD = verl_kernel.linear_cross_entropy
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,0 +1,166 @@
+"""DRPO, or any objective of this package, in TRL's asynchronous GRPO trainer: `AsyncDRPOTrainer` and `AsyncDRPOConfig`
+(TRL >= 1.16, where `trl.experimental.async_grpo` says of itself that it may change).
+
+Everything but the loss is TRL's: rollout worker, weight synchronisation, staleness, packing, metrics. μ is the log-prob
+of the policy that sampled the token, which may be several weight updates old. TRL scores a packed row through one call,
+`model(**inputs, fused_lm_head=True)`, which here goes to the head of `drpo_kernels.integrations.transformers`. That
+call also computes the loss, in 6F, and TRL's own formula runs on the resulting log-probs for its metrics alone.
+"""
+
+import inspect
+import logging
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from drpo_kernels import GSPO, PPO, linear_policy_loss
+from drpo_kernels.integrations import needs
+from drpo_kernels.integrations.trl import UNFILTERED, DRPOTrainer, _add_head, _parts, _Scored
+from drpo_kernels.integrations.trl_config import ObjectiveOptions
+from drpo_kernels.policy_loss import PolicyLossOutput
+from drpo_kernels.tokens import scorable
+
+with needs("trl", "trl>=1.16"):
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
+    from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
+
+__all__ = ["AsyncDRPOConfig", "AsyncDRPOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
+    """`AsyncGRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
+
+    `epsilon` and `epsilon_high` must keep their defaults. With compact="active", TRL's `ratio` and `kl` count the
+    tokens that were not computed as unchanged.
+
+    Raises TypeError or ValueError, naming the option and what to write instead, for one that would be ignored or that
+    `linear_policy_loss` refuses.
+    """
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
+        self.check_loss_options()
+        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
+        for name, value in bounds.items():
+            if value != getattr(AsyncGRPOConfig, name):
+                high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+                raise ValueError(
+                    f"{name} must keep its default, because objective={self.objective} has its own bounds, got "
+                    f"{value!r}: write objective=PPO(clip_low={self.epsilon}, clip_high={high})"
+                )
+
+
+class AsyncDRPOTrainer(AsyncGRPOTrainer):
+    """TRL's `AsyncGRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
+
+    Takes what `AsyncGRPOTrainer` takes, with an `AsyncDRPOConfig` as `args`. μ is the log-prob that the sampling engine
+    reported with the sample, at whatever policy version that was. A token whose log-prob it did not report (NaN, or
+    -100 and below) is left out of the loss. TRL's metrics keep their names and meaning; `out.metrics` of
+    `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all processes, and
+    what `diagnose` says of them is a warning, once each.
+
+    Raises TypeError for a config that is not an `AsyncDRPOConfig` or a head that `add_fused_head` refuses.
+    """
+
+    _tag_names = ("trl", "async-grpo", "drpo")
+    _name = "AsyncDRPO"
+    _paper = DRPOTrainer._paper
+
+    def __init__(self, model, reward_funcs=None, args: AsyncDRPOConfig | None = None, *positional, **keywords):
+        if args is None:
+            args = AsyncDRPOConfig(f"{model.split('/')[-1]}-AsyncDRPO")
+        if not isinstance(args, AsyncDRPOConfig):
+            raise TypeError(f"args must be an AsyncDRPOConfig, got {type(args).__name__}: it has the objective")
+        args.check()  # fields may have been set since
+        # the one moment at which the model is there and not yet wrapped
+        with mock.patch.object(async_grpo_trainer, "add_fused_lm_head", _add_head):
+            super().__init__(model, reward_funcs, args, *positional, **keywords)
+        self._step_metrics: list[dict[str, Tensor]] = []
+        self._diagnosed: dict[str, set[str]] = {"train": set()}
+        if args.objective.remark:
+            logger.info(args.objective.remark)
+        if isinstance(args.objective, (PPO, GSPO)):  # TRL's clip ratios count what lies beyond these
+            self.epsilon_low, self.epsilon_high = args.objective.clip_low, args.objective.clip_high
+
+    _log_objective = DRPOTrainer._log_objective
+
+    def get_train_dataloader(self):
+        if isinstance(self.rollout_worker, AsyncRolloutWorker):  # which TRL makes on the main process
+            self._check_engine()
+        return super().get_train_dataloader()
+
+    def _check_engine(self) -> None:
+        """Warn where the server's log-probs, which are μ here, are not those of the distribution that is trained."""
+        filters = [name for name, same in UNFILTERED.items() if vars(self.args).get(name) not in (None, *same)]
+        if self.temperature == 1 and not filters:
+            return
+        self.vllm_client.wait_for_server_ready()
+        mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        if mode == "processed_logprobs" and filters:
+            logger.warning(
+                f"μ is the server's log-prob after {', '.join(filters)}, which π does not apply: the ratio is one of "
+                "unlike things. Leave these options out, or expect ratios away from 1 on a fresh batch"
+            )
+        elif mode != "processed_logprobs" and self.temperature != 1:
+            logger.warning(
+                f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is "
+                "wrong unless that is 1. Restart it with --logprobs-mode processed_logprobs"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one packed row [1, N] with M trained tokens, some of which may share a position."""
+        trained = inputs["token_index"] >= 0
+        position = inputs["token_index"][trained]
+        old_logprobs, advantages = inputs["old_log_probs"][trained], inputs["advantages"][trained]
+        options = self.args.head_options() | {"temperature": self.temperature, "compact": self.args.compact}
+        options |= {"objective": self.args.objective, "sparse_grad": self.args.sparse_grad}
+        if self.args.objective.sequence_level:
+            lengths = inputs["segment_id"][trained].bincount()
+            options["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        # as TRL: a mean over the trained tokens of all processes, whose gradients DDP and FSDP average
+        tokens = (inputs["global_n_tokens"][0] / self.accelerator.num_processes).clamp(min=1.0)
+        normalizer = tokens * self.current_gradient_accumulation_steps
+        unchanged = torch.where(scorable(old_logprobs), old_logprobs, 0)
+        results: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def score(shift_labels: Tensor, fused_lm_head: bool, **model_inputs) -> _Scored:
+            def head(hidden: Tensor, weight: Tensor, **head) -> PolicyLossOutput:
+                return linear_policy_loss(
+                    hidden[0, position], weight, shift_labels[0, position], old_logprobs, advantages,
+                    reduction="token-sum", normalizer=normalizer, **options, **head,
+                )  # fmt: skip
+
+            out, aux_loss = _parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
+            loss = out.loss
+            if self.aux_loss_enabled:
+                if aux_loss is None:
+                    raise ValueError(
+                        "router_aux_loss_coef must be 0 with a model whose forward returns no load-balancing loss, got "
+                        f"{self.router_aux_loss_coef}: write AsyncDRPOConfig(router_aux_loss_coef=0.0)"
+                    )
+                loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+            results.append((loss, out.metrics))
+            # for TRL's metrics, a token that was not computed is one of the same policy
+            logprobs = torch.where(out.computed, out.logprobs, unchanged)
+            return _Scored(logprobs, torch.where(out.computed, out.entropy, 0), aux_loss)
+
+        # TRL's formula on these log-probs, one for each trained token and not for each position, feeds its metrics
+        index = torch.where(trained, trained.cumsum(-1) - 1, -1)
+        known = inputs["old_log_probs"].masked_scatter(trained, unchanged)
+        super().compute_loss(score, {**inputs, "token_index": index, "old_log_probs": known})
+        ((loss, metrics),) = results
+        self._log_objective("train", metrics)
+        return loss
+
+
+# for help() and editors: AsyncGRPOTrainer's arguments, of which none is added or taken away
+AsyncDRPOTrainer.__init__.__signature__ = inspect.signature(AsyncGRPOTrainer.__init__)
