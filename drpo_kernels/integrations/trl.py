@@ -10,12 +10,12 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drpo_kernels import (
     CISPO,
@@ -30,7 +30,8 @@ from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations import needs
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
-from drpo_kernels.metrics import FAR_BELOW_ONE, PREFIX
+from drpo_kernels.integrations.trl_sampling import SampledBatches, warn_of_mode
+from drpo_kernels.metrics import PREFIX
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -41,16 +42,6 @@ with needs("trl", "trl>=1.16"):
 __all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
 
 logger = logging.getLogger(__name__)
-
-# sampling options that change what the engine's log-probs are of, and the values at which they do not, beside None
-UNFILTERED: dict[str, tuple] = {
-    "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,),
-    "frequency_penalty": (0,), "min_tokens": (0,), "logit_bias": ({},), "bad_words": ([],), "allowed_token_ids": (),
-    "logits_processors": ([],), "guided_decoding": (), "structured_outputs": (), "vllm_structured_outputs_regex": (),
-}  # fmt: skip
-
-# where more than this share of a rollout's log-probs cannot be one, they stand for none
-PLACEHOLDERS = 0.5
 
 # metrics for `diagnose` alone
 EVIDENCE = f"{PREFIX}evidence/"
@@ -82,7 +73,7 @@ class _LossHead:
         advantages: Tensor,
         mask: Tensor,
         scoring: dict[str, Any],
-        coefficients: Callable[[Callable[[], tuple[Tensor, Tensor]]], TokenCoefficients],
+        coefficients: Callable[[Callable[[Tensor], tuple[Tensor, Tensor]]], TokenCoefficients],
         options: dict[str, Any],
     ):
         self.targets, self.old_logprobs, self.advantages, self.mask = targets, old_logprobs, advantages, mask
@@ -98,8 +89,8 @@ class _LossHead:
         head |= self.scoring
 
         @torch.no_grad()
-        def score() -> tuple[Tensor, Tensor]:
-            return linear_token_logprobs(hidden, weight, self.targets, mask=self.mask, **head)
+        def score(mask: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_token_logprobs(hidden, weight, self.targets, mask=mask, **head)
 
         coefficients = self.coefficients(score)
         out = linear_policy_loss(
@@ -109,7 +100,7 @@ class _LossHead:
         return _FusedLoss(out, torch.where(out.computed, coefficients.entropy * out.entropy, 0).sum())
 
 
-class DRPOTrainer(GRPOTrainer):
+class DRPOTrainer(SampledBatches):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
@@ -164,27 +155,12 @@ class DRPOTrainer(GRPOTrainer):
             )
         self._set_metric_bounds()
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _check_engine(self) -> None:
         """Warn where the engine's log-probs, which are μ here, are not those of the distribution that is trained."""
-        sampling = vars(self.args) | (self.args.generation_kwargs or {})
-        unfiltered = UNFILTERED | {"temperature": (self.temperature,)}
-        filtered = [name for name, same in unfiltered.items() if sampling.get(name) not in (None, *same)]
-        if filtered:
-            logger.warning(
-                f"μ is the engine's log-prob after {', '.join(filtered)}, which π does not apply: the ratio is one of "
-                "unlike things. Leave these options out, or expect ratios away from 1 on a fresh batch"
-            )
+        if self.rollout_func is None:  # which may return the ids that were kept
+            self._warn_of_filters()
         if self.vllm_mode == "server" and self.accelerator.is_main_process:
-            mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-            if mode != "processed_logprobs":
-                logger.warning(
-                    f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is "
-                    "wrong unless that is 1. Restart it with --logprobs-mode processed_logprobs"
-                )
+            warn_of_mode(self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"])
 
     def _set_metric_bounds(self) -> None:
         """TRL's clip ratios count what lies beyond these: the objective's own where it has them, else TRL's default."""
@@ -194,83 +170,30 @@ class DRPOTrainer(GRPOTrainer):
             cap = self.objective.ratio_cap
             self.epsilon_high = cap if self.loss_type == "cispo" else cap - 1
 
-    def _generate(self, prompts):
-        """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
-        output = list(super()._generate(prompts))
-        completions, logprobs = output[1], output[4]
-        if self.rollout_func is None or logprobs is None:
-            return tuple(output)
-        output[4] = rows = []
-        for tokens, row in zip_longest(completions, logprobs, fillvalue=()):
-            rows.append([None] * len(tokens) if row is None else row)
-            if len(rows[-1]) != len(tokens):
-                raise ValueError(
-                    f"rollout_func must return one log-prob per completion token, got {len(row)} for the {len(tokens)} "
-                    f'tokens of completion {len(rows) - 1}: write None for those that have none, or "logprobs": None'
-                )
-        return tuple(output)
-
-    def _generate_and_score_completions(self, inputs):
-        """TRL's, without log-probs of a `rollout_func` that stand for none: TRL asks for some in any case."""
-        output = super()._generate_and_score_completions(inputs)
-        sampled = output.get("sampling_per_token_logps")
-        if self.rollout_func is None or sampled is None or not self._are_placeholders(output, sampled):
-            return output
-        del output["sampling_per_token_logps"]
-        if "importance_sampling_ratio" in output:
-            output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
-        if "rollout_func" not in self._diagnosed[self._mode]:
-            self._diagnosed[self._mode].add("rollout_func")
-            logger.warning(
-                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. "
-                "μ is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
-                'with, or None under "logprobs"'
-            )
-        return output
-
-    def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
-        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
-        mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
-
-        def mostly(missing: Tensor) -> bool:
-            counts = self.accelerator.reduce(torch.stack([(missing & mask).sum(), mask.sum()]), reduction="sum")
-            return bool(counts[0] > PLACEHOLDERS * counts[1])
-
-        without, zero = ~scorable(sampled), sampled == 0
-        if not mostly(without | zero):
-            return False
-        return mostly(without) or mostly(without | (zero & (self._policy_logprobs(output) < -FAR_BELOW_ONE)))
-
-    def _policy_logprobs(self, output: dict) -> Tensor:
-        """log π [B, K] of a generated batch, by one more forward where TRL has not made it."""
-        if "old_per_token_logps" in output:
-            return output["old_per_token_logps"]
-        ids, attention = (
-            torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
-        )
-        named = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys() & output.keys()
-        mode = self._mode
-        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        with torch.no_grad():
-            logprobs, _, _ = self._get_per_token_logps_and_entropies(
-                self.model, ids, attention, output["completion_ids"].shape[1], batch_size=size,
-                **{name: output[name] for name in named},
-            )  # fmt: skip
-        return logprobs
-
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        scorer = partial(self._score, model) if isinstance(model, torch.nn.Module) else model
-        return super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
+        if not isinstance(model, torch.nn.Module):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        kept_ids = self._generated_ids
 
-    def _score(self, model, labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
+        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
+            nonlocal kept_ids  # TRL scores some sequences at a time
+            ids, kept_ids = (None, None) if kept_ids is None else kept_ids.tensor_split([len(labels)])
+            return self._score(model, labels, ids, model_inputs)
+
+        return super()._get_per_token_logps_and_entropies(score, *args, **kwargs)
+
+    def _score(self, model, labels: Tensor, kept_ids: Tensor | None, model_inputs: dict) -> _Scored:
         """The answer to TRL's scoring call: log-probs and entropy of every label, 0 where it is -100."""
+        targets = labels[:, 1:]
+        mask, options = targets != -100, self._scoring_options()
+        if kept_ids is not None:
+            ids = pad(kept_ids, (0, 0, targets.shape[1] - kept_ids.shape[1], 0), value=-1)  # none of the prompt
+            mask = mask & (ids >= 0).any(-1)  # nor of a tool's tokens
+            options["kept_ids"] = ids
 
         def head(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Tensor]:
-            targets = labels[:, 1:]
             predicting = hidden[:, -labels.shape[1] : -1]  # behind the virtual tokens of prompt tuning
-            return linear_token_logprobs(
-                predicting, weight, targets, mask=targets != -100, **self._scoring_options(), **head
-            )
+            return linear_token_logprobs(predicting, weight, targets, mask=mask, **options, **head)
 
         (logprobs, entropy), aux_loss = _parts(model(**model_inputs, fused_head=head), tuple)
         return _Scored(logprobs, entropy, aux_loss)
@@ -283,7 +206,8 @@ class DRPOTrainer(GRPOTrainer):
             counted = inputs["tool_mask"] = mask * scorable(old_logprobs)
         entropy_coef = self._applied_entropy_coef()
         loss_head = _LossHead(
-            inputs["completion_ids"], old_logprobs, inputs["advantages"], mask, self._scoring_options(),
+            inputs["completion_ids"], old_logprobs, inputs["advantages"], mask,
+            self._scoring_options() | {"kept_ids": inputs.get("kept_ids")},
             partial(self._coefficients, inputs, counted), self._loss_options(inputs, entropy_coef),
         )  # fmt: skip
         results = []
@@ -347,14 +271,16 @@ class DRPOTrainer(GRPOTrainer):
         return 1.0 if self.loss_type in ("dapo", "cispo") else self._accumulation(mode)
 
     def _coefficients(
-        self, inputs: dict, mask: Tensor, score: Callable[[], tuple[Tensor, Tensor]]
+        self, inputs: dict, mask: Tensor, score: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> TokenCoefficients:
-        """TRL's aggregations as coefficients [B, K]; `score` gives (logprobs, entropy) for the selections below."""
+        """TRL's aggregations as coefficients [B, K]; `score` gives (logprobs, entropy) of a mask's tokens for the
+        selections below.
+        """
         mode = self._mode
         base, selected = self._aggregation(inputs, mask.float(), mode), mask.float()
         policy = base
         if self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0:
-            logprobs, entropy = score()
+            logprobs, entropy = score(mask)
             policy = base * self._kept_sequences(inputs, mask, logprobs)
             if self.top_entropy_quantile < 1.0:
                 selected = selected * self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from drpo_kernels import GSPO, PPO, linear_policy_loss
 from drpo_kernels.integrations import needs
-from drpo_kernels.integrations.trl import UNFILTERED, DRPOTrainer, _add_head, _parts, _Scored
+from drpo_kernels.integrations.trl import DRPOTrainer, _add_head, _parts, _Scored
 from drpo_kernels.integrations.trl_config import ObjectiveOptions
+from drpo_kernels.integrations.trl_sampling import filters_of, warn_of_filters, warn_of_mode
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -100,21 +101,15 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
 
     def _check_engine(self) -> None:
         """Warn where the server's log-probs, which are μ here, are not those of the distribution that is trained."""
-        filters = [name for name, same in UNFILTERED.items() if vars(self.args).get(name) not in (None, *same)]
+        filters = filters_of(vars(self.args))
         if self.temperature == 1 and not filters:
             return
         self.vllm_client.wait_for_server_ready()
         mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-        if mode == "processed_logprobs" and filters:
-            logger.warning(
-                f"μ is the server's log-prob after {', '.join(filters)}, which π does not apply: the ratio is one of "
-                "unlike things. Leave these options out, or expect ratios away from 1 on a fresh batch"
-            )
-        elif mode != "processed_logprobs" and self.temperature != 1:
-            logger.warning(
-                f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is "
-                "wrong unless that is 1. Restart it with --logprobs-mode processed_logprobs"
-            )
+        if mode == "processed_logprobs":
+            warn_of_filters(filters)
+        elif self.temperature != 1:
+            warn_of_mode(mode)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one packed row [1, N] with M trained tokens, some of which may share a position."""

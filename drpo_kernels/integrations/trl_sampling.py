@@ -1,0 +1,168 @@
+"""What TRL's sampling hands to the trainers of trl.py and trl_async.py: log-probs of the tokens, and the ids that a
+filter kept for them.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from drpo_kernels.integrations import needs
+from drpo_kernels.metrics import FAR_BELOW_ONE
+from drpo_kernels.tokens import scorable
+
+with needs("trl", "trl>=1.16"):
+    from trl import GRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+# sampling options that change what the engine's log-probs are of, and the values at which they do not, beside None
+UNFILTERED: dict[str, tuple] = {
+    "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "min_tokens": (0,), "logit_bias": ({},), "bad_words": ([],), "allowed_token_ids": (),
+    "logits_processors": ([],), "guided_decoding": (), "structured_outputs": (), "vllm_structured_outputs_regex": (),
+}  # fmt: skip
+
+# where more than this share of a rollout's log-probs cannot be one, they stand for none
+PLACEHOLDERS = 0.5
+
+
+def filters_of(sampling: Mapping) -> list[str]:
+    """The options among these of sampling that change what the engine's log-probs are of."""
+    return [name for name, same in UNFILTERED.items() if sampling.get(name) not in (None, *same)]
+
+
+def warn_of_filters(filters: list[str], otherwise: str = "") -> None:
+    if filters:
+        logger.warning(
+            f"μ is the engine's log-prob after {', '.join(filters)}, which π does not apply: the ratio is one of "
+            f"unlike things. Leave these options out{otherwise}, or expect ratios away from 1 on a fresh batch"
+        )
+
+
+def warn_of_mode(mode: str) -> None:
+    """`mode`: the vLLM server's --logprobs-mode."""
+    if mode != "processed_logprobs":
+        logger.warning(
+            f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is wrong "
+            "unless that is 1. Restart it with --logprobs-mode processed_logprobs"
+        )
+
+
+class SampledBatches(GRPOTrainer):
+    """TRL's `GRPOTrainer` with generated batches that say what was sampled: in place of log-probs that stand for none,
+    none, and from a `rollout_func` also "kept_ids".
+    """
+
+    _generated_ids: Tensor | None = None  # of the batch that is being generated, [B, K, ids]
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _first_time(self, kind: str) -> bool:
+        """Whether this has not been said of training or of evaluation, whichever is running."""
+        said = self._diagnosed[self._mode]
+        return kind not in said and not said.add(kind)
+
+    def _warn_of_filters(self) -> None:
+        given = self.args.generation_kwargs or {}
+        filters = filters_of(vars(self.args) | given)
+        if given.get("temperature", self.temperature) != self.temperature:
+            filters.append("temperature")
+        warn_of_filters(filters, ', or return from a rollout_func the ids that they kept, as "kept_ids"')
+
+    def _generate(self, prompts):
+        """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
+        output = list(super()._generate(prompts))
+        completions, logprobs, kept_ids = output[1], output[4], output[5].pop("kept_ids", None)
+        self._generated_ids = None
+        if kept_ids is not None:
+            ids = padded_ids(kept_ids, completions, self.pad_to_multiple_of or 1)
+            self._generated_ids = ids.to(self.accelerator.device)
+        elif self.rollout_func is not None and self.use_vllm and self._first_time("filters"):
+            self._warn_of_filters()
+        if self.rollout_func is None or logprobs is None:
+            return tuple(output)
+        output[4] = rows = []
+        for tokens, row in zip_longest(completions, logprobs, fillvalue=()):
+            rows.append([None] * len(tokens) if row is None else row)
+            if len(rows[-1]) != len(tokens):
+                raise ValueError(
+                    f"rollout_func must return one log-prob per completion token, got {len(row)} for the {len(tokens)} "
+                    f'tokens of completion {len(rows) - 1}: write None for those that have none, or "logprobs": None'
+                )
+        return tuple(output)
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's, without log-probs of a `rollout_func` that stand for none: TRL asks for some in any case."""
+        output = super()._generate_and_score_completions(inputs)
+        sampled = output.get("sampling_per_token_logps")
+        if self.rollout_func is not None and sampled is not None and self._are_placeholders(output, sampled):
+            del output["sampling_per_token_logps"]
+            if "importance_sampling_ratio" in output:
+                output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
+            if self._first_time("rollout_func"):
+                logger.warning(
+                    "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and "
+                    "below. μ is taken from the policy at generation instead, as GRPOTrainer does; return what the "
+                    'engine sampled with, or None under "logprobs"'
+                )
+        if self._generated_ids is not None:
+            output["kept_ids"], self._generated_ids = self._generated_ids, None
+        return output
+
+    def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
+        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
+        mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
+
+        def mostly(missing: Tensor) -> bool:
+            counts = self.accelerator.reduce(torch.stack([(missing & mask).sum(), mask.sum()]), reduction="sum")
+            return bool(counts[0] > PLACEHOLDERS * counts[1])
+
+        without, zero = ~scorable(sampled), sampled == 0
+        if not mostly(without | zero):
+            return False
+        return mostly(without) or mostly(without | (zero & (self._policy_logprobs(output) < -FAR_BELOW_ONE)))
+
+    def _policy_logprobs(self, output: dict) -> Tensor:
+        """log π [B, K] of a generated batch, by one more forward where TRL has not made it."""
+        if "old_per_token_logps" in output:
+            return output["old_per_token_logps"]
+        ids, attention = (
+            torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        named = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.keys() & output.keys()
+        mode = self._mode
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        with torch.no_grad():
+            logprobs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, attention, output["completion_ids"].shape[1], batch_size=size,
+                **{name: output[name] for name in named},
+            )  # fmt: skip
+        return logprobs
+
+
+def padded_ids(
+    kept_ids: Sequence[Sequence[Sequence[int]]], completions: Sequence[Sequence[int]], multiple: int
+) -> Tensor:
+    """Of each token of each completion the ids that were kept -> [B, K, ids] int64, -1 where there are no more, with K
+    the longest completion's length rounded up to a multiple.
+
+    Raises ValueError where a completion has not one set per token.
+    """
+    for i, (sets, tokens) in enumerate(zip_longest(kept_ids, completions, fillvalue=())):
+        if len(sets) != len(tokens):
+            raise ValueError(
+                f'rollout_func must return as "kept_ids" one list of ids per completion token, got {len(sets)} for the '
+                f"{len(tokens)} tokens of completion {i}: write [] for a token that a tool has written"
+            )
+    every = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1) for sets in kept_ids for ids in sets]
+    of_completion = pad_sequence(every, batch_first=True, padding_value=-1).split([len(sets) for sets in kept_ids])
+    ids = pad_sequence(of_completion, batch_first=True, padding_value=-1)
+    return pad(ids, (0, 0, 0, -ids.shape[1] % multiple), value=-1)

@@ -1,0 +1,87 @@
+"""`kept_ids` of a `rollout_func`: top-k sampling through DRPOTrainer, with the ratio of the distribution sampled from."""
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+from transformers import Qwen3ForCausalLM
+
+import tiny_trl
+from drpo_kernels import PPO
+from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
+from drpo_kernels.integrations.trl_sampling import padded_ids
+
+TOP = 6
+
+
+def sampler(kept=True, logprobs=True, top=TOP):
+    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with it, what it has seen."""
+    generator, rows = torch.Generator().manual_seed(0), []
+
+    @torch.no_grad()
+    def rollout(prompts, trainer):
+        trainer.model.eval()
+        found = {"prompt_ids": [trainer.processing_class(p)["input_ids"] for p in prompts]}
+        found |= {"completion_ids": [], "logprobs": [], "kept_ids": []}
+        for i, prompt in enumerate(found["prompt_ids"]):
+            ids, sampled, sets = list(prompt), [], []
+            for _ in range(3 + i % 3):
+                logits = trainer.model(torch.tensor([ids])).logits[0, -1].float()
+                values, candidates = logits.topk(top)
+                at = torch.multinomial(values.softmax(0), 1, generator=generator).item()
+                ids.append(candidates[at].item())
+                sampled.append(values.log_softmax(0)[at].item())
+                sets.append(candidates[torch.randperm(top, generator=generator)].tolist())
+            found["completion_ids"].append(ids[len(prompt) :])
+            found["logprobs"].append(sampled)
+            found["kept_ids"].append(sets)
+        trainer.model.train()
+        rows.append(found)
+        return {k: v for k, v in found.items() if kept or k != "kept_ids"} | ({} if logprobs else {"logprobs": None})
+
+    return rollout
+
+
+def run(tmp_path, **options):
+    chosen = {name: options.pop(name) for name in ("kept", "logprobs", "top") if name in options}
+    tiny_trl.model().save_pretrained(tmp_path / "policy")  # from where TRL loads the reference
+    policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    arguments = tiny_trl.arguments(DRPOConfig, tmp_path, objective=PPO(), **({"max_steps": 2} | options))
+    trainer = tiny_trl.trainer(DRPOTrainer, arguments, policy, rollout_func=sampler(**chosen))
+    return tiny_trl.run(trainer), tiny_trl.weights(trainer)
+
+
+def test_a_fresh_batch_has_a_ratio_of_one(tmp_path):
+    """Per step a new batch: sampled by the policy that is trained, after top-k."""
+    series, _ = run(tmp_path)
+    assert series["drpo/ratio_max"] == pytest.approx([1, 1], abs=1e-4)
+    assert series["drpo/entropy_mean"][0] < torch.tensor(TOP).log()
+    assert series["entropy"] == pytest.approx(series["drpo/entropy_mean"], rel=1e-4)
+    without, _ = run(tmp_path, kept=False)
+    assert without["drpo/ratio_mean"][0] < 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"top_entropy_quantile": 0.5, "steps_per_generation": 2}])
+def test_scored_by_the_trainer(options, tmp_path):
+    """Without log-probs, those of the policy at generation, and the reference's, are over the same ids."""
+    series, _ = run(tmp_path, logprobs=False, num_iterations=2, pad_to_multiple_of=4, **options)
+    assert series["drpo/ratio_max"][0] == pytest.approx(1, abs=1e-5)
+    assert series["drpo/ratio_max"][1] != pytest.approx(1, abs=1e-5)  # the second pass over the batch
+    if "beta" in options:
+        assert series["kl"][0] == pytest.approx(0, abs=1e-6) == series["drpo/ref_kl"][0]
+
+
+def test_sets_of_all_ids_change_nothing(tmp_path):
+    every, weights = run(tmp_path, top=tiny_trl.VOCAB, num_iterations=2)
+    without, others = run(tmp_path, top=tiny_trl.VOCAB, num_iterations=2, kept=False)
+    assert every["loss"] == pytest.approx(without["loss"], abs=1e-6)
+    start = torch.cat([p.detach().reshape(-1) for p in tiny_trl.model().parameters()])
+    assert (weights - others).norm() <= 1e-4 * (others - start).norm()  # Adam's first steps are signs of gradients
+
+
+def test_padding():
+    ids = padded_ids([[[3, 4], []], [[5]]], [[3, 9], [5]], multiple=4)
+    assert ids.tolist() == [[[3, 4], [-1, -1], [-1, -1], [-1, -1]], [[5, -1], *[[-1, -1]] * 3]]
+    with pytest.raises(ValueError, match="got 1 for the 2 tokens of completion 0"):
+        padded_ids([[[3]]], [[3, 4]], 1)
