@@ -69,7 +69,9 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
     `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all processes, and
     what `diagnose` says of them is a warning, once each.
 
-    Raises TypeError for a config that is not an `AsyncDRPOConfig` or a head that `add_fused_head` refuses.
+    Raises TypeError for a config that is not an `AsyncDRPOConfig` or a head that `add_fused_head` refuses, and, in
+    training, RuntimeError where something replaced the model's forward since and ValueError where a router gives no
+    loss.
     """
 
     _tag_names = ("trl", "async-grpo", "drpo")
@@ -80,7 +82,12 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         if args is None:
             args = AsyncDRPOConfig(f"{model.split('/')[-1]}-AsyncDRPO")
         if not isinstance(args, AsyncDRPOConfig):
-            raise TypeError(f"args must be an AsyncDRPOConfig, got {type(args).__name__}: it has the objective")
+            raise TypeError(f"args must be an AsyncDRPOConfig, got {type(args).__name__}: write AsyncDRPOConfig(...)")
+        if "objective" in keywords:
+            raise TypeError(
+                f"objective must be given in args, got {keywords['objective']!r} beside them: write "
+                f"args=AsyncDRPOConfig(objective={keywords['objective']!r})"
+            )
         args.check()  # fields may have been set since
         # the one moment at which the model is there and not yet wrapped
         with mock.patch.object(async_grpo_trainer, "add_fused_lm_head", _add_head):
