@@ -12,7 +12,7 @@ import torch
 import drpo_kernels as dk
 import problems
 from drpo_kernels.distributed import global_normalizer, reduce_loss, reduce_metrics, sequence_coefficients
-from drpo_kernels.metrics import METRICS, REDUCE
+from drpo_kernels.metrics import EVIDENCE_METRICS, METRICS, REDUCE
 from launcher import INTERPRETER_FAILS, ROOT, WHY, assert_cases_pass, torchrun
 
 
@@ -93,8 +93,9 @@ def test_sequence_coefficients_of_whole_sequences():
 def test_every_metric_says_how_it_reduces():
     problem = problems.random_problem(3)
     metrics = problems.call(problem, dk.PPO(), "torch").metrics
-    assert list(metrics) == [f"drpo/{name}" for name in METRICS]
-    for name, (how, count) in METRICS.items():
+    every = METRICS | EVIDENCE_METRICS
+    assert list(metrics) == [f"drpo/{name}" for name in every]
+    for name, (how, count) in every.items():
         assert how in REDUCE and METRICS[count] == ("sum", count), name
     moving = problem.mask & (problem.advantages != 0)
     assert metrics["drpo/tokens"].item() == problem.mask.sum().item()

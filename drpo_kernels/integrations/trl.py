@@ -30,6 +30,7 @@ from drpo_kernels import (
 from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
+from drpo_kernels.metrics import EVIDENCE, PREFIX
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -318,7 +319,8 @@ class DRPOTrainer(GRPOTrainer):
         self._step_metrics = []
         values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
         for name, value in values.items():
-            self._metrics[mode][name].append(value)
+            if not name.startswith(PREFIX + EVIDENCE):
+                self._metrics[mode][name].append(value)
         if self.accelerator.is_main_process:
             for sentence in diagnose(values, seen=self._diagnosed):
                 logger.warning(sentence)
