@@ -58,12 +58,12 @@ def _fits(m: Values) -> bool:
 
 
 def _placeholders(m: Values) -> bool:
-    """Whether old log-probs of 0 are what is wrong, and nothing else."""
+    """Whether old log-probs of 0 are what is wrong: nothing else is, or the policy is certain of no token."""
     if "misfit" not in m:
         return m["computed"] > 0 and m["zero_old_share"] > PLACEHOLDER_SHARE
     # a filter that leaves one token makes its log-prob 0 too, but then π is not far below 1
     far = m["misfit_zero"] > 0.3 * m["zero_old_share"] or abs(m["old_variance"]) < 1e-5 * m["logprob_square"]
-    alone = m["misfit_zero"] > 0.7 * m["misfit"] and m["misfit_rest"] < 0.3
+    alone = (m["misfit_zero"] > 0.7 * m["misfit"] and m["misfit_rest"] < 0.3) or m["unsure_share"] > 0.99
     return far and alone and m["zero_old_share"] > PLACEHOLDER_SHARE * m["unsure_share"]
 
 
@@ -169,15 +169,6 @@ CONDITIONS = (
         judges=True,
     ),
     Condition(
-        "placeholder",
-        _placeholders,
-        f"The old log-prob is exactly 0 on {{zero_old_share:.0%}} of {{computed:.0f}} tokens whose log-prob is below "
-        f"-{FAR_BELOW_ONE:g} now: these are placeholders, not log-probs. Where they are those of tokens that nobody "
-        "sampled (prompt, tool output), leave these out of the mask; else pass what the rollout engine sampled with, "
-        "or old_logprobs=None for an on-policy batch.",
-        NOT_OLD_LOGPROBS,
-    ),
-    Condition(
         "temperature",
         lambda m: _fits(m) and not m["sampled_by_policy"],
         "Temperatures differ: the engine sampled at about {heat:.2f} times the temperature that was passed, by how log "
@@ -223,6 +214,15 @@ CONDITIONS = (
         "the other side, shifted by several).",
         NOT_OLD_LOGPROBS,
         judges=True,
+    ),
+    Condition(
+        "placeholder",
+        _placeholders,
+        f"The old log-prob is exactly 0 on {{zero_old_share:.0%}} of {{computed:.0f}} tokens whose log-prob is below "
+        f"-{FAR_BELOW_ONE:g} now: these are placeholders, not log-probs. Where they are those of tokens that nobody "
+        "sampled (prompt, tool output), leave these out of the mask; else pass what the rollout engine sampled with, "
+        "or old_logprobs=None for an on-policy batch.",
+        NOT_OLD_LOGPROBS,
     ),
     Condition(
         "overtrained",
