@@ -71,7 +71,7 @@ def _far_off(m: Values) -> bool:
     """Whether the log-ratio varies as the log-probs do, and not by a rule."""
     unruly = m["explained"] < 0.5 or m["slope"] > 0.7
     return unruly and m["agreement"] < 0.95 and m["log_ratio_square"] > 0.2 * m["old_variance"] and (
-        m["misfit"] > 0.05 and m["kl_k1"] > 0.05
+        m["misfit"] > 0.05 and m["misfit_off"] > 8 and m["kl_k1"] > 0.05
     )
 
 
@@ -157,7 +157,7 @@ CONDITIONS = (
         lambda m: (
             m["misfit_above"] < 0.2 * (m["misfit"] - m["misfit_above"])
             and m["far_below_share"] < 0.01
-            and m["explained"] < 0.4
+            and (m["explained"] < 0.4 or m["misfit_above"] < 0.03 * m["misfit"])
             and 1 - m["ratio_mean"] > 0.005
             and m["log_ratio_t"] < -CERTAIN
             and m["misfit_zero"] <= 0.3 * m["zero_old_share"] + 0.1 * m["misfit"]
@@ -235,7 +235,7 @@ CONDITIONS = (
     ),
     Condition(
         "unsynchronised",
-        lambda m: _far_off(m) and m["log_ratio_t"] < -4,
+        lambda m: m["log_ratio_t"] < -4 and (_far_off(m) or (m["kl_k1"] > MISMATCH and m["misfit"] > 0.2)),
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, and no single mistake "
         "explains it: the engine probably samples with other weights than the trainer's. Check that weights are "
         "synchronised after each step, all of them and to each engine, and that both load the same checkpoint; else "

@@ -73,6 +73,8 @@ EVIDENCE_METRICS = {
         "toward_advantage",
     )
 }  # fmt: skip
+# of which a batch's parts, which do not see the rows beyond their ends, give another mean than the whole
+OF_NEIGHBOURS = {EVIDENCE + n for n in ("misfit_previous", "misfit_next", "misfit_cumulative", "repeated_share")}
 EVIDENCE_METRICS |= {EVIDENCE + f"logsumexp_{how}": Metric(how, "computed") for how in ("max", "min")}
 # what log-probs of a reference add to them
 REFERENCE_METRICS = {"ref_kl": Metric("mean", "computed")}
@@ -85,7 +87,7 @@ SPARSITY_METRICS = {
     "with_gradient": Metric("sum", "with_gradient"),
     "sparse_rows": Metric("sum", "sparse_rows"),
 }
-EVERY_METRIC = METRICS | EVIDENCE_METRICS | REFERENCE_METRICS | SPARSITY_METRICS
+EVERY_METRIC = METRICS | REFERENCE_METRICS | EVIDENCE_METRICS | SPARSITY_METRICS
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
@@ -194,8 +196,8 @@ def evidence_metrics(
                          is p + (1/T - 1) c - (1/T - 1)² v / 2, with v the variance of log π in the row, of which e
                          takes the place: the slope over c is 1 - 1/T, whatever the entropies of the rows are
     misfit               min(|d|, 1), so that a few tokens do not decide; misfit_above counts d > 0 alone
-    misfit_previous, misfit_next  the same with m of the row before or after, where that row is valid, else as misfit:
-                         small where the old log-probs are shifted by one
+    misfit_previous, misfit_next  the same with m of the row before or after, where that row is valid, else as misfit,
+                         so also at either end of a batch: small where the old log-probs are shifted by one
     misfit_cumulative    the same with m minus that of the row before: small where old log-probs are running sums
     misfit_zero          the same, counted where m is exactly 0 alone
     unsure_share         rows with p < -0.05: the others hardly bear on a mean
