@@ -26,6 +26,7 @@ from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard, gather, group_size, summed
 from drpo_kernels.metrics import (
     EVERY_METRIC,
+    EVIDENCE_METRICS,
     METRICS,
     PREFIX,
     REFERENCE_METRICS,
@@ -183,7 +184,8 @@ def reduce_metrics(
     Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
     """
     records = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-    always, sparse, every = ([PREFIX + name for name in names] for names in (METRICS, SPARSITY_METRICS, EVERY_METRIC))
+    tables = METRICS | EVIDENCE_METRICS, SPARSITY_METRICS, EVERY_METRIC
+    always, sparse, every = ([PREFIX + name for name in table] for table in tables)
     found = set(always)
     for record in records:
         if not isinstance(record, Mapping):

@@ -12,7 +12,7 @@ from drpo_kernels.graphs import positions, traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_loss, kl_term
-from drpo_kernels.metrics import policy_metrics, sparsity_metrics
+from drpo_kernels.metrics import evidence_metrics, policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.token_losses import check_objective, token_losses
@@ -211,10 +211,12 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
     ref_kl = None
     if estimator is not None:
         ref_kl, _ = kl_term(estimator, logprobs, old, rows[Row.REF_LOGPROB], False, inputs.terms.kl_cap)
+    entropy, advantages, computed, valid = outcome[Outcome.ENTROPY], rows[Row.ADVANTAGE], inputs.computed, inputs.valid
     return policy_metrics(
-        objective, logprobs, outcome[Outcome.ENTROPY], outcome[Outcome.SLOPE], old, rows[Row.ADVANTAGE],
-        inputs.computed, inputs.valid, inputs.unscorable,
+        objective, logprobs, entropy, outcome[Outcome.SLOPE], old, advantages, computed, valid, inputs.unscorable,
         inputs.unscorable if on_policy else inputs.unscorable & inputs.given.isfinite(), ref_kl,
+    ) | evidence_metrics(
+        logprobs, entropy, outcome[Outcome.LOGSUMEXP], old, advantages, computed, valid
     )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """Each condition gives exactly its sentence, from the metrics of a real call that shows it; a healthy run none."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import drpo_kernels as dk
 import problems
+from diagnosis_batches import CAUSES, HEALTHY, Batch, engine, heated, scored
 from drpo_kernels.diagnosis import CONDITIONS, diagnose
 from drpo_kernels.distributed import reduce_metrics
 
@@ -41,15 +43,116 @@ def test_an_on_policy_batch_says_nothing():
     assert said(logits, targets, None, advantages) == []
 
 
-def test_temperature():
-    (sentence,) = said(*batch(temperature=0.5))
-    assert all(word in sentence for word in ("mean log-ratio", "temperature", "top-p or top-k", "misaligned", "512"))
+def metrics_of(batch: Batch, form="logits", **options):
+    """`out.metrics` of a batch of [N] tokens, of all of them."""
+    first = (batch.hidden, batch.head) if form == "linear" else (batch.logits,)
+    call = dk.linear_policy_loss if form == "linear" else dk.policy_loss
+    options = {"temperature": batch.temperature, "validate": False, "compact": "mask", **options}
+    return call(*first, batch.targets, batch.old_logprobs, batch.advantages, **options).metrics
 
 
-def test_targets_not_shifted():
-    logits, targets, old, advantages = batch(spread=6.0)
-    (sentence,) = said(logits, targets.roll(1, -1), old, advantages)
-    assert "not aligned" in sentence and "hidden[i] must predict targets[i]" in sentence
+def found_in(batch: Batch, **options) -> list[str]:
+    return diagnose(metrics_of(batch, **options))
+
+
+ENTROPIES = [(300, 0.3), (300, 1.4)]
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_the_cause_comes_first(name):
+    """From 256 tokens on, at entropies on either side of a nat; of 64 it is the first or nothing is said."""
+    phrase, make = CAUSES[name]
+    for seed, (vocab, entropy) in enumerate(ENTROPIES):
+        for tokens in (64, 256, 1024):
+            said = found_in(make(seed, tokens, vocab, entropy))
+            assert (said or tokens == 64) and all(phrase in sentence for sentence in said[:1]), (tokens, entropy, said)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_mismatch_says_nothing(name):
+    """Between a real engine and its trainer, from almost certain to flat policies, and of five tokens alone."""
+    for seed, (vocab, entropy) in enumerate([(300, 0.05), (300, 0.3), (300, 1.4), (1500, 4.0), (5, 0.3), (49, 3.5)]):
+        for tokens in (64, 256, 1024):
+            assert found_in(HEALTHY[name](seed, tokens, vocab, entropy)) == [], (tokens, vocab, entropy)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 0.8, 1.3])
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_the_temperature_is_estimated(tokens, temperature):
+    """To the second order of its logarithm: within 15 %."""
+    (sentence,) = found_in(heated(temperature)(0, tokens, 300, 0.6))
+    estimate = float(sentence.split("about ")[1].split(" times")[0])
+    assert estimate == pytest.approx(temperature, rel=0.15)
+
+
+@pytest.mark.parametrize("backend", problems.BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "form"), [("one early", "linear"), ("temperature 0.6", "logits"), ("softmax", "logits")]
+)
+def test_through_every_backend_and_layout(name, form, backend, device):
+    """[B, L] with padding on both sides, sequences of A = 0 left out, and two micro-batches together."""
+    phrase, make = CAUSES[name]
+    batch = make(3, 160, 64, 1.0)
+    sequences = len(batch.targets) // 16
+    advantages = batch.advantages.view(sequences, 16).clone()
+    advantages[::4] = 0
+    mask = torch.zeros(sequences, 20)
+    mask[:, 2:18] = 1
+
+    def padded(values, fill):
+        out = torch.full((sequences, 20, *values.shape[1:]), fill, dtype=values.dtype)
+        out[:, 2:18] = values.view(sequences, 16, *values.shape[1:])
+        return out.to(device)
+
+    first = padded(batch.hidden if form == "linear" else batch.logits, math.nan)
+    rest = [padded(batch.targets, 3), padded(batch.old_logprobs, -1.0), padded(advantages.view(-1), 7.0)]
+    metrics = []
+    for half in torch.arange(sequences).split(sequences // 2):
+        tensors = [x[half] for x in (*rest, mask.to(device))]
+        if form == "linear":
+            out = dk.linear_policy_loss(first[half], batch.head.to(device), *tensors, backend=backend)
+        else:
+            out = dk.policy_loss(first[half], *tensors, backend=backend)
+        metrics.append(out.metrics)
+    assert 0 < out.computed.sum() < mask[half].sum()
+    sentence = diagnose(reduce_metrics(metrics))[0]
+    assert phrase in sentence and "tokens only" in sentence
+
+
+def test_what_few_tokens_say_is_qualified():
+    few, many = (found_in(heated(0.6)(0, tokens, 300, 1.4))[0] for tokens in (64, 256))
+    assert few.endswith("(From 64 tokens only: see whether it stays.)")
+    assert "only" not in many
+
+
+def test_the_log_probs_before_a_temperature_are_told_from_those_after():
+    """By whether the tokens follow the trainer's temperature or another."""
+    names = "raw log-probs at 0.7", "temperature 0.7"
+    before, after = (found_in(CAUSES[name][1](0, 1024, 300, 1.4))[0] for name in names)
+    assert "processed_logprobs" in before and "processed_logprobs" not in after
+    drawn, _ = engine(0, 1024, 300, 1.4, temperature=0.6)
+    (sentence,) = found_in(replace(drawn, old_logprobs=scored(drawn)))
+    assert "sampled at a lower temperature" in sentence
+
+
+def test_a_waste_does_not_hide_an_error():
+    both = replace(heated(0.6)(0, 256, 300, 1.4), squash=lambda z: z.log_softmax(-1))
+    first, second = found_in(both)
+    assert "Temperatures differ" in first and "log-probs already" in second
+
+
+def test_a_prompt_in_the_mask_on_policy():
+    made = CAUSES["zeros on a prompt"][1](0, 512, 300, 1.4)
+    (sentence,) = found_in(replace(made, old_logprobs=None))
+    assert "the mask covers tokens that nobody sampled" in sentence
+
+
+@pytest.mark.parametrize("name", ["temperature 0.5", "targets one late"])
+def test_metrics_without_evidence(name):
+    """An old log: one sentence with every cause."""
+    metrics = metrics_of(CAUSES[name][1](0, 512, 300, 4.0))
+    (sentence,) = diagnose({key: value for key, value in metrics.items() if "evidence" not in key})
+    assert "misaligned" in sentence or "not aligned" in sentence
 
 
 def test_all_advantages_zero():
@@ -125,7 +228,7 @@ def test_each_thing_once():
     assert len(diagnose(metrics, seen=seen)) == 1
     assert diagnose(metrics, seen=seen) == []
     assert len(diagnose(dk.policy_loss(logits, targets, old, 0 * advantages).metrics, seen=seen)) == 1
-    assert seen == {"mismatch", "no advantage"}
+    assert seen == {"temperature", "no advantage"}
 
 
 def test_conditions_have_different_names():

@@ -13,7 +13,7 @@ import drpo_kernels as dk
 from drpo_kernels.backends import matmul, row_ops
 from drpo_kernels.backends.rows import Outcome, Row
 from drpo_kernels.kl import kl_term
-from drpo_kernels.metrics import policy_metrics
+from drpo_kernels.metrics import evidence_metrics, policy_metrics
 
 pytest.importorskip("triton")
 
@@ -101,12 +101,13 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     generator = torch.Generator().manual_seed(count)
     rows, outcome = torch.zeros(len(Row), count), torch.zeros(len(Outcome), count)
     rows[Row.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
-    rows[Row.OLD_LOGPROB, ::5] = 0.0
+    rows[Row.OLD_LOGPROB, ::5], rows[Row.OLD_LOGPROB, 2::11] = 0.0, rows[Row.OLD_LOGPROB, 1::11]
     rows[Row.REF_LOGPROB] = rows[Row.OLD_LOGPROB] - 1
     rows[Row.ADVANTAGE] = torch.randn(count, generator=generator) * (torch.rand(count, generator=generator) < 0.8)
     rows[Row.KIND] = torch.randint(3, (count,), generator=generator).float()
     outcome[Outcome.LOGPROB] = rows[Row.OLD_LOGPROB] + 3 * torch.randn(count, generator=generator)
     outcome[Outcome.ENTROPY] = torch.rand(count, generator=generator)
+    outcome[Outcome.LOGSUMEXP] = torch.randn(count, generator=generator)
     outcome[Outcome.SLOPE] = torch.randn(count, generator=generator).clamp(min=-0.5)
     rows[Row.OLD_LOGPROB, ::7] = torch.nan  # on-policy
     if poison and count:
@@ -117,10 +118,12 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     dropped, unscorable = (torch.rand(count, generator=generator) < share for share in (0.2, 0.1))
     valid = (rows[Row.KIND] > 0) | dropped
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])
-    logprobs, entropy, _, _, slope = outcome
+    logprobs, entropy, logsumexp, _, slope = outcome
     want = policy_metrics(
         objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable,
         unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False, 2.0)[0],
+    ) | evidence_metrics(
+        logprobs, entropy, logsumexp, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid
     )  # fmt: skip
     placed = (x.to(device) for x in (rows, outcome, valid, unscorable, given))
     found = row_ops("triton").metrics(objective, *placed, "k2", 2.0)

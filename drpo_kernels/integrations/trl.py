@@ -31,7 +31,7 @@ from drpo_kernels.integrations import needs
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
 from drpo_kernels.integrations.trl_sampling import SampledBatches, warn_of_mode
-from drpo_kernels.metrics import PREFIX
+from drpo_kernels.metrics import EVIDENCE, PREFIX
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -42,9 +42,6 @@ with needs("trl", "trl>=1.16"):
 __all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
 
 logger = logging.getLogger(__name__)
-
-# metrics for `diagnose` alone
-EVIDENCE = f"{PREFIX}evidence/"
 
 
 class _Scored(NamedTuple):
@@ -331,7 +328,7 @@ class DRPOTrainer(SampledBatches):
         self._step_metrics = []
         values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
         for name, value in values.items():
-            if not name.startswith(EVIDENCE):
+            if not name.startswith(PREFIX + EVIDENCE):
                 self._metrics[mode][name].append(value)
         if self.accelerator.is_main_process:
             for sentence in diagnose(values, seen=self._diagnosed[mode]):

@@ -25,6 +25,7 @@ from drpo_kernels.backends.triton.tiles import (
 )
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
+from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import tl
 
 # What `triton.compiler.ASTSource` calls an argument's type: "*fp32", "i64", "fp32", "constexpr", or a tuple of these.
@@ -203,11 +204,11 @@ def _token_cases() -> Iterator[KernelCase]:
     terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True}
     terms |= {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
-    clips |= {"FAR_BELOW_ONE": metrics.FAR_BELOW_ONE, "KL": KL_ESTIMATORS["k3"].twin}
+    clips |= {"FAR_BELOW_ONE": metrics.FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "KL": KL_ESTIMATORS["k3"].twin}
     for vendor in ROW_DEVICES:
         for label, kernel, values, (block, per_thread) in (
             ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
-            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 2)),
+            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 1)),
         ):
             tile = RowTile(block, block // per_thread // 32)
             yield _case(label, kernel, types, values | {"BLOCK": block}, vendor, tile, (), Expected())
