@@ -1,4 +1,4 @@
-"""`kept_ids` of a `rollout_func`: top-k sampling through DRPOTrainer, with the ratio of the distribution sampled from."""
+"""`kept_ids` of a `rollout_func`: top-k sampling through DRPOTrainer, with the ratio of what was sampled from."""
 
 import pytest
 import torch

@@ -75,7 +75,8 @@ class SampledBatches(GRPOTrainer):
         filters = filters_of(vars(self.args) | given)
         if given.get("temperature", self.temperature) != self.temperature:
             filters.append("temperature")
-        warn_of_filters(filters, ', or return from a rollout_func the ids that they kept, as "kept_ids"')
+        kept = ', or return from a rollout_func the ids that they kept, as "kept_ids"'
+        warn_of_filters(filters, kept if {"top_p", "top_k", "min_p"}.issuperset(filters) else "")
 
     def _generate(self, prompts):
         """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
