@@ -416,7 +416,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     tiny_trl.model().save_pretrained("policy")
     tiny_trl.tokenizer().save_pretrained("policy")
     names = {"model": "policy", "reward": tiny_trl.letter_share, "dataset": tiny_trl.dataset(2)}
-    trainer = run(snippet("DRPOTrainer", page), **names)["trainer"]
+    trainer = run(snippet("integrations.trl import", page), **names)["trainer"]
     assert trainer.state.global_step > 0
     assert trainer.args.objective == DRPO(delta=0.2)
 
