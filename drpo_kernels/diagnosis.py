@@ -52,7 +52,7 @@ NOT_OLD_LOGPROBS = (
 def _fits(m: Values) -> bool:
     """Whether the log-ratio is what another temperature makes of it."""
     strength = m["explained"] / max(1 - m["explained"], 1e-3) * m["informative"]
-    return m["explained"] > 0.5 and m["informative"] > 2 and strength > 12 and m["agreement"] > 0.8 and (
+    return m["explained"] > 0.5 and m["informative"] > 2 and strength > 7 and m["agreement"] > 0.8 and (
         0.1 < abs(m["slope"]) < (0.7 if m["slope"] > 0 else 3)
     )
 

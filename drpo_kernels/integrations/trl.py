@@ -101,8 +101,9 @@ class DRPOTrainer(SampledBatches):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
-    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all
-    processes, and what `diagnose` says of them is a warning, once each in training and in evaluation.
+    `out.metrics` of `linear_policy_loss`, without the evidence that only `diagnose` reads, are logged beside them under
+    "drpo/", of each optimizer step's tokens on all processes, and what `diagnose` says of them is a warning, once each
+    in training and in evaluation.
     `off_policy_mask_threshold` and `top_entropy_quantile` need every token's log-prob or entropy first and cost one
     more forward of the head (8F).
 
