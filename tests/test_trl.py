@@ -458,6 +458,7 @@ def test_accumulated_metrics_are_one_step_s(tmp_path, caplog):
     ours.accelerator.gradient_state._set_sync_gradients(True)
     loss_and_gradient(ours, batch(ours))
     assert ours._metrics["train"]["drpo/tokens"] == [34]
+    assert not any("evidence" in name for name in ours._metrics["train"])
     assert "advantages" not in caplog.text
 
 
