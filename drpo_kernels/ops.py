@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import kept, row_ops
+from drpo_kernels.backends import kept_logits as kept
+from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
 from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
 from drpo_kernels.backends.sparse import outcome_fields, sparse_policy_sweep

@@ -32,13 +32,13 @@ class LogprobOptions:
     logit_scale       number > 0 on the logits (Cohere, Granite)
     softcap           number > 0 or None: cap · tanh(· / cap) on the scaled logits (Gemma)
     vocab_size        number of real entries of a padded vocabulary; the columns beyond do not exist for the softmax
-    kept_ids          [..., K] integer: the ids that top-p, top-k or min-p sampling kept when each token of [...]
-                      was sampled, its own among them, in any order and padded with -1 (vLLM's `SamplingMask`). The
-                      policy is then a softmax over these ids alone, as the engine's was, and the ratio is exact, where
-                      a softmax over the whole vocabulary is off by the mass that was cut (arXiv 2512.02556, section
-                      3.1). logprobs, entropy and logsumexp are of that softmax too. An id costs 6H FLOP, in place of
-                      6VH for a token. Masked tokens may carry anything. None with logits_dtype, head_dtype,
-                      batch_invariant, main_grad and sparse_grad
+    kept_ids          [..., K] integer. For each token the ids that top-p, top-k or min-p sampling kept, the token's own
+                      among them, in any order and padded with -1 (vLLM's `SamplingMask`). The policy is then a softmax
+                      over these ids, as the engine's was, so that the ratio compares like with like; over the whole
+                      vocabulary it is off by the mass that was cut (arXiv 2512.02556, section 3.1). logprobs, entropy
+                      and logsumexp are of this softmax. Each id costs 6H FLOP, in place of 6VH for a token (2H where
+                      A = 0), and each place of [..., K] about 50 bytes. Masked tokens may have any ids. Not with
+                      logits_dtype=torch.bfloat16, head_dtype, batch_invariant, main_grad or sparse_grad
     backend           None (Triton on CUDA and ROCm, chunked PyTorch elsewhere), "triton", "torch" or "reference"
     validate          True: raise ValueError for values too, not only for shapes, dtypes, devices and plain numbers,
                       which are always checked: targets in range, a mask of 0 and 1, temperatures in range, rising

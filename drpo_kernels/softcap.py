@@ -4,6 +4,7 @@ The slope 1 - tanh²(v) = sech²(v) = 4e / (1 + e)², with e = exp(-2|v|): by su
 where real models sit (raw logits of 124 under a cap of 30).
 """
 
+import torch
 from torch import Tensor
 
 from drpo_kernels.tokens import expm1
@@ -14,6 +15,24 @@ def tanh_slope(v: Tensor) -> Tensor:
     """d tanh(v)/dv, in a tensor of its own."""
     e = v.abs().mul_(-2).exp_()
     return (e / (1 + e).square_()).mul_(4)
+
+
+class _Tanh(torch.autograd.Function):
+    """tanh with the slope above."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return v.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * tanh_slope(*ctx.saved_tensors)
+
+
+def softcapped(x: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(x / cap), differentiable; x itself without a cap."""
+    return x if cap is None else cap * _Tanh.apply(x / cap)
 
 
 @jit

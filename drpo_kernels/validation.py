@@ -248,10 +248,13 @@ def _check_kept_ids(options: LogprobOptions, targets: Tensor) -> None:
             f"for each token padded with -1, got {_shape(ids)}"
         )
     _check_device("kept_ids", ids, targets.device)
-    for name in ("logits_dtype", "head_dtype", "batch_invariant", "main_grad", "sparse_grad"):
-        if (value := getattr(options, name, None)) not in (None, False, 0):
-            value = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"kept_ids must be None with {name} = {value}, got a tensor")
+    if options.main_grad is not None:
+        raise ValueError("main_grad must be None with kept_ids, got a tensor: let weight.grad take the gradient")
+    exact = {"logits_dtype": (None, torch.float32), "head_dtype": (None,), "batch_invariant": (False,)}
+    for name, allowed in (exact | {"sparse_grad": (0,)}).items():
+        value = getattr(options, name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name} must be {allowed[0]!r} with kept_ids, got {value!r}")
 
 
 def _check_head_dtype(options: LogprobOptions, source: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import drpo_kernels as dk
+from drpo_kernels.backends.torch_rows import TorchRows
 from problems import BACKENDS, SPECS, build, random_problem, relative, replace
 
 V, K = 37, 9
@@ -101,6 +102,16 @@ def test_dtypes(backend, dtype):
     torch.testing.assert_close(out.loss, exact.loss, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_without_a_gradient_have_no_entries(monkeypatch):
+    problem, ids = problem_with_ids()
+    out, _ = call(problem, "linear", "torch", kept_ids=ids, compact="active", logits_dtype=torch.float32)
+    summed, gathered_sums = [], TorchRows.gathered_sums
+    monkeypatch.setattr(TorchRows, "gathered_sums", lambda *a: summed.append(a[2]) or gathered_sums(*a))
+    call(problem, "linear", "torch", kept_ids=ids, compact="active")
+    places = (out.computed[..., None] & (ids >= 0)).sum()
+    assert len(summed) == 2 and all(0 < len(sums.index) <= places for sums in summed)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ready_logits_and_logprobs(backend):
@@ -144,9 +155,11 @@ def test_the_ratio_is_exact():
         (lambda ids, _: {"kept_ids": ids.masked_fill(ids == ids[1, 1, 1], V)}, f"below {V}"),
         (lambda ids, t: {"kept_ids": ids.where(ids != t[..., None], -1)}, "among the kept_ids of its own token"),
         (lambda ids, _: {"kept_ids": ids.roll(1, 1)}, "next or the previous token"),
-        (lambda ids, _: {"kept_ids": ids, "sparse_grad": 0.01}, "sparse_grad = 0.01"),
-        (lambda ids, _: {"kept_ids": ids, "head_dtype": "fp8_e4m3"}, "head_dtype = 'fp8_e4m3'"),
-        (lambda ids, _: {"kept_ids": ids, "batch_invariant": True, "backend": None}, "batch_invariant = True"),
+        (lambda ids, _: {"kept_ids": ids, "sparse_grad": 0.01}, "sparse_grad must be 0 with kept_ids, got 0.01"),
+        (lambda ids, _: {"kept_ids": ids, "head_dtype": "fp8_e4m3"}, "head_dtype must be None with kept_ids"),
+        (lambda ids, _: {"kept_ids": ids, "logits_dtype": torch.bfloat16}, "logits_dtype must be None with kept_ids"),
+        (lambda ids, _: {"kept_ids": ids, "batch_invariant": True, "backend": None}, "batch_invariant must be False"),
+        (lambda ids, _: {"kept_ids": ids, "main_grad": torch.zeros(V, 12)}, "main_grad must be None with kept_ids"),
     ],
 )
 def test_errors(change, message):

@@ -1,6 +1,6 @@
-"""Logits of the vocabulary entries that the sampler kept of each row, [N, K], and their gradients, without [N, V].
+"""Logits of each row's kept ids, [N, K], and their gradients, without the logits [N, V] of the whole vocabulary.
 
-An entry is a pair of a row t and a vocabulary entry v = ids[t, k]; what is not kept has an id below 0.
+An entry is a row t with one of its kept ids v = ids[t, k]; places without one have an id below 0.
     logits[t, k] = W[v] · x_t + b[v]
     dX[t] = Σ_k d[t, k] W[v]        dW[v] = Σ d[t, k] x_t over the entries of v, in row order        db[v] = Σ d[t, k]
 That is 6H FLOP for an entry, where a row of all the vocabulary pays 6VH.
@@ -19,22 +19,26 @@ from drpo_kernels.backends.sweep import Execution, Gradients
 from drpo_kernels.collectives import summed
 
 
-class Entries(NamedTuple):
+class KeptEntries(NamedTuple):
     """The M entries of this rank's part of the head, row by row, int64."""
 
     rows: Tensor  # [M]
     columns: Tensor  # [M], rows of this rank's weight
     places: tuple[Tensor, Tensor]  # where they are among ids [N, K]
 
+    def where(self, wanted: Tensor) -> "KeptEntries":
+        rows, columns = self.places
+        return KeptEntries(self.rows[wanted], self.columns[wanted], (rows[wanted], columns[wanted]))
 
-def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> Entries:
+
+def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> KeptEntries:
     first = 0 if execution.shard is None else execution.shard.start
     places = ((ids >= first) & (ids < first + weight.shape[0])).nonzero(as_tuple=True)
-    return Entries(places[0], ids[places] - first, places)
+    return KeptEntries(places[0], ids[places] - first, places)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, execution: Execution) -> Tensor:
-    """hidden [..., H], ids [N, K] int64 -> [N, K], 0 where nothing is kept; float32, or float64 for float64 inputs.
+    """hidden [..., H], ids [N, K] int64 -> [N, K], 0 where an id is below 0; float32, or float64 for float64 inputs.
 
     Products of operands in the compute dtype, and sums, are in that precision. With a shard every rank gets the same.
     """
@@ -59,12 +63,13 @@ def gradients(
     """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
     entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
     values = slopes[entries.places]
+    entries, values = entries.where(live := values != 0), values[live]  # rows without a gradient have none
     found: list[Tensor | None] = [None, None, None]
     if wanted.hidden:
         shard = execution.shard
         sums = shard is not None and not shard.partial_hidden_gradient
-        kind = {"dtype": slopes.dtype if sums else hidden.dtype, "memory_format": torch.contiguous_format}
-        out = torch.zeros_like(hidden, **kind).view(-1, hidden.shape[-1])
+        dtype = slopes.dtype if sums else hidden.dtype
+        out = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format).view(-1, hidden.shape[-1])
         places, counts = entries.rows.unique_consecutive(return_counts=True)
         terms = GatheredSums(entries.columns, values, offsets_of(counts), places)
         ops.gathered_sums(weight, terms, out, execution.compute_dtype)
@@ -73,12 +78,12 @@ def gradients(
     if wanted.weight or wanted.bias:
         order = entries.columns.argsort(stable=True)  # by column, and within one by row
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
-        values, offsets = values[order], offsets_of(counts)
+        ordered, offsets = values[order], offsets_of(counts)
     if wanted.weight:
         found[1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        terms = GatheredSums(entries.rows[order], values, offsets, columns)
+        terms = GatheredSums(entries.rows[order], ordered, offsets, columns)
         ops.gathered_sums(hidden.reshape(-1, hidden.shape[-1]), terms, found[1], execution.compute_dtype)
     if wanted.bias:
         found[2] = torch.zeros_like(bias)
-        found[2][columns] = torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
+        found[2][columns] = torch.segment_reduce(ordered, "sum", offsets=offsets).to(bias.dtype)
     return Gradients(*found)
