@@ -51,4 +51,6 @@ def _said_of(name: str, known: tuple[str, ...]) -> str:
     if _ELSEWHERE.get(name, "").partition("=")[0] in known:
         return f"write {_ELSEWHERE[name]}"
     alike = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {alike[0]!r}?" if alike else f"it takes {', '.join(known)}"
+    if alike:
+        return f"did you mean {alike[0]!r}?"
+    return f"it takes {', '.join(known)}" if len(known) < 8 else "its help() lists those that it takes"

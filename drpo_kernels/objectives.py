@@ -7,6 +7,7 @@ route runs through PyTorch's autograd on [N].
 
 import ast
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,10 +100,15 @@ def register_objective(cls: type[Objective]) -> type[Objective]:
     """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
 
     The class must be a frozen dataclass whose fields are numbers, bools, None or strings. A float may change from call
-    to call in one graph. Raises ValueError if the name is taken.
+    to call in one graph. A keyword that it does not have is then a TypeError that says which ones it has. Raises
+    ValueError if the name is taken.
     """
     if _REGISTRY.setdefault(cls.__name__, cls) is not cls:
         raise ValueError(f"an objective named {cls.__name__!r} is already registered")
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()
+    if "__init__" in vars(cls) and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        names = tuple(parameter.name for parameter in parameters)
+        cls.__init__ = with_known_keywords(cls.__init__, cls.__name__, names)
     return cls
 
 
@@ -442,8 +448,3 @@ class PolicyGradient(Objective):
     @built_in(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)
     def token_loss(self, tokens: Tokens) -> Tensor:
         return -tokens.advantages * tokens.ratio if self.ratio_cap is None else capped_score(tokens, self.ratio_cap)
-
-
-for _objective in _REGISTRY.values():
-    _fields = tuple(field.name for field in dataclasses.fields(_objective))
-    _objective.__init__ = with_known_keywords(_objective.__init__, _objective.__name__, _fields)

@@ -186,6 +186,8 @@ def _of_another_function(name: str, known: tuple[str, ...]) -> str | None:
     """What to say of a keyword that another public function takes, or None."""
     if "logits" in known and name in ("hidden", "weight", "bias", *LINEAR_ONLY):
         return "the logits exist already; linear_policy_loss and linear_token_logprobs take hidden states"
+    if name == "return_logsumexp":
+        return "linear_token_logprobs and token_logprobs take it; out.logsumexp is there anyway"
     if name == "logits":
         return "policy_loss and token_logprobs take logits"
     if name in ("old_logprobs", "advantages", *(f.name for f in dataclasses.fields(PolicyOptions))):

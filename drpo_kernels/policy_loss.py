@@ -26,7 +26,8 @@ class PolicyLossOutput(NamedTuple):
                 computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes the former
     entropy     of each row's distribution in nats, likewise
     computed    bool, shaped like targets: which rows were computed
-    metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`
+    metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`; those under "drpo/evidence/..." are
+                for `diagnose`, and no numbers for a dashboard
     logsumexp   log Σ exp z of each row, shaped like targets and left out as logprobs is; what z_loss_coef drives to 0
     """
 

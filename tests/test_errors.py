@@ -279,7 +279,7 @@ KEYWORDS = [
     ("policy_loss", "weight", "the logits exist already"),
     ("token_logprobs", "input_ids", "write targets=..."),
     ("linear_token_logprobs", "kl_coef", "linear_policy_loss and policy_loss take it"),
-    ("linear_token_logprobs", "beta", "it takes hidden, weight, targets"),
+    ("linear_token_logprobs", "beta", "its help() lists those that it takes"),
     ("DRPO", "detla", "did you mean 'delta'?"),
     ("PPO", "eps", "it takes clip_low, clip_high, dual_clip"),
     ("GSPO", "clip_hi", "did you mean 'clip_high'?"),

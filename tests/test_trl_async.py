@@ -305,7 +305,7 @@ def test_objective_as_text(tmp_path):
 
 def test_arguments_are_trl_s_with_another_config(tmp_path):
     assert inspect.signature(AsyncDRPOTrainer.__init__) == inspect.signature(AsyncGRPOTrainer.__init__)
-    with pytest.raises(TypeError, match="args must be an AsyncDRPOConfig, got AsyncGRPOConfig"):
+    with pytest.raises(TypeError, match="args must be of AsyncDRPOConfig, got AsyncGRPOConfig"):
         trainer(AsyncDRPOTrainer, AsyncGRPOConfig, tmp_path)
     with pytest.raises(TypeError, match="objective must be given in args, got 'DRPO'"):
         AsyncDRPOTrainer("policy", args=config(tmp_path), objective="DRPO")

@@ -63,7 +63,7 @@ def test_what_to_write_instead(options, message, tmp_path):
         ({"objective": CISPO(), "ratio_floor": 0.5}, r"write objective=CISPO\(ratio_floor=0.5\)"),
         ({"kl_coef": 0.1}, r"write beta="),
         ({"reduction": "token-mean"}, r"write loss_type="),
-        ({"qqq": 1}, r"help\(DRPOConfig\)"),
+        ({"qqq": 1}, "its help"),
     ],
 )
 def test_keywords_that_do_not_exist(options, message, tmp_path):
@@ -147,7 +147,7 @@ def test_advice_on_sequences(tmp_path, caplog):
     assert "weights each sequence by its completion length" in warned(objective=GSPO())
     assert "importance_sampling_level" not in warned(objective=GSPO(), loss_type="grpo")
     assert "importance_sampling_level" not in warned(objective=GSPO(), loss_type="luspo")
-    assert "is objective=GSPO(...) of DRPOConfig" in warned(objective=PPO(), loss_type="luspo")
+    assert "is objective=GSPO(...) here" in warned(objective=PPO(), loss_type="luspo")
 
 
 @pytest.mark.parametrize("package, name", [("trl", "trl"), ("verl", "verl"), ("verl", "verl_fused_head")])

@@ -156,7 +156,8 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 "something replaced model.forward since (such as Liger's fused cross-entropy), or the model was "
                 "pickled; call add_fused_head(model) again, after it"
             )
-        if name != "fused_head" and (callable(value) or (name == "fused_lm_head" and backbone)):
+        swallowed = callable(value) and name not in inspect.signature(type(module).forward).parameters
+        if name != "fused_head" and (swallowed or (name == "fused_lm_head" and backbone)):
             raise TypeError(
                 f"the function of a fused head must be given as fused_head=, got {name}=, which "
                 f"{type(module).__name__} would ignore: write model(..., fused_head=function)"

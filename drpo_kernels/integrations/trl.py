@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,19 +18,14 @@ from torch.nn.functional import pad
 
 from drpo_kernels import (
     CISPO,
-    GSPO,
-    PPO,
     TokenCoefficients,
-    diagnose,
     linear_policy_loss,
     linear_token_logprobs,
 )
-from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.integrations import needs
-from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
-from drpo_kernels.integrations.trl_sampling import SampledBatches, warn_of_mode
-from drpo_kernels.metrics import EVIDENCE, PREFIX
+from drpo_kernels.integrations.trl_objective import ObjectiveTrainer, Scored, parts
+from drpo_kernels.integrations.trl_sampling import SampledBatches, engine_warning
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -42,14 +36,6 @@ with needs("trl", "trl>=1.16"):
 __all__ = ["DRPOConfig", "DRPOTrainer", "parse_objective"]
 
 logger = logging.getLogger(__name__)
-
-
-class _Scored(NamedTuple):
-    """What TRL reads of a scored batch: [B, L - 1] or the last K of them, and 0-d."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    aux_loss: Tensor | None
 
 
 class _FusedLoss(NamedTuple):
@@ -97,7 +83,7 @@ class _LossHead:
         return _FusedLoss(out, torch.where(out.computed, coefficients.entropy * out.entropy, 0).sum())
 
 
-class DRPOTrainer(SampledBatches):
+class DRPOTrainer(ObjectiveTrainer, SampledBatches):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
@@ -113,57 +99,32 @@ class DRPOTrainer(SampledBatches):
 
     _tag_names: ClassVar = ["trl", "grpo", "drpo"]
     _name = "DRPO"
-    _paper: ClassVar = {
-        "title": "Divergence Regularized Policy Optimization",
-        "id": "2606.09821",
-        "citation": "@article{drpo2026,\n"
-        "    title  = {{Divergence Regularized Policy Optimization}},\n"
-        "    year   = 2026,\n"
-        "    eprint = {arXiv:2606.09821},\n"
-        "}",
-    }
+    _config, _trl = DRPOConfig, grpo_trainer
 
     def __init__(self, model, reward_funcs=None, args: DRPOConfig | None = None, *positional, **keywords):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = DRPOConfig(f"{name.split('/')[-1]}-DRPO")
-        if not isinstance(args, DRPOConfig):
-            raise TypeError(f"args must be a DRPOConfig, got {type(args).__name__}")
-        if "objective" in keywords:
-            raise TypeError(
-                f"objective must be given in args, got {keywords['objective']!r} beside them: write "
-                f"args=DRPOConfig(objective={keywords['objective']!r})"
-            )
-        args.check()  # fields may have been set since
-        # the one moment at which every model, the reference too, is there and not yet wrapped
-        with mock.patch.object(grpo_trainer, "add_fused_lm_head", _add_head):
-            super().__init__(model, reward_funcs, args, *positional, **keywords)
-        self.objective = args.objective
-        self._step_metrics: list[dict[str, Tensor]] = []
-        self._diagnosed: dict[str, set[str]] = {"train": set(), "eval": set()}
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
         if self.num_generations_eval == 1:  # one completion has no advantage over its mean
             self._diagnosed["eval"].add("no advantage")
-        if self.objective.remark:
-            logger.info(self.objective.remark)
         if self.use_vllm and not self.vllm_importance_sampling_correction:
             self._check_engine()
         if self.loss_type == "luspo" and not self.objective.sequence_level:
-            logger.warning(
-                "the setup of LUSPO's paper, importance_sampling_level='sequence', is objective=GSPO(...) of DRPOConfig"
+            self._warn_once(
+                "luspo",
+                "the setup of LUSPO's paper, importance_sampling_level='sequence', is objective=GSPO(...) here",
             )
         self._set_metric_bounds()
 
     def _check_engine(self) -> None:
         """Warn where the engine's log-probs, which are μ here, are not those of the distribution that is trained."""
-        if self.rollout_func is None:  # which may return the ids that were kept
-            self._warn_of_filters()
+        mode = "processed_logprobs"  # as TRL makes an engine of its own
         if self.vllm_mode == "server" and self.accelerator.is_main_process:
-            warn_of_mode(self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"])
+            mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        filters = self._filters() if self.rollout_func is None else []  # a rollout_func may return the kept ids
+        if warning := engine_warning(mode, self.temperature, filters):
+            self._warn_once("engine", warning)
 
     def _set_metric_bounds(self) -> None:
         """TRL's clip ratios count what lies beyond these: the objective's own where it has them, else TRL's default."""
-        if isinstance(self.objective, (PPO, GSPO)):
-            self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
         if isinstance(self.objective, CISPO):
             cap = self.objective.ratio_cap
             self.epsilon_high = cap if self.loss_type == "cispo" else cap - 1
@@ -173,14 +134,14 @@ class DRPOTrainer(SampledBatches):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         kept_ids = self._generated_ids
 
-        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
+        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> Scored:
             nonlocal kept_ids  # TRL scores some sequences at a time
             ids, kept_ids = (None, None) if kept_ids is None else kept_ids.tensor_split([len(labels)])
             return self._score(model, labels, ids, model_inputs)
 
         return super()._get_per_token_logps_and_entropies(score, *args, **kwargs)
 
-    def _score(self, model, labels: Tensor, kept_ids: Tensor | None, model_inputs: dict) -> _Scored:
+    def _score(self, model, labels: Tensor, kept_ids: Tensor | None, model_inputs: dict) -> Scored:
         """The answer to TRL's scoring call: log-probs and entropy of every label, 0 where it is -100."""
         targets = labels[:, 1:]
         mask, options = targets != -100, self._scoring_options()
@@ -193,8 +154,8 @@ class DRPOTrainer(SampledBatches):
             predicting = hidden[:, -labels.shape[1] : -1]  # behind the virtual tokens of prompt tuning
             return linear_token_logprobs(predicting, weight, targets, mask=mask, **options, **head)
 
-        (logprobs, entropy), aux_loss = _parts(model(**model_inputs, fused_head=head), tuple)
-        return _Scored(logprobs, entropy, aux_loss)
+        (logprobs, entropy), aux_loss = parts(model(**model_inputs, fused_head=head), tuple)
+        return Scored(logprobs, entropy, aux_loss)
 
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
@@ -206,36 +167,29 @@ class DRPOTrainer(SampledBatches):
         loss_head = _LossHead(
             inputs["completion_ids"], old_logprobs, inputs["advantages"], mask,
             self._scoring_options() | {"kept_ids": inputs.get("kept_ids")},
-            partial(self._coefficients, inputs, counted), self._loss_options(inputs, entropy_coef),
+            partial(self._coefficients, inputs, counted), self._terms(inputs, entropy_coef),
         )  # fmt: skip
         results = []
 
-        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> _Scored:
-            fused, aux_loss = _parts(model(**model_inputs, fused_head=loss_head), _FusedLoss)
-            if self.aux_loss_enabled and aux_loss is None:
-                raise ValueError(
-                    "router_aux_loss_coef must be 0 with a model whose forward returns no load-balancing loss, got "
-                    f"{self.router_aux_loss_coef}: write DRPOConfig(router_aux_loss_coef=0.0)"
-                )
-            results.append((fused, aux_loss))
+        def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> Scored:
+            fused, aux_loss = parts(model(**model_inputs, fused_head=loss_head), _FusedLoss)
+            results.append((fused, self._router_loss(aux_loss, self._accumulation(self._mode))))
             # TRL adds up every row of the batch: 0 where none was computed
             logprobs, entropy = (torch.where(fused.out.computed, x, 0) for x in (fused.out.logprobs, fused.out.entropy))
             if old_logprobs is not None:  # TRL's metrics are about the same ratio as the loss
                 inputs["old_per_token_logps"] = torch.where(scorable(old_logprobs), old_logprobs, logprobs)
-            return _Scored(logprobs, entropy, None if aux_loss is None else aux_loss.detach())
+            return Scored(logprobs, entropy, None if aux_loss is None else aux_loss.detach())
 
         # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
         super()._compute_loss(score, inputs)
-        (fused, aux_loss), = results
+        (fused, router_loss), = results
         mode = self._mode
         loss = fused.out.loss
         if self._entropy_bonus_enabled:
             policy_loss = (loss.detach() + entropy_coef * fused.mean_entropy) * self._loss_scale(mode)
             self._metrics[mode]["policy_loss"][-1] = self.accelerator.gather(policy_loss).nanmean().item()
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation(mode)
         self._log_objective(mode, fused.out.metrics)
-        return loss
+        return loss + router_loss
 
     def _behaviour_logprobs(self, inputs: dict) -> Tensor | None:
         """log μ [B, K]: the sampling engine's where it gave them, unless TRL's importance ratio stands for them."""
@@ -248,12 +202,9 @@ class DRPOTrainer(SampledBatches):
             return 0.0
         return self.entropy_coef
 
-    def _scoring_options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, **self.args.head_options()}
-
-    def _loss_options(self, inputs: dict, entropy_coef: float) -> dict[str, Any]:
-        options = {"objective": self.objective, "compact": self.args.compact, "entropy_coef": entropy_coef}
-        options["sparse_grad"] = self.args.sparse_grad
+    def _terms(self, inputs: dict, entropy_coef: float) -> dict[str, Any]:
+        """Keywords of `linear_policy_loss`: the objective and what is added to it."""
+        options = self._loss_options() | {"entropy_coef": entropy_coef}
         if self.beta:
             options |= {"kl_coef": self.beta, "ref_logprobs": inputs["ref_per_token_logps"]}
             options["kl_importance"] = bool(self.args.use_bias_correction_kl)
@@ -318,39 +269,6 @@ class DRPOTrainer(SampledBatches):
             off_policy_threshold=self.off_policy_mask_threshold,
         )
 
-    def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        self._step_metrics.append(metrics)
-        if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
-            of_batch = reduce_metrics(metrics)["drpo/entropy_mean"]
-            self._metrics[mode]["entropy"][-1] = of_batch.item()
-        if mode == "train" and not self.accelerator.sync_gradients:
-            return
-        reduced = reduce_metrics(self._step_metrics)  # over all processes, in one collective and one read
-        self._step_metrics = []
-        values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
-        for name, value in values.items():
-            if not name.startswith(PREFIX + EVIDENCE):
-                self._metrics[mode][name].append(value)
-        if self.accelerator.is_main_process:
-            for sentence in diagnose(values, seen=self._diagnosed[mode]):
-                logger.warning(sentence if mode == "train" else f"In evaluation: {sentence}")
-
 
 # for help() and editors: GRPOTrainer's arguments, of which none is added or taken away
 DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)
-
-
-def _parts(output, kind: type) -> tuple[Any, Tensor | None]:
-    """The fused head's result, of this kind, and the router's loss."""
-    result, aux_loss = output if isinstance(output, WithAuxiliaryLoss) else (output, None)
-    if not isinstance(result, kind):
-        raise RuntimeError(
-            f"the model's forward must be that of its fused head, got a {type(result).__name__} from another one that "
-            "replaced it: patch the model before DRPOTrainer is made"
-        )
-    return result, aux_loss
-
-
-def _add_head(model, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple = ()) -> None:
-    """In place of TRL's `add_fused_lm_head`; the temperature travels with each call."""
-    add_fused_head(model, float32=cast_lm_head_to_fp32)

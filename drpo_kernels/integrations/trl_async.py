@@ -10,16 +10,15 @@ call also computes the loss, in 6F, and TRL's own formula runs on the resulting 
 import inspect
 import logging
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from drpo_kernels import GSPO, PPO, linear_policy_loss
+from drpo_kernels import linear_policy_loss
 from drpo_kernels.integrations import needs
-from drpo_kernels.integrations.trl import DRPOTrainer, _add_head, _parts, _Scored
-from drpo_kernels.integrations.trl_config import ObjectiveOptions
-from drpo_kernels.integrations.trl_sampling import filters_of, warn_of_filters, warn_of_mode
+from drpo_kernels.integrations.trl_config import ObjectiveOptions, named_options
+from drpo_kernels.integrations.trl_objective import ObjectiveTrainer, Scored, parts
+from drpo_kernels.integrations.trl_sampling import engine_warning, filters_of
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
 
@@ -32,6 +31,7 @@ __all__ = ["AsyncDRPOConfig", "AsyncDRPOTrainer"]
 logger = logging.getLogger(__name__)
 
 
+@named_options
 @dataclass
 class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
     """`AsyncGRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
@@ -60,7 +60,7 @@ class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
                 )
 
 
-class AsyncDRPOTrainer(AsyncGRPOTrainer):
+class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
     """TRL's `AsyncGRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
 
     Takes what `AsyncGRPOTrainer` takes, with an `AsyncDRPOConfig` as `args`. μ is the log-prob that the sampling engine
@@ -76,30 +76,10 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
 
     _tag_names = ("trl", "async-grpo", "drpo")
     _name = "AsyncDRPO"
-    _paper = DRPOTrainer._paper
+    _config, _trl = AsyncDRPOConfig, async_grpo_trainer
 
     def __init__(self, model, reward_funcs=None, args: AsyncDRPOConfig | None = None, *positional, **keywords):
-        if args is None:
-            args = AsyncDRPOConfig(f"{model.split('/')[-1]}-AsyncDRPO")
-        if not isinstance(args, AsyncDRPOConfig):
-            raise TypeError(f"args must be an AsyncDRPOConfig, got {type(args).__name__}: write AsyncDRPOConfig(...)")
-        if "objective" in keywords:
-            raise TypeError(
-                f"objective must be given in args, got {keywords['objective']!r} beside them: write "
-                f"args=AsyncDRPOConfig(objective={keywords['objective']!r})"
-            )
-        args.check()  # fields may have been set since
-        # the one moment at which the model is there and not yet wrapped
-        with mock.patch.object(async_grpo_trainer, "add_fused_lm_head", _add_head):
-            super().__init__(model, reward_funcs, args, *positional, **keywords)
-        self._step_metrics: list[dict[str, Tensor]] = []
-        self._diagnosed: dict[str, set[str]] = {"train": set()}
-        if args.objective.remark:
-            logger.info(args.objective.remark)
-        if isinstance(args.objective, (PPO, GSPO)):  # TRL's clip ratios count what lies beyond these
-            self.epsilon_low, self.epsilon_high = args.objective.clip_low, args.objective.clip_high
-
-    _log_objective = DRPOTrainer._log_objective
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
 
     def get_train_dataloader(self):
         if isinstance(self.rollout_worker, AsyncRolloutWorker):  # which TRL makes on the main process
@@ -113,19 +93,16 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
             return
         self.vllm_client.wait_for_server_ready()
         mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-        if mode == "processed_logprobs":
-            warn_of_filters(filters)
-        elif self.temperature != 1:
-            warn_of_mode(mode)
+        if warning := engine_warning(mode, self.temperature, filters):
+            logger.warning(warning)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one packed row [1, N] with M trained tokens, some of which may share a position."""
         trained = inputs["token_index"] >= 0
         position = inputs["token_index"][trained]
         old_logprobs, advantages = inputs["old_log_probs"][trained], inputs["advantages"][trained]
-        options = self.args.head_options() | {"temperature": self.temperature, "compact": self.args.compact}
-        options |= {"objective": self.args.objective, "sparse_grad": self.args.sparse_grad}
-        if self.args.objective.sequence_level:
+        options = self._scoring_options() | self._loss_options()
+        if self.objective.sequence_level:
             lengths = inputs["segment_id"][trained].bincount()
             options["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         # as TRL: a mean over the trained tokens of all processes, whose gradients DDP and FSDP average
@@ -134,26 +111,19 @@ class AsyncDRPOTrainer(AsyncGRPOTrainer):
         unchanged = torch.where(scorable(old_logprobs), old_logprobs, 0)
         results: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-        def score(shift_labels: Tensor, fused_lm_head: bool, **model_inputs) -> _Scored:
+        def score(shift_labels: Tensor, fused_lm_head: bool, **model_inputs) -> Scored:
             def head(hidden: Tensor, weight: Tensor, **head) -> PolicyLossOutput:
                 return linear_policy_loss(
                     hidden[0, position], weight, shift_labels[0, position], old_logprobs, advantages,
                     reduction="token-sum", normalizer=normalizer, **options, **head,
                 )  # fmt: skip
 
-            out, aux_loss = _parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
-            loss = out.loss
-            if self.aux_loss_enabled:
-                if aux_loss is None:
-                    raise ValueError(
-                        "router_aux_loss_coef must be 0 with a model whose forward returns no load-balancing loss, got "
-                        f"{self.router_aux_loss_coef}: write AsyncDRPOConfig(router_aux_loss_coef=0.0)"
-                    )
-                loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+            out, aux_loss = parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
+            loss = out.loss + self._router_loss(aux_loss, self.current_gradient_accumulation_steps)
             results.append((loss, out.metrics))
             # for TRL's metrics, a token that was not computed is one of the same policy
             logprobs = torch.where(out.computed, out.logprobs, unchanged)
-            return _Scored(logprobs, torch.where(out.computed, out.entropy, 0), aux_loss)
+            return Scored(logprobs, torch.where(out.computed, out.entropy, 0), aux_loss)
 
         # TRL's formula on these log-probs, one for each trained token and not for each position, feeds its metrics
         index = torch.where(trained, trained.cumsum(-1) - 1, -1)

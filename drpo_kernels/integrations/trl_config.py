@@ -4,7 +4,7 @@ import ast
 import difflib
 import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,37 @@ def read_objective(objective: Objective | str) -> Objective:
     return objective
 
 
+def _suggest(name: str, value: Any, objective: Any, fields: Iterable[str]) -> str:
+    """What to write in place of a keyword that a configuration with these fields does not have."""
+    chosen = objective.split("(")[0].strip() if isinstance(objective, str) else type(objective).__name__
+    for cls in sorted(OBJECTIVES, key=lambda cls: cls.__name__ != chosen):
+        option = name.removeprefix(f"{cls.__name__.lower()}_")
+        if option in cls.__dataclass_fields__:
+            return f"objective={cls.__name__}({option}={value!r})"
+    if RENAMED.get(name) in fields:
+        return f"{RENAMED[name]}=..."
+    close = difflib.get_close_matches(name, fields, 1)
+    return f"{close[0]}={value!r}" if close else "one of those that its help() lists"
+
+
+def named_options(config: type) -> type:
+    """Class decorator of a configuration: a keyword that it does not have is a TypeError that says what to write."""
+    init, fields = config.__init__, config.__dataclass_fields__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **keywords):
+        for name, value in keywords.items():
+            if name not in fields:
+                raise TypeError(
+                    f"{config.__name__} must be given its own options, got {name}={value!r}: write "
+                    f"{_suggest(name, value, keywords.get('objective'), fields)}"
+                )
+        init(self, *args, **keywords)
+
+    config.__init__ = __init__  # a subclass, which may have more options, gets one of its own
+    return config
+
+
 @dataclass
 class ObjectiveOptions:
     """Beside a trainer's own configuration: the policy objective, and options of `linear_policy_loss`.
@@ -143,6 +174,7 @@ class ObjectiveOptions:
         return {**super().to_dict(), "objective": repr(self.objective)}
 
 
+@named_options
 @dataclass
 class DRPOConfig(ObjectiveOptions, GRPOConfig):
     """`GRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
@@ -252,33 +284,3 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
         upper, cap = (high, delta) if delta > 1 + high else (round(delta - 1, 12), round(1 + high, 12))
         ppo = f"objective=PPO(clip_low={low}, clip_high={upper}, dual_clip={cap})"
         return ppo if isinstance(self.objective, PPO) else f"{drpo}, or for TRL's two-sided clip {ppo}"
-
-
-def _suggest(name: str, value: Any, objective: Any) -> str:
-    """What to write in place of a keyword that DRPOConfig does not have."""
-    chosen = objective.split("(")[0].strip() if isinstance(objective, str) else type(objective).__name__
-    for cls in sorted(OBJECTIVES, key=lambda cls: cls.__name__ != chosen):
-        option = name.removeprefix(f"{cls.__name__.lower()}_")
-        if option in cls.__dataclass_fields__:
-            return f"objective={cls.__name__}({option}={value!r})"
-    if name in RENAMED:
-        return f"{RENAMED[name]}=..."
-    close = difflib.get_close_matches(name, DRPOConfig.__dataclass_fields__, 1)
-    return f"{close[0]}={value!r}" if close else "one of those that help(DRPOConfig) lists"
-
-
-def _named(init: Callable) -> Callable:
-    @functools.wraps(init)
-    def __init__(self, *args, **keywords):
-        for name, value in keywords.items():
-            if name not in DRPOConfig.__dataclass_fields__:
-                raise TypeError(
-                    f"DRPOConfig must be given its own options, got {name}={value!r}: write "
-                    f"{_suggest(name, value, keywords.get('objective'))}"
-                )
-        init(self, *args, **keywords)
-
-    return __init__
-
-
-DRPOConfig.__init__ = _named(DRPOConfig.__init__)  # not that of a subclass, which may have more

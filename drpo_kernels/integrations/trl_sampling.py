@@ -9,8 +9,6 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from drpo_kernels.integrations import needs
 from drpo_kernels.metrics import FAR_BELOW_ONE
@@ -28,6 +26,9 @@ UNFILTERED: dict[str, tuple] = {
     "logits_processors": ([],), "guided_decoding": (), "structured_outputs": (), "vllm_structured_outputs_regex": (),
 }  # fmt: skip
 
+# those of them that `kept_ids` make up for
+REPLAYED = {"top_p", "top_k", "min_p"}
+
 # where more than this share of a rollout's log-probs cannot be one, they stand for none
 PLACEHOLDERS = 0.5
 
@@ -37,59 +38,53 @@ def filters_of(sampling: Mapping) -> list[str]:
     return [name for name, same in UNFILTERED.items() if sampling.get(name) not in (None, *same)]
 
 
-def warn_of_filters(filters: list[str], otherwise: str = "") -> None:
-    if filters:
-        logger.warning(
-            f"μ is the engine's log-prob after {', '.join(filters)}, which π does not apply: the ratio is one of "
-            f"unlike things. Leave these options out{otherwise}, or expect ratios away from 1 on a fresh batch"
+def engine_warning(mode: str, temperature: float, filters: list[str]) -> str | None:
+    """What is wrong with log-probs of an engine that samples with these filters; `mode`: vLLM's --logprobs-mode."""
+    if mode != "processed_logprobs":  # those before the temperature and the filters
+        if temperature == 1:
+            return None
+        return (
+            f"the vLLM server runs with --logprobs-mode {mode}: its log-probs are those before the temperature "
+            f"{temperature:g}, so μ is wrong. Restart it with --logprobs-mode processed_logprobs"
         )
-
-
-def warn_of_mode(mode: str) -> None:
-    """`mode`: the vLLM server's --logprobs-mode."""
-    if mode != "processed_logprobs":
-        logger.warning(
-            f"the vLLM server runs with --logprobs-mode {mode}: its log-probs lack the temperature, and μ is wrong "
-            "unless that is 1. Restart it with --logprobs-mode processed_logprobs"
-        )
+    if not filters:
+        return None
+    kept = ', or return from a rollout_func the ids that they kept, as "kept_ids"' if set(filters) <= REPLAYED else ""
+    return (
+        f"μ is the engine's log-prob after {', '.join(filters)}, which π does not apply: the ratio is one of unlike "
+        f"things. Leave these options out{kept}, or expect ratios away from 1 on a fresh batch"
+    )
 
 
 class SampledBatches(GRPOTrainer):
-    """TRL's `GRPOTrainer` with generated batches that say what was sampled: in place of log-probs that stand for none,
-    none, and from a `rollout_func` also "kept_ids".
+    """TRL's `GRPOTrainer`, whose generated batches hold only real log-probs: those that stand for none are removed.
+    From a `rollout_func` the batches also hold "kept_ids". To be mixed with `ObjectiveTrainer`.
     """
 
     _generated_ids: Tensor | None = None  # of the batch that is being generated, [B, K, ids]
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _first_time(self, kind: str) -> bool:
-        """Whether this has not been said of training or of evaluation, whichever is running."""
-        said = self._diagnosed[self._mode]
-        return kind not in said and not said.add(kind)
-
-    def _warn_of_filters(self) -> None:
+    def _filters(self) -> list[str]:
         given = self.args.generation_kwargs or {}
-        filters = filters_of(vars(self.args) | given)
-        if given.get("temperature", self.temperature) != self.temperature:
-            filters.append("temperature")
-        kept = ', or return from a rollout_func the ids that they kept, as "kept_ids"'
-        warn_of_filters(filters, kept if {"top_p", "top_k", "min_p"}.issuperset(filters) else "")
+        hotter = given.get("temperature", self.temperature) != self.temperature
+        return filters_of(vars(self.args) | given) + ["temperature"] * hotter
 
     def _generate(self, prompts):
         """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
         output = list(super()._generate(prompts))
         completions, logprobs, kept_ids = output[1], output[4], output[5].pop("kept_ids", None)
         self._generated_ids = None
+        if self.rollout_func is None:
+            return tuple(output)
+        self._require_everywhere(logprobs is not None)
         if kept_ids is not None:
             ids = padded_ids(kept_ids, completions, self.pad_to_multiple_of or 1)
             self._generated_ids = ids.to(self.accelerator.device)
-        elif self.rollout_func is not None and self.use_vllm and self._first_time("filters"):
-            self._warn_of_filters()
-        if self.rollout_func is None or logprobs is None:
+        if logprobs is None:
             return tuple(output)
+        if self.use_vllm and not self.vllm_importance_sampling_correction:
+            filters = [name for name in self._filters() if kept_ids is None or name not in REPLAYED]
+            if warning := engine_warning("processed_logprobs", self.temperature, filters):
+                self._warn_once("filters", warning)
         output[4] = rows = []
         for tokens, row in zip_longest(completions, logprobs, fillvalue=()):
             rows.append([None] * len(tokens) if row is None else row)
@@ -100,6 +95,16 @@ class SampledBatches(GRPOTrainer):
                 )
         return tuple(output)
 
+    def _require_everywhere(self, has_logprobs: bool) -> None:
+        """Raise ValueError where only some processes have log-probs: what follows waits for all of them."""
+        has = torch.tensor(int(has_logprobs), device=self.accelerator.device)
+        count, processes = self.accelerator.reduce(has, reduction="sum").item(), self.accelerator.num_processes
+        if count not in (0, processes):
+            raise ValueError(
+                f'rollout_func must return "logprobs" on every process or on none, got None on {processes - count} of '
+                f"{processes}: write None for each token that has none"
+            )
+
     def _generate_and_score_completions(self, inputs):
         """TRL's, without log-probs of a `rollout_func` that stand for none: TRL asks for some in any case."""
         output = super()._generate_and_score_completions(inputs)
@@ -108,12 +113,12 @@ class SampledBatches(GRPOTrainer):
             del output["sampling_per_token_logps"]
             if "importance_sampling_ratio" in output:
                 output["importance_sampling_ratio"] = torch.ones_like(output["importance_sampling_ratio"])
-            if self._first_time("rollout_func"):
-                logger.warning(
-                    "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and "
-                    "below. μ is taken from the policy at generation instead, as GRPOTrainer does; return what the "
-                    'engine sampled with, or None under "logprobs"'
-                )
+            self._warn_once(
+                "rollout_func",
+                "rollout_func returns no log-probs of the sampled tokens: most are exactly 0, NaN, or -100 and below. "
+                "μ is taken from the policy at generation instead, as GRPOTrainer does; return what the engine sampled "
+                'with, or None under "logprobs"',
+            )
         if self._generated_ids is not None:
             output["kept_ids"], self._generated_ids = self._generated_ids, None
         return output
@@ -163,7 +168,12 @@ def padded_ids(
                 f'rollout_func must return as "kept_ids" one list of ids per completion token, got {len(sets)} for the '
                 f"{len(tokens)} tokens of completion {i}: write [] for a token that a tool has written"
             )
-    every = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1) for sets in kept_ids for ids in sets]
-    of_completion = pad_sequence(every, batch_first=True, padding_value=-1).split([len(sets) for sets in kept_ids])
-    ids = pad_sequence(of_completion, batch_first=True, padding_value=-1)
-    return pad(ids, (0, 0, 0, -ids.shape[1] % multiple), value=-1)
+    counts = torch.tensor([len(ids) for sets in kept_ids for ids in sets], dtype=torch.int64)
+    lengths = torch.tensor([len(sets) for sets in kept_ids], dtype=torch.int64)
+    width, longest = max([1, *counts.tolist()]), max([1, *lengths.tolist()])
+    tokens = torch.full((len(counts), width), -1)
+    every = [torch.as_tensor(ids, dtype=torch.int64) for sets in kept_ids for ids in sets if len(ids)]
+    tokens[torch.arange(width) < counts[:, None]] = torch.cat(every) if every else tokens.new_empty(0)
+    ids = torch.full((len(lengths), -(-longest // multiple) * multiple, width), -1)
+    ids[torch.arange(ids.shape[1]) < lengths[:, None]] = tokens
+    return ids
