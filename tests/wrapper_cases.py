@@ -21,7 +21,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from distributed_harness import case
 from drpo_kernels.distributed import global_normalizer
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
-from fused_models import eager, logprobs_of, loss_of, make, make_batch
+from fused_models import V, eager, logprobs_of, loss_of, make, make_batch
 
 BOUND = 1e-5
 AUXILIARY = 0.02
@@ -59,7 +59,7 @@ def expected(model, size, steps, kind, idle="tokens"):
     for batch in batches:
         outputs = model(**batch.inputs)
         loss, logprobs, entropy = eager(outputs.logits, batch)
-        loss = (loss * batch.mask.sum() if kind == "loss" else own_loss(logprobs, entropy, batch)) / total
+        loss = (own_loss(logprobs, entropy, batch) if kind == "own" else loss * batch.mask.sum()) / total
         if getattr(outputs, "aux_loss", None) is not None:
             loss = loss + AUXILIARY * outputs.aux_loss / size
         loss.backward()
@@ -67,16 +67,18 @@ def expected(model, size, steps, kind, idle="tokens"):
 
 
 def fused_step(call, batch, normalizer, kind):
-    """This rank's loss of a micro-batch, through the wrapped model."""
-    head = partial(loss_of(batch), normalizer=normalizer) if kind == "loss" else logprobs_of(batch)
+    """This rank's loss of a micro-batch, through the wrapped model; "kept ids": all of them, by `kept_ids`."""
+    head = logprobs_of(batch) if kind == "own" else partial(loss_of(batch), normalizer=normalizer)
+    if kind == "kept ids":
+        head = partial(head, kept_ids=torch.arange(V).expand(*batch.targets.shape, V))
     result = call(**batch.inputs, fused_head=head)
     auxiliary = 0.0
     if isinstance(result, WithAuxiliaryLoss):
         result, auxiliary = result.result, AUXILIARY * result.aux_loss
-    if kind == "loss":
-        assert result.computed.sum() <= batch.mask.sum()
-        return result.loss + auxiliary
-    return own_loss(*result, batch) / normalizer + auxiliary
+    if kind == "own":
+        return own_loss(*result, batch) / normalizer + auxiliary
+    assert result.computed.sum() <= batch.mask.sum()
+    return result.loss + auxiliary
 
 
 def whole(gradient):
@@ -127,6 +129,7 @@ def synchronised(wrapped, last):
 @case("ddp", "idle", wrap=DistributedDataParallel, idle="advantages")
 @case("ddp", "accumulated", wrap=DistributedDataParallel, steps=3)
 @case("ddp", "unused", wrap=partial(DistributedDataParallel, find_unused_parameters=True), kind="own")
+@case("ddp", "kept ids", wrap=DistributedDataParallel, tied=True, kind="kept ids")
 @case("ddp", "router", wrap=DistributedDataParallel, name="Qwen3Moe")
 @case("root", wrap=partial(shard, layout="root"))
 @case("root", "own", wrap=partial(shard, layout="root"), kind="own", tied=True)
@@ -139,6 +142,7 @@ def synchronised(wrapped, last):
 @case("head", "own", wrap=partial(shard, layout="head", reshard_after_forward=True), kind="own")
 @case("head", "own", "kept", wrap=partial(shard, layout="head", reshard_after_forward=False), kind="own")
 @case("bare head", wrap=partial(shard, layout="bare head"))
+@case("bare head", "kept ids", wrap=partial(shard, layout="bare head", reshard_after_forward=True), kind="kept ids")
 @case("bare head", "own", wrap=partial(shard, layout="bare head"), kind="own", idle="advantages")
 @case("head", "tied", wrap=partial(shard, layout="head"), tied=True, kind="own")
 @case("head", "accumulated", wrap=partial(shard, layout="head"), steps=2, idle="advantages")
@@ -156,7 +160,7 @@ def gradients(world, wrap, name="Qwen3", tied=False, kind="loss", steps=1, idle=
             losses[-1].backward()
     got = gradients_of(model)
     agree(got, want)
-    if name != "Qwen3Moe" and kind == "loss":
+    if name != "Qwen3Moe" and kind != "own":
         assert (losses[0].item() == 0) == (world.rank == (0 if idle == "advantages" else world.size - 1))
 
 
