@@ -1,5 +1,10 @@
 """Fused kernels for LLM RL: DRPO and the losses it is measured against, in 6F without the logits."""
 
+from drpo_kernels.integrations import needs
+
+with needs("torch", "torch>=2.8"):  # `pip install` brings it; a clone on the path of a script does not
+    import torch as _torch  # noqa: F401
+
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.diagnosis import diagnose
 from drpo_kernels.logprobs import linear_token_logprobs, token_logprobs
