@@ -135,6 +135,12 @@ def test_core_needs_torch_and_triton_only():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import drpo_kernels"
+    result = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True)
+    assert "ImportError: torch>=2.8 must be installed" in result.stderr and "pip install" in result.stderr
+
+
 def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "demo", ("a_package_of_the_extra", ""))
     assert main(["demo"]) == 2
