@@ -32,8 +32,8 @@ def on_kept_ids(
         return source, targets, options
     problem = Problem.checked(source, targets, mask, options)
     valid = problem.unmasked
-    if old_logprobs is not None and old_logprobs.shape == valid.shape:
-        valid = valid & scorable(old_logprobs)
+    if isinstance(old_logprobs, Tensor) and old_logprobs.is_floating_point() and old_logprobs.shape == valid.shape:
+        valid = valid & scorable(old_logprobs)  # else the second call refuses it
     if problem.wants_values:
         from_logits = isinstance(source, ReadySource)
         validation.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab, from_logits)
@@ -56,5 +56,5 @@ def _sorted_ids(problem: Problem, valid: Tensor) -> tuple[Tensor, Tensor, Tensor
     inside = ids < problem.vocab
     outside = (~inside & (ids < NO_ID)).any(-1)
     ids = ids.masked_fill(repeated | ~inside, -1)
-    is_target = ids == problem.flat_targets[:, None]
+    is_target = (ids == problem.flat_targets[:, None]) & (ids >= 0)
     return ids, is_target.to(torch.int8).argmax(-1), valid & (outside | ~is_target.any(-1))

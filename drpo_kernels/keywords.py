@@ -19,6 +19,7 @@ _ELSEWHERE = {
         "token_weights=...": "importance_weights rollout_is_weights",
         "weight=lm_head.weight": "lm_head lm_head_weight",
         "softcap=...": "final_logit_softcapping logit_softcap logit_softcapping",
+        "hidden=...": "hidden_states last_hidden_state",
         "targets=...": "completion_ids input_ids labels responses selected_token_ids",
         "mask=...": "attention_mask completion_mask loss_mask response_mask",
         "mask=targets != ignore_index": "ignore_index",
@@ -50,7 +51,7 @@ def with_known_keywords(
 def _said_of(name: str, known: tuple[str, ...]) -> str:
     if _ELSEWHERE.get(name, "").partition("=")[0] in known:
         return f"write {_ELSEWHERE[name]}"
-    alike = difflib.get_close_matches(name, known, n=1)
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if alike:
         return f"did you mean {alike[0]!r}?"
     return f"it takes {', '.join(known)}" if len(known) < 8 else "its help() lists those that it takes"

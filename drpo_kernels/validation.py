@@ -44,7 +44,8 @@ def check_not_exported() -> None:
 
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
     if not isinstance(value, Tensor):
-        hint = f": pass lm_head.{name} of a module lm_head" if isinstance(value, torch.nn.Module) else ""
+        of_head = isinstance(value, torch.nn.Module) and name in ("weight", "bias")
+        hint = f": pass lm_head.{name} of a module lm_head" if of_head else ""
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
     if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
         raise TypeError(

@@ -266,7 +266,7 @@ KEYWORDS = [
     ("linear_policy_loss", "old_log_probs", "did you mean 'old_logprobs'?"),
     ("linear_policy_loss", "ref_log_prob", "did you mean 'ref_logprobs'?"),
     ("linear_policy_loss", "entropy_coeff", "did you mean 'entropy_coef'?"),
-    ("linear_policy_loss", "hidden_states", "did you mean 'hidden'?"),
+    ("linear_policy_loss", "hidden_states", "write hidden=..."),
     ("linear_policy_loss", "beta", "write kl_coef=..."),
     ("linear_policy_loss", "epsilon", "write objective=PPO(clip_low=..., clip_high=...)"),
     ("policy_loss", "delta", "write objective=DRPO(delta=...)"),

@@ -37,6 +37,13 @@ def patched(model):
     return model
 
 
+def swallowed(model):
+    """A forward of its own that drops unknown keywords."""
+    own = type(model).forward
+    model.forward = lambda input_ids=None, attention_mask=None, **_: own(model, input_ids, attention_mask)
+    return model
+
+
 def adapted(model):
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
@@ -47,6 +54,7 @@ LOST = {
     "pickled": lambda: pickled(add_fused_head(make("Qwen3"))),
     "saved": lambda: saved(add_fused_head(make("Mamba"))),
     "patched": lambda: patched(add_fused_head(make("Qwen3"))),
+    "swallowed": lambda: swallowed(add_fused_head(make("Mamba"))),
     "adapted, then patched": lambda: (wrapped := adapted(add_fused_head(make())), patched(wrapped.get_base_model()))[0],
     "adapted, then pickled": lambda: pickled(adapted(add_fused_head(make()))),
     "compiled": lambda: (model := patched(add_fused_head(make())), model.model.compile(backend="eager"))[0],

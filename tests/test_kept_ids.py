@@ -177,8 +177,9 @@ def test_a_set_without_its_token_is_never_a_number(form):
     problem, ids = problem_with_ids(bias=False)
     problem = problem if form == "linear" else problem.as_logits()
     row = tuple(problem.mask.nonzero()[-1])
-    for wrong in (torch.full((K,), -1), torch.cat([problem.targets[row][None], torch.full((K - 1,), V)])):
-        ids[row] = wrong
+    target, padding = problem.targets[row].clone(), torch.full((K - 1,), -1)
+    for own, rest, wrong_target in ((-1, padding, target), (target, padding + V + 1, target), (5, padding, -1)):
+        ids[row], problem.targets[row] = torch.cat([torch.tensor([own]), rest]), wrong_target
         out, _ = call(problem, form, "torch", kept_ids=ids, validate=False, compact="mask")
         assert out.loss.isnan() and out.logprobs[row].isnan() and out.metrics["drpo/nonfinite"] == 1
 
@@ -192,12 +193,19 @@ def test_a_token_without_an_old_logprob_needs_no_set():
     assert out.loss.isfinite() and out.metrics["drpo/unscorable"] == 1
 
 
+def test_another_argument_is_refused_as_ever():
+    problem, ids = problem_with_ids()
+    for wrong in ([-1.0], problem.old_logprobs[:1], problem.targets):
+        with pytest.raises((TypeError, ValueError), match="old_logprobs must"):
+            call(replace(problem, old_logprobs=wrong), "linear", "torch", kept_ids=ids)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("form", "dynamic"), [("linear", True), ("logits", None)])
 def test_in_one_graph(form, dynamic):
     problem, ids = problem_with_ids(bias=form == "linear")
     problem = problem if form == "linear" else problem.as_logits()
-    options = {"kept_ids": ids, "entropy_coef": 0.1, **CAPPED}
+    options = {"kept_ids": ids, "entropy_coef": 0.1} | ({} if dynamic else CAPPED)
     want, wanted = call(problem, form, "torch", **options)
     leaves = {name: x.detach().clone().requires_grad_() for name, x in problem.leaves().items()}
     function = dk.policy_loss if form == "logits" else dk.linear_policy_loss

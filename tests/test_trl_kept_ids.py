@@ -15,9 +15,11 @@ from drpo_kernels.integrations.trl_sampling import padded_ids
 TOP = 6
 
 
-def sampler(kept=True, logprobs=True, top=TOP):
-    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with it, what it has seen."""
-    generator, rows = torch.Generator().manual_seed(0), []
+def sampler(kept=True, logprobs=True, top=TOP, tool=False):
+    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with `tool`, a tool has written
+    the second one, whose ids mean nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def rollout(prompts, trainer):
@@ -37,14 +39,17 @@ def sampler(kept=True, logprobs=True, top=TOP):
             found["logprobs"].append(sampled)
             found["kept_ids"].append(sets)
         trainer.model.train()
-        rows.append(found)
+        if tool:
+            found["env_mask"] = [[1, 0, *[1] * (len(ids) - 2)] for ids in found["completion_ids"]]
+            for ids, sets in zip(found["completion_ids"], found["kept_ids"], strict=True):
+                sets[1] = [(ids[1] + 1) % tiny_trl.VOCAB]
         return {k: v for k, v in found.items() if kept or k != "kept_ids"} | ({} if logprobs else {"logprobs": None})
 
     return rollout
 
 
 def run(tmp_path, **options):
-    chosen = {name: options.pop(name) for name in ("kept", "logprobs", "top") if name in options}
+    chosen = {name: options.pop(name) for name in ("kept", "logprobs", "top", "tool") if name in options}
     tiny_trl.model().save_pretrained(tmp_path / "policy")  # from where TRL loads the reference
     policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
     arguments = tiny_trl.arguments(DRPOConfig, tmp_path, objective=PPO(), **({"max_steps": 2} | options))
@@ -62,7 +67,7 @@ def test_a_fresh_batch_has_a_ratio_of_one(tmp_path):
     assert without["drpo/ratio_mean"][0] < 0.9
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"top_entropy_quantile": 0.5, "steps_per_generation": 2}])
+@pytest.mark.parametrize("options", [{"tool": True}, {"beta": 0.1, "tool": True}, {"top_entropy_quantile": 0.5, "steps_per_generation": 2}])
 def test_scored_by_the_trainer(options, tmp_path):
     """Without log-probs, those of the policy at generation, and the reference's, are over the same ids."""
     series, _ = run(tmp_path, logprobs=False, num_iterations=2, pad_to_multiple_of=4, **options)
@@ -81,7 +86,14 @@ def test_sets_of_all_ids_change_nothing(tmp_path):
 
 
 def test_padding():
-    ids = padded_ids([[[3, 4], []], [[5]]], [[3, 9], [5]], multiple=4)
-    assert ids.tolist() == [[[3, 4], [-1, -1], [-1, -1], [-1, -1]], [[5, -1], *[[-1, -1]] * 3]]
-    with pytest.raises(ValueError, match="got 1 for the 2 tokens of completion 0"):
-        padded_ids([[[3]]], [[3, 4]], 1)
+    ids = padded_ids([[[3, 4], None], [{5}, [6]]], [[3, 9], [5, 6]], [[1, 1], [1, 0]], multiple=4)
+    assert ids.tolist() == [[[3, 4], *[[-1, -1]] * 3], [[5, -1], *[[-1, -1]] * 3]]
+    assert padded_ids([[]], [[]], None, 1).tolist() == [[[-1]]]
+    for wrong, message in (
+        ([[[3]]], "got 1 for the 2 tokens of completion 0"),
+        ([None], "got None for the 2 tokens of completion 0"),
+        ([[[3], [4]], []], "got lists for 2 of 1 completions"),
+        ([[[3.5], [4]]], "integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            padded_ids(wrong, [[3, 4]], None, 1)

@@ -121,13 +121,17 @@ def test_a_router_without_its_loss(tmp_path):
     assert len(tiny_trl.run(tiny_trl.trainer(DRPOTrainer, args, llama4()))["loss"]) == 1
 
 
-@pytest.mark.parametrize("family", [transformers.Qwen3ForCausalLM, transformers.GPT2LMHeadModel])
-def test_a_forward_that_was_replaced(family, tmp_path):
-    """No other output is taken for a loss or for log-probs."""
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_forward_that_was_replaced(says_so, tmp_path):
+    """No other output is taken for a loss or for log-probs, also of a forward that says to wrap the fused one."""
     trainer = tiny_trl.trainer(DRPOTrainer, tiny_trl.arguments(DRPOConfig, tmp_path), tiny_trl.model())
-    own = type(trainer.model).forward
+    own, fused = type(trainer.model).forward, trainer.model.forward
     trainer.model.forward = lambda fused_head=None, **inputs: own(trainer.model, **inputs)
-    with pytest.raises(RuntimeError, match=r"must be that of its fused head, got a CausalLMOutput.*patch the model"):
+    message = r"fused_head must reach .*call add_fused_head\(model\) again"
+    if not says_so:
+        trainer.model.forward.__wrapped__ = fused
+        message = "must be that of its fused head, got a CausalLMOutput.*patch the model"
+    with pytest.raises(RuntimeError, match=message):
         trainer.train()
 
 

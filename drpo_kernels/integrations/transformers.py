@@ -148,7 +148,8 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of the model and of its backbone: a function in an argument that the model's own forward would
     swallow in its **kwargs. Picklable, so that a model keeps it when it loses its fused head.
     """
-    fused, backbone = module.__dict__.get(_STATE) is not None, _WATCHES not in module.__dict__
+    state, backbone = module.__dict__.get(_STATE), _WATCHES not in module.__dict__
+    fused = state is not None and _calls(module.forward, state.forward)
     for name, value in kwargs.items():
         if name == "fused_head" and value is not None and not fused:
             raise RuntimeError(

@@ -28,6 +28,8 @@ OTHER_FORMULAS = {"sapo_": "SAPO", "vespo_": "VESPO"}
 CORRECTION_OPTIONS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max", "cap"))
 # keywords of `linear_policy_loss`, and TRL's options that say the same
 RENAMED = {"kl_coef": "beta", "kl_importance": "use_bias_correction_kl", "reduction": "loss_type"}
+# and names of other libraries for the bounds of PPO
+CLIPS = ("eps", "epsilon_low", "clip", "clip_range", "cliprange", "clip_ratio", "clip_ratio_low", "clip_ratio_high")
 # options of the head that the log-probs functions take too
 HEAD_OPTIONS = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "validate")
 # what to write for the loss types of TRL that are formulas
@@ -84,7 +86,9 @@ def _suggest(name: str, value: Any, objective: Any, fields: Iterable[str]) -> st
             return f"objective={cls.__name__}({option}={value!r})"
     if RENAMED.get(name) in fields:
         return f"{RENAMED[name]}=..."
-    close = difflib.get_close_matches(name, fields, 1)
+    if name in CLIPS:
+        return "objective=PPO(clip_low=..., clip_high=...)"
+    close = difflib.get_close_matches(name, fields, 1, cutoff=0.75)
     return f"{close[0]}={value!r}" if close else "one of those that its help() lists"
 
 

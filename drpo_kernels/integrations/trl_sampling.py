@@ -4,8 +4,9 @@ filter kept for them.
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class SampledBatches(GRPOTrainer):
             return tuple(output)
         self._require_everywhere(logprobs is not None)
         if kept_ids is not None:
-            ids = padded_ids(kept_ids, completions, self.pad_to_multiple_of or 1)
+            ids = padded_ids(kept_ids, completions, output[2], self.pad_to_multiple_of or 1)
             self._generated_ids = ids.to(self.accelerator.device)
         if logprobs is None:
             return tuple(output)
@@ -155,25 +156,36 @@ class SampledBatches(GRPOTrainer):
 
 
 def padded_ids(
-    kept_ids: Sequence[Sequence[Sequence[int]]], completions: Sequence[Sequence[int]], multiple: int
+    kept_ids: Sequence[Sequence[Collection[int] | None] | None],
+    completions: Sequence[Sequence[int]],
+    sampled: Sequence[Sequence[int]] | None,
+    multiple: int,
 ) -> Tensor:
-    """Of each token of each completion the ids that were kept -> [B, K, ids] int64, -1 where there are no more, with K
-    the longest completion's length rounded up to a multiple.
+    """The ids that were kept for each token of each completion -> [B, K, ids] int64, -1 where there are no more, and
+    none for a token that was not `sampled` (0). K is the longest completion's length rounded up to a multiple.
 
-    Raises ValueError where a completion has not one set per token.
+    Raises ValueError where a completion has not one list per token, or an id is not an integer.
     """
-    for i, (sets, tokens) in enumerate(zip_longest(kept_ids, completions, fillvalue=())):
-        if len(sets) != len(tokens):
+    rows, wanted = [], 'rollout_func must return as "kept_ids" one list of ids per completion token'
+    if len(kept_ids) != len(completions):
+        raise ValueError(f"{wanted}, got lists for {len(kept_ids)} of {len(completions)} completions")
+    for i, (of_tokens, tokens) in enumerate(zip(kept_ids, completions, strict=True)):
+        if of_tokens is None or len(of_tokens) != len(tokens):
+            got = None if of_tokens is None else len(of_tokens)
             raise ValueError(
-                f'rollout_func must return as "kept_ids" one list of ids per completion token, got {len(sets)} for the '
-                f"{len(tokens)} tokens of completion {i}: write [] for a token that a tool has written"
+                f"{wanted}, got {got} for the {len(tokens)} tokens of completion {i}: write [] for a token that a tool "
+                "has written"
             )
-    counts = torch.tensor([len(ids) for sets in kept_ids for ids in sets], dtype=torch.int64)
-    lengths = torch.tensor([len(sets) for sets in kept_ids], dtype=torch.int64)
+        was_sampled = [1] * len(tokens) if sampled is None else sampled[i]
+        rows += [list(ids) if ids is not None and own else [] for ids, own in zip(of_tokens, was_sampled, strict=True)]
+    counts = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+    lengths = torch.tensor([len(tokens) for tokens in completions], dtype=torch.int64)
     width, longest = max([1, *counts.tolist()]), max([1, *lengths.tolist()])
-    tokens = torch.full((len(counts), width), -1)
-    every = [torch.as_tensor(ids, dtype=torch.int64) for sets in kept_ids for ids in sets if len(ids)]
-    tokens[torch.arange(width) < counts[:, None]] = torch.cat(every) if every else tokens.new_empty(0)
+    flat = torch.tensor([int(token) for ids in rows for token in ids], dtype=torch.int64)
+    if any(not isinstance(token, Integral) for ids in rows for token in ids if not isinstance(token, Tensor)):
+        raise ValueError('rollout_func must return as "kept_ids" integers, the ids of tokens, got another number')
+    padded = torch.full((len(rows), width), -1)
+    padded[torch.arange(width) < counts[:, None]] = flat
     ids = torch.full((len(lengths), -(-longest // multiple) * multiple, width), -1)
-    ids[torch.arange(ids.shape[1]) < lengths[:, None]] = tokens
+    ids[torch.arange(ids.shape[1]) < lengths[:, None]] = padded
     return ids
