@@ -16,8 +16,8 @@ TOP = 6
 
 
 def sampler(kept=True, logprobs=True, top=TOP, tool=False):
-    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with `tool`, a tool has written
-    the second one, whose ids mean nothing.
+    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with `tool`, the second one is
+    a tool's, whose ids mean nothing.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -67,7 +67,14 @@ def test_a_fresh_batch_has_a_ratio_of_one(tmp_path):
     assert without["drpo/ratio_mean"][0] < 0.9
 
 
-@pytest.mark.parametrize("options", [{"tool": True}, {"beta": 0.1, "tool": True}, {"top_entropy_quantile": 0.5, "steps_per_generation": 2}])
+OPTIONS = [
+    {"tool": True},
+    {"tool": True, "beta": 0.1},
+    {"top_entropy_quantile": 0.5, "steps_per_generation": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_scored_by_the_trainer(options, tmp_path):
     """Without log-probs, those of the policy at generation, and the reference's, are over the same ids."""
     series, _ = run(tmp_path, logprobs=False, num_iterations=2, pad_to_multiple_of=4, **options)
