@@ -22,7 +22,7 @@ CERTAIN = 5.0  # standard errors; sums over tokens have heavy tails
 BASES = {2: 1 - 1 / math.log(2), 10: 1 - 1 / math.log(10)}
 # nats: the logsumexp of log-probs that were rounded to 16 bits
 ROUNDED_LOGSUMEXP = 0.02
-# what float32 leaves of a difference of means
+# a scale below this is 0, and nothing is divided by it
 TINY = 1e-12
 
 Values = Mapping[str, float]
@@ -161,8 +161,8 @@ CONDITIONS = (
             and m["misfit_zero"] <= 0.3 * m["zero_old_share"] + 0.1 * m["misfit"]
         ),
         "The old log-probs are above the policy's by {below:.2f} nats on average, and hardly ever below: they are "
-        "those after top-p, top-k or min-p filtering, which the policy does not apply. Ask the engine for unfiltered "
-        "ones, or sample without a filter.",
+        "those after top-p, top-k or min-p filtering, which the policy does not apply. Pass the ids that the engine "
+        "kept as kept_ids=, or sample without a filter.",
         NOT_OLD_LOGPROBS,
         judges=True,
     ),
@@ -255,8 +255,8 @@ CONDITIONS = (
         ),
         "The tokens are likelier than their own distribution says, by {centred:.2f} nats on average, though log μ "
         "agrees with log π: they were sampled at a lower temperature, or after top-p or top-k filtering, and the "
-        "engine's log-probs are those before it. Pass temperature= what was sampled with, and ask the engine for "
-        "processed log-probs.",
+        "engine's log-probs are those before it. If the temperature was lower, pass it as temperature=. If top-p or "
+        "top-k was on, pass kept_ids= with the engine's processed log-probs, or sample without a filter.",
         judges=True,
     ),
     Condition(
@@ -294,7 +294,7 @@ CONDITIONS = (
         lambda m: m["computed"] >= MANY_TOKENS and abs(m["kl_k1"]) > MISMATCH and m.get("misfit", 1.0) > 0.1,
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, far from 0: rollout and "
         "trainer probably score differently. Likely causes: another temperature (pass temperature= what was sampled "
-        "with), log-probs after top-p or top-k filtering (ask for unfiltered ones), targets misaligned with the "
+        "with), log-probs after top-p or top-k filtering (pass kept_ids=), targets misaligned with the "
         "logits, or weights not synchronised to the rollout engine.",
     ),
     Condition(
@@ -392,10 +392,11 @@ def _statistics(read: Values) -> dict[str, float]:
     n, p, d, centred = max(m["computed"], 1.0), m["logprob"], m["log_ratio_mean"], m["logprob"] + m["entropy_mean"]
 
     def over(value: float, scale: float) -> float:
-        return value / scale if scale > TINY else 0.0
+        return value / scale if abs(scale) > TINY else 0.0
 
     def t(mean: float, square: float) -> float:
-        return over(mean, math.sqrt(max(square - mean**2, 0.0) / n))
+        scale = math.sqrt(max(square - mean**2, 0.0) / n)
+        return mean / scale if scale > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
     p_square, d_square, pd = m["logprob_square"], m["log_ratio_square"], m["logprob_log_ratio"]
     p_variance, covariance = p_square - p**2, p_square - p**2 - (pd - p * d)
@@ -406,7 +407,11 @@ def _statistics(read: Values) -> dict[str, float]:
     rr, slope = m["fit_rr"] - r_by_e * m["fit_er"], over(cr, cc)
     factor, nearest = over(pd, p_square), min(m["misfit_previous"], m["misfit_next"])
     base = next((b for b, expected in BASES.items() if abs(factor - expected) < 0.04), 0)
+    # E c over what it would be if log μ were the tokens' own: 0 where the policy sampled them; where the engine did,
+    # about 1, and for normally distributed logits at T > 1 times the temperature about 1/T²
     tilt = over(centred, -slope * m["centred_square"])
+    tilt_error = over(math.sqrt(max(m["centred_square"] - centred**2, 0.0) / n), abs(slope) * m["centred_square"])
+    engine_tilt = min(1.0, (1 - slope) ** 2)
     agreement = over(covariance, math.sqrt(max(p_variance, 0.0) * max(old_variance, 0.0)))
     return m | {
         "centred": centred,
@@ -425,7 +430,7 @@ def _statistics(read: Values) -> dict[str, float]:
         "explained": over(cr**2, cc * rr),
         "informative": n * cc,
         "heat": over(1.0, 1 - slope),
-        "sampled_by_policy": abs(tilt) < 0.25 and abs(slope) * math.sqrt(n * m["centred_square"]) > 4,
+        "sampled_by_policy": tilt < engine_tilt / 2 and tilt_error < engine_tilt / 1.5,
         "factor": factor,
         "proportional": over(pd**2, p_square * d_square),
         "base": base,

@@ -233,7 +233,7 @@ def with_prompt(fill: float) -> Callable[..., Batch]:
 
 
 CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
-    **{f"temperature {t}": ("Temperatures differ", heated(t)) for t in (0.5, 0.6, 0.7, 0.8, 1.2, 1.3, 1.5)},
+    **{f"temperature {t}": ("the engine sampled at", heated(t)) for t in (0.5, 0.6, 0.7, 0.8, 1.2, 1.3, 1.5)},
     **{f"raw log-probs at {t}": ("Temperatures differ", raw(t)) for t in (0.6, 0.7, 1.3)},
     "base 2": ("base 2", old_as(lambda old: old / math.log(2))),
     "base 10": ("base 10", old_as(lambda old: old / math.log(10))),
@@ -251,7 +251,7 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "sequence means": ("same as the token's before", old_as(lambda old: old.mean(1, True).expand_as(old))),
     "a constant": ("same as the token's before", old_as(lambda old: torch.full_like(old, -1.0))),
     "running sums": ("running sums", old_as(lambda old: old.cumsum(1))),
-    "top-p 0.8": ("top-p, top-k", filtered(top_p=0.8)),
+    "top-p 0.8": ("kept as kept_ids=", filtered(top_p=0.8)),
     "another checkpoint": ("other weights", with_noise(another_model(0.5))),
     "a few at -40": ("largest ratio", unlikely),
     "softmax": ("The logits are probably probabilities", squashed(lambda z: z.softmax(-1))),

@@ -8,7 +8,7 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from diagnosis_batches import CAUSES, HEALTHY, Batch, engine, heated, scored
+from diagnosis_batches import CAUSES, HEALTHY, Batch, engine, heated, raw, scored
 from drpo_kernels.diagnosis import CONDITIONS, diagnose
 from drpo_kernels.distributed import reduce_metrics
 
@@ -125,14 +125,28 @@ def test_what_few_tokens_say_is_qualified():
     assert "only" not in many
 
 
-def test_the_log_probs_before_a_temperature_are_told_from_those_after():
-    """By whether the tokens follow the trainer's temperature or another."""
-    names = "raw log-probs at 0.7", "temperature 0.7"
-    before, after = (found_in(CAUSES[name][1](0, 1024, 300, 1.4))[0] for name in names)
-    assert "processed_logprobs" in before and "processed_logprobs" not in after
+@pytest.mark.parametrize("temperature", [0.7, 1.3, 1.5])
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_the_log_probs_before_a_temperature_are_told_from_those_after(tokens, temperature):
+    """By whether the tokens follow the trainer's temperature or the engine's."""
+    (before,), (after,) = (found_in(made(temperature)(0, tokens, 300, 1.4)) for made in (raw, heated))
+    assert "ask for processed ones" in before and "the engine sampled at about" in after
+
+
+def test_tokens_of_a_lower_temperature_than_their_log_probs():
     drawn, _ = engine(0, 1024, 300, 1.4, temperature=0.6)
     (sentence,) = found_in(replace(drawn, old_logprobs=scored(drawn)))
-    assert "sampled at a lower temperature" in sentence
+    assert "sampled at a lower temperature" in sentence and "pass kept_ids= with" in sentence
+
+
+def test_a_log_ratio_that_does_not_vary():
+    """Rows flat over 8 or 4 tokens, of which the engine kept half: no spread at all, and yet no chance."""
+    four = torch.arange(256) % 3 % 2
+    hidden = torch.stack([1.0 - four, four.float()], -1)
+    head = torch.stack([torch.zeros(8), -1e4 * (torch.arange(8) >= 4).float()], -1)
+    old = -torch.where(four > 0, 2.0, 4.0).log()
+    (sentence,) = found_in(Batch(hidden, head, torch.arange(256) % 2, old, torch.ones(256), 16))
+    assert "after top-p, top-k or min-p filtering" in sentence
 
 
 def test_a_waste_does_not_hide_an_error():
