@@ -12,6 +12,7 @@ from drpo_kernels.objectives import Objective
 from drpo_kernels.validation import POSITIVE_LOGPROB
 
 MANY_TOKENS = 256  # of fewer, what a sentence says of them may be chance, and it says so
+FEW_TOKENS = 12  # of fewer, their spread says nothing, and neither does a sentence that is judged by it
 MISMATCH = 0.2  # nats of mean log-ratio; a policy a few steps ahead of its samples is at 0.001 to 0.05
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1
@@ -45,15 +46,21 @@ MISMATCHES = ("mismatch", "shift", "explosion", "collapse")
 # and what makes old log-probs none
 NOT_OLD_LOGPROBS = (
     "repeated", "cumulative", "shifted", "base", "filtered", "temperature", "raw", "placeholder", "not sampled",
-    "sharper", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
+    "sharper", "hotter", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
 )  # fmt: skip
+
+
+def _learnt(m: Values) -> bool:
+    """Whether the log-ratio is small and has the sign of the advantage, as after healthy steps on these very tokens."""
+    return m["kl_k1"] < 0.05 and m["toward_advantage"] > 0.65 * m["misfit"]
 
 
 def _fits(m: Values) -> bool:
     """Whether the log-ratio is what another temperature makes of it."""
     strength = m["explained"] / max(1 - m["explained"], 1e-3) * m["informative"]
     within = 0.1 < abs(m["slope"]) < (0.7 if m["slope"] > 0 else 3)  # 1 - 1/T for T from 1/4 to 3
-    return within and m["explained"] > 0.5 and m["informative"] > 2 and strength > 7 and m["agreement"] > 0.8
+    likely = m["explained"] > 0.5 and m["informative"] > 2 and strength > 7 and m["agreement"] > 0.8
+    return within and likely and not _learnt(m)
 
 
 def _placeholders(m: Values) -> bool:
@@ -64,6 +71,17 @@ def _placeholders(m: Values) -> bool:
     far = m["misfit_zero"] > 0.3 * m["zero_old_share"] or abs(m["old_variance"]) < 1e-5 * m["logprob_square"]
     alone = (m["misfit_zero"] > 0.7 * m["misfit"] and m["misfit_rest"] < 0.3) or m["unsure_share"] > 0.99
     return far and alone and m["zero_old_share"] > PLACEHOLDER_SHARE * m["unsure_share"]
+
+
+def _filtered(m: Values) -> bool:
+    """Whether log μ is above log π on many tokens and hardly ever below it, as after a filter."""
+    one_sided = m["misfit_above"] < 0.15 * (m["misfit"] - m["misfit_above"]) and m["explained"] < 0.4
+    # outliers, such as tokens of which another expert was chosen, are fewer than 1 in 50
+    common = m["log_ratio_mean"] ** 2 > 0.02 * m["log_ratio_square"] and m["far_below_share"] < 0.01
+    certain = m["log_ratio_t"] < (-3 if m["computed"] >= MANY_TOKENS else -CERTAIN)
+    # placeholders of 0 are not what a filter leaves: where one token is left, π is not far below 1
+    zeros = m["misfit_zero"] > max(0.3 * m["zero_old_share"] + 0.1 * m["misfit"], 0.5 * m["misfit"])
+    return one_sided and common and certain and not zeros and 1 - m["ratio_mean"] > 0.005 and not _learnt(m)
 
 
 def _far_off(m: Values) -> bool:
@@ -152,14 +170,7 @@ CONDITIONS = (
     ),
     Condition(
         "filtered",
-        lambda m: (
-            m["misfit_above"] < 0.2 * (m["misfit"] - m["misfit_above"])
-            and m["far_below_share"] < 0.01
-            and m["explained"] < 0.4
-            and 1 - m["ratio_mean"] > 0.005
-            and m["log_ratio_t"] < -CERTAIN
-            and m["misfit_zero"] <= 0.3 * m["zero_old_share"] + 0.1 * m["misfit"]
-        ),
+        _filtered,
         "The old log-probs are above the policy's by {below:.2f} nats on average, and hardly ever below: they are "
         "those after top-p, top-k or min-p filtering, which the policy does not apply. Pass the ids that the engine "
         "kept as kept_ids=, or sample without a filter.",
@@ -224,7 +235,10 @@ CONDITIONS = (
     ),
     Condition(
         "overtrained",
-        lambda m: _far_off(m) and m["follows_advantage"] > max(0.12, 3 / math.sqrt(m["computed"])) * m["misfit"],
+        # |d| within 1: its square is no larger on average than it is, and so bounds the standard error
+        lambda m: _far_off(m) and m["follows_advantage"] > max(
+            0.12 * m["misfit"], 2 * math.sqrt(m["misfit"] / m["computed"])
+        ),
         "The policy has exploded away from its samples: the ratio π/μ is up to {ratio_max:.3g}, and log π has risen "
         "where A > 0 and fallen where A < 0. Train on fresher samples, lower the learning rate, or use an objective "
         "that bounds the weight (DRPO with δ < 1, DPPO, CISPO).",
@@ -234,9 +248,9 @@ CONDITIONS = (
     Condition(
         "unsynchronised",
         lambda m: (
-            m["log_ratio_t"] < -4
-            and m["centred"] < 0  # a lower temperature makes tokens likelier
-            and (_far_off(m) or (m["kl_k1"] > MISMATCH and m["misfit"] > 0.2))
+            m["centred"] < 0  # a lower temperature makes tokens likelier
+            and ((_far_off(m) and m["log_ratio_t"] < -2)
+                 or (m["kl_k1"] > MISMATCH and m["misfit"] > 0.2 and m["log_ratio_t"] < -4))
         ),
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, and no single mistake "
         "explains it: the engine probably samples with other weights than the trainer's. Check that weights are "
@@ -251,12 +265,21 @@ CONDITIONS = (
             m["centred_t"] > CERTAIN
             and m["centred"] > 0.15 * m["centred_square"]
             and m["centred_sum"] > 40  # more than rare tokens that chance did not draw can make up
-            and m["misfit"] < 0.02
+            and m["misfit"] < 0.05
         ),
         "The tokens are likelier than their own distribution says, by {centred:.2f} nats on average, though log μ "
         "agrees with log π: they were sampled at a lower temperature, or after top-p or top-k filtering, and the "
         "engine's log-probs are those before it. If the temperature was lower, pass it as temperature=. If top-p or "
         "top-k was on, pass kept_ids= with the engine's processed log-probs, or sample without a filter.",
+        judges=True,
+    ),
+    Condition(
+        "hotter",
+        lambda m: m["centred_t"] < -4 and m["centred"] < -0.1 * m["centred_square"] and m["misfit"] < 0.05,
+        "The tokens are less likely than their own distribution says, by {below_entropy:.2f} nats on average, though "
+        "log μ agrees with log π: they were sampled at a higher temperature, and the engine's log-probs are those "
+        "before it. Pass temperature= what was sampled with, and ask the engine for processed log-probs (vLLM: "
+        "logprobs_mode=processed_logprobs).",
         judges=True,
     ),
     Condition(
@@ -355,7 +378,9 @@ def diagnose(
         raise ValueError(f"metrics must be out.metrics, with keys such as '{PREFIX}kl_k1', got {sorted(metrics)[:3]}")
     found, hidden = {}, set()
     for condition in CONDITIONS:
-        if condition.kind in hidden or (condition.judges and "misfit" not in values):
+        if condition.kind in hidden:
+            continue
+        if condition.judges and ("misfit" not in values or values["computed"] < FEW_TOKENS):
             continue
         if condition.holds(values):
             found[condition.kind] = condition.sentence.format(**values)
@@ -430,7 +455,7 @@ def _statistics(read: Values) -> dict[str, float]:
         "explained": over(cr**2, cc * rr),
         "informative": n * cc,
         "heat": over(1.0, 1 - slope),
-        "sampled_by_policy": tilt < engine_tilt / 2 and tilt_error < engine_tilt / 1.5,
+        "sampled_by_policy": tilt < engine_tilt / 2 and tilt_error < 0.25,
         "factor": factor,
         "proportional": over(pd**2, p_square * d_square),
         "base": base,
@@ -439,5 +464,6 @@ def _statistics(read: Values) -> dict[str, float]:
         "misfit_off": n * m["misfit"],
         "misfit_rest": over(m["misfit"] - m["misfit_zero"], 1 - m["zero_old_share"]),
         "below": -d,
+        "below_entropy": -centred,
         "follows_advantage": m["toward_advantage"] - m["advantage_sign"] * (2 * m["misfit_above"] - m["misfit"]),
     }

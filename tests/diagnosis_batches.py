@@ -135,6 +135,12 @@ def stale(seed: int, *size, spread: float = 0.2, **options) -> Batch:
     return learnt(*engine(seed, *size), spread, **options)
 
 
+def unrewarded(seed: int, *size) -> Batch:
+    """Eight steps on answers of which none was good: every sampled token is a little less likely than it was."""
+    batch, g = engine(seed, *size)
+    return learnt(replace(batch, advantages=-batch.advantages.abs()), g, 0.1, steps=8, heat=1.0)
+
+
 def with_noise(change: Callable) -> Callable[..., Batch]:
     return lambda *size: engine(*size, change)[0]
 
@@ -251,7 +257,9 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "sequence means": ("same as the token's before", old_as(lambda old: old.mean(1, True).expand_as(old))),
     "a constant": ("same as the token's before", old_as(lambda old: torch.full_like(old, -1.0))),
     "running sums": ("running sums", old_as(lambda old: old.cumsum(1))),
+    "top-p 0.9": ("kept as kept_ids=", filtered(top_p=0.9)),
     "top-p 0.8": ("kept as kept_ids=", filtered(top_p=0.8)),
+    "overtrained": ("exploded away", lambda *size: stale(*size, spread=3.0, heat=1.0)),
     "another checkpoint": ("other weights", with_noise(another_model(0.5))),
     "a few at -40": ("largest ratio", unlikely),
     "softmax": ("The logits are probably probabilities", squashed(lambda z: z.softmax(-1))),
