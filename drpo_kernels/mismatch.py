@@ -155,8 +155,10 @@ def scored_before_temperature(m: Values) -> bool:
 
 def not_sampled(m: Values) -> bool:
     """Whether tokens are less likely than any that the policy or an engine near it samples."""
-    # nearly no token is certain, or near log μ, and the log-prob of a neighbour is no nearer
-    strange = max(m["misfit"], m["unsure_share"] - 0.07) > 0.88 and m["misfit"] > 0.93 * m["misfit_nearest"]
+    # nearly no token is certain, or most are far from log μ, where it is no placeholder of 0; texts repeat themselves,
+    # so that a neighbour's target may be the token's own
+    far = m["misfit"] > 0.88 or (m["misfit"] > 0.65 and m["misfit_zero"] < 0.5 * m["misfit"])
+    strange = (far or m["unsure_share"] > 0.95) and m["misfit"] > 0.93 * m["misfit_nearest"]
     unaligned = strange and m["agreement"] < max(0.2, 3 / math.sqrt(max(m["computed"], 1)))
     # on-policy, where log μ is log π by definition
     on_policy = m["centred"] < -1 - 0.5 * m["entropy_mean"] and m["misfit"] < 0.05

@@ -217,9 +217,16 @@ def unlikely(*size) -> Batch:
     return batch
 
 
-def unaligned(shift: int) -> Callable[..., Batch]:
+def unaligned(shift: int, repeats: float = 0.0) -> Callable[..., Batch]:
+    """Targets and their log-probs rolled along the batch, in which this share of tokens repeats the one before it."""
+
     def make(*size) -> Batch:
-        batch, _ = engine(*size)
+        batch, g = engine(*size)
+        rows = torch.arange(len(batch.targets))
+        rows = torch.where(torch.rand(len(rows), generator=g) < repeats, (rows - 1).clamp(min=0), rows)
+        batch = replace(
+            batch, hidden=batch.hidden[rows], targets=batch.targets[rows], old_logprobs=batch.old_logprobs[rows]
+        )
         return replace(batch, targets=batch.targets.roll(shift), old_logprobs=batch.old_logprobs.roll(shift))
 
     return make
@@ -248,6 +255,7 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "other sequences": ("belong to other tokens", old_as(lambda old: old.roll(1, 0))),
     "targets one late": ("not aligned", unaligned(1)),
     "targets one early": ("not aligned", unaligned(-1)),
+    "targets one late, of a text that repeats itself": ("not aligned", unaligned(1, repeats=0.3)),
     "zeros": ("placeholders", old_as(torch.zeros_like)),
     "zeros on a prompt": ("placeholders", with_prompt(0.0)),
     "NaN on a prompt": ("the mask may cover tokens", with_prompt(math.nan)),
