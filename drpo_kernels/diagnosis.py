@@ -1,31 +1,21 @@
 """What the metrics of a batch say about it, in sentences a person can act on: likely cause first, then what to do."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from drpo_kernels import mismatch
 from drpo_kernels.metrics import EVIDENCE, FAR_BELOW, FAR_BELOW_ONE, PREFIX
+from drpo_kernels.mismatch import MANY_TOKENS, MISMATCH, Values
 from drpo_kernels.objectives import Objective
 from drpo_kernels.validation import POSITIVE_LOGPROB
 
-MANY_TOKENS = 256  # of fewer, what a sentence says of them may be chance, and it says so
-MISMATCH = 0.2  # nats of mean log-ratio; a policy a few steps ahead of its samples is at 0.001 to 0.05
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1
 UNSCORABLE_SHARE = 0.05
-PLACEHOLDER_SHARE = 0.1  # of the tokens that were not certain
-CERTAIN = 5.0  # standard errors; sums over tokens have heavy tails
-# the log-ratio over log π where log μ is a logarithm to that base
-BASES = {2: 1 - 1 / math.log(2), 10: 1 - 1 / math.log(10)}
-# nats: the logsumexp of log-probs that were rounded to 16 bits
-ROUNDED_LOGSUMEXP = 0.02
-# what float32 leaves of a difference of means
-TINY = 1e-12
-
-Values = Mapping[str, float]
+FEW_TOKENS = 12  # of fewer, their spread says nothing, and neither does a sentence that is judged by it
 
 
 class Condition(NamedTuple):
@@ -45,33 +35,8 @@ MISMATCHES = ("mismatch", "shift", "explosion", "collapse")
 # and what makes old log-probs none
 NOT_OLD_LOGPROBS = (
     "repeated", "cumulative", "shifted", "base", "filtered", "temperature", "raw", "placeholder", "not sampled",
-    "sharper", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
+    "sharper", "hotter", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
 )  # fmt: skip
-
-
-def _fits(m: Values) -> bool:
-    """Whether the log-ratio is what another temperature makes of it."""
-    strength = m["explained"] / max(1 - m["explained"], 1e-3) * m["informative"]
-    within = 0.1 < abs(m["slope"]) < (0.7 if m["slope"] > 0 else 3)  # 1 - 1/T for T from 1/4 to 3
-    return within and m["explained"] > 0.5 and m["informative"] > 2 and strength > 7 and m["agreement"] > 0.8
-
-
-def _placeholders(m: Values) -> bool:
-    """Whether old log-probs of 0 are what is wrong: nothing else is, or the policy is certain of no token."""
-    if "misfit" not in m:
-        return m["computed"] > 0 and m["zero_old_share"] > PLACEHOLDER_SHARE
-    # a filter that leaves one token makes its log-prob 0 too, but then π is not far below 1
-    far = m["misfit_zero"] > 0.3 * m["zero_old_share"] or abs(m["old_variance"]) < 1e-5 * m["logprob_square"]
-    alone = (m["misfit_zero"] > 0.7 * m["misfit"] and m["misfit_rest"] < 0.3) or m["unsure_share"] > 0.99
-    return far and alone and m["zero_old_share"] > PLACEHOLDER_SHARE * m["unsure_share"]
-
-
-def _far_off(m: Values) -> bool:
-    """Whether the log-ratio varies as the log-probs do, and not by a rule."""
-    unruly = m["agreement"] < 0.95 and (m["explained"] < 0.5 or m["slope"] > 0.7)
-    large = m["misfit"] > 0.05 and m["misfit_off"] > 8 and m["kl_k1"] > 0.05
-    return unruly and large and m["log_ratio_square"] > 0.2 * m["old_variance"]
-
 
 CONDITIONS = (
     Condition(
@@ -99,12 +64,7 @@ CONDITIONS = (
     ),
     Condition(
         "softmaxed",
-        lambda m: (
-            m["logsumexp_max"] - m["logsumexp_min"] < 0.15
-            and abs(m["logsumexp_max"] - m["entropy_mean"]) < 0.5 < m["logsumexp_min"]
-            and m["centred_t"] > 3
-            and m["centred"] > 0.3 * math.sqrt(m["centred_square"])
-        ),
+        mismatch.softmaxed,
         "The logits are probably probabilities: log Σ exp z is {logsumexp_max:.2f} on all of {computed:.0f} rows, the "
         "entropy {entropy_mean:.2f}, as on a flat row, and yet the targets stand out. Pass the logits before softmax.",
         NOT_OLD_LOGPROBS,
@@ -119,7 +79,7 @@ CONDITIONS = (
     ),
     Condition(
         "repeated",
-        lambda m: m["repeated_share"] > 0.6 * m["unsure_share"] and m["misfit"] > 0.05 and m["computed"] > 8,
+        mismatch.repeated,
         "The old log-prob is the same as the token's before on nearly all of {computed:.0f} tokens, and not the "
         "policy's: a sequence's mean or sum, or a constant, stands in place of each token's log-prob. Ask the "
         "rollout engine for log-probs per token.",
@@ -128,7 +88,7 @@ CONDITIONS = (
     ),
     Condition(
         "cumulative",
-        lambda m: m["misfit_cumulative"] < 0.4 * m["misfit"] and m["misfit_off"] > 3,
+        mismatch.cumulative,
         "The old log-probs are running sums: what each adds to the one before it is the policy's log-prob. Pass each "
         "token's own log-prob (their differences along a sequence).",
         ("sentinel", "unscorable", *NOT_OLD_LOGPROBS),
@@ -136,7 +96,7 @@ CONDITIONS = (
     ),
     Condition(
         "shifted",
-        lambda m: min(m["misfit_previous"], m["misfit_next"]) < 0.4 * m["misfit"] and m["misfit_off"] > 3,
+        mismatch.shifted,
         "old_logprobs are shifted by one: log π of a token agrees with log μ of the token {neighbour} it, and not with "
         "its own. Align them with targets (with targets = tokens[:, 1:], log μ of tokens[:, 1:]).",
         ("not sampled", *NOT_OLD_LOGPROBS),
@@ -144,7 +104,7 @@ CONDITIONS = (
     ),
     Condition(
         "base",
-        lambda m: m["base"] > 0 and m["proportional"] > 0.98 and m["informative"] > 1,
+        mismatch.another_base,
         "old_logprobs are logarithms to base {base:.0f}: the log-ratio is {factor:+.2f} times log π on every token. "
         "Multiply them by ln {base:.0f} = {ln_base:.4f}.",
         NOT_OLD_LOGPROBS,
@@ -152,23 +112,16 @@ CONDITIONS = (
     ),
     Condition(
         "filtered",
-        lambda m: (
-            m["misfit_above"] < 0.2 * (m["misfit"] - m["misfit_above"])
-            and m["far_below_share"] < 0.01
-            and m["explained"] < 0.4
-            and 1 - m["ratio_mean"] > 0.005
-            and m["log_ratio_t"] < -CERTAIN
-            and m["misfit_zero"] <= 0.3 * m["zero_old_share"] + 0.1 * m["misfit"]
-        ),
+        mismatch.filtered,
         "The old log-probs are above the policy's by {below:.2f} nats on average, and hardly ever below: they are "
-        "those after top-p, top-k or min-p filtering, which the policy does not apply. Ask the engine for unfiltered "
-        "ones, or sample without a filter.",
+        "those after top-p, top-k or min-p filtering, which the policy does not apply. Pass the ids that the engine "
+        "kept as kept_ids=, or sample without a filter.",
         NOT_OLD_LOGPROBS,
         judges=True,
     ),
     Condition(
         "temperature",
-        lambda m: _fits(m) and not m["sampled_by_policy"],
+        mismatch.temperature_differs,
         "Temperatures differ: the engine sampled at about {heat:.2f} times the temperature that was passed, by how log "
         "μ differs from log π. Pass temperature= what was sampled with; if it is the same already, the engine's "
         "log-probs are those before its temperature.",
@@ -177,7 +130,7 @@ CONDITIONS = (
     ),
     Condition(
         "raw",
-        _fits,
+        mismatch.scored_before_temperature,
         "Temperatures differ: log μ is at about {heat:.2f} times the temperature that was passed, at which the tokens "
         "were sampled. The engine's log-probs are probably those before its temperature: ask for processed ones (vLLM: "
         "logprobs_mode=processed_logprobs).",
@@ -186,10 +139,7 @@ CONDITIONS = (
     ),
     Condition(
         "not sampled",
-        lambda m: m["centred_t"] < -CERTAIN and (
-            (m["centred"] < -0.5 and m["unaligned"])
-            or (m["centred"] < -1 - 0.5 * m["entropy_mean"] and m["misfit"] < 0.05)
-        ),
+        mismatch.not_sampled,
         "The mean log π of {computed:.0f} tokens is {logprob_mean:.2f}, where the entropy {entropy_mean:.2f} says "
         "-{entropy_mean:.2f} of tokens that the policy sampled: targets are not aligned with hidden states or logits, "
         "the mask covers tokens that nobody sampled (prompt), or the engine's weights are another model's. Nothing is "
@@ -199,14 +149,7 @@ CONDITIONS = (
     ),
     Condition(
         "unrelated",
-        lambda m: (
-            m["misfit"] > 0.8 * min(m["misfit_previous"], m["misfit_next"])
-            and m["misfit_off"] > 4
-            and m["misfit"] > 0.02
-            and m["misfit_above"] > 0.3 * m["misfit"]
-            and m["agreement"] < 0.5
-            and m["variance"] < 3 * m["old_variance"]
-        ),
+        mismatch.of_other_tokens,
         "old_logprobs belong to other tokens: log μ has nothing to do with log π, which is what it should be on "
         "tokens that the policy sampled. Check that they are in the order of targets (sequences shuffled, padding on "
         "the other side, shifted by several).",
@@ -215,7 +158,7 @@ CONDITIONS = (
     ),
     Condition(
         "placeholder",
-        _placeholders,
+        mismatch.placeholders,
         f"The old log-prob is exactly 0 on {{zero_old_share:.0%}} of {{computed:.0f}} tokens whose log-prob is below "
         f"-{FAR_BELOW_ONE:g} now: these are placeholders, not log-probs. Where they are those of tokens that nobody "
         "sampled (prompt, tool output), leave these out of the mask; else pass what the rollout engine sampled with, "
@@ -224,7 +167,7 @@ CONDITIONS = (
     ),
     Condition(
         "overtrained",
-        lambda m: _far_off(m) and m["follows_advantage"] > max(0.12, 3 / math.sqrt(m["computed"])) * m["misfit"],
+        mismatch.overtrained,
         "The policy has exploded away from its samples: the ratio π/μ is up to {ratio_max:.3g}, and log π has risen "
         "where A > 0 and fallen where A < 0. Train on fresher samples, lower the learning rate, or use an objective "
         "that bounds the weight (DRPO with δ < 1, DPPO, CISPO).",
@@ -233,11 +176,7 @@ CONDITIONS = (
     ),
     Condition(
         "unsynchronised",
-        lambda m: (
-            m["log_ratio_t"] < -4
-            and m["centred"] < 0  # a lower temperature makes tokens likelier
-            and (_far_off(m) or (m["kl_k1"] > MISMATCH and m["misfit"] > 0.2))
-        ),
+        mismatch.of_other_weights,
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, and no single mistake "
         "explains it: the engine probably samples with other weights than the trainer's. Check that weights are "
         "synchronised after each step, all of them and to each engine, and that both load the same checkpoint; else "
@@ -247,16 +186,20 @@ CONDITIONS = (
     ),
     Condition(
         "sharper",
-        lambda m: (
-            m["centred_t"] > CERTAIN
-            and m["centred"] > 0.15 * m["centred_square"]
-            and m["centred_sum"] > 40  # more than rare tokens that chance did not draw can make up
-            and m["misfit"] < 0.02
-        ),
+        mismatch.sampled_colder,
         "The tokens are likelier than their own distribution says, by {centred:.2f} nats on average, though log μ "
         "agrees with log π: they were sampled at a lower temperature, or after top-p or top-k filtering, and the "
-        "engine's log-probs are those before it. Pass temperature= what was sampled with, and ask the engine for "
-        "processed log-probs.",
+        "engine's log-probs are those before it. If the temperature was lower, pass it as temperature=. If top-p or "
+        "top-k was on, pass kept_ids= with the engine's processed log-probs, or sample without a filter.",
+        judges=True,
+    ),
+    Condition(
+        "hotter",
+        mismatch.sampled_hotter,
+        "The tokens are less likely than their own distribution says, by {below_entropy:.2f} nats on average, though "
+        "log μ agrees with log π: they were sampled at a higher temperature, and the engine's log-probs are those "
+        "before it. Pass temperature= what was sampled with, and ask the engine for processed log-probs (vLLM: "
+        "logprobs_mode=processed_logprobs).",
         judges=True,
     ),
     Condition(
@@ -294,7 +237,7 @@ CONDITIONS = (
         lambda m: m["computed"] >= MANY_TOKENS and abs(m["kl_k1"]) > MISMATCH and m.get("misfit", 1.0) > 0.1,
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, far from 0: rollout and "
         "trainer probably score differently. Likely causes: another temperature (pass temperature= what was sampled "
-        "with), log-probs after top-p or top-k filtering (ask for unfiltered ones), targets misaligned with the "
+        "with), log-probs after top-p or top-k filtering (pass kept_ids=), targets misaligned with the "
         "logits, or weights not synchronised to the rollout engine.",
     ),
     Condition(
@@ -313,7 +256,7 @@ CONDITIONS = (
     ),
     Condition(
         "log-softmaxed",
-        lambda m: max(abs(m["logsumexp_max"]), abs(m["logsumexp_min"])) < ROUNDED_LOGSUMEXP and m["computed"] > 8,
+        mismatch.log_softmaxed,
         "The logits are log-probs already: log Σ exp z is 0 on all of {computed:.0f} rows. The loss is right, but a "
         "log-softmax costs one more pass over [N, V] and as much memory: pass the logits themselves, or hidden states "
         "to linear_policy_loss.",
@@ -348,14 +291,16 @@ def diagnose(
     as in an old log, a mismatch has one sentence with all its causes. Bf16 and fp8 engines and policies some steps
     ahead of their samples are healthy; so is a mismatch of temperatures below a tenth. How many tokens a cause needs
     depends on how much they tell: 256 at a mean entropy of 0.2 nat, more where there was hardly anything to choose.
-    What is said of fewer than 256 says so. Raises ValueError for metrics that are not `out.metrics`.
+    What is said of fewer than 256 says so, and of fewer than 12 no such cause is named. Raises ValueError for metrics that are not `out.metrics`.
     """
     values = _on_host(metrics)
     if "log_ratio" not in values:
         raise ValueError(f"metrics must be out.metrics, with keys such as '{PREFIX}kl_k1', got {sorted(metrics)[:3]}")
     found, hidden = {}, set()
     for condition in CONDITIONS:
-        if condition.kind in hidden or (condition.judges and "misfit" not in values):
+        if condition.kind in hidden:
+            continue
+        if condition.judges and ("misfit" not in values or values["computed"] < FEW_TOKENS):
             continue
         if condition.holds(values):
             found[condition.kind] = condition.sentence.format(**values)
@@ -383,56 +328,4 @@ def _on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
         values = torch.stack([value.detach().float() for value in values]).tolist()
     read = {name.removeprefix(PREFIX): float(value) for name, value in zip(names, values, strict=True)}
     read |= {"log_ratio": -read["kl_k1"]} if "kl_k1" in read else {}
-    return read | _statistics(read) if EVIDENCE + "misfit" in read else read
-
-
-def _statistics(read: Values) -> dict[str, float]:
-    """What the means of `evidence_metrics` say together, and those means themselves, without their prefix."""
-    m = {name.removeprefix(EVIDENCE): value for name, value in read.items()}
-    n, p, d, centred = max(m["computed"], 1.0), m["logprob"], m["log_ratio_mean"], m["logprob"] + m["entropy_mean"]
-
-    def over(value: float, scale: float) -> float:
-        return value / scale if scale > TINY else 0.0
-
-    def t(mean: float, square: float) -> float:
-        return over(mean, math.sqrt(max(square - mean**2, 0.0) / n))
-
-    p_square, d_square, pd = m["logprob_square"], m["log_ratio_square"], m["logprob_log_ratio"]
-    p_variance, covariance = p_square - p**2, p_square - p**2 - (pd - p * d)
-    old_variance = p_variance - 2 * (pd - p * d) + d_square - d**2
-    # the fit of d by c, after e has taken what it explains of both
-    by_e, r_by_e = over(m["fit_ce"], m["fit_ee"]), over(m["fit_er"], m["fit_ee"])
-    cc, cr = m["fit_cc"] - by_e * m["fit_ce"], m["fit_cr"] - by_e * m["fit_er"]
-    rr, slope = m["fit_rr"] - r_by_e * m["fit_er"], over(cr, cc)
-    factor, nearest = over(pd, p_square), min(m["misfit_previous"], m["misfit_next"])
-    base = next((b for b, expected in BASES.items() if abs(factor - expected) < 0.04), 0)
-    tilt = over(centred, -slope * m["centred_square"])
-    agreement = over(covariance, math.sqrt(max(p_variance, 0.0) * max(old_variance, 0.0)))
-    return m | {
-        "centred": centred,
-        "centred_t": t(centred, m["centred_square"]),
-        "centred_sum": n * centred,
-        "log_ratio_t": t(d, d_square),
-        "variance": p_variance,
-        "old_variance": old_variance,
-        "agreement": agreement,
-        "unaligned": (
-            max(m["misfit"], m["unsure_share"] - 0.07) > 0.88
-            and m["misfit"] > 0.93 * nearest
-            and agreement < max(0.2, 3 / math.sqrt(n))
-        ),
-        "slope": slope,
-        "explained": over(cr**2, cc * rr),
-        "informative": n * cc,
-        "heat": over(1.0, 1 - slope),
-        "sampled_by_policy": abs(tilt) < 0.25 and abs(slope) * math.sqrt(n * m["centred_square"]) > 4,
-        "factor": factor,
-        "proportional": over(pd**2, p_square * d_square),
-        "base": base,
-        "ln_base": math.log(max(base, 1)),
-        "neighbour": "before" if m["misfit_previous"] < m["misfit_next"] else "after",
-        "misfit_off": n * m["misfit"],
-        "misfit_rest": over(m["misfit"] - m["misfit_zero"], 1 - m["zero_old_share"]),
-        "below": -d,
-        "follows_advantage": m["toward_advantage"] - m["advantage_sign"] * (2 * m["misfit_above"] - m["misfit"]),
-    }
+    return read | mismatch.statistics(read) if EVIDENCE + "misfit" in read else read

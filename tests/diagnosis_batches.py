@@ -135,6 +135,12 @@ def stale(seed: int, *size, spread: float = 0.2, **options) -> Batch:
     return learnt(*engine(seed, *size), spread, **options)
 
 
+def unrewarded(seed: int, *size) -> Batch:
+    """Eight steps on answers of which none was good: every sampled token is a little less likely than it was."""
+    batch, g = engine(seed, *size)
+    return learnt(replace(batch, advantages=-batch.advantages.abs()), g, 0.1, steps=8, heat=1.0)
+
+
 def with_noise(change: Callable) -> Callable[..., Batch]:
     return lambda *size: engine(*size, change)[0]
 
@@ -211,9 +217,16 @@ def unlikely(*size) -> Batch:
     return batch
 
 
-def unaligned(shift: int) -> Callable[..., Batch]:
+def unaligned(shift: int, repeats: float = 0.0) -> Callable[..., Batch]:
+    """Targets and their log-probs rolled along the batch, in which this share of tokens repeats the one before it."""
+
     def make(*size) -> Batch:
-        batch, _ = engine(*size)
+        batch, g = engine(*size)
+        rows = torch.arange(len(batch.targets))
+        rows = torch.where(torch.rand(len(rows), generator=g) < repeats, (rows - 1).clamp(min=0), rows)
+        batch = replace(
+            batch, hidden=batch.hidden[rows], targets=batch.targets[rows], old_logprobs=batch.old_logprobs[rows]
+        )
         return replace(batch, targets=batch.targets.roll(shift), old_logprobs=batch.old_logprobs.roll(shift))
 
     return make
@@ -233,7 +246,7 @@ def with_prompt(fill: float) -> Callable[..., Batch]:
 
 
 CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
-    **{f"temperature {t}": ("Temperatures differ", heated(t)) for t in (0.5, 0.6, 0.7, 0.8, 1.2, 1.3, 1.5)},
+    **{f"temperature {t}": ("the engine sampled at", heated(t)) for t in (0.5, 0.6, 0.7, 0.8, 1.2, 1.3, 1.5)},
     **{f"raw log-probs at {t}": ("Temperatures differ", raw(t)) for t in (0.6, 0.7, 1.3)},
     "base 2": ("base 2", old_as(lambda old: old / math.log(2))),
     "base 10": ("base 10", old_as(lambda old: old / math.log(10))),
@@ -242,6 +255,7 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "other sequences": ("belong to other tokens", old_as(lambda old: old.roll(1, 0))),
     "targets one late": ("not aligned", unaligned(1)),
     "targets one early": ("not aligned", unaligned(-1)),
+    "targets one late, of a text that repeats itself": ("not aligned", unaligned(1, repeats=0.3)),
     "zeros": ("placeholders", old_as(torch.zeros_like)),
     "zeros on a prompt": ("placeholders", with_prompt(0.0)),
     "NaN on a prompt": ("the mask may cover tokens", with_prompt(math.nan)),
@@ -251,7 +265,9 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "sequence means": ("same as the token's before", old_as(lambda old: old.mean(1, True).expand_as(old))),
     "a constant": ("same as the token's before", old_as(lambda old: torch.full_like(old, -1.0))),
     "running sums": ("running sums", old_as(lambda old: old.cumsum(1))),
-    "top-p 0.8": ("top-p, top-k", filtered(top_p=0.8)),
+    "top-p 0.9": ("kept as kept_ids=", filtered(top_p=0.9)),
+    "top-p 0.8": ("kept as kept_ids=", filtered(top_p=0.8)),
+    "overtrained": ("exploded away", lambda *size: stale(*size, spread=3.0, heat=1.0)),
     "another checkpoint": ("other weights", with_noise(another_model(0.5))),
     "a few at -40": ("largest ratio", unlikely),
     "softmax": ("The logits are probably probabilities", squashed(lambda z: z.softmax(-1))),

@@ -8,7 +8,7 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from diagnosis_batches import CAUSES, HEALTHY, Batch, engine, heated, scored
+from diagnosis_batches import CAUSES, HEALTHY, Batch, engine, heated, raw, scored, unrewarded
 from drpo_kernels.diagnosis import CONDITIONS, diagnose
 from drpo_kernels.distributed import reduce_metrics
 
@@ -53,6 +53,15 @@ def metrics_of(batch: Batch, form="logits", **options):
 
 def found_in(batch: Batch, **options) -> list[str]:
     return diagnose(metrics_of(batch, **options))
+
+
+def parts(batch: Batch, tokens: int) -> list[Batch]:
+    """The batch, cut into batches of so many tokens."""
+    cut = [x.split(tokens) for x in (batch.hidden, batch.targets, batch.old_logprobs, batch.advantages)]
+    return [
+        replace(batch, hidden=hidden, targets=targets, old_logprobs=old, advantages=advantages)
+        for hidden, targets, old, advantages in zip(*cut, strict=True)
+    ]
 
 
 ENTROPIES = [(300, 0.3), (300, 1.4)]
@@ -125,14 +134,44 @@ def test_what_few_tokens_say_is_qualified():
     assert "only" not in many
 
 
-def test_the_log_probs_before_a_temperature_are_told_from_those_after():
-    """By whether the tokens follow the trainer's temperature or another."""
-    names = "raw log-probs at 0.7", "temperature 0.7"
-    before, after = (found_in(CAUSES[name][1](0, 1024, 300, 1.4))[0] for name in names)
-    assert "processed_logprobs" in before and "processed_logprobs" not in after
-    drawn, _ = engine(0, 1024, 300, 1.4, temperature=0.6)
+@pytest.mark.parametrize("temperature", [0.7, 1.3, 1.5])
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_the_log_probs_before_a_temperature_are_told_from_those_after(tokens, temperature):
+    """By whether the tokens follow the trainer's temperature or the engine's."""
+    (before,), (after,) = (found_in(made(temperature)(0, tokens, 300, 1.4)) for made in (raw, heated))
+    assert "ask for processed ones" in before and "the engine sampled at about" in after
+
+
+@pytest.mark.parametrize(
+    ("temperature", "phrases"),
+    [(0.6, ("a lower temperature", "pass kept_ids= with")), (1.3, ("a higher temperature", "processed_logprobs"))],
+)
+def test_tokens_of_another_temperature_than_their_log_probs(temperature, phrases):
+    drawn, _ = engine(0, 1024, 300, 1.4, temperature=temperature)
     (sentence,) = found_in(replace(drawn, old_logprobs=scored(drawn)))
-    assert "sampled at a lower temperature" in sentence
+    assert all(phrase in sentence for phrase in phrases)
+
+
+def test_steps_on_answers_of_which_none_was_good_are_no_filter():
+    """Every sampled token is a little less likely than it was."""
+    assert found_in(unrewarded(0, 256, 300, 0.3)) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_a_handful_of_tokens_says_nothing(tokens):
+    """Of fp8's mismatch, 64 times over: their spread is no measure of chance."""
+    metrics = [metrics_of(part) for part in parts(HEALTHY["fp8 engine"](0, 64 * tokens, 300, 4.0), tokens)]
+    assert [said for m in metrics for said in diagnose(m)] == []
+
+
+def test_a_log_ratio_that_does_not_vary():
+    """Rows flat over 8 or 4 tokens, of which the engine kept half: no spread at all, and yet no chance."""
+    four = torch.arange(256) % 3 % 2
+    hidden = torch.stack([1.0 - four, four.float()], -1)
+    head = torch.stack([torch.zeros(8), -1e4 * (torch.arange(8) >= 4).float()], -1)
+    old = -torch.where(four > 0, 2.0, 4.0).log()
+    (sentence,) = found_in(Batch(hidden, head, torch.arange(256) % 2, old, torch.ones(256), 16))
+    assert "after top-p, top-k or min-p filtering" in sentence
 
 
 def test_a_waste_does_not_hide_an_error():

@@ -1,0 +1,216 @@
+"""What the metrics under "drpo/evidence/" say together: statistics of a batch, and a predicate for each cause of a
+mismatch between the engine that sampled it and the trainer. `diagnosis` has the sentences.
+
+A predicate takes the metrics without their prefixes and the `statistics`. Its thresholds lie between what the healthy
+batches of `tests/diagnosis_batches.py` and a sweep over entropies of 0.05 to 4 nats give, and what the cause gives.
+"""
+
+import math
+from collections.abc import Mapping
+
+from drpo_kernels.metrics import EVIDENCE
+
+Values = Mapping[str, float]
+
+MANY_TOKENS = 256  # of fewer, what a sentence says of them may be chance, and it says so
+MISMATCH = 0.2  # nats of mean log-ratio; a policy a few steps ahead of its samples is at 0.001 to 0.05
+HEALTHY_KL = 0.05  # nats: the most of such a policy
+CERTAIN = 5.0  # standard errors, where sums over tokens have heavy tails
+SIGNIFICANT = 4.0  # standard errors, where the tails lie on the other side
+# a scale below this is 0, and nothing is divided by it
+TINY = 1e-12
+# the log-ratio over log π where log μ is a logarithm to that base, and how far from it rounding and noise may take it
+BASES = {2: 1 - 1 / math.log(2), 10: 1 - 1 / math.log(10)}
+BASE_SLACK = 0.04
+# standard errors of a tilt that would otherwise be 0 or, for an engine 1.5 times as hot, 0.4
+TILT_ERROR = 0.25
+# of a misfit that comes from another cause, at most so much is left once that cause is allowed for
+LEFT_OVER = 0.4
+# the sum of min(|d|, 1) over tokens: that of a few tokens is chance
+FEW_MISFITS = 3.0
+
+
+def statistics(read: Values) -> dict[str, float]:
+    """What the means of `evidence_metrics` say together, and those means themselves, without their prefix."""
+    m = {name.removeprefix(EVIDENCE): value for name, value in read.items()}
+    n, p, d, centred = max(m["computed"], 1.0), m["logprob"], m["log_ratio_mean"], m["logprob"] + m["entropy_mean"]
+
+    def over(value: float, scale: float) -> float:
+        return value / scale if abs(scale) > TINY else 0.0
+
+    def t(mean: float, square: float) -> float:
+        scale = math.sqrt(max(square - mean**2, 0.0) / n)
+        return mean / scale if scale > 0 else math.copysign(math.inf, mean) if mean else 0.0
+
+    p_square, d_square, pd = m["logprob_square"], m["log_ratio_square"], m["logprob_log_ratio"]
+    p_variance, covariance = p_square - p**2, p_square - p**2 - (pd - p * d)
+    old_variance = p_variance - 2 * (pd - p * d) + d_square - d**2
+    # the fit of d by c, after e has taken what it explains of both
+    by_e, r_by_e = over(m["fit_ce"], m["fit_ee"]), over(m["fit_er"], m["fit_ee"])
+    cc, cr = m["fit_cc"] - by_e * m["fit_ce"], m["fit_cr"] - by_e * m["fit_er"]
+    rr, slope = m["fit_rr"] - r_by_e * m["fit_er"], over(cr, cc)
+    factor = over(pd, p_square)
+    base = next((b for b, expected in BASES.items() if abs(factor - expected) < BASE_SLACK), 0)
+    # E c over what it would be if log μ were the tokens' own: 0 where the policy sampled them; where the engine did,
+    # about 1, and for normally distributed logits at T > 1 times the temperature about 1/T²
+    tilt = over(centred, -slope * m["centred_square"])
+    tilt_error = over(math.sqrt(max(m["centred_square"] - centred**2, 0.0) / n), abs(slope) * m["centred_square"])
+    engine_tilt = min(1.0, (1 - slope) ** 2)
+    agreement = over(covariance, math.sqrt(max(p_variance, 0.0) * max(old_variance, 0.0)))
+    return m | {
+        "centred": centred,
+        "centred_t": t(centred, m["centred_square"]),
+        "centred_sum": n * centred,
+        "log_ratio_t": t(d, d_square),
+        "variance": p_variance,
+        "old_variance": old_variance,
+        "agreement": agreement,
+        "misfit_nearest": min(m["misfit_previous"], m["misfit_next"]),
+        "slope": slope,
+        "explained": over(cr**2, cc * rr),
+        "informative": n * cc,
+        "heat": over(1.0, 1 - slope),
+        "sampled_by_policy": tilt < engine_tilt / 2 and tilt_error < TILT_ERROR,
+        "factor": factor,
+        "proportional": over(pd**2, p_square * d_square),
+        "base": base,
+        "ln_base": math.log(max(base, 1)),
+        "neighbour": "before" if m["misfit_previous"] < m["misfit_next"] else "after",
+        "misfit_sum": n * m["misfit"],
+        "misfit_beside_zeros": over(m["misfit"] - m["misfit_zero"], 1 - m["zero_old_share"]),
+        "below": -d,
+        "below_entropy": -centred,
+        "follows_advantage": m["toward_advantage"] - m["advantage_sign"] * (2 * m["misfit_above"] - m["misfit"]),
+    }
+
+
+def softmaxed(m: Values) -> bool:
+    """Whether the logits are probabilities: rows look flat, all of the same log Σ exp z, but targets stand out."""
+    flat = m["logsumexp_max"] - m["logsumexp_min"] < 0.15  # Σ exp p is V + 1 to V + 1.72
+    as_entropy = abs(m["logsumexp_max"] - m["entropy_mean"]) < 0.5 < m["logsumexp_min"]
+    # logits near 0, as at random initialisation, look the same, but their targets do not stand out
+    return flat and as_entropy and m["centred_t"] > 3 and m["centred"] > 0.3 * math.sqrt(m["centred_square"])
+
+
+def log_softmaxed(m: Values) -> bool:
+    """Whether the logits are log-probs: log Σ exp z is 0 on all rows, within what rounding to 16 bits leaves."""
+    return max(abs(m["logsumexp_max"]), abs(m["logsumexp_min"])) < 0.02 and m["computed"] > 8
+
+
+def repeated(m: Values) -> bool:
+    """Whether old log-probs stay the same from token to token."""
+    return m["repeated_share"] > 0.6 * m["unsure_share"] and m["misfit"] > 0.05 and m["computed"] > 8
+
+
+def cumulative(m: Values) -> bool:
+    """Whether old log-probs are running sums."""
+    return m["misfit_cumulative"] < LEFT_OVER * m["misfit"] and m["misfit_sum"] > FEW_MISFITS
+
+
+def shifted(m: Values) -> bool:
+    """Whether old log-probs are those of the token before or after."""
+    return m["misfit_nearest"] < LEFT_OVER * m["misfit"] and m["misfit_sum"] > FEW_MISFITS
+
+
+def another_base(m: Values) -> bool:
+    """Whether log μ is proportional to log π, by the factor between two bases of a logarithm."""
+    return m["base"] > 0 and m["proportional"] > 0.98 and m["informative"] > 1
+
+
+def learnt(m: Values) -> bool:
+    """Whether the log-ratio is small and has the sign of the advantage, as after healthy steps on these very tokens."""
+    # of an engine's mismatch the signs of 16 sequences agree so well in 1 batch of 200
+    return m["kl_k1"] < HEALTHY_KL and m["toward_advantage"] > 0.65 * m["misfit"]
+
+
+def filtered(m: Values) -> bool:
+    """Whether log μ is above log π on many tokens and hardly ever below it, as after a filter."""
+    one_sided = m["misfit_above"] < 0.15 * (m["misfit"] - m["misfit_above"]) and m["explained"] < 0.4
+    # outliers, such as tokens of which another expert was chosen, are fewer than 1 in 50
+    common = m["log_ratio_mean"] ** 2 > 0.02 * m["log_ratio_square"] and m["far_below_share"] < 0.01
+    certain = m["log_ratio_t"] < (-3 if m["computed"] >= MANY_TOKENS else -CERTAIN)
+    # placeholders of 0 are not what a filter leaves: where one token is left, π is not far below 1
+    zeros = m["misfit_zero"] > max(0.3 * m["zero_old_share"] + 0.1 * m["misfit"], 0.5 * m["misfit"])
+    # the mass that was cut, which the rounding of logits to bf16 looks like by up to 0.0025 of 256 tokens
+    return one_sided and common and certain and not zeros and 1 - m["ratio_mean"] > 0.005 and not learnt(m)
+
+
+def of_another_temperature(m: Values) -> bool:
+    """Whether the log-ratio is what another temperature makes of it."""
+    strength = m["explained"] / max(1 - m["explained"], 1e-3) * m["informative"]
+    within = 0.1 < abs(m["slope"]) < (0.7 if m["slope"] > 0 else 3)  # 1 - 1/T for T from 1/4 to 3
+    likely = m["explained"] > 0.5 and m["informative"] > 2 and strength > 7 and m["agreement"] > 0.8
+    return within and likely and not learnt(m)
+
+
+def temperature_differs(m: Values) -> bool:
+    """Whether the engine sampled at another temperature, as far as the tokens tell."""
+    return of_another_temperature(m) and not m["sampled_by_policy"]
+
+
+def scored_before_temperature(m: Values) -> bool:
+    """Whether log μ is at another temperature, though the tokens were sampled at the trainer's."""
+    return of_another_temperature(m) and m["sampled_by_policy"]
+
+
+def not_sampled(m: Values) -> bool:
+    """Whether tokens are less likely than any that the policy or an engine near it samples."""
+    # nearly no token is certain, or most are far from log μ, where it is no placeholder of 0; texts repeat themselves,
+    # so that a neighbour's target may be the token's own
+    far = m["misfit"] > 0.88 or (m["misfit"] > 0.65 and m["misfit_zero"] < 0.5 * m["misfit"])
+    strange = (far or m["unsure_share"] > 0.95) and m["misfit"] > 0.93 * m["misfit_nearest"]
+    unaligned = strange and m["agreement"] < max(0.2, 3 / math.sqrt(max(m["computed"], 1)))
+    # on-policy, where log μ is log π by definition
+    on_policy = m["centred"] < -1 - 0.5 * m["entropy_mean"] and m["misfit"] < 0.05
+    return m["centred_t"] < -CERTAIN and ((m["centred"] < -0.5 and unaligned) or on_policy)
+
+
+def of_other_tokens(m: Values) -> bool:
+    """Whether log μ has nothing to do with log π, on tokens that the policy sampled."""
+    large = m["misfit_sum"] > 4 and m["misfit"] > 0.02 and m["misfit_above"] > 0.3 * m["misfit"]
+    own = m["agreement"] >= 0.5 or m["misfit"] <= 0.8 * m["misfit_nearest"]
+    return large and not own and m["variance"] < 3 * m["old_variance"]
+
+
+def far_off(m: Values) -> bool:
+    """Whether the log-ratio varies as the log-probs do, and not by a rule."""
+    unruly = m["agreement"] < 0.95 and (m["explained"] < 0.5 or m["slope"] > 0.7)
+    large = m["misfit"] > 0.05 and m["misfit_sum"] > 8 and m["kl_k1"] > HEALTHY_KL
+    return unruly and large and m["log_ratio_square"] > 0.2 * m["old_variance"]
+
+
+def overtrained(m: Values) -> bool:
+    """Whether the policy is far from its samples in the direction of their advantages."""
+    # |d| within 1: its square is no larger on average than it is, and so bounds the standard error
+    error = math.sqrt(m["misfit"] / max(m["computed"], 1))
+    return far_off(m) and m["follows_advantage"] > max(0.12 * m["misfit"], 2 * error)
+
+
+def of_other_weights(m: Values) -> bool:
+    """Whether π is far below μ on average, and no rule says how."""
+    large = m["kl_k1"] > MISMATCH and m["misfit"] > 0.2 and m["log_ratio_t"] < -SIGNIFICANT
+    # c < 0: a lower temperature makes tokens likelier
+    return m["centred"] < 0 and (large or (far_off(m) and m["log_ratio_t"] < -2))
+
+
+def sampled_colder(m: Values) -> bool:
+    """Whether tokens are likelier than log π says, though log μ agrees with it."""
+    # more than rare tokens that chance did not draw can make up, in nats over all tokens
+    more = m["centred_t"] > CERTAIN and m["centred"] > 0.15 * m["centred_square"] and m["centred_sum"] > 40
+    return more and m["misfit"] < 0.05
+
+
+def sampled_hotter(m: Values) -> bool:
+    """Whether tokens are less likely than log π says, though log μ agrees with it."""
+    return m["centred_t"] < -SIGNIFICANT and m["centred"] < -0.1 * m["centred_square"] and m["misfit"] < 0.05
+
+
+def placeholders(m: Values) -> bool:
+    """Whether old log-probs of 0 are what is wrong: nothing else is, or the policy is certain of no token."""
+    many = 0.1  # of the tokens that were not certain
+    if "misfit" not in m:
+        return m["computed"] > 0 and m["zero_old_share"] > many
+    # a filter that leaves one token makes its log-prob 0 too, but then π is not far below 1
+    far = m["misfit_zero"] > 0.3 * m["zero_old_share"] or abs(m["old_variance"]) < 1e-5 * m["logprob_square"]
+    alone = m["misfit_zero"] > 0.7 * m["misfit"] and m["misfit_beside_zeros"] < 0.3
+    return far and (alone or m["unsure_share"] > 0.99) and m["zero_old_share"] > many * m["unsure_share"]
