@@ -291,7 +291,8 @@ def diagnose(
     as in an old log, a mismatch has one sentence with all its causes. Bf16 and fp8 engines and policies some steps
     ahead of their samples are healthy; so is a mismatch of temperatures below a tenth. How many tokens a cause needs
     depends on how much they tell: 256 at a mean entropy of 0.2 nat, more where there was hardly anything to choose.
-    What is said of fewer than 256 says so, and of fewer than 12 no such cause is named. Raises ValueError for metrics that are not `out.metrics`.
+    What is said of fewer than 256 says so, and of fewer than 12 no such cause is named.
+    Raises ValueError for metrics that are not `out.metrics`.
     """
     values = _on_host(metrics)
     if "log_ratio" not in values:
