@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import mismatch
-from drpo_kernels.metrics import EVIDENCE, FAR_BELOW, FAR_BELOW_ONE, PREFIX
+from drpo_kernels.metrics import EVIDENCE, EVIDENCE_METRICS, FAR_BELOW, FAR_BELOW_ONE, METRICS, PREFIX
 from drpo_kernels.mismatch import MANY_TOKENS, MISMATCH, Values
 from drpo_kernels.objectives import Objective
 from drpo_kernels.validation import POSITIVE_LOGPROB
@@ -15,6 +15,8 @@ from drpo_kernels.validation import POSITIVE_LOGPROB
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1
 UNSCORABLE_SHARE = 0.05
+# what every source of metrics has; verl's has no entropy
+REQUIRED = METRICS.keys() - {"entropy_mean", "active_share"}
 FEW_TOKENS = 12  # of fewer, their spread says nothing, and neither does a sentence that is judged by it
 
 
@@ -34,8 +36,8 @@ class Condition(NamedTuple):
 MISMATCHES = ("mismatch", "shift", "explosion", "collapse")
 # and what makes old log-probs none
 NOT_OLD_LOGPROBS = (
-    "repeated", "cumulative", "shifted", "base", "filtered", "temperature", "raw", "placeholder", "not sampled",
-    "sharper", "hotter", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
+    "repeated", "cumulative", "shifted", "base", "filtered", "unfiltered", "temperature", "raw", "placeholder",
+    "not sampled", "sharper", "hotter", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
 )  # fmt: skip
 
 CONDITIONS = (
@@ -116,6 +118,15 @@ CONDITIONS = (
         "The old log-probs are above the policy's by {below:.2f} nats on average, and hardly ever below: they are "
         "those after top-p, top-k or min-p filtering, which the policy does not apply. Pass the ids that the engine "
         "kept as kept_ids=, or sample without a filter.",
+        NOT_OLD_LOGPROBS,
+        judges=True,
+    ),
+    Condition(
+        "unfiltered",
+        mismatch.unfiltered,
+        "The old log-probs are below the policy's by {above:.2f} nats on average, and hardly ever above: they are over "
+        "the whole vocabulary, and the policy is a softmax over fewer ids (kept_ids=, or a filter of the trainer's). "
+        "Ask the engine for log-probs after its filter (vLLM: logprobs_mode=processed_logprobs).",
         NOT_OLD_LOGPROBS,
         judges=True,
     ),
@@ -292,11 +303,14 @@ def diagnose(
     ahead of their samples are healthy; so is a mismatch of temperatures below a tenth. How many tokens a cause needs
     depends on how much they tell: 256 at a mean entropy of 0.2 nat, more where there was hardly anything to choose.
     What is said of fewer than 256 says so, and of fewer than 12 no such cause is named.
-    Raises ValueError for metrics that are not `out.metrics`.
+    Raises TypeError or ValueError for metrics that are not `out.metrics`.
     """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be out.metrics or what reduce_metrics returns, got {type(metrics).__name__}")
+    every = REQUIRED | (EVIDENCE_METRICS.keys() if PREFIX + EVIDENCE + "misfit" in metrics else set())
+    if missing := sorted(PREFIX + name for name in every if PREFIX + name not in metrics):
+        raise ValueError(f"metrics must be out.metrics with all of its keys, got some without {', '.join(missing[:3])}")
     values = _on_host(metrics)
-    if "log_ratio" not in values:
-        raise ValueError(f"metrics must be out.metrics, with keys such as '{PREFIX}kl_k1', got {sorted(metrics)[:3]}")
     found, hidden = {}, set()
     for condition in CONDITIONS:
         if condition.kind in hidden:
@@ -308,7 +322,7 @@ def diagnose(
             hidden |= set(condition.hides)
             if condition.judges and values["computed"] < MANY_TOKENS:
                 found[condition.kind] += f" (From {values['computed']:.0f} tokens only: see whether it stays.)"
-    if loss is not None and not torch.as_tensor(loss).isfinite() and "not finite" not in found:
+    if loss is not None and not torch.as_tensor(loss).isfinite().all() and "not finite" not in found:
         found["coefficients"] = (
             "The loss is not finite though every token's log-prob is: normalizer is probably 0 (a batch without a "
             "valid token counts as 1), or a coefficient or token weight is not finite. validate=True names it."
@@ -325,8 +339,8 @@ def diagnose(
 def _on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     names = [name for name in metrics if name.startswith(PREFIX)]
     values = [metrics[name] for name in names]
-    if values and isinstance(values[0], Tensor):
+    if all(isinstance(value, Tensor) for value in values):
         values = torch.stack([value.detach().float() for value in values]).tolist()
     read = {name.removeprefix(PREFIX): float(value) for name, value in zip(names, values, strict=True)}
-    read |= {"log_ratio": -read["kl_k1"]} if "kl_k1" in read else {}
+    read["log_ratio"] = -read["kl_k1"]
     return read | mismatch.statistics(read) if EVIDENCE + "misfit" in read else read

@@ -73,8 +73,6 @@ EVIDENCE_METRICS = {
         "toward_advantage",
     )
 }  # fmt: skip
-# of which a batch's parts, which do not see the rows beyond their ends, give another mean than the whole
-OF_NEIGHBOURS = {EVIDENCE + n for n in ("misfit_previous", "misfit_next", "misfit_cumulative", "repeated_share")}
 EVIDENCE_METRICS |= {EVIDENCE + f"logsumexp_{how}": Metric(how, "computed") for how in ("max", "min")}
 # what log-probs of a reference add to them
 REFERENCE_METRICS = {"ref_kl": Metric("mean", "computed")}

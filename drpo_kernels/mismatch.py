@@ -79,6 +79,7 @@ def statistics(read: Values) -> dict[str, float]:
         "misfit_sum": n * m["misfit"],
         "misfit_beside_zeros": over(m["misfit"] - m["misfit_zero"], 1 - m["zero_old_share"]),
         "below": -d,
+        "above": d,
         "below_entropy": -centred,
         "follows_advantage": m["toward_advantage"] - m["advantage_sign"] * (2 * m["misfit_above"] - m["misfit"]),
     }
@@ -135,6 +136,16 @@ def filtered(m: Values) -> bool:
     return one_sided and common and certain and not zeros and 1 - m["ratio_mean"] > 0.005 and not learnt(m)
 
 
+def unfiltered(m: Values) -> bool:
+    """Whether log μ is below log π on many tokens and hardly ever above it: π is a softmax over fewer tokens."""
+    below = m["misfit"] - m["misfit_above"]
+    one_sided = below < 0.15 * m["misfit_above"] and m["explained"] < 0.4
+    # a few tokens with a log-prob of -40 are not what a filter leaves, nor are those of which the policy is certain
+    common = 0.02 * m["log_ratio_square"] < min(m["log_ratio_mean"] ** 2, 0.02) and m["unsure_share"] > 0.1
+    certain = m["log_ratio_t"] > (3 if m["computed"] >= MANY_TOKENS else CERTAIN)
+    return one_sided and common and certain and m["ratio_mean"] - 1 > 0.005 and not learnt(m)
+
+
 def of_another_temperature(m: Values) -> bool:
     """Whether the log-ratio is what another temperature makes of it."""
     strength = m["explained"] / max(1 - m["explained"], 1e-3) * m["informative"]
@@ -162,7 +173,9 @@ def not_sampled(m: Values) -> bool:
     unaligned = strange and m["agreement"] < max(0.2, 3 / math.sqrt(max(m["computed"], 1)))
     # on-policy, where log μ is log π by definition
     on_policy = m["centred"] < -1 - 0.5 * m["entropy_mean"] and m["misfit"] < 0.05
-    return m["centred_t"] < -CERTAIN and ((m["centred"] < -0.5 and unaligned) or on_policy)
+    # old log-probs that are 0 throughout are placeholders, whatever the targets are
+    known = m["zero_old_share"] < 0.98
+    return known and m["centred_t"] < -CERTAIN and ((m["centred"] < -0.5 and unaligned) or on_policy)
 
 
 def of_other_tokens(m: Values) -> bool:

@@ -36,6 +36,10 @@ SPECS = {
     "gspo": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03}),
     "gspo-token": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03, "token_level": True}),
 }
+# metrics of which a batch's parts, which do not see the rows beyond their ends, give another mean than the whole
+OF_NEIGHBOURS = {
+    f"drpo/evidence/{name}" for name in ("misfit_previous", "misfit_next", "misfit_cumulative", "repeated_share")
+}
 SMALL_WORKSPACE = 640  # a few rows at a time: every problem below takes several chunks
 TENSORS = ("hidden", "weight", "bias", "targets", "old_logprobs", "advantages", "mask")
 

@@ -315,3 +315,30 @@ def test_temperature_per_sequence(shape, form, backend, device):
     assert torch.equal(got[0].loss, want[0].loss)
     for name, gradient in got[1].items():
         assert torch.equal(gradient.reshape(want[1][name].shape), want[1][name]), name
+
+
+def test_log_probs_over_more_than_the_kept_ids():
+    """The policy is over the ids that top-k kept and old log-probs are those before it; of those after it, nothing."""
+    logits, _, _, advantages = batch(spread=1.5)
+    ids = logits.topk(8).indices
+    kept = logits.gather(-1, ids).log_softmax(-1)
+    at = torch.multinomial(kept.exp().view(-1, 8), 1, generator=problems.generator(1)).view(ROWS, LENGTH, 1)
+    targets, options = ids.gather(-1, at)[..., 0], {"kept_ids": ids}
+    whole = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    (sentence,) = said(logits, targets, whole, advantages, **options)
+    assert "they are over the whole vocabulary" in sentence
+    assert said(logits, targets, kept.gather(-1, at)[..., 0], advantages, **options) == []
+
+
+def test_zeros_are_placeholders_whatever_the_targets():
+    logits, targets, old, advantages = batch()
+    (sentence,) = said(logits, targets.roll(1, 1), torch.zeros_like(old), advantages)
+    assert "these are placeholders" in sentence
+
+
+@pytest.mark.parametrize("wrong", [None, [], "metrics", {}, {"drpo/kl_k1": 0.0}])
+def test_what_is_not_metrics(wrong):
+    with pytest.raises((TypeError, ValueError), match=r"metrics must be out\.metrics"):
+        diagnose(wrong)
+    with pytest.raises((TypeError, ValueError), match=r"metrics must be out\.metrics"):
+        diagnose(dk.policy_loss(*batch()))

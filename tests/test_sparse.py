@@ -216,8 +216,8 @@ def test_metrics_of_batches_combine():
     want, metrics = found(whole).out.metrics, [found(part).out.metrics for part in parts]
     assert metrics[0]["drpo/sparse_share"] == 1 > 2 * metrics[1]["drpo/sparse_share"] > 0
     reduced = reduce_metrics(metrics)
-    for name, value in want.items():
-        assert reduced[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+    for name in want.keys() - problems.OF_NEIGHBOURS:
+        assert reduced[name].item() == pytest.approx(want[name].item(), rel=1e-5, abs=1e-6), name
 
 
 def test_the_demo_summarises_and_diagnose_reads_them():
