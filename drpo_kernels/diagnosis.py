@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drpo_kernels import mismatch
 from drpo_kernels.metrics import EVIDENCE, EVIDENCE_METRICS, FAR_BELOW, FAR_BELOW_ONE, METRICS, PREFIX
-from drpo_kernels.mismatch import MANY_TOKENS, MISMATCH, Values
+from drpo_kernels.mismatch import MANY_TOKENS, Values
 from drpo_kernels.objectives import Objective
 from drpo_kernels.validation import POSITIVE_LOGPROB
 
@@ -179,9 +179,9 @@ CONDITIONS = (
     Condition(
         "overtrained",
         mismatch.overtrained,
-        "The policy has exploded away from its samples: the ratio π/μ is up to {ratio_max:.3g}, and log π has risen "
-        "where A > 0 and fallen where A < 0. Train on fresher samples, lower the learning rate, or use an objective "
-        "that bounds the weight (DRPO with δ < 1, DPPO, CISPO).",
+        "The policy is far from its samples: the mean log-ratio log π - log μ is {log_ratio:+.2f}, the ratio up to "
+        "{ratio_max:.3g}, and log π has risen where A > 0 and fallen where A < 0. Train on fresher samples, lower the "
+        "learning rate, or use an objective that bounds the weight (DRPO with δ < 1, DPPO, CISPO).",
         NOT_OLD_LOGPROBS,
         judges=True,
     ),
@@ -245,7 +245,7 @@ CONDITIONS = (
     ),
     Condition(
         "mismatch",
-        lambda m: m["computed"] >= MANY_TOKENS and abs(m["kl_k1"]) > MISMATCH and m.get("misfit", 1.0) > 0.1,
+        mismatch.unexplained,
         "The mean log-ratio log π - log μ is {log_ratio:+.2f} over {computed:.0f} tokens, far from 0: rollout and "
         "trainer probably score differently. Likely causes: another temperature (pass temperature= what was sampled "
         "with), log-probs after top-p or top-k filtering (pass kept_ids=), targets misaligned with the "

@@ -15,6 +15,7 @@ Values = Mapping[str, float]
 MANY_TOKENS = 256  # of fewer, what a sentence says of them may be chance, and it says so
 MISMATCH = 0.2  # nats of mean log-ratio; a policy a few steps ahead of its samples is at 0.001 to 0.05
 HEALTHY_KL = 0.05  # nats: the most of such a policy
+TOO_FAR = 0.4  # nats that a policy has learnt from one batch; in 16 large steps it learns 0.1 to 0.4
 CERTAIN = 5.0  # standard errors, where sums over tokens have heavy tails
 SIGNIFICANT = 4.0  # standard errors, where the tails lie on the other side
 # a scale below this is 0, and nothing is divided by it
@@ -192,18 +193,30 @@ def far_off(m: Values) -> bool:
     return unruly and large and m["log_ratio_square"] > 0.2 * m["old_variance"]
 
 
-def overtrained(m: Values) -> bool:
-    """Whether the policy is far from its samples in the direction of their advantages."""
+def follows_advantages(m: Values) -> bool:
+    """Whether log π has risen where A > 0 and fallen where A < 0: what learning from these very tokens does."""
     # |d| within 1: its square is no larger on average than it is, and so bounds the standard error
     error = math.sqrt(m["misfit"] / max(m["computed"], 1))
-    return far_off(m) and m["follows_advantage"] > max(0.12 * m["misfit"], 2 * error)
+    return m["follows_advantage"] > max(0.12 * m["misfit"], 2 * error)
+
+
+def overtrained(m: Values) -> bool:
+    """Whether the policy has learnt so much from its samples that it is far from them."""
+    return far_off(m) and follows_advantages(m) and m["kl_k1"] > TOO_FAR
 
 
 def of_other_weights(m: Values) -> bool:
-    """Whether π is far below μ on average, and no rule says how."""
+    """Whether π is far below μ on average, no rule says how, and it is not what has been learnt."""
     large = m["kl_k1"] > MISMATCH and m["misfit"] > 0.2 and m["log_ratio_t"] < -SIGNIFICANT
     # c < 0: a lower temperature makes tokens likelier
-    return m["centred"] < 0 and (large or (far_off(m) and m["log_ratio_t"] < -2))
+    unlikely = m["centred"] < 0 and (large or (far_off(m) and m["log_ratio_t"] < -2))
+    return unlikely and not follows_advantages(m)
+
+
+def unexplained(m: Values) -> bool:
+    """Whether the mean log-ratio is far from 0; without the evidence nothing else is known of it."""
+    far = m["computed"] >= MANY_TOKENS and abs(m["kl_k1"]) > MISMATCH
+    return far and ("misfit" not in m or (m["misfit"] > 0.1 and not follows_advantages(m)))
 
 
 def sampled_colder(m: Values) -> bool:

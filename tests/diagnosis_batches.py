@@ -267,7 +267,7 @@ CAUSES: dict[str, tuple[str, Callable[..., Batch]]] = {
     "running sums": ("running sums", old_as(lambda old: old.cumsum(1))),
     "top-p 0.9": ("kept as kept_ids=", filtered(top_p=0.9)),
     "top-p 0.8": ("kept as kept_ids=", filtered(top_p=0.8)),
-    "overtrained": ("exploded away", lambda *size: stale(*size, spread=3.0, heat=1.0)),
+    "overtrained": ("far from its samples", lambda *size: stale(*size, spread=4.0, heat=1.0)),
     "another checkpoint": ("other weights", with_noise(another_model(0.5))),
     "a few at -40": ("largest ratio", unlikely),
     "softmax": ("The logits are probably probabilities", squashed(lambda z: z.softmax(-1))),
