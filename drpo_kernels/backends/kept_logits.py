@@ -63,7 +63,8 @@ def gradients(
     """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
     entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
     values = slopes[entries.places]
-    entries, values = entries.where(live := values != 0), values[live]  # rows without a gradient have none
+    with_gradient = values != 0  # not those of rows that were left out
+    entries, values = entries.where(with_gradient), values[with_gradient]
     found: list[Tensor | None] = [None, None, None]
     if wanted.hidden:
         shard = execution.shard
