@@ -236,11 +236,12 @@ def evidence_metrics(
         "repeated_share": (unsure & has_before & (m == before) & (m != 0)).to(p.dtype),
         "advantage_sign": sign,
         "toward_advantage": log_ratio.clamp(-1, 1) * sign,
-        "logsumexp_max": logsumexp,
-        "logsumexp_min": logsumexp,
     }
-    named = {EVIDENCE + name: value for name, value in values.items()}
-    return _reduced(EVIDENCE_METRICS, named, {"computed": computed})
+    # one reduction for all of them: a graph, and PyTorch outside of one, would else take several operations for each
+    means = torch.where(computed, torch.stack(list(values.values())), 0).sum(1) / computed.sum().clamp(min=1)
+    found = {PREFIX + EVIDENCE + name: means[i].detach() for i, name in enumerate(values)}
+    extremes = {name: kind for name, kind in EVIDENCE_METRICS.items() if kind.how != "mean"}
+    return found | _reduced(extremes, dict.fromkeys(extremes, logsumexp), {"computed": computed})
 
 
 # how an objective's clipping shows: not at all, in the weight, or in a slope of 0
