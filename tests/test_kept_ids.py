@@ -201,7 +201,7 @@ def test_another_argument_is_refused_as_ever():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("form", "dynamic"), [("linear", True), ("logits", None)])
+@pytest.mark.parametrize(("form", "dynamic"), [("linear", None), ("logits", True)])
 def test_in_one_graph(form, dynamic):
     problem, ids = problem_with_ids(bias=form == "linear")
     problem = problem if form == "linear" else problem.as_logits()

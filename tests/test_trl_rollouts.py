@@ -60,13 +60,17 @@ PLACEHOLDERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """Weights after a run whose rollouts have no log-probs, by the number of passes over a batch."""
+    return {n: train(tmp_path_factory.mktemp("without"), None, num_iterations=n)[0] for n in (1, 2)}
+
+
 @pytest.mark.parametrize("name, iterations", [*((name, 1) for name in PLACEHOLDERS), ("zeros", 2)])
-def test_placeholders(name, iterations, tmp_path, caplog):
+def test_placeholders(name, iterations, without, tmp_path, caplog):
     """Those that stand for none are not μ, at any batch size."""
-    want, _ = train(tmp_path, None, num_iterations=iterations)
-    assert NONE_GIVEN not in caplog.text
     got, _ = train(tmp_path, PLACEHOLDERS[name], num_iterations=iterations)
-    assert torch.equal(got, want)
+    assert torch.equal(got, without[iterations])
     assert caplog.text.count(NONE_GIVEN) == 1
 
 
