@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import mismatch
-from drpo_kernels.metrics import EVIDENCE, EVIDENCE_METRICS, FAR_BELOW, FAR_BELOW_ONE, METRICS, PREFIX
+from drpo_kernels.evidence import EVIDENCE, EVIDENCE_METRICS, FAR_BELOW_ONE
+from drpo_kernels.metrics import FAR_BELOW, METRICS
 from drpo_kernels.mismatch import MANY_TOKENS, Values
 from drpo_kernels.objectives import Objective
+from drpo_kernels.reductions import PREFIX
 from drpo_kernels.validation import POSITIVE_LOGPROB
 
 LARGEST_RATIO = 1e3
@@ -298,7 +300,7 @@ def diagnose(
     are probabilities or log-probs; weights not synchronised; an empty mask, advantages all 0, values that are not
     finite, a normalizer of 0, exploding ratios and collapsed entropy.
 
-    Most are told apart by the metrics under "drpo/evidence/" (`drpo_kernels.metrics.evidence_metrics`); without those,
+    Most are told apart by the metrics under "drpo/evidence/" (`drpo_kernels.evidence.evidence_metrics`); without those,
     as in an old log, a mismatch has one sentence with all its causes. Bf16 and fp8 engines and policies some steps
     ahead of their samples are healthy; so is a mismatch of temperatures below a tenth. How many tokens a cause needs
     depends on how much they tell: 256 at a mean entropy of 0.2 nat, more where there was hardly anything to choose.

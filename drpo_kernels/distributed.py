@@ -24,15 +24,9 @@ from torch import Tensor
 from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.collectives import VocabShard, gather, group_size, summed
-from drpo_kernels.metrics import (
-    EVERY_METRIC,
-    EVIDENCE_METRICS,
-    METRICS,
-    PREFIX,
-    REFERENCE_METRICS,
-    SPARSITY_METRICS,
-    combined_metrics,
-)
+from drpo_kernels.evidence import EVIDENCE_METRICS
+from drpo_kernels.metrics import EVERY_METRIC, METRICS, REFERENCE_METRICS, SPARSITY_METRICS, combined_metrics
+from drpo_kernels.reductions import PREFIX
 from drpo_kernels.tokens import Sequences, scorable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ batches of `tests/diagnosis_batches.py` and a sweep over entropies of 0.05 to 4 
 import math
 from collections.abc import Mapping
 
-from drpo_kernels.metrics import EVIDENCE
+from drpo_kernels.evidence import EVIDENCE
 
 Values = Mapping[str, float]
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
+from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.graphs import positions, traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_loss, kl_term
-from drpo_kernels.metrics import evidence_metrics, policy_metrics, sparsity_metrics
+from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.token_losses import check_objective, token_losses

@@ -12,7 +12,9 @@ import torch
 import drpo_kernels as dk
 import problems
 from drpo_kernels.distributed import global_normalizer, reduce_loss, reduce_metrics, sequence_coefficients
-from drpo_kernels.metrics import EVIDENCE_METRICS, METRICS, REDUCE
+from drpo_kernels.evidence import EVIDENCE_METRICS
+from drpo_kernels.metrics import METRICS
+from drpo_kernels.reductions import REDUCE
 from launcher import INTERPRETER_FAILS, ROOT, WHY, assert_cases_pass, torchrun
 
 

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul, row_ops
 from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.kl import kl_term
-from drpo_kernels.metrics import evidence_metrics, policy_metrics
+from drpo_kernels.metrics import policy_metrics
 
 pytest.importorskip("triton")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from drpo_kernels import GSPO, PPO, diagnose
 from drpo_kernels.distributed import reduce_metrics
+from drpo_kernels.evidence import EVIDENCE
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
-from drpo_kernels.metrics import EVIDENCE, PREFIX
+from drpo_kernels.reductions import PREFIX
 
 logger = logging.getLogger(__name__)
 

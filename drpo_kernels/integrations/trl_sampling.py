@@ -11,8 +11,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.integrations import needs
-from drpo_kernels.metrics import FAR_BELOW_ONE
 from drpo_kernels.tokens import scorable
 
 with needs("trl", "trl>=1.16"):

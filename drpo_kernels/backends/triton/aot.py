@@ -23,6 +23,7 @@ from drpo_kernels.backends.triton.tiles import (
     row_tile,
     select_tile,
 )
+from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
 from drpo_kernels.tokens import LEAST_LOGPROB
@@ -204,7 +205,8 @@ def _token_cases() -> Iterator[KernelCase]:
     terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True}
     terms |= {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
-    clips |= {"FAR_BELOW_ONE": metrics.FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "KL": KL_ESTIMATORS["k3"].twin}
+    clips |= {"FAR_BELOW_ONE": FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "VALUES": metrics.MEASURES + 1}
+    clips |= {"KL": KL_ESTIMATORS["k3"].twin}
     for vendor in ROW_DEVICES:
         for label, kernel, values, (block, per_thread) in (
             ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),

@@ -20,18 +20,9 @@ from drpo_kernels.backends.rows import (
 )
 from drpo_kernels.backends.triton import kernels, sparse
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
+from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
-from drpo_kernels.metrics import (
-    COUNTS,
-    EVIDENCE_METRICS,
-    FAR_BELOW,
-    FAR_BELOW_ONE,
-    MEASURES,
-    UNCLIPPED,
-    clips_of,
-    named_metrics,
-    policy_metrics_kernel,
-)
+from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
 from drpo_kernels.objectives import Objective
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import INTERPRETING
@@ -40,7 +31,7 @@ from drpo_kernels.triton_support import INTERPRETING
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 # to a multiprocessor, of a kernel that walks over a tensor
 PROGRAMS = 8
-# the one program that reduces a batch's metrics takes so many tokens at a time, one per thread: it has many sums
+# tokens that each of the two programs that reduce a batch's metrics takes at a time, one per thread: it has many sums
 METRICS_BLOCK = 512
 # rows per program of the kernel that computes losses alone
 LOSSES_BLOCK = 128
@@ -173,11 +164,11 @@ class TritonRows:
         values = rows.new_empty(MEASURES + 1 + len(EVIDENCE_METRICS))
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
         with _on(rows):
-            policy_metrics_kernel[(1,)](
+            policy_metrics_kernel[(2,)](
                 rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1], kl_cap,
                 CLIPS=clips_of(objective), KL=_kl_twin(ref_kl), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
-                FAR_BELOW_ONE=FAR_BELOW_ONE, LEAST=LEAST_LOGPROB, BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 32,
-                **LAUNCH_OPTIONS,
+                FAR_BELOW_ONE=FAR_BELOW_ONE, LEAST=LEAST_LOGPROB, VALUES=MEASURES + 1, BLOCK=METRICS_BLOCK,
+                num_warps=METRICS_BLOCK // 32, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return named_metrics(values, counts, ref_kl is not None)
 

@@ -1,0 +1,197 @@
+"""What tells the causes of a mismatch between engine and trainer apart: means over the rows of a batch, in PyTorch and,
+beside it, in Triton. `mismatch` says what they mean together.
+"""
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.reductions import PREFIX, Metric, add, larger, largest, mean, reduced
+from drpo_kernels.tokens import LEAST_LOGPROB
+from drpo_kernels.triton_support import jit, tl
+
+# nats: a token whose old log-prob is exactly 0, so that nothing else could be sampled, is not this far below 0 now
+FAR_BELOW_ONE = 0.05
+# for `diagnose` alone: no numbers to look at, so dashboards leave them out
+EVIDENCE = "evidence/"
+EVIDENCE_METRICS = {
+    EVIDENCE + name: Metric("mean", "computed")
+    for name in (
+        "logprob", "log_ratio_mean", "logprob_square", "log_ratio_square", "logprob_log_ratio", "centred_square",
+        "fit_cc", "fit_ce", "fit_ee", "fit_cr", "fit_er", "fit_rr", "misfit", "misfit_above", "misfit_previous",
+        "misfit_next", "misfit_cumulative", "misfit_zero", "unsure_share", "repeated_share", "advantage_sign",
+        "toward_advantage",
+    )
+}  # fmt: skip
+EVIDENCE_METRICS |= {EVIDENCE + f"logsumexp_{how}": Metric(how, "computed") for how in ("max", "min")}
+
+
+def evidence_metrics(
+    logprobs: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    computed: Tensor,
+    valid: Tensor,
+) -> dict[str, Tensor]:
+    """What tells the causes of a mismatch apart, all inputs [N] in the order of the text; means over computed rows, 0
+    where there are none.
+
+    With p = log π and m = log μ, neither taken below -100, d = p - m, H the entropy, and the *centred* log-prob
+    c = p + H, whose mean is 0 on tokens that π sampled.
+    logprob, log_ratio_mean  p, d; logprob_square, log_ratio_square, logprob_log_ratio, centred_square  p², d², p d, c²
+    fit_cc to fit_rr     products of two of c, e = H / (1 + H) and r = d, over max(1, c²), so that no token decides:
+                         the least-squares fit of d by c and e. To second order the log-prob at T times the temperature
+                         is p + (1/T - 1) c - (1/T - 1)² v / 2, with v the variance of log π in the row, of which e
+                         takes the place: the slope over c is 1 - 1/T, whatever the entropies of the rows are
+    misfit               min(|d|, 1), so that a few tokens do not decide; misfit_above counts d > 0 alone
+    misfit_previous, misfit_next  the same with m of the row before or after, where that row is valid, else as misfit,
+                         so also at either end of a batch: small where the old log-probs are shifted by one
+    misfit_cumulative    the same with m minus that of the row before: small where old log-probs are running sums
+    misfit_zero          the same, counted where m is exactly 0 alone
+    unsure_share         rows with p < -0.05: the others hardly bear on a mean
+    repeated_share       those whose m is that of the row before, and not 0
+    advantage_sign, toward_advantage  the sign of A; that times d within ±1: together, whether d follows A, as it does
+                         where the policy has learnt from these very tokens
+    logsumexp_min, logsumexp_max  log Σ exp z of a row: 0 on all of them where the logits are log-probs
+    """
+    p, m = (torch.where(x < LEAST_LOGPROB, LEAST_LOGPROB, x) for x in (logprobs, old_logprobs))
+    log_ratio = p - m
+    centred, evenness = p + entropy, entropy / (1 + entropy)
+    c, e, r = torch.stack([centred, evenness, log_ratio]) / torch.where(centred.abs() > 1, centred.abs(), 1)
+    before, after = m.roll(1), m.roll(-1)
+    has_before, has_after = valid.roll(1), valid.roll(-1)
+    has_before[:1], has_after[-1:] = False, False
+    sign = (advantages > 0).to(p.dtype) - (advantages < 0).to(p.dtype)
+    misfit, unsure = log_ratio.abs().clamp(max=1), p < -FAR_BELOW_ONE
+    values = {
+        "logprob": p,
+        "log_ratio_mean": log_ratio,
+        "logprob_square": p.square(),
+        "log_ratio_square": log_ratio.square(),
+        "logprob_log_ratio": p * log_ratio,
+        "centred_square": centred.square(),
+        "fit_cc": c * c,
+        "fit_ce": c * e,
+        "fit_ee": e * e,
+        "fit_cr": c * r,
+        "fit_er": e * r,
+        "fit_rr": r * r,
+        "misfit": misfit,
+        "misfit_above": log_ratio.clamp(0, 1),
+        "misfit_previous": torch.where(has_before, (p - before).abs().clamp(max=1), misfit),
+        "misfit_next": torch.where(has_after, (p - after).abs().clamp(max=1), misfit),
+        "misfit_cumulative": torch.where(has_before, (log_ratio + before).abs().clamp(max=1), misfit),
+        "misfit_zero": torch.where(m == 0, misfit, 0),
+        "unsure_share": unsure.to(p.dtype),
+        "repeated_share": (unsure & has_before & (m == before) & (m != 0)).to(p.dtype),
+        "advantage_sign": sign,
+        "toward_advantage": log_ratio.clamp(-1, 1) * sign,
+    }
+    # one reduction for all of them: a graph, and PyTorch outside of one, would else take several operations for each
+    means = torch.where(computed, torch.stack(list(values.values())), 0).sum(1) / computed.sum().clamp(min=1)
+    found = {PREFIX + EVIDENCE + name: means[i].detach() for i, name in enumerate(values)}
+    extremes = {name: kind for name, kind in EVIDENCE_METRICS.items() if kind.how != "mean"}
+    return found | reduced(extremes, dict.fromkeys(extremes, logsumexp), {"computed": computed})
+
+
+@jit
+def bounded(difference):
+    """min(|difference|, 1), the twin of what a misfit is; a NaN stays one."""
+    size = tl.abs(difference)
+    return tl.where(size > 1, 1.0, size)
+
+
+@jit
+def floored(logp, LEAST: tl.constexpr):
+    return tl.where(logp < LEAST, LEAST, logp)
+
+
+@jit
+def neighbour(rows, outcome, valid, t, count, LEAST: tl.constexpr):
+    """-> (old log-prob of row t, whether it is a valid row)"""
+    inside = (t >= 0) & (t < count)
+    old = tl.load(rows + t, mask=inside, other=0.0)
+    old = tl.where(old == old, old, tl.load(outcome + t, mask=inside, other=0.0))  # on-policy
+    return floored(old, LEAST), tl.load(valid + t, mask=inside, other=0) != 0
+
+
+@jit
+def evidence(
+    rows, rows_stride, outcome, outcome_stride, valid, values, count, FAR_BELOW_ONE: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The twin of `evidence_metrics`: values fp32 [24], in the order of EVIDENCE_METRICS; sums in fp32. For its
+    arguments see `policy_metrics_kernel`.
+    """
+    nothing = tl.zeros([BLOCK], tl.float32)
+    none = tl.full([BLOCK], float("-inf"), tl.float32)
+    computed_count = nothing
+    floored_sum, d_sum, pp_sum, dd_sum, pd_sum, centred_sum = nothing, nothing, nothing, nothing, nothing, nothing
+    cc_sum, ce_sum, ee_sum, cr_sum, er_sum, rr_sum = nothing, nothing, nothing, nothing, nothing, nothing
+    misfit_sum, above_sum, before_sum, after_sum = nothing, nothing, nothing, nothing
+    cumulative_sum, misfit_zero_sum, unsure_sum, repeated_sum = nothing, nothing, nothing, nothing
+    sign_sum, toward_sum = nothing, nothing
+    logsumexp_most, logsumexp_least = none, none
+    for start in range(0, count, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = t < count
+        logp = tl.load(outcome + t, mask=inside, other=0.0)
+        entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
+        old = tl.load(rows + t, mask=inside, other=0.0)
+        old = tl.where(old == old, old, logp)  # on-policy
+        advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
+        computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
+        p, m = floored(logp, LEAST), floored(old, LEAST)
+        d, centred, evenness = p - m, p + entropy, entropy / (1 + entropy)
+        size = tl.where(tl.abs(centred) > 1, tl.abs(centred), 1.0)
+        c, e, r = centred / size, evenness / size, d / size
+        before, has_before = neighbour(rows, outcome, valid, t - 1, count, LEAST)
+        after, has_after = neighbour(rows, outcome, valid, t + 1, count, LEAST)
+        misfit, unsure = bounded(d), p < -FAR_BELOW_ONE
+        sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0))
+        logsumexp = tl.load(outcome + 2 * outcome_stride + t, mask=inside, other=0.0)
+        floored_sum, d_sum = add(floored_sum, computed, p), add(d_sum, computed, d)
+        pp_sum, pd_sum = add(pp_sum, computed, p * p), add(pd_sum, computed, p * d)
+        dd_sum = add(dd_sum, computed, d * d)
+        centred_sum = add(centred_sum, computed, centred * centred)
+        cc_sum, ce_sum = add(cc_sum, computed, c * c), add(ce_sum, computed, c * e)
+        ee_sum, er_sum = add(ee_sum, computed, e * e), add(er_sum, computed, e * r)
+        cr_sum, rr_sum = add(cr_sum, computed, c * r), add(rr_sum, computed, r * r)
+        misfit_sum, above_sum = add(misfit_sum, computed, misfit), add(above_sum, computed & ~(d < 0), misfit)
+        before_sum = add(before_sum, computed, tl.where(has_before, bounded(p - before), misfit))
+        after_sum = add(after_sum, computed, tl.where(has_after, bounded(p - after), misfit))
+        cumulative_sum = add(cumulative_sum, computed, tl.where(has_before, bounded(d + before), misfit))
+        misfit_zero_sum = add(misfit_zero_sum, computed & (m == 0), misfit)
+        unsure_sum = add(unsure_sum, computed & unsure, 1.0)
+        repeated_sum = add(repeated_sum, computed & unsure & has_before & (m == before) & (m != 0), 1.0)
+        sign_sum = add(sign_sum, computed, sign)
+        toward_sum = add(toward_sum, computed, tl.where(d < 0, -misfit, misfit) * sign)
+        logsumexp_most = larger(logsumexp_most, computed, logsumexp)
+        logsumexp_least = larger(logsumexp_least, computed, -logsumexp)
+        computed_count = add(computed_count, computed, 1.0)
+    n = tl.sum(computed_count, 0)
+    tl.store(values, mean(floored_sum, n))
+    tl.store(values + 1, mean(d_sum, n))
+    tl.store(values + 2, mean(pp_sum, n))
+    tl.store(values + 3, mean(dd_sum, n))
+    tl.store(values + 4, mean(pd_sum, n))
+    tl.store(values + 5, mean(centred_sum, n))
+    tl.store(values + 6, mean(cc_sum, n))
+    tl.store(values + 7, mean(ce_sum, n))
+    tl.store(values + 8, mean(ee_sum, n))
+    tl.store(values + 9, mean(cr_sum, n))
+    tl.store(values + 10, mean(er_sum, n))
+    tl.store(values + 11, mean(rr_sum, n))
+    tl.store(values + 12, mean(misfit_sum, n))
+    tl.store(values + 13, mean(above_sum, n))
+    tl.store(values + 14, mean(before_sum, n))
+    tl.store(values + 15, mean(after_sum, n))
+    tl.store(values + 16, mean(cumulative_sum, n))
+    tl.store(values + 17, mean(misfit_zero_sum, n))
+    tl.store(values + 18, mean(unsure_sum, n))
+    tl.store(values + 19, mean(repeated_sum, n))
+    tl.store(values + 20, mean(sign_sum, n))
+    tl.store(values + 21, mean(toward_sum, n))
+    tl.store(values + 22, largest(logsumexp_most, n))
+    tl.store(values + 23, 0.0 - largest(logsumexp_least, n))

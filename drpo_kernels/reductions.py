@@ -1,0 +1,73 @@
+"""How metrics are formed over the rows of a batch, in PyTorch and, beside it, by Triton lanes."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.triton_support import jit, tl
+
+PREFIX = "drpo/"
+
+
+class Metric(NamedTuple):
+    """How a metric is formed over rows, and from the same metric of several batches: by a function of REDUCE over the
+    rows (or the batches) that `count`, itself a metric, counts.
+    """
+
+    how: str
+    count: str
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
+
+
+def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
+    if not values.numel():
+        return values.new_zeros(())
+    bound = torch.where(counts > 0, values, -torch.inf if largest else torch.inf)
+    bound = bound.amax() if largest else bound.amin()
+    return torch.where((counts > 0).any(), bound, 0)
+
+
+# (values [M], how many rows each stands for [M]) -> 0-d; what stands for no row may be anything
+REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean,
+    "max": lambda values, counts: _extreme(values, counts, largest=True),
+    "min": lambda values, counts: _extreme(values, counts, largest=False),
+    "sum": lambda values, counts: values.sum(),
+}
+
+
+def reduced(
+    metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {
+        PREFIX + name: REDUCE[how](values[name], flags[count]).detach() for name, (how, count) in metrics.items()
+    }
+
+
+@jit
+def add(total, flag, value):
+    return total + tl.where(flag, value, 0.0)
+
+
+@jit
+def mean(total, count):
+    """Of all lanes, rounded as IEEE's division is: n times 1 over n is 1."""
+    return tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1.0))
+
+
+@jit
+def larger(most, flag, value):
+    """The larger of the two where the flag is set; a NaN, once seen, stays."""
+    return tl.where(flag & ((value > most) | (value != value)), value, most)
+
+
+@jit
+def largest(most, count):
+    """Of all lanes, 0 where nothing was counted; a NaN in one is the result."""
+    found = tl.where(tl.sum((most != most).to(tl.int32), 0) > 0, float("nan"), tl.max(most, 0))
+    return tl.where(count > 0, found, 0.0)
