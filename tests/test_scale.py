@@ -367,10 +367,10 @@ def test_no_store_over_logits_of_another_size(size, logits_dtype, device, monkey
     seen = []
 
     class Watching(TritonRows):
-        def policy(self, batch, terms, out):
+        def policy(self, batch, terms, out, factors=None):
             shared = out is not None and batch.logits.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
             seen.append((shared, out is not None and out.element_size() == batch.logits.element_size()))
-            return super().policy(batch, terms, out)
+            return super().policy(batch, terms, out, factors)
 
     monkeypatch.setattr(sweep, "row_ops", lambda name: Watching())
     gradients(Inputs(size, device), logits_dtype=logits_dtype)

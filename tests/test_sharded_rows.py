@@ -82,6 +82,10 @@ def random_rows(seed, device, scale=4.0):
     return (x.to(device) for x in (logits, targets, torch.randn(len(Slope), 8, generator=g)))
 
 
+# the statistics that do not depend on the reference, which a backend chooses, and each shard its own
+SETTLED = [Stat.LOGPROB, Stat.ENTROPY, Stat.MISS, Stat.LOGSUMEXP]
+
+
 @every_backend
 @pytest.mark.parametrize("sizes, vocab", SPLITS)
 @pytest.mark.parametrize("used", [1, 2, 3])  # slopes
@@ -95,7 +99,7 @@ def test_shards_make_whole_rows(used, transform, sizes, vocab, backend, device):
     arguments = {"transform": transform, "rows": rows, "slopes": slopes}
     want, gradient = alone(backend, logits, targets, vocab, **arguments)
     got, found = together(backend, logits, targets, sizes, vocab, **arguments)
-    assert (got - want).abs().max().item() <= 4e-6
+    assert (got - want)[SETTLED].abs().max().item() <= 4e-6
     assert relative(found, gradient) <= 1e-6
     assert (found[[2, 4]] == 0).all(), "rows without a gradient"
 
@@ -110,12 +114,12 @@ def test_far_from_zero(offset, backend, device):
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
     ulp = torch.zeros(len(Stat), 1, device=device)
     ulp[Stat.LOGSUMEXP] = 2.0**-10  # of 1e4, to which it is rounded
-    assert ((got - want).abs() <= 4e-6 + ulp).all()
+    assert ((got - want).abs() <= 4e-6 + ulp)[SETTLED].all()
     assert relative(found, gradient) <= 1e-6
     logits[:, 6:12] -= 2 * offset
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
-    assert ((got - want).abs() <= 4e-6 + 2.0**-22 * want.abs()).all()
+    assert ((got - want).abs() <= 4e-6 + 2.0**-22 * want.abs())[SETTLED].all()
     assert relative(found, gradient) <= 1e-6
 
 
@@ -155,7 +159,7 @@ def test_banned_shards(backend, device):
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
     assert got[Stat.LOGPROB].isneginf().tolist() == targets.ge(6).logical_and(targets.lt(12)).tolist()
     assert torch.equal(got[Stat.LOGPROB].isneginf(), want[Stat.LOGPROB].isneginf())
-    assert (got[1:] - want[1:]).abs().max().item() <= 4e-6
+    assert (got - want)[SETTLED[1:]].abs().max().item() <= 4e-6
     assert relative(found, gradient) <= 1e-6
     logits[1] = -torch.inf
     got, _ = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)

@@ -68,14 +68,15 @@ def gradient_rows(
 
 
 def policy_rows(
-    ops: RowOps, batch: RowBatch, vocab: int, terms: Terms, out: Tensor | None
+    ops: RowOps, batch: RowBatch, vocab: int, terms: Terms, out: Tensor | None, factors: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of every row -> (outcome [len(Outcome), N], undo factor as in `gradient_rows`).
 
     One launch where the backend fuses these terms; else statistics, the loss on [N] in PyTorch, and the gradient.
+    `factors`, of a matrix of logits [N, V], as in `RowOps.policy`.
     """
     if ops.fuses(terms) and (out is None or out.dtype != torch.float16):
-        parts = [ops.policy(piece, terms, gradient) for _, piece, gradient in _parts(batch, vocab, out)]
+        parts = [ops.policy(piece, terms, gradient, factors) for _, piece, gradient in _parts(batch, vocab, out)]
         return in_one(parts, batch.rows), None
     statistics = statistics_rows(ops, batch, vocab)
     outcome, slopes = ops.losses(statistics, batch.rows, terms)

@@ -56,10 +56,10 @@ class Stat(IntEnum):
 
     LOGPROB = 0
     ENTROPY = 1
-    MAX = 2  # the largest base logit
-    SUM = 3  # Σ exp(z - max z)
+    REFERENCE = 2  # r, a base logit near the row's largest; q = factor · (b - r)
+    SUM = 3  # Σ exp(q)
     MISS = 4  # 1 - p_y, summed over the other tokens and so exact when p_y is close to 1
-    MEAN = 5  # Σ p (z - max z), so that log p + H = z - max z - MEAN, which keeps its digits on a flat row
+    MEAN = 5  # Σ p q, so that log p + H = q - MEAN, which keeps its digits on a flat row
     LOGSUMEXP = 6  # log Σ exp(z)
 
 
@@ -192,8 +192,17 @@ class RowOps(Protocol):
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
 
-    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
-        """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N]."""
+    def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
+        """Whether `policy` takes `factors` for these terms, logits in one dtype and `out` in another: the one place
+        where it is decided how often a row is read. An entropy bonus or a z-loss is no multiple of p.
+        """
+
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
+        """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N].
+
+        With `factors` [N] the gradient is factors ⊙ out: exp(q), or -Σ_{j≠y} exp(q_j) at the target, and a row's factor
+        -slope / SUM · dz/dx, 0 where the row is not ACTIVE.
+        """
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""

@@ -13,7 +13,8 @@ from drpo_kernels.collectives import VocabShard, gather
 
 # of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
 NOTHING = {
-    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.MAX: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0, Stat.MEAN: 0.0
+    Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.REFERENCE: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0,
+    Stat.MEAN: 0.0,
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class ShardedRows:
             statistics = self.inner.statistics(batch._replace(targets=torch.where(here, local, 0)))
         else:
             statistics = batch.rows.new_full((len(Stat), batch.rows.shape[1]), -torch.inf)
-        empty = statistics[Stat.MAX] == -torch.inf
+        empty = statistics[Stat.REFERENCE] == -torch.inf
         for stat, value in NOTHING.items():
             statistics[stat].masked_fill_(empty, value)
         for stat in (Stat.LOGPROB, Stat.MISS):
@@ -57,19 +58,22 @@ class ShardedRows:
     def fuses(self, terms: Terms) -> bool:
         return False  # the loss needs every rank's statistics first
 
+    def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
+        return False
+
 
 def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].
 
-    With m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
+    With the reference m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
         LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
         MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))    LOGSUMEXP = factor · m + log SUM
     A share above 1/2 has log share = -log1p(Σ_{others} M / M): all that is added has one sign, nothing cancels.
     """
-    local_max, local_sum = parts[:, Stat.MAX], parts[:, Stat.SUM]
-    row_max = local_max.amax(0)
-    shift = factor * (local_max - row_max)  # all ranks empty: -inf + inf = NaN, as in one process
+    references, local_sum = parts[:, Stat.REFERENCE], parts[:, Stat.SUM]
+    reference = references.amax(0)
+    shift = factor * (references - reference)  # all ranks empty: -inf + inf = NaN, as in one process
     mass = local_sum * shift.exp()
     total = mass.sum(0)
     itself = torch.eye(mass.shape[0], dtype=torch.bool, device=mass.device)[:, :, None]
@@ -87,5 +91,5 @@ def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
 
     logprob = of_owner(parts[:, Stat.LOGPROB] + log_share)
     miss = of_owner(parts[:, Stat.MISS] * mass + others) / total
-    statistics = torch.stack([logprob, entropy, row_max, total, miss, mean, factor * row_max + total.log()])
+    statistics = torch.stack([logprob, entropy, reference, total, miss, mean, factor * reference + total.log()])
     return statistics.masked_fill(logprob.isnan(), torch.nan)

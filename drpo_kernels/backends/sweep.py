@@ -26,8 +26,9 @@ from drpo_kernels.collectives import VocabShard, start_sum
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
-# (rows of a chunk, its batch, where its dlogits go or None) -> the 0-d factor that undoes a float16 scale, or None
-RowFunction = Callable[[slice, RowBatch, Tensor | None], Tensor | None]
+# (rows of a chunk, its batch, where its dlogits go or None, where their factors go or None) -> the 0-d factor that
+# undoes a float16 scale, or None
+RowFunction = Callable[[slice, RowBatch, Tensor | None, Tensor | None], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,22 @@ def _as_rows(hidden: Tensor) -> Tensor | None:
 
 
 class LinearSweep:
-    """The chunk loop of one call, shared by the fused and the recompute route."""
+    """The chunk loop of one call, shared by the fused and the recompute route.
 
-    def __init__(self, hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution, wanted: Wanted):
+    With `terms`, whose row operations may leave dlogits as a factor v of each row and exponentials E:
+        dX = v ⊙ (E W)    dW = Eᵀ (v ⊙ X)    db = Eᵀ v
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        rows: Tensor,
+        execution: Execution,
+        wanted: Wanted,
+        terms: Terms | None = None,
+    ):
         self.hidden, self.head, self.execution, self.wanted = hidden, head, execution, wanted
         self._hidden_view = _as_rows(hidden)
         self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
@@ -102,7 +116,7 @@ class LinearSweep:
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
         self._order(targets, rows, any(wanted))
         self.plan = self._planned()
-        self._allocate()
+        self._allocate(terms)
 
     def _order(self, targets: Tensor, rows: Tensor, with_gradient: bool) -> None:
         """Rows to sweep, those with a gradient first. Compaction reads two counts back: the only synchronisation."""
@@ -145,8 +159,10 @@ class LinearSweep:
             sparse=self.execution.sparse_grad > 0,
         )
 
-    def _allocate(self) -> None:
+    def _allocate(self, terms: Terms | None) -> None:
         storage = self.plan.storage
+        factored = terms is not None and self.ops.factors(terms, storage.logits, storage.dlogits)
+        self._factors = self.rows.new_empty(self.plan.windows.largest) if factored else None
         self._logits = self._rows_buffer(self.plan.logits_rows, storage.logits)
         self._dlogits = None if self.plan.in_place else self._rows_buffer(self.plan.dlogits_rows, storage.dlogits)
         self._gradients = self._gradient_buffers()
@@ -171,14 +187,15 @@ class LinearSweep:
             if self.head.vocab < weight.shape[0]:
                 weight_gradient[self.head.vocab :] = 0
         if self.wanted.bias:
-            bias_gradient = torch.zeros(self.head.bias.shape, dtype=accumulator, device=weight.device)
+            shape = self.head.bias.shape if self._factors is None else (*self.head.bias.shape, 2)
+            bias_gradient = torch.zeros(shape, dtype=accumulator, device=weight.device)
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
     def run(self, compute: RowFunction, forward_rows: bool = True) -> None:
         """Call `compute` on every chunk and add up the gradients; `forward_rows`: those without a gradient too."""
         for chunk in self.plan.forward if forward_rows else ():
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            compute(rows, self._batch(rows, self._logits[: chunk.stop - chunk.start]), None)
+            compute(rows, self._batch(rows, self._logits[: chunk.stop - chunk.start]), None, None)
         for window in self.plan.windows:
             undo = self._fill(window, compute)
             if self._dlogits is not None and window.stop == self.active:
@@ -192,7 +209,8 @@ class LinearSweep:
             rows = slice(window.start + chunk.start, window.start + chunk.stop)
             logits = self._logits[: chunk.stop - chunk.start]
             dlogits = logits if self._dlogits is None else self._dlogits[chunk]
-            undo = compute(rows, self._batch(rows, logits), dlogits)
+            factors = None if self._factors is None else self._factors[chunk]
+            undo = compute(rows, self._batch(rows, logits), dlogits, factors)
         return undo
 
     def hidden_rows(self, rows: slice | Tensor) -> Tensor:
@@ -224,13 +242,22 @@ class LinearSweep:
 
     def _accumulate(self, window: slice, undo: Tensor | None) -> None:
         """Add the window's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
-        first = window.start == 0
-        dlogits = (self._logits if self._dlogits is None else self._dlogits)[: window.stop - window.start]
-        complete = self._add_hidden_gradient(window, dlogits, undo) if self.wanted.hidden else _nothing
+        first, count = window.start == 0, window.stop - window.start
+        dlogits = (self._logits if self._dlogits is None else self._dlogits)[:count]
+        factors = None if self._factors is None else self._factors[:count, None]
+        complete = self._add_hidden_gradient(window, dlogits, undo, factors) if self.wanted.hidden else _nothing
         if self.wanted.weight:
-            self._add_weight_gradient(dlogits, self.hidden_rows(window), undo, first=first)
+            x = self.hidden_rows(window)
+            x = x if factors is None else torch.mul(x, factors, out=torch.empty_like(x))
+            self._add_weight_gradient(dlogits, x, undo, first=first)
         if self.wanted.bias:
-            self.matmul.add_bias_gradient(dlogits, self._gradients.bias[: self.head.vocab], first=first, undo=undo)
+            bias = self._gradients.bias[: self.head.vocab]
+            if factors is None:
+                self.matmul.add_bias_gradient(dlogits, bias, first=first, undo=undo)
+            else:  # in two parts, so that rounding to 16 bits loses nothing
+                high = factors.to(dlogits.dtype)
+                parts = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
+                self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, undo=None)
         complete()
 
     @property
@@ -242,14 +269,18 @@ class LinearSweep:
         first = first and self.head.main_grad is None
         self.matmul.add_weight_gradient(dlogits, hidden, self._weight_out, first=first, undo=undo)
 
-    def _add_hidden_gradient(self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None) -> Callable[[], None]:
+    def _add_hidden_gradient(
+        self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None, factors: Tensor | None = None
+    ) -> Callable[[], None]:
         """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
 
-        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed.
+        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed; so is what the
+        `factors` [n, 1] of the rows multiply.
         """
-        gradient = self._gradients.hidden
+        gradient, accumulator = self._gradients.hidden, self.matmul.accumulator
         sums = self.shard is not None and not self.shard.partial_hidden_gradient
         direct = not sums and gradient.dtype in self.matmul.hidden_gradient_dtypes
+        direct &= factors is None or gradient.dtype == accumulator
 
         def place(rows: slice | Tensor, dx: Tensor, complete_sum: Callable[[], object]) -> None:
             complete_sum()
@@ -258,26 +289,28 @@ class LinearSweep:
         complete = _nothing
         ranged = isinstance(window, slice)
         if direct and self.index is None and ranged:
-            self._hidden_gradient(dlogits, gradient[window], undo)
+            self._hidden_gradient(dlogits, gradient[window], undo, factors)
             return complete
         for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
             rows = slice(window.start + piece.start, window.start + piece.stop) if ranged else window[piece]
-            dtype = gradient.dtype if direct else self.matmul.accumulator
+            dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
-            self._hidden_gradient(dlogits[piece], dx, undo)
+            self._hidden_gradient(dlogits[piece], dx, undo, None if factors is None else factors[piece])
             complete = partial(place, rows, dx, start_sum(dx, self.shard.group) if sums else _nothing)
         return complete
 
-    def _hidden_gradient(self, dlogits: Tensor, out: Tensor, undo: Tensor | None) -> None:
+    def _hidden_gradient(self, dlogits: Tensor, out: Tensor, *factors: Tensor | None) -> None:
         self.matmul.hidden_gradient(dlogits, out)
-        if undo is not None:
-            out.mul_(undo)
+        for factor in factors:
+            if factor is not None:
+                out.mul_(factor)
 
     def gradients(self) -> Gradients:
         """The finished gradients, in the dtype they are stored in until the backward."""
         self._logits = self._dlogits = None  # the casts need the room
         hidden, weight, bias = self._gradients
+        bias = bias if bias is None or self._factors is None else bias.sum(1)
         hidden = hidden if hidden is None else hidden.view(self.hidden.shape)
         pairs = zip((hidden, weight, bias), (self.hidden, self.head.weight, self.head.bias), strict=True)
         return Gradients(*(g if g is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs))
@@ -308,12 +341,12 @@ def policy_sweep(
     """
     outcomes: dict[int, Tensor] = {}  # by the first row of the chunk
 
-    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None) -> Tensor | None:
-        outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits)
+    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None, factors: Tensor | None) -> Tensor | None:
+        outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits, factors)
         return undo
 
     with exact_products():
-        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
+        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted, terms)
         sweep.run(compute)
         outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
         return sweep.scatter(outcome), sweep.gradients()
@@ -325,7 +358,7 @@ def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, 
         sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
         statistics = rows.new_empty(len(Stat), sweep.swept)
 
-        def compute(chunk: slice, batch: RowBatch, _: Tensor | None) -> None:
+        def compute(chunk: slice, batch: RowBatch, *_: Tensor | None) -> None:
             statistics[:, chunk] = sweep.ops.statistics(batch)
 
         sweep.run(compute)
@@ -348,7 +381,7 @@ def recompute_sweep(
         if sweep.index is not None:
             statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
 
-        def compute(chunk: slice, batch: RowBatch, dlogits: Tensor) -> Tensor | None:
+        def compute(chunk: slice, batch: RowBatch, dlogits: Tensor, _: None) -> Tensor | None:
             return gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
 
         sweep.run(compute, forward_rows=False)

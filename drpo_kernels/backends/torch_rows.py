@@ -52,18 +52,28 @@ class TorchRows:
     """`RowOps` in PyTorch. What is per row is computed once for all rows; a block only runs what touches its logits."""
 
     def statistics(self, batch: RowBatch) -> Tensor:
-        return self._statistics(batch, keep=False)
+        return self._statistics(batch, None)
 
-    def _statistics(self, batch: RowBatch, keep: bool) -> Tensor:
-        """With `keep`, 2^q (0 at the target) overwrites the logits: the gradient needs no second exponential."""
+    def _statistics(self, batch: RowBatch, kept: Tensor | None) -> Tensor:
+        """With `kept` [N, V], which may be the logits, it gets the 2^q of the rows that are not SKIPPED, 0 at the
+        target, and the gradient needs no second exponential. Behind a soft-cap it gets 2^q times its slope, and that
+        slope alone at the target.
+        """
         scratch = _Scratch(batch)
         index, outside = _safe(batch)
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
-        sums = batch.rows.new_ones(4, batch.rows.shape[1])
+        sums, capped = batch.rows.new_ones(4, batch.rows.shape[1]), batch.transform.softcap is not None
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
-            e = batch.logits[block] if keep else buffers[1]
+            e = buffers[1]
+            if kept is not None:
+                in_place = kept.dtype == e.dtype and isinstance(block, slice) and not capped
+                e = kept[block] if in_place else torch.empty_like(e)
             sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None] * LOG2E)
+            if kept is not None and not in_place:
+                if capped:
+                    e.scatter_(1, index[block], 1).mul_(scratch.cap_slope(block))
+                kept[block] = e.to(kept.dtype)
         statistics = _from_sums(*sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
@@ -74,7 +84,7 @@ class TorchRows:
             and batch.logits.device.type == "cpu"
             and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
         )
-        statistics = self._statistics(batch, keep=kept)
+        statistics = self._statistics(batch, batch.logits if kept else None)
         return statistics, batch._replace(exponentials=kept, bias=None if kept else batch.bias)
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
@@ -92,7 +102,7 @@ class TorchRows:
         parts = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
         for block in candidates.split(min(scratch.block, SELECTED_ROWS)):
             following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
-            e = scratch.exponentials(following, statistics[Stat.MAX], factor, index)
+            e = scratch.exponentials(following, statistics[Stat.REFERENCE], factor, index)
             rows, columns, values = _above(e, others[block], tolerance, limit)
             kept, entries, mass = _fewest(rows, values / others[block][rows], len(block), tolerance, limit)
             sparse = (entries <= limit) & (mass <= tolerance)
@@ -150,9 +160,12 @@ class TorchRows:
                 gradient.mul_(scratch.cap_slope(block))
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
+        self._clear_inactive(batch, out)
+
+    def _clear_inactive(self, batch: RowBatch, out: Tensor) -> None:
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
-        if not scratch.on_cpu or inactive.any():
-            out.masked_fill_(inactive[:, None], 0)
+        if out.device.type != "cpu" or inactive.any():
+            out.masked_fill_(inactive.view(-1, *[1] * (out.dim() - 1)), 0)
 
     def _scale_exponentials(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """slope · (onehot - p) from the 2^q that are there: in order, so that `out` may be an earlier part of them."""
@@ -181,31 +194,33 @@ class TorchRows:
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
         return row_losses(statistics, rows, terms)
 
-    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
-        in_place = out is not None and _may_keep_exponentials(batch, out)
-        statistics = self._statistics(batch, keep=in_place)
+    def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
+        return not (terms.entropy_bonus or terms.z_loss) and dlogits != torch.float16
+
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
+        if factors is not None:
+            return self._factored_policy(batch, terms, out, factors)
+        if out is not None and out.data_ptr() == batch.logits.data_ptr() and out.shape == batch.logits.shape:
+            statistics, batch = self.consume(batch)
+        else:
+            statistics = self.statistics(batch)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
-        if in_place:
-            per_row = _GradientRows.of(batch, statistics, slopes)
-            for block in _Scratch(batch).blocks(RowKind.ACTIVE):
-                out[block].mul_(per_row.scale[block]).scatter_(1, per_row.index[block], per_row.at_target[block])
-        elif out is not None:
+        if out is not None:
             self.write_gradient(batch, statistics, slopes, out)
         return outcome
 
-
-def _may_keep_exponentials(batch: RowBatch, out: Tensor) -> bool:
-    """Whether the gradient overwrites the logits, in their precision and on every row, and is a multiple of p."""
-    logits = batch.logits
-    return (
-        out.data_ptr() == logits.data_ptr()
-        and out.shape == logits.shape
-        and out.stride() == logits.stride()
-        and out.dtype == batch.rows.dtype
-        and batch.transform.softcap is None
-        and logits.device.type == "cpu"
-        and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
-    )
+    def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
+        statistics = self._statistics(batch, out)
+        outcome, slopes = self.losses(statistics, batch.rows, terms)
+        per_row = _GradientRows.of(batch, statistics, slopes)
+        at_target = -statistics[Stat.MISS, :, None] * statistics[Stat.SUM, :, None]
+        if batch.transform.softcap is not None:
+            at_target = at_target * out.gather(1, per_row.index)
+        out.scatter_(1, per_row.index, at_target.to(out.dtype))
+        factors.copy_(per_row.scale[:, 0])
+        self._clear_inactive(batch, out)
+        self._clear_inactive(batch, factors)
+        return outcome
 
 
 class _Scratch:

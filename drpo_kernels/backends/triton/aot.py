@@ -13,6 +13,7 @@ from drpo_kernels import metrics
 from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
 from drpo_kernels.backends.planning import entry_limit
 from drpo_kernels.backends.triton import invariant, kernels, sparse
+from drpo_kernels.backends.triton.kernels import WRITE_FACTORED, WRITE_GRADIENT, WRITE_NOTHING
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK
 from drpo_kernels.backends.triton.tiles import (
     MatmulTile,
@@ -97,7 +98,7 @@ ROW_DEVICES = {
 STRIDES = {"row_stride": "i64", "out_stride": "i64", "rows_stride": "i64", "outcome_stride": "i64"}
 STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride": "constexpr"}
 BYTES = {None: 0, "bf16": 2, "fp16": 2, "fp32": 4}
-PACKED = ("rows", "outcome", "statistics", "slopes")
+PACKED = ("rows", "outcome", "statistics", "slopes", "factors")
 
 
 def _row_cases(
@@ -121,6 +122,7 @@ def _row_cases(
         tile = row_tile(VOCAB, BYTES[logits], device)
         constexprs = {"column_stride": 1, "BLOCK": tile.block, "order": None, "HAS_ORDER": False, **flags}
         constexprs |= {} if bias else {"bias": None}
+        constexprs |= {} if flags.get("WRITE") == WRITE_FACTORED else {"factors": None}
         signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
         elements = tile.block // (tile.num_warps * device.warp_size)
         stored = "out" in names and flags.get("WRITE", True)
@@ -133,7 +135,7 @@ def _row_cases(
             constexprs={name: constexprs[name] for name in names if name in constexprs},
             divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
             num_warps=tile.num_warps,
-            options=LAUNCH_OPTIONS,
+            options=LAUNCH_OPTIONS | ({"maxnreg": tile.registers} if tile.registers else {}),
             targets=(vendor,),
             expected=Expected(128, 128 if stored else 0, elements * (BYTES[logits] + BYTES[bias]), tails),
         )
@@ -144,10 +146,10 @@ def kernel_cases() -> list[KernelCase]:
     plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
     full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
     objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
-    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "WRITE": True}
+    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "WRITE": WRITE_GRADIENT}
     cases = []
     for objective in objectives:
-        flags = {"OBJECTIVE": objective.twin} | bare | plain
+        flags = {"OBJECTIVE": objective.twin} | bare | plain | {"WRITE": WRITE_FACTORED}
         label = f"{objective.twin.__name__} fp32>bf16"
         cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
     drpo = {"OBJECTIVE": DRPO().twin} | bare
@@ -157,7 +159,7 @@ def kernel_cases() -> list[KernelCase]:
         _row_cases("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain)
     )
     cases.extend(
-        _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": False})
+        _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": WRITE_NOTHING})
     )
     for name, estimator in KL_ESTIMATORS.items():
         flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True, "HAS_Z_LOSS": True}

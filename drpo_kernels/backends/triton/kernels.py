@@ -1,14 +1,20 @@
 """Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it.
 
 For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of
-`Transform`:
-    z_j = factor · b_j    q_j = factor · (b_j - max b)    Σ = Σ_j exp(q_j)
-    logp = q_y - log Σ    q̄ = Σ_j exp(q_j) q_j / Σ    H = log Σ - q̄
-    lse = factor · max b + log Σ
+`Transform`, and with a reference r of the row that is near its log-sum-exp:
+    z_j = factor · b_j    q_j = factor · (b_j - r)    E_j = exp(q_j)    Σ = Σ_j E_j
+    logp = q_y - log Σ    q̄ = Σ_j E_j q_j / Σ    H = log Σ - q̄    lse = factor · r + log Σ
     dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (q_j - q̄) + slope_lse · p_j)
 where q_j - q̄ = log p_j + H, which would cancel on a flat row.
-The sum runs over the tokens other than the target first, which gives 1 - p_y = others / Σ and, where the target is the
-maximum, logp = -log1p(others) without cancellation.
+
+A softmax mostly reads a row for its maximum first, because it does not know the scale. Here it does: the rollout gave
+the target the probability μ, so that with r = b_y - log μ / factor, Σ is μ / π, near 1, and one read is enough. A row
+whose Σ shows that r was wrong (another policy, a banned target) is read twice more, for its largest logit, which is r
+then. The sum runs over the tokens other than the target, which gives 1 - p_y = others / Σ and, where the target is
+likely, logp = -log1p(others / E_y) without cancellation.
+
+A gradient in slope alone is v · E_j with v = -slope / Σ, and v · -others at the target. Where the products that follow
+can take a factor per row, one read writes E and leaves v (`WRITE_FACTORED`); else a second read writes the gradient.
 The packed per-row layouts (indices 0 to 8 below) are `Row`, `Stat` and `Outcome` of backends/rows.py.
 """
 
@@ -24,7 +30,7 @@ from drpo_kernels.triton_support import jit, tl
 # row's last bit would depend on how many rows are beside it, and each new count might compile again
 VARYING = (
     "targets", "rows", "rows_stride", "statistics", "statistics_stride", "slopes", "slopes_stride", "order", "outcome",
-    "outcome_stride", "count",
+    "outcome_stride", "factors", "count",
 )  # fmt: skip
 
 
@@ -44,9 +50,12 @@ def head_of(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @jit
-def base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def base_logit(x, bias, cols, inside, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """-> (b, v): b = v = x + bias, or b = tanh(v) with v = inner_scale · (x + bias)."""
     if HAS_BIAS:
+        other = None
+        if inside is not None:
+            other = 0.0
         x += tl.load(bias + cols, mask=inside, other=other).to(tl.float32)
     if HAS_SOFTCAP:
         v = x * inner_scale
@@ -57,114 +66,178 @@ def base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS: tl.constexpr
 
 @jit
 def load_base(
-    row, column_stride, vocab, bias, inner_scale, cols,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    row, column_stride, bias, inner_scale, start, inside,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(b, v) of a block of columns, in fp32, as in `base_logit`; MASKED where some lie beyond the vocabulary."""
-    inside = None
+    """(b, v) of the columns from `start` on, in fp32, as in `base_logit`. `inside`: which of them are there, b is -inf
+    elsewhere; None where all are.
+    """
+    lanes = tl.arange(0, BLOCK)
     other = None
-    if MASKED:
-        inside = cols < vocab
-        other = 0.0
-    x = tl.load(row + cols.to(tl.int64) * column_stride, mask=inside, other=other).to(tl.float32)
-    return base_logit(x, bias, cols, inside, other, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    if inside is not None:
+        other = float("-inf")
+    # first a pointer to the block, one for all threads, then each thread's place: the fewest instructions
+    start = tl.cast(start, tl.int64)
+    x = tl.load(row + start * column_stride + lanes.to(tl.int64) * column_stride, mask=inside, other=other)
+    b, v = base_logit(x.to(tl.float32), bias, start + lanes, inside, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    if HAS_SOFTCAP:
+        if inside is not None:
+            b = tl.where(inside, b, float("-inf"))
+    return b, v
 
 
 @jit
-def reduce_block(
-    row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, start, LOWEST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+def add_block(
+    row, column_stride, vocab, bias, target, inner_scale, factor2, reference, sums, out, start,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of columns to the lanes' (max b, Σ 2^q, Σ 2^q q)."""
-    lane_max, lane_sum, lane_moment = lanes
-    cols = start + tl.arange(0, BLOCK)
-    b, _ = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    left_out = (b < LOWEST) | (cols == target)  # a NaN passes
-    if MASKED:
-        left_out |= cols >= vocab
-    b = tl.where(left_out, LOWEST, b)
-    step = (b - lane_max) * factor2
-    decay = tl.exp2(-tl.abs(step))
-    rises = step > 0
-    lane_moment = tl.where(rises, (lane_moment - lane_sum * step) * decay, lane_moment + decay * step)
-    lane_sum = tl.where(rises, lane_sum * decay + 1, lane_sum + decay)
-    return tl.where(rises, b, lane_max), lane_sum, lane_moment
+    """Add a block of columns to the (Σ 2^q, Σ 2^q q), q = factor2 · (b - reference), without the target's; with
+    STORE, 2^q times the slope of a soft-cap goes to `out`. Only a block at an EDGE may hold the target, whose place
+    becomes 0, or columns beyond the vocabulary.
+    """
+    LOWEST: tl.constexpr = -1.0e20  # a banned token's q is -inf, and 0 · -inf would be NaN
+    lane_sum, lane_moment = sums
+    lanes = tl.arange(0, BLOCK)
+    cols = start + lanes
+    inside = None
+    if EDGE:
+        inside = (cols < vocab) & (cols != target)
+    b, v = load_base(row, column_stride, bias, inner_scale, start, inside, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+    q = (b - reference) * factor2
+    e = tl.exp2(q)
+    if STORE:
+        stored = e
+        if HAS_SOFTCAP:
+            stored *= tanh_slope_twin(v)
+        if EDGE:
+            tl.store(out + cols, stored.to(out.dtype.element_ty), mask=cols < vocab)
+        else:
+            tl.store(out + start + lanes, stored.to(out.dtype.element_ty))
+    return add_pairs(lane_sum, e, BLOCK), add_pairs(lane_moment, e * tl.maximum(q, LOWEST), BLOCK)
+
+
+@jit
+def add_pairs(lanes, values, BLOCK: tl.constexpr):
+    """lanes + values, a lane to each element or to each pair: a thread has 16 elements of 16 bits, and no registers for
+    as many lanes.
+    """
+    if lanes.shape[0] < BLOCK:
+        values = tl.sum(tl.reshape(values, [BLOCK // 2, 2]), 1)
+    return lanes + values
+
+
+@jit
+def sum_others(
+    row, column_stride, vocab, bias, target, inner_scale, factor2, reference, out,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One read of the row -> (Σ 2^q, Σ 2^q q) over the tokens other than the target; see `add_block`.
+
+    The target's block comes first and apart, so that no other element is compared with it, and so does the rest of a
+    vocabulary that is no multiple of a block: unmasked, loads and stores are 16 bytes wide for any vocabulary.
+    """
+    LANES: tl.constexpr = BLOCK if row.dtype.element_ty.primitive_bitwidth == 32 else BLOCK // 2
+    sums = (tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32))
+    whole = vocab // BLOCK * BLOCK
+    apart = target // BLOCK * BLOCK
+    sums = add_block(
+        row, column_stride, vocab, bias, target, inner_scale, factor2, reference, sums, out, apart,
+        HAS_BIAS, HAS_SOFTCAP, STORE, True, BLOCK,
+    )  # fmt: skip
+    if apart < whole:
+        if whole < vocab:
+            sums = add_block(
+                row, column_stride, vocab, bias, target, inner_scale, factor2, reference, sums, out, whole,
+                HAS_BIAS, HAS_SOFTCAP, STORE, True, BLOCK,
+            )  # fmt: skip
+        whole -= BLOCK
+    for i in range(0, whole, BLOCK):
+        start = tl.where(i < apart, i, i + BLOCK)
+        sums = add_block(
+            row, column_stride, vocab, bias, target, inner_scale, factor2, reference, sums, out, start,
+            HAS_BIAS, HAS_SOFTCAP, STORE, False, BLOCK,
+        )  # fmt: skip
+    lane_sum, lane_moment = sums
+    return tl.sum(lane_sum, 0), tl.sum(lane_moment, 0)
+
+
+@jit
+def largest_of(
+    row, column_stride, vocab, bias, inner_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """max b of the row; NaN where one of them is."""
+    lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        b, _ = load_base(row, column_stride, bias, inner_scale, start, None, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        lane_max = tl.maximum(lane_max, b, propagate_nan=tl.PropagateNan.ALL)
+    if whole < vocab:
+        inside = whole + tl.arange(0, BLOCK) < vocab
+        b, _ = load_base(row, column_stride, bias, inner_scale, whole, inside, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        lane_max = tl.maximum(lane_max, b, propagate_nan=tl.PropagateNan.ALL)
+    poisoned = tl.max((lane_max != lane_max).to(tl.int32), 0)
+    return tl.where(poisoned > 0, float("nan"), tl.max(lane_max, 0))
 
 
 @jit
 def reduce_row(
-    row, column_stride, vocab, bias, target, head,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    row, column_stride, vocab, bias, target, old, head, out,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CLOSE: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, max b, Σ, 1 - p_y, q̄, lse). A maximum per lane: one exp per element and no
-    barrier.
+    """One read of the row -> (logp, H, r, Σ, 1 - p_y, q̄, lse); with STORE, E goes to `out`, 0 at the target.
+
+    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. CLOSE: a slope of H is wanted, and the
+    smaller H, the more of its digits log Σ - q̄ would cancel unless Σ is near 1.
     """
-    LOWEST: tl.constexpr = -1.0e20  # finite: a lane that has seen only banned logits stays free of inf - inf
+    LARGEST_SUM: tl.constexpr = 4.0 if CLOSE else 1.1e12  # 2^40, whose inverse is far from the ends of bf16's range too
+    LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
     factor2 = factor / LN2
-    lane_max = tl.full([BLOCK], LOWEST, tl.float32)
-    lane_sum = tl.zeros([BLOCK], tl.float32)
-    lane_moment = tl.zeros([BLOCK], tl.float32)  # Σ 2^q q with q = factor2 · (b - lane_max)
-    whole = vocab // BLOCK * BLOCK  # unmasked, so that loads are 16 bytes wide for any vocabulary
-    lanes = (lane_max, lane_sum, lane_moment)
-    for start in range(0, whole, BLOCK):
-        lanes = reduce_block(
-            row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, start, LOWEST,
-            HAS_BIAS, HAS_SOFTCAP, False, BLOCK,
-        )  # fmt: skip
-    if whole < vocab:
-        lanes = reduce_block(
-            row, column_stride, vocab, bias, target, inner_scale, factor2, lanes, whole, LOWEST,
-            HAS_BIAS, HAS_SOFTCAP, True, BLOCK,
-        )  # fmt: skip
-    lane_max, lane_sum, lane_moment = lanes
-
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
-    x_y = tl.load(row + target * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    b_y, _ = base_logit(x_y, bias, target, in_range, 0.0, inner_scale, HAS_BIAS, HAS_SOFTCAP)
-    largest = tl.maximum(tl.max(lane_max, 0), b_y)
-    row_max = tl.where(largest > LOWEST, largest, float("nan"))  # every token banned
-    shift = (lane_max - row_max) * factor2
-    fade = tl.exp2(shift)
-    others = tl.sum(lane_sum * fade, 0)
-    q_y = (b_y - row_max) * factor
+    safe = tl.where(in_range, target, 0).to(tl.int32)
+    x_y = tl.load(row + safe.to(tl.int64) * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
+    b_y, _ = base_logit(x_y, bias, safe, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    guess = tl.where(old == old, tl.minimum(tl.maximum(old, -27.0), 0.0), 0.0)
+    reference = b_y - guess / factor
+    others, moment = sum_others(
+        row, column_stride, vocab, bias, safe, inner_scale, factor2, reference, out, HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK
+    )  # fmt: skip
+    total = others + tl.exp((b_y - reference) * factor)
+    # or NaN, from a target that is banned or a logit that is NaN or inf
+    if (total > LARGEST_SUM) | (total < 1 / LARGEST_SUM) | (total != total):
+        reference = largest_of(row, column_stride, vocab, bias, inner_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        tl.debug_barrier()  # the first E are stored
+        others, moment = sum_others(
+            row, column_stride, vocab, bias, safe, inner_scale, factor2, reference, out,
+            HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK,
+        )  # fmt: skip
+    q_y = tl.where(b_y == reference, 0.0, (b_y - reference) * factor)
     e_y = tl.exp(q_y)
     total = others + e_y
-    log_total = tl.where(q_y == 0, log1p(others), tl.log(total))
-    moment = tl.sum((lane_moment + lane_sum * shift) * fade, 0) * LN2 + e_y * tl.maximum(q_y, LOWEST)
-    mean = moment / total
+    log_total = tl.where(e_y > others, q_y + log1p(others / e_y), tl.log(total))
+    mean = (moment * LN2 + e_y * tl.maximum(q_y, LOWEST)) / total
     entropy = log_total - mean
     entropy = tl.where(entropy < 0, 0.0, entropy)  # rounding may leave -1e-8; a NaN passes
-    # without a NaN among them, -inf: another shard of the vocabulary may hold the row's tokens
-    banned = (largest <= LOWEST) & (b_y == b_y) & (tl.sum(lane_sum, 0) >= 0)
-    row_max = tl.where(banned, float("-inf"), row_max)
-    return q_y - log_total, entropy, row_max, total, others / total, mean, row_max * factor + log_total
+    logp = tl.where(e_y > others, -log1p(others / e_y), q_y - log_total)
+    return logp, entropy, reference, total, others / total, mean, reference * factor + log_total
 
 
 @jit
-def write_block(
-    row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a block of columns; zeros in [vocab, padded)."""
+def gradient_at(b, v, per_row, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+    """The gradient of tokens other than the target."""
+    LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
-    inner_scale, factor2, row_max, inv_total, mean, slope, entropy_slope, at_target = per_row
-    cols = start + tl.arange(0, BLOCK)
-    b, v = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    q = (b - row_max) * factor2
+    factor2, reference, inv_total, mean, slope, entropy_slope = per_row
+    q = (b - reference) * factor2
     p = tl.exp2(q) * inv_total
-    gradient = tl.where(cols == target, at_target, -slope * p)
+    gradient = -slope * p
     if HAS_ENTROPY:
         gradient -= entropy_slope * p * (tl.maximum(q, LOWEST) * LN2 - mean)
     if HAS_SOFTCAP:
         gradient *= tanh_slope_twin(v)
-    if MASKED:
-        gradient = tl.where(cols < vocab, gradient, 0.0)
-        tl.store(out + cols, gradient.to(out.dtype.element_ty), mask=cols < padded)
-    else:
-        tl.store(out + cols, gradient.to(out.dtype.element_ty))
+    return gradient
 
 
 @jit
@@ -174,31 +247,42 @@ def write_gradient(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second read and the only write: out may be the row itself where element sizes agree. `statistics` are
-    (logp, max b, Σ, 1 - p_y, q̄), `slopes` those of logp, lse and H (`Slope`).
+    (logp, reference, Σ, 1 - p_y, q̄), `slopes` those of logp, lse and H (`Slope`). Zeros in [vocab, padded).
     """
-    LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, chain = head
-    logp, row_max, total, miss, mean = statistics
+    logp, reference, total, miss, mean = statistics
     slope, z_slope, entropy_slope = slopes
     slope *= chain
+    entropy_slope *= chain
     at_target = slope * miss
     if HAS_Z_LOSS:  # z_slope · p is slope · (onehot - p) with -z_slope, and z_slope more at the target
         z_slope *= chain
         at_target += z_slope * tl.exp(logp)
         slope -= z_slope
-    per_row = (inner_scale, factor / LN2, row_max, 1 / total, mean, slope, entropy_slope * chain, at_target)
+    # of a sharded head the target may be elsewhere
+    in_range = (target >= 0) & (target < vocab)
+    x_y = tl.load(row + tl.where(in_range, target, 0) * column_stride).to(tl.float32)
+    b_y, v_y = base_logit(x_y, bias, target, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    of_entropy = (factor / LN2, reference, 1 / total, mean, 0.0, entropy_slope)
+    if HAS_SOFTCAP:
+        at_target *= tanh_slope_twin(v_y)
+    if HAS_ENTROPY:
+        at_target += gradient_at(b_y, v_y, of_entropy, HAS_SOFTCAP, True)
+    per_row = (factor / LN2, reference, 1 / total, mean, slope, entropy_slope)
+    tl.debug_barrier()  # every thread has read the target's logit, which may be overwritten
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        write_block(
-            row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, False, BLOCK,
-        )  # fmt: skip
+        b, v = load_base(row, column_stride, bias, inner_scale, start, None, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        gradient = gradient_at(b, v, per_row, HAS_SOFTCAP, HAS_ENTROPY)
+        tl.store(out + start + tl.arange(0, BLOCK), gradient.to(out.dtype.element_ty))
     for start in range(whole, padded, BLOCK):
-        write_block(
-            row, column_stride, vocab, bias, target, per_row, out, padded, start, LOWEST,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, True, BLOCK,
-        )  # fmt: skip
+        cols = start + tl.arange(0, BLOCK)
+        b, v = load_base(row, column_stride, bias, inner_scale, start, cols < vocab, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        gradient = tl.where(cols < vocab, gradient_at(b, v, per_row, HAS_SOFTCAP, HAS_ENTROPY), 0.0)
+        tl.store(out + cols, gradient.to(out.dtype.element_ty), mask=cols < padded)
+    tl.debug_barrier()
+    tl.store(out + target, at_target.to(out.dtype.element_ty), mask=in_range)
 
 
 @jit
@@ -227,13 +311,13 @@ def statistics_kernel(
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, row_max, total, miss, mean, lse = reduce_row(
-            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), head,
-            HAS_BIAS, HAS_SOFTCAP, BLOCK,
+        logp, entropy, reference, total, miss, mean, lse = reduce_row(
+            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), tl.load(rows), head, None,
+            HAS_BIAS, HAS_SOFTCAP, True, False, BLOCK,
         )  # fmt: skip
         tl.store(statistics, logp)
         tl.store(statistics + statistics_stride, entropy)
-        tl.store(statistics + 2 * statistics_stride, row_max)
+        tl.store(statistics + 2 * statistics_stride, reference)
         tl.store(statistics + 3 * statistics_stride, total)
         tl.store(statistics + 4 * statistics_stride, miss)
         tl.store(statistics + 5 * statistics_stride, mean)
@@ -359,32 +443,44 @@ def losses_kernel(
         tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
 
 
+# what `policy_kernel` writes of a row beside its outcome
+WRITE_NOTHING, WRITE_GRADIENT, WRITE_FACTORED = 0, 1, 2
+
+
 @row_jit
 def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    outcome, outcome_stride, out, out_stride, padded, hyper, kl_cap,
+    outcome, outcome_stride, out, out_stride, padded, factors, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`), with WRITE out [N, padded].
+    """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`).
 
-    OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
+    WRITE 1: the gradient, out [N, padded], by a second read. WRITE 2, by the first read, without an entropy bonus or a
+    z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is. A row that is not
+    ACTIVE gets zeros. OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
     """
+    FACTORED: tl.constexpr = WRITE == 2
     t = tl.program_id(0).to(tl.int64)
     rows += t
     outcome += t
     kind = tl.load(rows + 7 * rows_stride)
+    out += t * out_stride
     if kind < 1:
         for field in tl.static_range(5):
             tl.store(outcome + field * outcome_stride, 0.0)
+        if FACTORED:
+            tl.store(factors + t, 0.0)
         if WRITE:
-            write_zeros(out + t * out_stride, padded, BLOCK)
+            write_zeros(out, padded, BLOCK)
     else:
         target = tl.load(targets + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, row_max, total, miss, mean, lse = reduce_row(
-            logits + t * row_stride, column_stride, vocab, bias, target, head, HAS_BIAS, HAS_SOFTCAP, BLOCK
+        row = logits + t * row_stride
+        logp, entropy, reference, total, miss, mean, lse = reduce_row(
+            row, column_stride, vocab, bias, target, tl.load(rows), head, out,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, FACTORED, BLOCK,
         )  # fmt: skip
         loss, slopes, policy_slope = row_loss(
             rows, rows_stride, None, logp, entropy, lse, hyper, kl_cap,
@@ -395,13 +491,28 @@ def policy_kernel(
         tl.store(outcome + 2 * outcome_stride, lse)
         tl.store(outcome + 3 * outcome_stride, loss)
         tl.store(outcome + 4 * outcome_stride, policy_slope)
-        if WRITE:
+        if FACTORED:
+            inner_scale, _, chain = head
+            slope, _, _ = slopes
+            tl.store(factors + t, tl.where(kind < 2, 0.0, -slope * chain / total))
+            tl.debug_barrier()
             if kind < 2:
-                write_zeros(out + t * out_stride, padded, BLOCK)
+                write_zeros(out, padded, BLOCK)
+            else:
+                at_target = -miss * total
+                in_range = (target >= 0) & (target < vocab)
+                if HAS_SOFTCAP:
+                    x_y = tl.load(row + target * column_stride, mask=in_range, other=0.0).to(tl.float32)
+                    _, v_y = base_logit(x_y, bias, target, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+                    at_target *= tanh_slope_twin(v_y)
+                tl.store(out + target, at_target.to(out.dtype.element_ty), mask=in_range)
+        elif WRITE:
+            if kind < 2:
+                write_zeros(out, padded, BLOCK)
             else:
                 write_gradient(
-                    logits + t * row_stride, column_stride, vocab, bias, target, head,
-                    (logp, row_max, total, miss, mean), slopes, out + t * out_stride, padded,
+                    row, column_stride, vocab, bias, target, head,
+                    (logp, reference, total, miss, mean), slopes, out, padded,
                     HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
                 )  # fmt: skip
 

@@ -136,12 +136,18 @@ class TritonRows:
                 )  # fmt: skip
         return outcome, slopes
 
-    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None) -> Tensor:
+    def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
+        one_read = self.fuses(terms) and not (terms.entropy_bonus or terms.z_loss)
+        return one_read and (logits, dlogits) == (torch.float32, torch.bfloat16)
+
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
         written = outcome if out is None else out  # without `out` nothing is written, and logits may have any strides
+        write = kernels.WRITE_NOTHING if out is None else kernels.WRITE_GRADIENT
         self._launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
-            terms.objective.hyper, terms.kl_cap, **_twins(terms), WRITE=out is not None,
+            factors, terms.objective.hyper, terms.kl_cap, **_twins(terms),
+            WRITE=write if factors is None else kernels.WRITE_FACTORED,
         )  # fmt: skip
         return outcome
 
@@ -198,7 +204,7 @@ class TritonRows:
             kernel[(count,)](
                 logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),
                 targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, **tile.launch_options(), **LAUNCH_OPTIONS,
             )  # fmt: skip
 
 

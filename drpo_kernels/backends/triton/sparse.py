@@ -25,14 +25,15 @@ def select_block(
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Append a block's candidates, p >= floor, behind those found; -> (found, mass of the rest)."""
-    inner_scale, factor2, row_max, inv_others, floor = per_row
+    inner_scale, factor2, reference, inv_others, floor = per_row
     found, outside = state
     cols = start + tl.arange(0, BLOCK)
-    b, _ = load_base(row, column_stride, vocab, bias, inner_scale, cols, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    share = tl.exp2((b - row_max) * factor2) * inv_others
-    share = tl.where(cols == target, 0.0, share)
+    inside = None
     if MASKED:
-        share = tl.where(cols < vocab, share, 0.0)
+        inside = cols < vocab
+    b, _ = load_base(row, column_stride, bias, inner_scale, start, inside, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+    share = tl.exp2((b - reference) * factor2) * inv_others
+    share = tl.where(cols == target, 0.0, share)
     candidate = share >= floor
     outside += tl.sum(tl.where(candidate, 0.0, share), 0)
     count = tl.sum(candidate.to(tl.int32), 0)
@@ -67,11 +68,11 @@ def select_kernel(
     tl.store(counts + t, tl.where(active, -1, 0))
     if active:
         inner_scale, factor, _ = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        row_max = tl.load(statistics + 2 * statistics_stride)
+        reference = tl.load(statistics + 2 * statistics_stride)
         miss = tl.load(statistics + 4 * statistics_stride)
         others = tl.load(statistics + 3 * statistics_stride) * miss
         floor = tolerance / (2 * limit)
-        per_row = (inner_scale, factor / 0.6931471805599453, row_max, 1 / tl.maximum(others, LEAST_OTHERS), floor)
+        per_row = (inner_scale, factor / 0.6931471805599453, reference, 1 / tl.maximum(others, LEAST_OTHERS), floor)
         row = logits + t * row_stride
         target = tl.load(targets + t)
         # H(p_y), whose second term is miss, and no more, where 1 - miss would round

@@ -1,6 +1,6 @@
 """Tile choice: pure functions of the row's width, the element sizes and the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drpo_kernels.backends.devices import DeviceProperties
 
@@ -10,10 +10,17 @@ HOPPER_SHARED_MEMORY = 200 * 1024
 
 @dataclass(frozen=True)
 class RowTile:
-    """`block` logits per loop iteration of one row's program, by `num_warps` warps."""
+    """`block` logits per loop iteration of one row's program, by `num_warps` warps; `registers`: at most so many to a
+    thread, where the compiler is told.
+    """
 
     block: int
     num_warps: int
+    registers: int | None = None
+
+    def launch_options(self) -> dict[str, int]:
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps} | limit
 
 
 def row_tile(
@@ -24,17 +31,20 @@ def row_tile(
     Several rows share a multiprocessor, where one row's loads hide another's reductions. On an H200 512 threads are
     best: rows of 152k fp32 logits go at 2.28 TB/s, with 256 threads at 2.14 and with 1024 at 2.22; bf16 ones at 2.04,
     1.90 and 1.70 (one read and one write counted, docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
+    Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64: the compiler would take
+    up to 116 for 16-bit logits.
     """
+    hopper = device.shared_memory_bytes >= HOPPER_SHARED_MEMORY
     if threads is None:
-        threads = 512 if device.shared_memory_bytes >= HOPPER_SHARED_MEMORY else 256
+        threads = 512 if hopper else 256
     elements = bytes_per_thread // itemsize
     block = max(16, min(1 << (max(vocab, 1) - 1).bit_length(), threads * elements))
-    return RowTile(block, max(1, block // (elements * device.warp_size)))
+    return RowTile(block, max(1, block // (elements * device.warp_size)), 64 if hopper and itemsize == 2 else None)
 
 
 def select_tile(vocab: int, itemsize: int, device: DeviceProperties) -> RowTile:
     """One 16-byte load to a thread: a scan over the block takes the registers of the second."""
-    return row_tile(vocab, itemsize, device, bytes_per_thread=16)
+    return replace(row_tile(vocab, itemsize, device, bytes_per_thread=16), registers=None)
 
 
 def entry_capacity(limit: int) -> int:
