@@ -6,8 +6,8 @@ exact       float64 gradients, verdicts        measure          the one measurin
 memory      peaks                              timing           interleaved samples in one process
 provenance  device, versions, commit           speed_tables, speed_plots   what the report writes and draws
 
-`python -m benchmarks.device` is everything that only a GPU can tell, in three sittings: device_parts, device_measures,
-tiles and one_read measure, bars and device_summary judge, device_results reads it back; gpu_page, gpu_findings and
+`python -m benchmarks.device` is everything that only a GPU can tell, in three sittings: device_parts, device_measures
+and tiles measure, bars and device_summary judge, device_results reads it back; gpu_page, gpu_findings and
 gpu_plots make pages of it. `python -m benchmarks.roofline` predicts what is not measured; `python -m
 benchmarks.stability` trains.
 

@@ -138,19 +138,19 @@ def _row_table(kernels: dict[str, list[Record]]) -> Iterator[str]:
 
 
 def one_read(run: Run) -> Iterator[str]:
-    """A chunk of the linear path: the kernel that was in use against the candidate."""
+    """A chunk of the linear path: the kernel that reads a logit twice against the one that reads it once."""
     kernels = row_kernels(run, "float32")
-    in_use = [record for record in kernels.get(TWO_READS, []) if record["chosen"]]
-    if not in_use or not kernels.get(ONE_READ) or not kernels.get(COPY):
+    if not all(kernels.get(name) for name in (TWO_READS, ONE_READ, COPY)):
         return
-    now, best, copy = in_use[-1], max(kernels[ONE_READ], key=lambda r: r["TB/s"]), kernels[COPY][-1]
-    shares = [record["TB/s"] / copy["TB/s"] for record in (now, best)]
+    twice, once = (max(kernels[name], key=lambda r: r["TB/s"]) for name in (TWO_READS, ONE_READ))
+    copy = kernels[COPY][-1]["TB/s"]
+    in_use = "once" if any(record["chosen"] for record in kernels[ONE_READ]) else "twice"
     yield (
-        "On {rows} rows of {vocab} float32 logits with bf16 gradients, ".format(**now["shape"])
-        + f"the kernel in use at that commit, which reads a logit twice, moves {now['TB/s']:.2f} TB/s, {shares[0]:.0%} "
-        f"of a copy's {copy['TB/s']:.2f}, one read and one write counted. The candidate that reads once "
-        f"(`benchmarks/one_read.py`) moves {best['TB/s']:.2f} ({shares[1]:.0%}) at {threads(best)} threads to a row, "
-        f"{times(now['median_s'] / best['median_s'])} as fast."
+        "On {rows} rows of {vocab} float32 logits with bf16 gradients, ".format(**once["shape"])
+        + f"the kernel that reads a logit twice moves {twice['TB/s']:.2f} TB/s at best, {twice['TB/s'] / copy:.0%} of "
+        f"a copy's {copy:.2f}, one read and one write counted, and the one that reads it once {once['TB/s']:.2f} "
+        f"({once['TB/s'] / copy:.0%}) at {threads(once)} threads to a row: "
+        f"{times(twice['median_s'] / once['median_s'])} as fast. At that commit the one that reads {in_use} was in use."
     )
     yield from _row_table(kernels)
 

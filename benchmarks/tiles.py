@@ -1,8 +1,8 @@
 """The row kernels by themselves, beside a copy of the same logits: TB/s at the tiles that a GPU may want.
 
-A chunk of the linear path (float32 logits, bf16 gradients beside them) and ready bf16 logits, over which their gradient
-is written; for the first also the candidate that reads a logit once. What a call launches around its kernel is not
-here.
+A chunk of the linear path (float32 logits, bf16 gradients beside them), by the kernel that reads a logit once and
+leaves a factor per row, and by the one that reads it twice; and ready bf16 logits, over which their gradient is
+written. What a call launches around its kernel is not here.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def measure(device: torch.device, rehearse: bool, deadline: float) -> Iterator[R
         failed = {key: reason for key, launch in launches.items() if (reason := _fails(launch))}
         working = {key: launch for key, launch in launches.items() if key not in failed}
         seconds = interleaved_seconds(working, 1 if rehearse else ROUNDS, lambda: None, clock(device), deadline)
+        in_use = ONE_READ if any(kernel == ONE_READ for kernel, _ in launches) else TWO_READS
         for kernel, tile in launches:
             samples = seconds.get((kernel, tile))
             median = statistics.median(samples) if samples else None
@@ -53,7 +54,7 @@ def measure(device: torch.device, rehearse: bool, deadline: float) -> Iterator[R
             yield {
                 "row_kernel": kernel,
                 "tile": tile and dataclasses.asdict(tile),
-                "chosen": kernel == TWO_READS and tile == row_tile(vocab, source.itemsize, properties),
+                "chosen": kernel == in_use and tile == row_tile(vocab, source.itemsize, properties),
                 "logits": str(source).removeprefix("torch."),
                 "shape": {"rows": count, "vocab": vocab},
                 "status": failed.get((kernel, tile), "ok" if median else "not run: time budget"),
@@ -64,17 +65,17 @@ def measure(device: torch.device, rehearse: bool, deadline: float) -> Iterator[R
 
 def _launches(batch: RowBatch, target: torch.dtype, tiles: Iterable[RowTile]) -> dict[tuple, Callable]:
     """By kernel and tile; the gradient goes over the logits where it has their dtype."""
-    from benchmarks.one_read import one_read
     from drpo_kernels.backends.triton.launch import TritonRows
 
     in_place = batch.logits.dtype == target
     out = batch.logits if in_place else torch.empty_like(batch.logits, dtype=target)
-    copied = torch.empty_like(batch.logits)
+    copied, factors = torch.empty_like(batch.logits), torch.empty_like(batch.rows[0])
     launches: dict[tuple, Callable] = {(COPY, None): partial(copied.copy_, batch.logits)}
     for tile in tiles:
-        launches[TWO_READS, tile] = partial(TritonRows(tile).policy, batch, Terms(OBJECTIVE), out)
-        if not in_place:
-            launches[ONE_READ, tile] = partial(one_read, batch, out, tile)
+        ops, terms = TritonRows(tile), Terms(OBJECTIVE)
+        launches[TWO_READS, tile] = partial(ops.policy, batch, terms, out)
+        if ops.factors(terms, batch.logits.dtype, target):
+            launches[ONE_READ, tile] = partial(ops.policy, batch, terms, out, factors)
     return launches
 
 
