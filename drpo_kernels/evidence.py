@@ -5,7 +5,7 @@ beside it, in Triton. `mismatch` says what they mean together.
 import torch
 from torch import Tensor
 
-from drpo_kernels.reductions import PREFIX, Metric, add, larger, largest, mean, reduced
+from drpo_kernels.reductions import Metric, add, larger, largest, mean, reduced
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import jit, tl
 
@@ -87,12 +87,11 @@ def evidence_metrics(
         "repeated_share": (unsure & has_before & (m == before) & (m != 0)).to(p.dtype),
         "advantage_sign": sign,
         "toward_advantage": log_ratio.clamp(-1, 1) * sign,
+        "logsumexp_max": logsumexp,
+        "logsumexp_min": logsumexp,
     }
-    # one reduction for all of them: a graph, and PyTorch outside of one, would else take several operations for each
-    means = torch.where(computed, torch.stack(list(values.values())), 0).sum(1) / computed.sum().clamp(min=1)
-    found = {PREFIX + EVIDENCE + name: means[i].detach() for i, name in enumerate(values)}
-    extremes = {name: kind for name, kind in EVIDENCE_METRICS.items() if kind.how != "mean"}
-    return found | reduced(extremes, dict.fromkeys(extremes, logsumexp), {"computed": computed})
+    values = {EVIDENCE + name: value for name, value in values.items()}
+    return reduced(EVIDENCE_METRICS, values, {"computed": computed})
 
 
 @jit

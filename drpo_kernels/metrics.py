@@ -94,10 +94,11 @@ def policy_metrics(
                          mean and extreme is over, so that batches and ranks combine (`distributed.reduce_metrics`)
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
+    log_ratio, shift = tokens.log_ratio, tokens.prob_shift.abs()
+    ratio = log_ratio.exp()
     weighted = computed & (advantages != 0)
-    weight = -slope / torch.where(weighted, advantages * tokens.ratio, 1)
-    shift = tokens.prob_shift.abs()
-    beyond = (weight <= 0) & (advantages * tokens.log_ratio > 0)
+    weight = -slope / torch.where(weighted, advantages * ratio, 1)
+    beyond = (weight <= 0) & (advantages * log_ratio > 0)
     clipped = torch.zeros_like(weighted)
     if objective.clips:
         # a sequence's ratio is not its tokens', so only a gradient of exactly 0 tells
@@ -106,10 +107,10 @@ def policy_metrics(
     flags = {"tokens": valid, "computed": computed, "weighted": weighted, "nonfinite": nonfinite}
     flags |= {"unscorable": unscorable, "sentinels": sentinels}
     values = flags | {
-        "ratio_mean": tokens.ratio,
-        "ratio_max": tokens.ratio,
-        "kl_k1": -tokens.log_ratio,
-        "kl_k3": tokens.ratio_minus_one - tokens.log_ratio,
+        "ratio_mean": ratio,
+        "ratio_max": ratio,
+        "kl_k1": -log_ratio,
+        "kl_k3": log_ratio.expm1() - log_ratio,
         "prob_shift_mean": shift,
         "prob_shift_max": shift,
         "weight_mean": weight,
@@ -120,7 +121,7 @@ def policy_metrics(
         "entropy_mean": entropy,
         "logprob_mean": logprobs,
         "old_logprob_max": old_logprobs,
-        "far_below_share": (tokens.log_ratio < -FAR_BELOW).to(weight.dtype),
+        "far_below_share": (log_ratio < -FAR_BELOW).to(weight.dtype),
         "zero_old_share": ((old_logprobs == 0) & (logprobs < -FAR_BELOW_ONE)).to(weight.dtype),
         "active_share": computed.to(weight.dtype),
     }

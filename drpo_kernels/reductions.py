@@ -21,32 +21,37 @@ class Metric(NamedTuple):
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    return torch.where(counts > 0, values * counts, 0).sum() / counts.sum().clamp(min=1)
+    return torch.where(counts > 0, values * counts, 0).sum(-1) / counts.sum(-1).clamp(min=1)
 
 
 def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
     if not values.numel():
-        return values.new_zeros(())
+        return values.new_zeros(values.shape[:-1])
     bound = torch.where(counts > 0, values, -torch.inf if largest else torch.inf)
-    bound = bound.amax() if largest else bound.amin()
-    return torch.where((counts > 0).any(), bound, 0)
+    bound = bound.amax(-1) if largest else bound.amin(-1)
+    return torch.where((counts > 0).any(-1), bound, 0)
 
 
-# (values [M], how many rows each stands for [M]) -> 0-d; what stands for no row may be anything
+# (values [..., M], how many rows each stands for [..., M]) -> [...]; what stands for no row may be anything
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,
     "max": lambda values, counts: _extreme(values, counts, largest=True),
     "min": lambda values, counts: _extreme(values, counts, largest=False),
-    "sum": lambda values, counts: values.sum(),
+    "sum": lambda values, counts: values.sum(-1),
 }
 
 
 def reduced(
     metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    return {
-        PREFIX + name: REDUCE[how](values[name], flags[count]).detach() for name, (how, count) in metrics.items()
-    }
+    """Values and flags [N] under the metrics' names, 0-d results: one reduction for all metrics of a kind."""
+    found = {}
+    for how in dict.fromkeys(metric.how for metric in metrics.values()):
+        names = [name for name, metric in metrics.items() if metric.how == how]
+        counted = torch.stack([flags[metrics[name].count] for name in names])
+        results = REDUCE[how](torch.stack([values[name] for name in names]), counted)
+        found |= {name: results[i].data for i, name in enumerate(names)}
+    return {PREFIX + name: found[name] for name in metrics}
 
 
 @jit

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul, row_ops
 from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.backends.sweep import LinearSweep
 from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.kl import kl_term
 from drpo_kernels.metrics import policy_metrics
@@ -23,8 +24,9 @@ FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
     "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
-# forward and backward with defaults: 30, of them three products, three row kernels, one of metrics
-MOST, MOST_A_CHUNK = 32, 5
+# forward and backward with defaults, among them three products, four kernels and the two that factors of rows take; and
+# what a further chunk, which is also a window of its own, adds
+MOST, MOST_A_CHUNK = 34, 7
 
 
 class Launches(TorchDispatchMode):
@@ -90,6 +92,20 @@ def test_a_chunk_launches_little(like_a_gpu):
     one, many = launches(6 * 128), launches(6 * 128, workspace_bytes=128 * 64 * 8 + 1)
     further = many.count("zeros") - one.count("zeros")  # row kernels, which the fixture replaces
     assert further >= 3 and len(many) - len(one) <= MOST_A_CHUNK * further, many
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
+def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
+    """It is idle from the count's read-back to the first product: nothing is launched between."""
+    count_rows = LinearSweep._order
+
+    def counted(self, *arguments):
+        count_rows(self, *arguments)
+        torch.eye(1)  # a call that nothing else makes
+
+    monkeypatch.setattr(LinearSweep, "_order", counted)
+    found = launches(300)
+    assert found[found.index("eye") + 1] == "fill_", found  # the product, which the fixture replaces
 
 
 @pytest.mark.parametrize("poison", [None, "logprob", "entropy", "slope"])

@@ -282,9 +282,14 @@ class LinearSweep:
         direct = not sums and gradient.dtype in self.matmul.hidden_gradient_dtypes
         direct &= factors is None or gradient.dtype == accumulator
 
-        def place(rows: slice | Tensor, dx: Tensor, complete_sum: Callable[[], object]) -> None:
+        def place(rows: slice | Tensor, dx: Tensor, factors: Tensor | None, complete_sum: Callable[[], object]) -> None:
             complete_sum()
-            gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
+            if factors is None:
+                gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
+            elif self.index is None:
+                torch.mul(dx, factors, out=gradient[rows])
+            else:
+                gradient[self.index[rows]] = dx.mul_(factors).to(gradient.dtype)
 
         complete = _nothing
         ranged = isinstance(window, slice)
@@ -296,8 +301,9 @@ class LinearSweep:
             rows = slice(window.start + piece.start, window.start + piece.stop) if ranged else window[piece]
             dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
-            self._hidden_gradient(dlogits[piece], dx, undo, None if factors is None else factors[piece])
-            complete = partial(place, rows, dx, start_sum(dx, self.shard.group) if sums else _nothing)
+            self._hidden_gradient(dlogits[piece], dx, undo)
+            part = None if factors is None else factors[piece]
+            complete = partial(place, rows, dx, part, start_sum(dx, self.shard.group) if sums else _nothing)
         return complete
 
     def _hidden_gradient(self, dlogits: Tensor, out: Tensor, *factors: Tensor | None) -> None:
