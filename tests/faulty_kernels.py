@@ -1,9 +1,9 @@
-"""Kernels that move memory as they should not, for the tests of `python -m drpo_kernels compile`; and one that does."""
+"""Kernels that move or compute too much, for the tests of `python -m drpo_kernels compile`; and one that does not."""
 
 import triton
 import triton.language as tl
 
-from drpo_kernels.backends.triton.aot import Expected, KernelCase
+from drpo_kernels.backends.triton.aot import Bounds, Expected, KernelCase
 
 
 @triton.jit
@@ -23,18 +23,31 @@ def _row_sum(x, again, out, n, TWICE: tl.constexpr, MASKED: tl.constexpr, BLOCK:
     tl.store(out + lanes, total)
 
 
-def _case(name: str, twice: bool = False, masked: bool = False) -> list[KernelCase]:
+def _case(name: str, twice: bool = False, masked: bool = False, bounds: Bounds | None = None) -> list[KernelCase]:
     signature = {"x": "*fp32", "again": "*fp32", "out": "*fp32", "n": "i32"}
     signature |= dict.fromkeys(("TWICE", "MASKED", "BLOCK"), "constexpr")
     values = {"TWICE": twice, "MASKED": masked, "BLOCK": 1024}
     # 8 elements of 4 bytes to each of 128 threads, 4 to each of 256
-    expected = {"sm_": Expected(128, 128, 32), "gfx": Expected(128, 128, 16)}
+    loaded = {"sm_": 32, "gfx": 16}
     pointers = ("x", "again", "out")
     return [
-        KernelCase(name, _row_sum, signature, values, pointers, targets=(vendor,), expected=expected[vendor])
-        for vendor in expected
+        KernelCase(
+            name,
+            _row_sum,
+            signature,
+            values,
+            pointers,
+            targets=(vendor,),
+            expected=Expected(128, 128, loop_load_bytes, element_bytes=4, bounds=bounds),
+        )
+        for vendor, loop_load_bytes in loaded.items()
     ]
 
 
 def cases() -> list[KernelCase]:
-    return [*_case("right"), *_case("twice", twice=True), *_case("narrow", masked=True)]
+    return [
+        *_case("right", bounds=Bounds(reading=60, special=5, registers=64)),
+        *_case("twice", twice=True),
+        *_case("narrow", masked=True),
+        *_case("slow", bounds=Bounds(reading=1, special=1, registers=8)),
+    ]

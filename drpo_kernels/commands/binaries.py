@@ -22,7 +22,7 @@ from drpo_kernels.backends.devices import ARCHITECTURES
 from drpo_kernels.commands.loops import Instruction, Loop, amdgcn, innermost_loops, sass
 
 if TYPE_CHECKING:
-    from drpo_kernels.backends.triton.aot import Expected, KernelCase
+    from drpo_kernels.backends.triton.aot import Bounds, Expected, KernelCase
 
 # status -> what so many kernels do
 FAULTS = {
@@ -30,6 +30,9 @@ FAULTS = {
     "SHARED": "ask for more shared memory than there is",
     "NARROW": "access memory in small pieces",
     "RELOADS": "load an element twice",
+    "SLOW": "take too many instructions for an element",
+    "SPECIAL": "take too many special-function ones",
+    "REGISTERS": "take too many registers",
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -62,12 +65,24 @@ class CompiledKernel:
     target: str
     seconds: float
     usage: Usage = Usage()
+    element_bytes: int = 0  # of what a row kernel loads for one element; 0: no row kernel
     error: str | None = None
     faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
         return "FAILED" if self.error else next(iter(self.faults), "ok")
+
+    @property
+    def per_element(self) -> tuple[float, float] | None:
+        """(instructions, special-function ones) for an element in the costliest whole loop of a row kernel."""
+        return max(whole_loops(self.usage, self.element_bytes).values(), default=None)
+
+
+def whole_loops(usage: Usage, element_bytes: int) -> dict[Loop, tuple[float, float]]:
+    """A row kernel's loops over whole blocks, hence without a mask, and what each takes for an element."""
+    costs = {loop: loop.per_element(element_bytes) for loop in usage.loops if not loop.masked}
+    return {loop: cost for loop, cost in costs.items() if cost is not None}
 
 
 def compile_case(case: KernelCase, target: str) -> CompiledKernel:
@@ -82,8 +97,9 @@ def compile_case(case: KernelCase, target: str) -> CompiledKernel:
         reason = f"{type(error).__name__}: {error}" + (f"\n{error.__cause__}" if error.__cause__ else "")
         return CompiledKernel(case.name, target, time.perf_counter() - start, error=reason)
     seconds = time.perf_counter() - start
-    usage = read_usage(binary)
-    return CompiledKernel(case.name, target, seconds, usage, faults=dict(faults(case.expected, target, usage)))
+    usage, expected = read_usage(binary), case.expected
+    found = dict(faults(expected, target, usage))
+    return CompiledKernel(case.name, target, seconds, usage, expected.element_bytes, faults=found)
 
 
 def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str, str]]:
@@ -101,6 +117,29 @@ def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str,
     if expected.loop_load_bytes is not None and usage.loop_load_bytes > expected.loop_load_bytes:
         loads = f"{usage.loop_load_bytes} bytes per thread and iteration, where {expected.loop_load_bytes} are enough"
         yield "RELOADS", f"loads {loads}"
+    if expected.bounds is not None and target in expected.bounds.targets:
+        yield from _exceeded(expected.bounds, usage, whole_loops(usage, expected.element_bytes))
+
+
+def _exceeded(bounds: Bounds, usage: Usage, loops: dict[Loop, tuple[float, float]]) -> Iterator[tuple[str, str]]:
+    slow = []
+    for stores, what, allowed in ((False, "loads alone", bounds.reading), (True, "loads and stores", bounds.writing)):
+        if allowed is None:
+            continue
+        found = [instructions for loop, (instructions, _) in loops.items() if (loop.store_bytes > 0) == stores]
+        if not found:  # then the bound holds nothing
+            slow.append(f"has no loop over whole blocks that {what}")
+        elif max(found) > allowed:
+            takes = f"takes {max(found):.2f} instructions per element in a loop that {what}"
+            slow.append(f"{takes}, where {allowed:g} are allowed")
+    if slow:
+        yield "SLOW", "; ".join(slow)
+    special = max((special for _, special in loops.values()), default=0)
+    if special > bounds.special:
+        takes = f"takes {special:.2f} special-function instructions per element"
+        yield "SPECIAL", f"{takes}, where {bounds.special:g} are allowed"
+    if bounds.registers is not None and usage.registers > bounds.registers:
+        yield "REGISTERS", f"takes {usage.registers} registers per thread, where {bounds.registers} are allowed"
 
 
 def gpu_target(name: str) -> Any:

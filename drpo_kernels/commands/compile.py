@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drpo_kernels.commands.binaries import FAULTS, TARGETS, CompiledKernel, compile_case
 from drpo_kernels.commands.table import TextTable
@@ -23,7 +23,10 @@ from drpo_kernels.version import __version__
 if TYPE_CHECKING:
     from drpo_kernels.backends.triton.aot import KernelCase
 
-NUMBERS = ("regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "loop ld B", "mma", "seconds")
+NUMBERS = (
+    "regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "loop ld B", "ins/elem", "special/elem",
+    "mma", "seconds",
+)  # fmt: skip
 DEFAULT_CASES = "drpo_kernels.backends.triton.aot:kernel_cases"
 
 
@@ -76,9 +79,18 @@ def load_cases(path: str) -> list[KernelCase]:
 def as_json(compiled: Iterable[CompiledKernel]) -> dict[str, object]:
     import triton
 
-    kernels = [{**dataclasses.asdict(kernel), "status": kernel.status} for kernel in compiled]
+    kernels = [_kernel_as_json(kernel) for kernel in compiled]
     versions = {"drpo_kernels": __version__, "triton": triton.__version__, "python": platform.python_version()}
     return {"versions": versions, "kernels": kernels}
+
+
+def _kernel_as_json(kernel: CompiledKernel) -> dict[str, Any]:
+    """With what each loop takes for an element, in the order of `usage.loops`; None where it loads none."""
+    fields = dataclasses.asdict(kernel)
+    for loop, found in zip(fields["usage"]["loops"], kernel.usage.loops, strict=True):
+        cost = found.per_element(kernel.element_bytes)
+        loop["per_element"] = cost and dict(zip(("instructions", "special"), cost, strict=True))
+    return {**fields, "status": kernel.status}
 
 
 def _run_without_interpreter(argv: Sequence[str]) -> int:
@@ -105,10 +117,11 @@ def _print_rows(cases: Sequence[KernelCase], targets: Sequence[str]) -> Iterator
 def _cells(kernel: CompiledKernel) -> tuple[object, ...]:
     use, seconds = kernel.usage, f"{kernel.seconds:.1f}"
     if kernel.error:
-        return (kernel.name, kernel.target, kernel.status, *["-"] * 8, seconds)
+        return (kernel.name, kernel.target, kernel.status, *["-"] * (len(NUMBERS) - 1), seconds)
     spills = f"{use.spill_loads}/{use.spill_stores}"
     widths = use.load_bits, use.store_bits, use.loop_load_bytes
-    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, *widths, use.mma or "-")
+    costs = ("-", "-") if kernel.per_element is None else (f"{cost:.2f}" for cost in kernel.per_element)
+    numbers = (use.registers, use.local_bytes, spills, use.shared_bytes, *widths, *costs, use.mma or "-")
     return (kernel.name, kernel.target, kernel.status, *numbers, seconds)
 
 

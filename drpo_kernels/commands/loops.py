@@ -1,10 +1,12 @@
-"""The innermost loops of a compiled kernel, from its listing, and what one thread moves in an iteration of each."""
+"""The innermost loops of a compiled kernel, from its listing: what one thread moves and executes in an iteration."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+PADDING = re.compile(r"NOP\b|s_nop\b")
 
 
 @dataclass(frozen=True)
@@ -13,26 +15,40 @@ class Access:
 
     bits: int  # by one thread
     store: bool
+    predicated: bool = False
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`address` orders the listing; `target` is where it may branch to."""
+    """`address` orders the listing; `target` is where it may branch to; `special`: for the special-function unit."""
 
     address: int
     opcode: str
     target: int | None = None
     access: Access | None = None
+    special: bool = False
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An iteration's accesses to global memory by one thread."""
+    """An iteration's accesses to global memory by one thread, and its instructions, skipped or not."""
 
     load_bytes: int
     store_bytes: int
     load_bits: int  # of the narrowest load, 0 without any
     store_bits: int
+    instructions: int = 0
+    special: int = 0
+    masked: bool = False  # some load is under a condition: the tail of a row
+
+    def per_element(self, element_bytes: int) -> tuple[float, float] | None:
+        """(instructions, special-function ones) for an element of so many bytes; None where none is loaded.
+
+        Elements are counted by the bytes that the loop loads, not by the kernel's block: a compiler may unroll it. One
+        that loads an element twice looks half as costly, but is a fault of its own.
+        """
+        elements = self.load_bytes / element_bytes if element_bytes else 0
+        return (self.instructions / elements, self.special / elements) if elements else None
 
 
 def innermost_loops(listing: Sequence[Instruction]) -> tuple[Loop, ...]:
@@ -47,29 +63,41 @@ def innermost_loops(listing: Sequence[Instruction]) -> tuple[Loop, ...]:
 
 
 def _loop(listing: Sequence[Instruction], head: int, end: int) -> Loop:
-    accesses = [i.access for i in listing if head <= i.address <= end and i.access is not None]
-    loads = [access.bits for access in accesses if not access.store]
-    stores = [access.bits for access in accesses if access.store]
-    return Loop(sum(loads) // 8, sum(stores) // 8, min(loads, default=0), min(stores, default=0))
+    body = [i for i in listing if head <= i.address <= end and not PADDING.match(i.opcode)]
+    moves = [(i.address, i.access) for i in body if i.access is not None]
+    loads = [access.bits for _, access in moves if not access.store]
+    stores = [access.bits for _, access in moves if access.store]
+    skips = [(i.address, i.target) for i in body if i.target is not None and i.address < i.target <= end]
+    masked = any(
+        access.predicated or any(start < address < target for start, target in skips)
+        for address, access in moves
+        if not access.store
+    )
+    return Loop(
+        load_bytes=sum(loads) // 8,
+        store_bytes=sum(stores) // 8,
+        load_bits=min(loads, default=0),
+        store_bits=min(stores, default=0),
+        instructions=len(body),
+        special=sum(i.special for i in body),
+        masked=masked,
+    )
 
 
 # --- NVIDIA: `cuobjdump --dump-sass` ----------------------------------------------------------------------------------
 
-SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 def sass(text: str) -> Iterator[Instruction]:
-    for address, opcode, operands in SASS.findall(text):
+    for address, predicate, opcode, operands in SASS.findall(text):
         base = opcode.split(".")[0]
         targets = re.findall(r"\b0x[0-9a-f]+", operands) if base in ("BRA", "JMP") else ()
         target = int(targets[-1], 16) if targets else None
-        yield Instruction(int(address, 16), opcode, target, _sass_access(base, opcode))
-
-
-def _sass_access(base: str, opcode: str) -> Access | None:
-    if base in ("LDG", "LDGSTS"):
-        return Access(_sass_bits(opcode), store=False)
-    return Access(_sass_bits(opcode), store=True) if base == "STG" else None
+        access = None
+        if base in ("LDG", "LDGSTS", "STG"):
+            access = Access(_sass_bits(opcode), base == "STG", bool(predicate))
+        yield Instruction(int(address, 16), opcode, target, access, base == "MUFU")
 
 
 def _sass_bits(opcode: str) -> int:
@@ -83,16 +111,19 @@ def _sass_bits(opcode: str) -> int:
 # global_load_dwordx4, buffer_store_short_d16_hi, global_load_ubyte
 GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)")
 GCN_BITS = {"byte": 8, "short": 16, "dword": 32}
+GCN_SPECIAL = re.compile(r"v_(?:exp|log|rcp|rsq|sqrt|sin|cos)_")
 
 
 def amdgcn(text: str) -> Iterator[Instruction]:
-    """Lines are addresses."""
+    """Lines are addresses; those of labels, directives and comments hold no instruction."""
     lines = text.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.LBB\w+):", line))}
     for i, line in enumerate(lines):
-        opcode, *operands = line.split() or ("",)
-        target = labels[operands[0]] if opcode.startswith(("s_branch", "s_cbranch")) else None
-        yield Instruction(i, opcode, target, _gcn_access(opcode))
+        if (match := re.match(r"\s+([a-z]\w*)\s*(\S*)", line)) is None:
+            continue
+        opcode, operand = match.groups()
+        target = labels[operand] if opcode.startswith(("s_branch", "s_cbranch")) else None
+        yield Instruction(i, opcode, target, _gcn_access(opcode), GCN_SPECIAL.match(opcode) is not None)
 
 
 def _gcn_access(opcode: str) -> Access | None:

@@ -35,6 +35,20 @@ ArgumentType = str | tuple["ArgumentType", ...]
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """The most that a row kernel may take on `targets`, whose row tiles the numbers are of; None: any number.
+
+    Instructions are those that a thread executes for an element, in a loop over whole blocks.
+    """
+
+    reading: float | None = None  # instructions in a loop that loads and does not store: the first of two passes
+    writing: float | None = None  # in one that loads and stores
+    special: float = 1  # special-function instructions among them, in either
+    registers: int | None = None
+    targets: tuple[str, ...] = ("sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a binary must show, as far as it is said. Loops are the innermost ones."""
 
@@ -43,6 +57,8 @@ class Expected:
     loop_load_bytes: int | None = None  # the most that a thread may load in an iteration: each element once
     tails: int = 0  # loops that a mask keeps narrow
     local_bytes: int = 0  # of a thread's registers that may wait in memory while a loop runs
+    element_bytes: int = 0  # that a row kernel loads for an element; 0: no row kernel
+    bounds: Bounds | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,31 @@ STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride":
 BYTES = {None: 0, "bf16": 2, "fp16": 2, "fp32": 4}
 PACKED = ("rows", "outcome", "statistics", "slopes", "factors")
 
+# Of the row kernels, by how a case's name begins, the first that fits: what they take at most under Triton 3.4 to 3.9,
+# instructions to the next half
+BOUNDS = {
+    "policy[drpo fp32>fp32]": Bounds(reading=21, writing=12, registers=64),
+    "policy[drpo bf16>bf16]": Bounds(reading=22.5, writing=12.5, registers=102),
+    "policy[drpo fp16>fp32]": Bounds(reading=23, writing=12.5, registers=106),
+    "policy[drpo forward]": Bounds(reading=21, registers=64),
+    "policy[drpo odd vocabulary]": Bounds(reading=20.5, writing=11.5, registers=82),
+    "policy[drpo k": Bounds(reading=58, writing=63.5, special=4, registers=64),  # bias softcap
+    "policy[": Bounds(reading=21, writing=11.5, registers=64),
+    "gradient[fp32>bf16, ": Bounds(writing=11.5, registers=25),  # of log-probs alone, or with the z-loss
+    "gradient[fp32>bf16]": Bounds(writing=17.5, registers=31),
+    "gradient[bf16>bf16]": Bounds(writing=17.5, registers=54),
+    "gradient[fp16>fp16]": Bounds(writing=17, registers=53),
+    "gradient[bias softcap]": Bounds(writing=64, special=4, registers=54),
+    "statistics[fp32]": Bounds(reading=21, registers=64),
+    "statistics[bf16]": Bounds(reading=23, registers=102),
+    "statistics[fp16]": Bounds(reading=23, registers=102),
+    "statistics[bias softcap]": Bounds(reading=56.5, special=3, registers=64),
+}
+
+
+def _bounds(name: str) -> Bounds:
+    return next(bounds for start, bounds in BOUNDS.items() if name.startswith(start))
+
 
 def _row_cases(
     label: str,
@@ -125,11 +166,13 @@ def _row_cases(
         constexprs |= {} if flags.get("WRITE") == WRITE_FACTORED else {"factors": None}
         signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
         elements = tile.block // (tile.num_warps * device.warp_size)
+        loaded = BYTES[logits] + BYTES[bias]
         stored = "out" in names and flags.get("WRITE", True)
         # on AMD each element of a tail may have a branch of its own, which looks like a loop
         tails = 0 if even else 1 if vendor.startswith("sm_") else 16
+        name = f"{kernel.__name__.removesuffix('_kernel')}[{label}]"
         yield KernelCase(
-            name=f"{kernel.__name__.removesuffix('_kernel')}[{label}]",
+            name=name,
             kernel=kernel,
             signature=signature,
             constexprs={name: constexprs[name] for name in names if name in constexprs},
@@ -137,7 +180,9 @@ def _row_cases(
             num_warps=tile.num_warps,
             options=LAUNCH_OPTIONS | ({"maxnreg": tile.registers} if tile.registers else {}),
             targets=(vendor,),
-            expected=Expected(128, 128 if stored else 0, elements * (BYTES[logits] + BYTES[bias]), tails),
+            expected=Expected(
+                128, 128 if stored else 0, elements * loaded, tails, element_bytes=loaded, bounds=_bounds(name)
+            ),
         )
 
 
@@ -186,6 +231,7 @@ def _scale_cases() -> Iterator[KernelCase]:
     for values in ("bf16", "fp32"):
         for vendor, device in ROW_DEVICES.items():
             tile = row_tile(VOCAB, BYTES[values], device)
+            elements = tile.block // (tile.num_warps * device.warp_size)
             yield KernelCase(
                 name=f"scale[{values}]",
                 kernel=kernels.scale_kernel,
@@ -195,7 +241,7 @@ def _scale_cases() -> Iterator[KernelCase]:
                 num_warps=tile.num_warps,
                 options=LAUNCH_OPTIONS,
                 targets=(vendor,),
-                expected=Expected(128, 128, tile.block * BYTES[values] // (tile.num_warps * device.warp_size)),
+                expected=Expected(128, 128, elements * BYTES[values], element_bytes=BYTES[values]),
             )
 
 
@@ -231,14 +277,14 @@ def sparse_cases() -> Iterator[KernelCase]:
         types |= {"targets": "*i64", "columns": "*i32", "counts": "*i64"}
         types |= dict.fromkeys(("scale", "softcap", "tolerance", "most_entropy"), "fp32")
         for vendor, device in ROW_DEVICES.items():
-            tile = select_tile(VOCAB, BYTES[logits], device)
+            tile, loaded = select_tile(VOCAB, BYTES[logits], device), BYTES[logits] + BYTES[bias]
             values = {"column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}
             values |= {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": bias is not None} | ({} if bias else {"bias": None})
             yield _case(
                 f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, vendor, tile,
                 ("logits", "bias", "row_stride", "vocab"),
                 # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
-                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=8),
+                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=8, element_bytes=loaded),
             )  # fmt: skip
     types = dict.fromkeys(("index", "offsets", "places"), "*i64") | {"width": "i32", "column_stride": "constexpr"}
     types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
