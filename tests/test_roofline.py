@@ -15,6 +15,7 @@ from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.ours import DTYPES, Design, held_bytes, linear, recompute, sweep_plan
 from benchmarks.roofline.work import Problem, products
 from benchmarks.workloads import MODELS
+from drpo_kernels.backends import sweep
 from drpo_kernels.backends.devices import PRESETS
 from drpo_kernels.backends.planning import Wanted
 from drpo_kernels.backends.rows import Row, Transform
@@ -97,8 +98,9 @@ def test_dw_is_read_back_for_every_window_but_the_first():
         Problem(2048, 512, 32_768, itemsize=4),
     ],
 )
-def test_memory_is_what_a_sweep_allocates(problem):
+def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
     """On tensors without storage, which are of the size they would have."""
+    monkeypatch.setattr(sweep, "device_properties", lambda _: PRESETS[problem.device])
     dtype, meta = DTYPES[problem.itemsize], torch.device("meta")
     hidden = torch.empty(problem.tokens, problem.hidden, dtype=dtype, device=meta)
     weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device=meta)
@@ -109,8 +111,8 @@ def test_memory_is_what_a_sweep_allocates(problem):
         "torch", dtype, DTYPES[problem.logits_itemsize], workspace_bytes=problem.workspace, every_row=True
     )
     head = Head(weight, None, problem.vocab, Transform())
-    sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
-    held = [sweep._logits, sweep._dlogits, *sweep._gradients]
+    made = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
+    held = [made._logits, made._dlogits, *made._gradients]
     allocated = sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
     assert held_bytes(problem, sweep_plan(problem, problem.tokens)) == allocated
 
