@@ -115,19 +115,20 @@ def _dense_reasons(chip: Chip, problem: Problem, found: Prediction) -> Iterator[
 
 
 def _long(chip: Chip, problem: Problem) -> Bar:
-    """Beyond T = 2H, where dW is a sum over windows."""
+    """Of so many rows that dW is a sum over windows."""
     problem = replace(problem, tokens=4 * problem.hidden, device=chip.preset)
     found = predict(chip, LINEAR, problem)
-    windows = sweep_plan(problem, problem.tokens).windows
-    width = problem.hidden
+    cut, width = sweep_plan(problem, problem.tokens), problem.hidden
+    windows = cut.windows
     share = occupied(chip, [(window.stop - window.start, width) for window in windows])
-    better = max(range(TILE[0], windows.largest + 1, TILE[0]), key=lambda rows: (occupied(chip, [(rows, width)]), rows))
+    fitting = cut.waves[0] if cut.waves else windows.largest
     roomy = predict(chip, LINEAR, replace(problem, workspace=2 * GIB))
     why = (
         f"{len(windows)} windows of {windows.largest} rows: {_shares(found, ('rows', 'dW', 'cast of dW'))}; in 2 GiB "
         f"{_floors(roomy)}.",
         f"Tiles of {TILE[0]}×{TILE[1]} of a window's dX occupy {share:.0%} of the processors, unless the library "
-        f"splits its inner dimension; windows of {better} rows would occupy {occupied(chip, [(better, width)]):.0%}.",
+        f"splits its inner dimension; those of windows of {fitting} rows, as many as fit, "
+        f"{occupied(chip, [(fitting, width)]):.0%}.",
     )
     return Bar(_dense_name(problem), 1.18, *sorted(found.times_floor), why)
 
