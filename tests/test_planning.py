@@ -180,7 +180,17 @@ def test_one_window_with_less_memory_than_two():
 def test_chunks_do_not_grow_where_windows_shrink():
     """Windows of 640 rows in chunks of 384 take less than windows of 512 in one chunk each."""
     made = plan(PRESETS["h200"], Sizes(2560, 0, 8448, 151_936), ON_A_GPU, FROZEN, workspace=3328 * 151_936)
-    assert (made.waves, made.windows.chunk_rows, made.chunk_rows) == ((640, 132), 512, 256)
+    assert (made.fitting, made.windows.chunk_rows, made.chunk_rows) == (640, 512, 256)
+
+
+@pytest.mark.parametrize("device, tokens, window, piece", [
+    ("h200", 16_384, 2048, 2048), ("b200", 16_384, 2304, 1152), ("h200", 9216, 9216, 2048),
+    ("mi300x", 9216, 9216, 2048), ("h200", 100, 100, 2048),
+])  # fmt: skip
+def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
+    """2048 rows of 4096 numbers fit, and a rest of 256 would have a wave of its own."""
+    made = plan(PRESETS[device], Sizes(tokens, 0, 4096, 151_936), ON_A_GPU, ALL)
+    assert (made.windows.largest, made.piece_rows) == (window, piece)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +244,7 @@ def test_neither_choice_takes_memory(
         patch.setattr(planning, "_in_one_window", lambda *_: None)
         without = plan(replace(PRESETS[device], multiprocessors=0), sizes, storage, wanted, **options)
     assert made.total_bytes <= without.total_bytes
-    if made.waves:
+    if made.fitting:
         assert PRESETS[device].warp_size == 32 and multiple == 1 and storage.dlogits.itemsize == 2
         assert made.chunk_rows <= without.chunk_rows and len(made.windows) >= len(without.windows) > 1
 

@@ -121,7 +121,7 @@ def _long(chip: Chip, problem: Problem) -> Bar:
     cut, width = sweep_plan(problem, problem.tokens), problem.hidden
     windows = cut.windows
     share = occupied(chip, [(window.stop - window.start, width) for window in windows])
-    fitting = cut.waves[0] if cut.waves else windows.largest
+    fitting = cut.fitting or windows.largest
     roomy = predict(chip, LINEAR, replace(problem, workspace=2 * GIB))
     why = (
         f"{len(windows)} windows of {windows.largest} rows: {_shares(found, ('rows', 'dW', 'cast of dW'))}; in 2 GiB "

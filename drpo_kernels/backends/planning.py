@@ -112,7 +112,8 @@ class SweepPlan:
     compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
     entries: int = 0  # of sparse rows, that wait to be added together
     on_cpu: bool = False
-    waves: tuple[int, int] | None = None  # windows were cut from so many rows, to fill waves of so many processors
+    processors: int = 0  # that take a tile of dX each, in waves; 0: nothing is known of them
+    fitting: int | None = None  # rows of a window, where fewer fill the waves better
 
     @property
     def in_place(self) -> bool:
@@ -135,8 +136,11 @@ class SweepPlan:
 
     @property
     def piece_rows(self) -> int:
-        """Rows of dX at a time where it cannot be written at its place."""
-        return max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
+        """Rows of dX at a time where it cannot be written at its place: as many as fill the waves best."""
+        fitting = max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
+        if not self.processors or not self.sizes.active:
+            return fitting
+        return whole_waves(self.windows.largest, fitting, self.sizes.hidden, self.processors)
 
     @property
     def buffer_bytes(self) -> int:
@@ -202,7 +206,7 @@ class SweepPlan:
         lines = [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
             ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
-            *([("", None, self._filled(*self.waves))] if self.waves else []),
+            *([("", None, self._filled())] if self.fitting else []),
             ("logits", logits_bytes, f"{logits}, {self.logits_rows} rows at a time"),
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
             *([("", None, kept)] if self.retained else []),
@@ -215,12 +219,13 @@ class SweepPlan:
         sizes = ("" if size is None else _readable(size) for _, size, _ in lines)
         return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
 
-    def _filled(self, fitting: int, processors: int) -> str:
+    def _filled(self) -> str:
         shares = []
-        for rows in (self.windows.chunk_rows, fitting):
-            tiles, waves = dx_tiles(ChunkPlan(self.sizes.active, rows), self.sizes.hidden, processors)
-            shares.append(f"{tiles / (waves * processors):.0%}")
-        return f"tiles of dX fill {shares[0]} of {processors} processors, {shares[1]} with windows of {fitting} rows"
+        for rows in (self.windows.chunk_rows, self.fitting):
+            tiles, waves = dx_tiles(ChunkPlan(self.sizes.active, rows), self.sizes.hidden, self.processors)
+            shares.append(f"{tiles / (waves * self.processors):.0%}")
+        own, other = shares
+        return f"tiles of dX fill {own} of {self.processors} processors, {other} with windows of {self.fitting} rows"
 
 
 def plan(
@@ -258,17 +263,16 @@ def plan(
         windows = _equal(sizes.active, room, row_multiple)
         chunk_rows = _equal(windows.largest, most).chunk_rows
     forward = _equal(sizes.forward, most)
+    # AMD's library cuts a product otherwise, and so do the products of `batch_invariant` and float32
+    in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2 and not sparse
     made = SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
         _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
-        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu",
+        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu", device.multiprocessors if in_tiles else 0,
     )  # fmt: skip
     if len(windows) <= 1 or sparse:
         return made
-    # AMD's library cuts a product otherwise, and so do the products of `batch_invariant` and float32
-    processors = device.multiprocessors if device.warp_size == 32 and row_multiple == 1 else 0
-    in_waves = _in_whole_waves(made, processors) if processors and storage.dlogits.itemsize == 2 else made
-    return (_in_one_window(made, most, budget) if retains else None) or in_waves
+    return (_in_one_window(made, most, budget) if retains else None) or _in_whole_waves(made)
 
 
 def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
@@ -290,19 +294,22 @@ def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
     return found if found.total_bytes <= made.total_bytes else None
 
 
-def _in_whole_waves(made: SweepPlan, processors: int) -> SweepPlan:
+def _in_whole_waves(made: SweepPlan) -> SweepPlan:
     """Windows of the same rows or fewer, and chunks too, so that no buffer grows."""
-    rows = whole_waves(made.sizes.active, made.windows.chunk_rows, made.sizes.hidden, processors)
-    if rows == made.windows.chunk_rows:
+    fitting = made.windows.chunk_rows
+    rows = whole_waves(made.sizes.active, fitting, made.sizes.hidden, made.processors) if made.processors else fitting
+    if rows == fitting:
         return made
-    chunk_rows = rows if made.chunk_rows == made.windows.chunk_rows else _equal(rows, made.chunk_rows).chunk_rows
-    windows = ChunkPlan(made.sizes.active, rows)
-    return replace(made, windows=windows, chunk_rows=chunk_rows, waves=(made.windows.chunk_rows, processors))
+    chunk_rows = rows if made.chunk_rows == fitting else _equal(rows, made.chunk_rows).chunk_rows
+    return replace(made, windows=ChunkPlan(made.sizes.active, rows), chunk_rows=chunk_rows, fitting=fitting)
 
 
 @functools.lru_cache(maxsize=64)
 def whole_waves(rows: int, fitting: int, hidden: int, processors: int) -> int:
-    """How many of `rows` go into a window, `fitting` or less, for dX and the additions to dW to take the least time."""
+    """How many of `rows` go into a window, `fitting` or less, for dX and the additions to dW to take the least time.
+
+    Also how many of a window go into a piece of dX: charged as much, though its product only reads W again.
+    """
 
     def time(size: int) -> float:
         windows = ChunkPlan(rows, size)
