@@ -1,6 +1,9 @@
 """The plan of a sweep: what it promises of memory, at any size; and what `LinearSweep` makes of it."""
 
+import itertools
+import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,11 +64,12 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
     assert made.retained or made.windows.chunk_rows % multiple == 0 or len(made.windows) <= 1
     least = vocab * (storage.logits.itemsize + storage.dlogits.itemsize) * multiple
     budget = planning.workspace_bytes(PRESETS[device], vocab, storage.logits.itemsize, workspace)
-    assert made.buffer_bytes - made.retained_bytes <= max(budget, least, 128 * MIB if device == "cpu" else 0)
+    room = max(budget, least, 128 * MIB if device == "cpu" else 0)
     wide = storage.accumulator.itemsize * vocab * hidden
-    beyond = made.retained_bytes + made.accumulator_bytes
+    assert made.buffer_bytes <= room + (wide if made.retained else 0)
     accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator
-    assert beyond <= (wide if accumulates else 0)
+    assert made.accumulator_bytes <= (wide if accumulates else 0)
+    assert not made.retained or (accumulates and made.weight_gradient is WeightGradient.PRODUCT)
 
 
 @pytest.mark.parametrize("device", ["cpu", "h100", "mi300x"])
@@ -93,7 +97,7 @@ def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize("tokens", [2048, 8192, 65_536])
 def test_the_plan_of_qwen3_8b(tokens, device):
-    """1 GiB by default, whatever T; dlogits are kept where that is no more than a float32 dW, and then no sum is."""
+    """1 GiB by default, whatever T; dlogits are kept where a float32 dW would take as much, and then no sum is."""
     sizes, wide = Sizes(tokens, 0, 4096, 151_936), 4 * 151_936 * 4096
     made = plan(PRESETS[device], sizes, ON_A_GPU, ALL)
     assert made.retained is (tokens <= 8192)
@@ -102,13 +106,165 @@ def test_the_plan_of_qwen3_8b(tokens, device):
     added = plan(PRESETS[device], sizes, ON_A_GPU, ALL, main_grad=True)
     for lean in (added, plan(PRESETS[device], sizes, ON_A_GPU, FROZEN)):
         assert lean.buffer_bytes + lean.accumulator_bytes <= GIB
-        assert lean.windows.largest >= 2048 and len(lean.windows) == -(-tokens // lean.windows.largest)
+        assert lean.windows.largest >= 1664 and len(lean.windows) == -(-tokens // lean.windows.largest)
 
 
 def test_a_larger_workspace_reads_the_weight_gradient_less_often():
     sizes = Sizes(65_536, 0, 4096, 151_936)
     passes = [len(plan(PRESETS["h200"], sizes, ON_A_GPU, ALL, workspace=n * GIB).windows) for n in (1, 2, 4)]
     assert passes == sorted(passes, reverse=True) and passes[-1] <= passes[0] / 3
+
+
+# (T, H, V, workspace in MiB), and per kind of plan the bytes per entry of the vocabulary that it takes in windows, of
+# which all that fit are as few as can be, or with all bf16 dlogits where T <= 2H
+SHAPES = [
+    (512, 896, 151_936, 1024), (2048, 896, 151_936, 1024), (4096, 1536, 151_936, 1024), (8192, 2048, 151_936, 1024),
+    (8192, 4096, 151_936, 1024), (9216, 4096, 151_936, 1024), (16_384, 4096, 151_936, 1024),
+    (16_384, 4096, 32_000, 256), (16_384, 8192, 128_256, 512), (65_536, 3840, 262_208, 4096),
+    (8192, 1536, 151_936, 2048),
+]  # fmt: skip
+BYTES = {
+    "trained": [3072, 6144, 12_288, 14_336, 23_040, 23_040, 23_296, 24_576, 36_864, 31_488, 17_920],
+    "bf16 logits": [1024, 4096, 10_240, 13_824, 16_384, 22_528, 23_040, 24_576, 32_768, 29_952, 14_336],
+    "invariant": [3072, 6144, 12_288, 14_336, 23_040, 23_040, 23_296, 24_576, 36_864, 31_488, 17_920],
+    "frozen": [3072, 6144, 6144, 6144, 6144, 6656, 6912, 8192, 4096, 16_128, 11_776],
+    "main_grad": [3072, 6144, 6144, 6144, 6144, 6656, 6912, 8192, 4096, 16_128, 11_776],
+    "master weight": [3072, 6144, 6144, 6144, 6144, 6656, 6912, 8022, 4096, 16_128, 11_776],
+    "float16": [6656, 9728, 12_288, 15_218, 23_410, 23_296, 23_410, 24_580, 36_866, 31_488, 18_432],
+    "float32": [2048, 4096, 5632, 6656, 6656, 6144, 6656, 8192, 4096, 15_872, 11_264],
+    "sparse": [6656, 7680, 12_032, 15_104, 23_296, 22_528, 23_296, 24_122, 36_378, 31_488, 17_408],
+    "cpu": [5632, 7680, 11_776, 14_848, 23_040, 22_528, 23_040, 24_576, 36_864, 31_232, 17_408],
+}
+KINDS = {
+    "bf16 logits": {"storage": STORED[1]}, "invariant": {"row_multiple": 64}, "frozen": {"wanted": FROZEN},
+    "main_grad": {"main_grad": True}, "master weight": {"storage": STORED[2]}, "float16": {"storage": STORED[3]},
+    "float32": {"storage": STORED[4]}, "sparse": {"sparse": True}, "cpu": {"storage": STORED[5]},
+}  # fmt: skip
+UNCOUNTED = replace(PRESETS["h200"], multiprocessors=0)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("shape, index", [(shape, index) for index, shape in enumerate(SHAPES)])
+def test_bytes(kind, shape, index):
+    """Never above those of the fewest windows, and the same where nothing is gained: of a head that is not bf16 or has
+    no gradient of its own, or without a number of processors. With one, of all rows wherever the rule says so.
+    """
+    tokens, hidden, vocab, mib = shape
+    options = {"storage": ON_A_GPU, "wanted": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
+
+    def made(device):
+        return plan(device, Sizes(tokens, 0, hidden, vocab), **options)
+
+    devices = ["cpu"] if kind == "cpu" else ["a100", "h200", "b200", "mi300x"]
+    found = {name: made(PRESETS[name]) for name in devices} | {"": made(PRESETS["cpu"] if kind == "cpu" else UNCOUNTED)}
+    before = BYTES[kind][index]
+    taken = {name: (each.buffer_bytes + each.accumulator_bytes) / vocab for name, each in found.items()}
+    assert max(taken.values()) <= before, taken
+    assert kind == "cpu" or taken["mi300x"] == taken[""]  # AMD's products are cut otherwise
+    if kind not in ("trained", "bf16 logits", "invariant"):
+        assert taken[""] == before and not any(each.retained for each in found.values())
+    if kind in ("float32", "sparse", "cpu"):
+        assert set(taken.values()) == {before}
+    if kind in ("trained", "invariant"):  # beside 512 rows of logits, or half of them where windows do with less room
+        rule = (2 * tokens + 4 * 512) * vocab <= mib * MIB + 4 * vocab * hidden
+        one = tokens <= 2 * hidden or (rule and 2 * tokens + 4 * 256 <= before)
+        assert all((len(each.windows) == 1) == one for each in found.values())
+        assert taken[""] == before or (one and tokens > 2 * hidden)
+
+
+def test_one_window_with_less_memory_than_two():
+    made = plan(PRESETS["h200"], Sizes(4096, 0, 1536, 151_936), ON_A_GPU, ALL)
+    assert (len(made.windows), made.chunk_rows, made.total_bytes) == (1, 512, (2 * 4096 + 4 * 512) * 151_936)
+
+
+def test_chunks_do_not_grow_where_windows_shrink():
+    """Windows of 640 rows in chunks of 384 take less than windows of 512 in one chunk each."""
+    made = plan(PRESETS["h200"], Sizes(2560, 0, 8448, 151_936), ON_A_GPU, FROZEN, workspace=3328 * 151_936)
+    assert (made.fitting, made.windows.chunk_rows, made.chunk_rows) == (640, 512, 256)
+
+
+@pytest.mark.parametrize("device, tokens, window, piece", [
+    ("h200", 16_384, 2048, 2048), ("b200", 16_384, 2304, 1152), ("h200", 9216, 9216, 2048),
+    ("mi300x", 9216, 9216, 2048), ("h200", 100, 100, 2048),
+])  # fmt: skip
+def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
+    """2048 rows of 4096 numbers fit, and a rest of 256 would have a wave of its own."""
+    made = plan(PRESETS[device], Sizes(tokens, 0, 4096, 151_936), ON_A_GPU, ALL)
+    assert (made.windows.largest, made.piece_rows) == (window, piece)
+
+
+@pytest.mark.parametrize(
+    "fitting, hidden, processors, best, share",
+    [
+        (2432, 4096, 132, 2048, 0.97), (2048, 4096, 132, 2048, 0.97), (2432, 4096, 148, 2304, 0.97),
+        (2432, 8192, 132, 2432, 0.92),  # 2048 would fill 97 %, for one more window
+    ],
+)  # fmt: skip
+def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share):
+    """Of 16,384 rows: a tile for every 128 rows and 256 numbers."""
+    assert planning.whole_waves(16_384, fitting, hidden, processors) == best
+    full = best // 128 * (hidden // 256)
+    assert full / (-(-full // processors) * processors) == pytest.approx(share, abs=0.005)
+
+
+@given(
+    rows=st.integers(2, 20_000), fitting=st.integers(1, 5000), hidden=st.sampled_from([64, 896, 1536, 4096, 8192]),
+    processors=st.sampled_from([1, 108, 132, 148]),
+)  # fmt: skip
+def test_windows_in_whole_waves(rows, fitting, hidden, processors):
+    """The least time of a loop over windows, tile by tile; and none larger than what fits."""
+
+    def time(size):
+        total = 0.0
+        for start in range(0, rows, size):
+            tiles = math.ceil(min(size, rows - start) / 128) * math.ceil(hidden / 256)
+            total += (tiles / processors + math.ceil(tiles / processors)) / 2 + hidden / 7400
+        return total
+
+    best = planning.whole_waves(rows, fitting, hidden, processors)
+    assert best <= fitting and (best == fitting or best % 128 == 0)
+    assert time(best) <= min(map(time, {fitting, *range(128, fitting + 1, 128)})) * (1 + 1e-9)
+
+
+@settings(max_examples=200)
+@given(
+    active=st.integers(1, 70_000), forward=st.sampled_from([0, 300, 9000]), hidden=st.sampled_from([896, 1536, 4096]),
+    vocab=st.sampled_from([32_000, 151_936]), storage=st.sampled_from(STORED), device=st.sampled_from(sorted(PRESETS)),
+    workspace=st.sampled_from([MIB, 300 * MIB, GIB]), wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(),
+    multiple=st.sampled_from([1, 64]),
+)  # fmt: skip
+def test_neither_choice_takes_memory(
+    active, forward, hidden, vocab, storage, device, workspace, wanted, main_grad, multiple
+):
+    """One window and whole waves, beside the plan without either."""
+    sizes, main_grad = Sizes(active, forward, hidden, vocab), main_grad and wanted.weight
+    options = {"workspace": workspace, "row_multiple": multiple, "main_grad": main_grad}
+    made = plan(PRESETS[device], sizes, storage, wanted, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_in_one_window", lambda *_: None)
+        without = plan(replace(PRESETS[device], multiprocessors=0), sizes, storage, wanted, **options)
+    assert made.total_bytes <= without.total_bytes
+    if made.fitting:
+        assert PRESETS[device].warp_size == 32 and multiple == 1 and storage.dlogits.itemsize == 2
+        assert made.chunk_rows <= without.chunk_rows and len(made.windows) >= len(without.windows) > 1
+
+
+def test_ranks_on_other_gpus_cut_alike(monkeypatch):
+    """Every window of a head split over ranks is a collective."""
+    from drpo_kernels.backends import sweep
+    from drpo_kernels.collectives import VocabShard
+
+    shard, meta = VocabShard(None, (151_936, 151_936)), torch.device("meta")
+    hidden, weight = (torch.empty(n, 4096, dtype=BF16, device=meta) for n in (16_384, 151_936))
+    rows, targets = torch.empty(len(Row), 16_384, device=meta), torch.empty(16_384, dtype=torch.int64, device=meta)
+    plans = {}
+    for name, split in itertools.product(("h200", "b200"), (shard, None)):
+        monkeypatch.setattr(sweep, "device_properties", lambda _, name=name: PRESETS[name])
+        execution = Execution("torch", BF16, every_row=True, workspace_bytes=GIB, shard=split)
+        head = Head(weight, None, 151_936, Transform())
+        plans[name, split] = LinearSweep(hidden, head, targets, rows, execution, ALL).plan.windows
+    assert plans["h200", shard] == plans["b200", shard]
+    assert plans["h200", None] != plans["b200", None]
 
 
 def test_dlogits_of_another_dtype_are_never_written_over_logits():
@@ -130,7 +286,9 @@ def test_what_a_cpu_takes_is_what_it_took():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ((), ("2.32 GiB", "T <= 2H", "one product", "1 of 8192 rows")),
+        ((), ("2.32 GiB", "no more than the workspace and a float32 dW", "1 of 8192 rows")),
+        (("--tokens", "9216"), ("2.90 GiB", "no more than the workspace and a float32 dW", "1 of 9216 rows")),
+        (("--tokens", "16384"), ("8 of 2048 rows", "fill 97% of 132 processors, 78% with windows of 2432 rows")),
         (("--frozen-head",), ("not wanted", "would race", "one product for dX\n")),
         (("--dtype", "float16"), ("float32 until the backward", "an accumulator")),
         (("--main-grad",), ("added to main_grad", "4 of 2048 rows")),

@@ -9,12 +9,13 @@ import torch
 
 from benchmarks.report import read
 from benchmarks.roofline import __main__ as command
-from benchmarks.roofline import bars, chips, measured, predict, tables
+from benchmarks.roofline import bars, charges, chips, measured, predict, tables
 from benchmarks.roofline.chips import CHIPS, Assumption, Figure
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.ours import DTYPES, Design, held_bytes, linear, recompute, sweep_plan
 from benchmarks.roofline.work import Problem, products
 from benchmarks.workloads import MODELS
+from drpo_kernels.backends import sweep
 from drpo_kernels.backends.devices import PRESETS
 from drpo_kernels.backends.planning import Wanted
 from drpo_kernels.backends.rows import Row, Transform
@@ -60,11 +61,40 @@ def test_bytes_of_the_row_kernel_by_hand():
         rows = stage(cost, name)
         return rows.read / count, rows.reread / count, rows.written / count
 
-    assert per_logit(linear(LARGE)) == (4, 4, 2)
-    assert per_logit(linear(LARGE, Design(statistics_in_epilogue=True))) == (4, 0, 2)
+    assert per_logit(linear(LARGE)) == (4, 0, 2)
+    assert per_logit(linear(LARGE, Design(one_read=False))) == (4, 4, 2)
     assert per_logit(linear(replace(LARGE, logits_itemsize=2))) == (2, 2, 2)
+    assert per_logit(linear(replace(LARGE, itemsize=4))) == (4, 4, 4)
     assert per_logit(recompute(LARGE)) == (4, 0, 0)
     assert per_logit(recompute(LARGE), "rows again") == (4, 0, 2)
+
+
+def test_a_factor_per_row_by_hand():
+    """With one read alone: dX leaves its product in float32 and is rounded from there; dW's hidden rows are scaled."""
+    states = LARGE.states
+    found, cut = linear(LARGE), sweep_plan(LARGE, LARGE.tokens)
+    scaling = stage(found, "scaling")
+    assert (scaling.read, scaling.written) == ((4 + 2) * states, (2 + 2) * states)
+    assert scaling.kernels == LARGE.tokens // cut.piece_rows + len(cut.windows) == 5
+    assert stage(found, "dX").exposed == 2 * states
+    still = stage(linear(replace(LARGE, trainable_head=False)), "scaling")
+    assert (still.read, still.written) == (4 * states, 2 * states)
+    for twice in (linear(LARGE, Design(one_read=False)), recompute(LARGE)):
+        assert "scaling" not in {each.name for each in twice.stages}
+        assert stage(twice, "dX").exposed == 0
+
+
+def test_kernels_of_the_profiles():
+    """docs/gpu.md: 38 kernels and copies with one chunk, 51 with five; there every logit is read twice."""
+    small, large = Problem(512, 896, 151_936), LARGE
+    assert linear(small, Design(one_read=False)).kernels == 38
+    assert linear(large, Design(one_read=False)).kernels == pytest.approx(51, abs=1)
+
+
+def test_an_upstream_factor_reads_and_writes_the_gradients_once_more():
+    plain, scaled = linear(LARGE), linear(replace(LARGE, upstream=True))
+    assert scaled.moved - plain.moved == 2 * LARGE.gradients
+    assert scaled.kernels == plain.kernels + 1
 
 
 def test_a_product_by_hand():
@@ -83,7 +113,7 @@ def test_dw_is_read_back_for_every_window_but_the_first():
     windows = len(sweep_plan(LONG, LONG.tokens).windows)
     assert windows > 1
     assert stage(linear(LONG), "dW").exposed == (4 * (2 * windows - 1) - 2) * LONG.head
-    assert stage(linear(LARGE), "dW").exposed == 0
+    assert stage(linear(LARGE), "dW").exposed == 0  # T = 2H, in one window
 
 
 @pytest.mark.parametrize(
@@ -97,8 +127,9 @@ def test_dw_is_read_back_for_every_window_but_the_first():
         Problem(2048, 512, 32_768, itemsize=4),
     ],
 )
-def test_memory_is_what_a_sweep_allocates(problem):
+def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
     """On tensors without storage, which are of the size they would have."""
+    monkeypatch.setattr(sweep, "device_properties", lambda _: PRESETS[problem.device])
     dtype, meta = DTYPES[problem.itemsize], torch.device("meta")
     hidden = torch.empty(problem.tokens, problem.hidden, dtype=dtype, device=meta)
     weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device=meta)
@@ -109,8 +140,8 @@ def test_memory_is_what_a_sweep_allocates(problem):
         "torch", dtype, DTYPES[problem.logits_itemsize], workspace_bytes=problem.workspace, every_row=True
     )
     head = Head(weight, None, problem.vocab, Transform())
-    sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
-    held = [sweep._logits, sweep._dlogits, *sweep._gradients]
+    made = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
+    held = [made._logits, made._dlogits, *made._gradients]
     allocated = sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
     assert held_bytes(problem, sweep_plan(problem, problem.tokens)) == allocated
 
@@ -152,15 +183,42 @@ def test_ranges(chip):
 def test_time_of_a_stage_by_hand():
     chip = H200.with_efficiency(0.5, 0.5)
     rows = stage(linear(LARGE), "rows")
-    found = predict.stage_time(chip, rows)  # 132 rows of 608 kB are more than the cache
-    assert found.least == found.most == pytest.approx(10 * LARGE.logits / 2.4e12)
+    found, launches = predict.stage_time(chip, rows), 5 * 2e-6
+    assert found.least == found.most == pytest.approx(6 * LARGE.logits / 2.4e12 + launches)
     assert found.bound == "memory"
-    narrow = predict.stage_time(chip, stage(linear(replace(LARGE, logits_itemsize=2)), "rows"))
-    assert narrow.least == pytest.approx(4 * LARGE.logits / 2.4e12)
-    assert narrow.most == pytest.approx(6 * LARGE.logits / 2.4e12)
+    twice = stage(linear(LARGE, Design(one_read=False)), "rows")  # 132 rows of 608 kB are more than the cache
+    assert predict.stage_time(chip, twice).least == pytest.approx(10 * LARGE.logits / 2.4e12 + launches)
+    narrow = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
+    found, launches = predict.stage_time(chip, replace(narrow, instructions=0)), narrow.kernels * 2e-6
+    assert found.least == pytest.approx(4 * LARGE.logits / 2.4e12 + launches)
+    assert found.most == pytest.approx(6 * LARGE.logits / 2.4e12 + launches)
     product = predict.stage_time(chip, stage(linear(LARGE), "logits"))
-    assert product.least == pytest.approx(2 * LARGE.logits * LARGE.hidden / 494.5e12)
+    assert product.least == pytest.approx(2 * LARGE.logits * LARGE.hidden / 494.5e12 + 5 * 2e-6)
     assert product.bound == "arithmetic"
+    small = predict.stage_time(chip, stage(linear(LARGE), "small kernels"))
+    assert small.least == small.most == pytest.approx((33 + 5) * 2e-6 + 10e-6)
+    assert small.bound == "launches"
+    cpu = replace(chip, processors=None, lanes=None)
+    assert predict.stage_time(cpu, stage(linear(LARGE), "small kernels")).most == 0
+
+
+def test_instructions_by_hand():
+    """67 TFLOP/s are two for each of 132 x 128 lanes at 1.98 GHz, and as many instructions as lanes are issued."""
+    assert H200.clock == pytest.approx(1.983e9, rel=1e-3)
+    rows = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
+    assert rows.instructions == pytest.approx(31.5 * LARGE.logits)
+    found = predict.stage_time(H200, replace(rows, launches=0))
+    assert found.least == pytest.approx(31.5 * LARGE.logits / (67e12 / 2))
+    assert found.most == pytest.approx(found.least / charges.ISSUE.share)
+    assert found.bound == "instructions"
+    # the A100 issues as many, but half of them are no float32 operations
+    assert CHIPS["A100"].clock == pytest.approx(1.41e9, rel=1e-3)
+
+
+def test_the_share_of_the_instructions_is_the_measured_one():
+    count = 1664 * 151_936
+    seconds = sum(charges.TWO_READS[2]) * count / (charges.ISSUED * 132 * H200.clock)
+    assert charges.ISSUE.share == pytest.approx(seconds / 0.492e-3, abs=0.005)
 
 
 def test_waves_by_hand():
@@ -175,7 +233,7 @@ def test_every_figure_has_a_source(chip):
     for name in ("matrix", "vector", "bandwidth", "capacity", "cache", "processors"):
         figure = getattr(chip, name)
         assert figure.value > 0
-        assert figure.source.startswith("https://")
+        assert figure.source.startswith("https://") or figure.source == chips.DRIVER
     for assumption in (chip.matmul_efficiency, chip.memory_efficiency):
         assert 0 < assumption.share < 1
         assert assumption.source
@@ -186,6 +244,8 @@ def test_every_figure_has_a_source(chip):
     }[chip.name]  # fmt: skip
     assert chip.matrix.value == pytest.approx(chip.processors.value * per_clock * clock * 1e9, rel=0.01)
     assert chip.processors.value == PRESETS[chip.preset].multiprocessors
+    # all dies of a MI300X share one behind theirs
+    assert chip.name == "MI300X" or chip.cache.value == PRESETS[chip.preset].l2_bytes
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01])
@@ -286,8 +346,18 @@ def test_what_a_change_would_buy():
         return predict.predict(H200, "linear_policy_loss", LARGE, linear(LARGE, Design(**changes))).times_floor[0]
 
     floor = predict.predict(H200, "gemms_whole", LARGE).least
-    once = H200.seconds_for_bytes(4 * LARGE.logits) / floor
-    assert times_floor() - times_floor(statistics_in_epilogue=True) == pytest.approx(once)
+    scaling = predict.stage_time(H200, stage(linear(LARGE), "scaling")).least + 3 * charges.LAUNCH  # of dX's pieces
+    saved = (H200.seconds_for_bytes(4 * LARGE.logits) - scaling) / floor
+    assert times_floor(one_read=False) - times_floor() == pytest.approx(saved)
+
+
+def test_heads_with_published_rates_by_hand():
+    text = tables.published()
+    assert text.startswith("PREDICTED") and "none of it is measured here" in text
+    liger, blackwell, quack = (line.split(" | ") for line in text.splitlines()[-3:])
+    assert liger[4] == "51.8–53.5" and blackwell[4] == "27.8"  # 8 · 8192 · 4096 · 151936 FLOPs
+    floor = predict.predict(H200, "gemms_whole", LARGE).least * 1e3
+    assert quack[4] == f"{0.97 * floor:.1f}–{1.09 * floor:.1f}"
 
 
 def test_command(capsys):
@@ -302,12 +372,14 @@ def test_command(capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["kind"] == "predicted"
     assert record["flops"] == 6 * math.prod(record["shape"].values())
+    assert record["upstream_factor"] is False
     assert record["least_s"] >= record["flops"] / 156e12
 
 
 def test_page_is_all_labelled():
     text = tables.render(read(measured.RESULTS / "cpu.jsonl"))
-    for part in ("## Predicted times\n\nPREDICTED", "## The bars, predicted\n\nPREDICTED", "**assumptions**"):
+    titles = ("Predicted times", "The bars, predicted", "Heads with published rates")
+    for part in (*(f"## {title}\n\nPREDICTED" for title in titles), "**assumptions**", "**Assumptions** too"):
         assert part in text
     assert chips.BEST_PRODUCTS in text
 

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         MODELS[options.model].vocab,
         workspace=None if options.workspace_gib is None else round(options.workspace_gib * 2**30),
         active_share=options.active_share,
+        upstream=options.upstream_factor,
     )
     if options.plot is not None:
         from benchmarks.roofline.plots import draw
@@ -74,6 +75,8 @@ def as_record(found: Prediction) -> dict[str, object]:
         "times_floor": found.times_floor,
         "flops": found.cost.flops,
         "moved_bytes": found.cost.moved,
+        "kernels": found.cost.kernels,
+        "upstream_factor": problem.upstream,
         "peak_extra_bytes": found.cost.extra,
         "peak_beyond_gradients_bytes": found.cost.extra - found.cost.gradients,
         "fits": found.fits,
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--workspace-gib", type=float, help="of our linear paths; default: the package's own")
     parser.add_argument("--active-share", type=float, default=1.0, help="of the rows, those with an advantage")
+    parser.add_argument("--upstream-factor", action="store_true", help="the loss's factor in the backward is not 1")
     parser.add_argument("--matmul-efficiency", type=float, help="share of the published FLOP/s, for every chip")
     parser.add_argument("--memory-efficiency", type=float, help="share of the published bandwidth, for every chip")
     output = parser.add_mutually_exclusive_group()

@@ -14,6 +14,7 @@ from benchmarks.roofline.work import FLOAT32, Problem
 GIB = 1 << 30
 LINEAR, FROZEN, RECOMPUTE = "linear_policy_loss", "linear_policy_loss_frozen_head", "linear_token_logprobs"
 PEERS = ("trl", "verl", "liger_grpo", "cce_exact", "bound_8f")
+BESIDE = ("rows", "scaling", "cast of dW", "small kernels")
 SWEEP = tuple(1024 * count for count in (2, 4, 8, 16, 32, 64))
 
 
@@ -99,14 +100,15 @@ def _changed(chip: Chip, problem: Problem, design: Design) -> str:
 def _dense_reasons(chip: Chip, problem: Problem, found: Prediction) -> Iterator[str]:
     exposed = chip.seconds_for_bytes(sum(stage.exposed for stage in found.cost.stages)) * 1e3
     yield (
-        f"Beyond the products: {_shares(found, ('rows', 'cast of dW'))}, and {exposed:.2f} ms of epilogue "
-        "traffic for float32 results, somewhere between hidden behind the arithmetic and not."
+        f"Beyond the products: {_shares(found, BESIDE)}, and {exposed:.2f} ms of epilogue traffic for float32 results, "
+        "somewhere between hidden behind the arithmetic and not."
     )
-    once = _changed(chip, problem, Design(statistics_in_epilogue=True))
+    twice = _changed(chip, problem, Design(one_read=False))
     narrow = _floors(predict(chip, "linear_policy_loss_bf16_logits", problem))
+    upstream = _floors(predict(chip, LINEAR, replace(problem, upstream=True)))
     yield (
-        f"With statistics in the epilogue of the logits' product, so that the row kernel reads once: {once}. With bf16 "
-        f"logits: {narrow}."
+        f"With two reads of every logit, as with an entropy bonus: {twice}. With bf16 logits, which are read twice: "
+        f"{narrow}. With an upstream factor that is not 1: {upstream}."
     )
     yield (
         f"With row kernels behind products on a second stream, at best {_overlapped(chip, found):.3f}×: a bound, for "
@@ -115,19 +117,20 @@ def _dense_reasons(chip: Chip, problem: Problem, found: Prediction) -> Iterator[
 
 
 def _long(chip: Chip, problem: Problem) -> Bar:
-    """Beyond T = 2H, where dW is a sum over windows."""
+    """Of so many rows that dW is a sum over windows."""
     problem = replace(problem, tokens=4 * problem.hidden, device=chip.preset)
     found = predict(chip, LINEAR, problem)
-    windows = sweep_plan(problem, problem.tokens).windows
-    width = problem.hidden
+    cut, width = sweep_plan(problem, problem.tokens), problem.hidden
+    windows = cut.windows
     share = occupied(chip, [(window.stop - window.start, width) for window in windows])
-    better = max(range(TILE[0], windows.largest + 1, TILE[0]), key=lambda rows: (occupied(chip, [(rows, width)]), rows))
+    fitting = cut.fitting or windows.largest
     roomy = predict(chip, LINEAR, replace(problem, workspace=2 * GIB))
     why = (
-        f"{len(windows)} windows of {windows.largest} rows: {_shares(found, ('rows', 'dW', 'cast of dW'))}; in 2 GiB "
+        f"{len(windows)} windows of {windows.largest} rows: {_shares(found, ('dW', *BESIDE))}; in 2 GiB "
         f"{_floors(roomy)}.",
         f"Tiles of {TILE[0]}×{TILE[1]} of a window's dX occupy {share:.0%} of the processors, unless the library "
-        f"splits its inner dimension; windows of {better} rows would occupy {occupied(chip, [(better, width)]):.0%}.",
+        f"splits its inner dimension; those of windows of {fitting} rows, as many as fit, "
+        f"{occupied(chip, [(fitting, width)]):.0%}.",
     )
     return Bar(_dense_name(problem), 1.18, *sorted(found.times_floor), why)
 
@@ -194,7 +197,7 @@ def _ready(chip: Chip, problem: Problem, limit: float) -> Bar:
         else f"does not keep a row of {row / 1024:.0f} KiB per processor: each is read twice from memory."
     )
     dtype = {2: "bf16", 4: "float32"}[problem.itemsize]
-    why = (f"{_shares(found, ('rows',))}; the cache {kept}",)
+    why = (f"{_shares(found, ('small kernels', 'rows'))}; the cache {kept}",)
     return Bar(f"`policy_loss` from {dtype} logits, of a copy's speed", limit, low, high, why, at_least=True)
 
 

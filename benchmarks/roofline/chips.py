@@ -36,6 +36,8 @@ class Chip:
     capacity    bytes of memory
     cache       bytes of the last cache that all processors share
     processors  SMs or compute units, one tile of a product and one row of the row kernels at a time; None: not modelled
+    lanes       float32 results of a processor in a clock, by which `vector` tells the clock; None: instructions are not
+                charged
     """
 
     name: str
@@ -48,6 +50,7 @@ class Chip:
     processors: Figure | None
     matmul_efficiency: Assumption
     memory_efficiency: Assumption
+    lanes: int | None = None
 
     def flops_per_second(self, itemsize: int) -> float:
         """The rate that products of operands of this size are assumed to reach."""
@@ -58,6 +61,11 @@ class Chip:
 
     def seconds_for_bytes(self, count: float) -> float:
         return 0.0 if self.bandwidth is None else count / (self.bandwidth.value * self.memory_efficiency.share)
+
+    @property
+    def clock(self) -> float | None:
+        """Hz: every lane does a multiplication and an addition."""
+        return None if self.lanes is None else self.vector.value / (2 * self.lanes * self.processors.value)
 
     def keeps(self, row_bytes: float) -> bool:
         """Whether the cache holds one row per processor, so that a row's second read need not go to memory."""
@@ -87,6 +95,8 @@ HOPPER_GUIDE = "https://docs.nvidia.com/cuda/hopper-tuning-guide/index.html"
 BLACKWELL_GUIDE = "https://docs.nvidia.com/cuda/blackwell-tuning-guide/index.html"
 # a device query of a B200: NVIDIA publishes no count of SMs for it
 B200_QUERY = "https://github.com/pytorch/ao/pull/4002"
+# NVIDIA's pages have the cache of an H100, which has a sixth of the same die's switched off
+DRIVER = "`l2_bytes` of drpo_kernels/backends/devices.py, as the driver reports it"
 ROCM_SPECIFICATIONS = "https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"
 # the fastest bf16 products that a search over shapes found, cuBLAS and hipBLASLt
 BEST_PRODUCTS = "https://github.com/stas00/ml-engineering/tree/master/compute/accelerator"
@@ -113,6 +123,7 @@ CHIPS = {
             processors=Figure(108, AMPERE_PAPER),
             matmul_efficiency=_best_product(271.2, 312),
             memory_efficiency=COPIES,
+            lanes=64,
         ),
         Chip(
             "H100",
@@ -125,6 +136,7 @@ CHIPS = {
             processors=Figure(132, HOPPER_PAPER),
             matmul_efficiency=HOPPER_PRODUCTS,
             memory_efficiency=COPIES,
+            lanes=128,
         ),
         Chip(
             "H200",
@@ -133,10 +145,11 @@ CHIPS = {
             vector=Figure(67 * TERA, H200_PAGE),
             bandwidth=Figure(4.8 * TB, H200_PAGE),
             capacity=Figure(141 * GB, H200_PAGE),
-            cache=Figure(50 * MIB, HOPPER_GUIDE),
+            cache=Figure(60 * MIB, DRIVER),
             processors=Figure(132, HOPPER_PAPER),
             matmul_efficiency=HOPPER_PRODUCTS,
             memory_efficiency=COPIES,
+            lanes=128,
         ),
         Chip(
             "B200",
@@ -149,6 +162,7 @@ CHIPS = {
             processors=Figure(148, B200_QUERY),
             matmul_efficiency=_best_product(1745.0, 2250),
             memory_efficiency=COPIES,
+            lanes=128,
         ),
         Chip(
             "MI300X",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.roofline.charges import ONE_READ, SMALL_KERNELS, SMALL_KERNELS_OF_A_CHUNK, TWO_READS
 from benchmarks.roofline.work import FLOAT32, Cost, Problem, Stage, products, slices, whole_gradients, whole_logits
 from drpo_kernels.backends.devices import PRESETS
 from drpo_kernels.backends.planning import Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
@@ -16,12 +17,12 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True)
 class Design:
-    """A change that could be made to `linear_policy_loss`, to see what it would buy.
+    """A variant of `linear_policy_loss`, to see what it costs.
 
-    statistics_in_epilogue  the logits' product reduces its tiles on the chip: the row kernel reads a row once
+    one_read  of float32 logits with 16-bit gradients: False with an entropy bonus, a z-loss or `sparse_grad`
     """
 
-    statistics_in_epilogue: bool = False
+    one_read: bool = True
 
 
 def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
@@ -53,13 +54,24 @@ def held_bytes(problem: Problem, cut: SweepPlan) -> int:
     return cut.buffer_bytes + problem.itemsize * problem.states + _accumulator(problem, cut) + copies
 
 
-def _gradient_stages(problem: Problem, cut: SweepPlan) -> list[Stage]:
-    """dX and dW, a product each for every window."""
+def _gradient_stages(problem: Problem, cut: SweepPlan, scales: bool = False) -> list[Stage]:
+    """dX and dW, a product each for every window; `scales`: a row's factor is applied to its dX in float32 and, for dW,
+    to its hidden row, in the room of the logits where no more of them are to come.
+    """
     item, width, vocab = problem.itemsize, problem.hidden, problem.vocab
     windows = [window.stop - window.start for window in cut.windows]
     gathers, live = cut.storage.copied > 0, held_bytes(problem, cut)
-    pieces = [piece for rows in windows for piece in slices(rows, cut.piece_rows)] if gathers else windows
-    stages = [products("dX", [(rows, width, vocab) for rows in pieces], item, item, live)]
+    cuts = gathers or scales
+    pieces = [piece for rows in windows for piece in slices(rows, cut.piece_rows)] if cuts else windows
+    out, operands = FLOAT32 if scales else item, item if problem.trainable_head else 0
+    if scales:
+        logits = cut.logits_rows * vocab * problem.logits_itemsize if len(windows) == 1 else 0
+        live = max(live, live - logits + width * (out * max(pieces) + operands * cut.windows.largest))
+    stages = [products("dX", [(rows, width, vocab) for rows in pieces], item, out, live)]
+    if scales:
+        states, count = cut.sizes.active * width, len(pieces) + (len(windows) if operands else 0)
+        read, written = (out + operands) * states, (item + operands) * states
+        stages.append(Stage("scaling", read=read, written=written, live=live, launches=count))
     if gathers:
         moved = item * cut.sizes.active * width
         stages.append(Stage("scatter", read=moved, written=moved, live=live))
@@ -77,28 +89,38 @@ def _chunks(cut: SweepPlan) -> list[int]:
     return [chunk.stop - chunk.start for window in cut.windows for chunk in cut.chunks(window)]
 
 
+def _small_kernels(chunks: Sequence[int]) -> int:
+    return SMALL_KERNELS + SMALL_KERNELS_OF_A_CHUNK * len(chunks)
+
+
 def _logits(name: str, problem: Problem, chunks: Sequence[int], live: int) -> Stage:
     shapes = [(rows, problem.vocab, problem.hidden) for rows in chunks]
     return products(name, shapes, problem.itemsize, problem.logits_itemsize, live)
 
 
 def linear(problem: Problem, design: Design = Design()) -> Cost:
-    """`linear_policy_loss`: 6F, 4F with a frozen head, of the active rows; the upstream gradient is 1."""
+    """`linear_policy_loss`: 6F, 4F with a frozen head, of the active rows."""
     rows, item, wide = problem.active, problem.itemsize, problem.logits_itemsize
     cut = sweep_plan(problem, rows)
-    live, read = held_bytes(problem, cut), wide * rows * problem.vocab
+    live, count, chunks = held_bytes(problem, cut), rows * problem.vocab, _chunks(cut)
+    one_read = design.one_read and item < FLOAT32 == wide
     stages = [
-        _logits("logits", problem, _chunks(cut), live),
+        Stage("small kernels", live=live, launches=_small_kernels(chunks), waits=1),
+        _logits("logits", problem, chunks, live),
         Stage(
             "rows",
-            read=read,
-            reread=0 if design.statistics_in_epilogue else read,
+            read=wide * count,
+            reread=0 if one_read else wide * count,
             row_bytes=wide * problem.vocab,
-            written=item * rows * problem.vocab,
+            written=item * count,
             live=live,
+            instructions=count * (ONE_READ if one_read else sum(TWO_READS[wide])),
+            launches=len(chunks),
         ),
-        *_gradient_stages(problem, cut),
+        *_gradient_stages(problem, cut, scales=one_read),
     ]
+    if problem.upstream:
+        stages.append(Stage("upstream factor", read=problem.gradients, written=problem.gradients, live=live))
     if rows < problem.tokens:  # rows out of hidden, for the logits and again for dW, and zeros in dX
         moved = item * rows * problem.hidden * (2 if problem.trainable_head else 1)
         stages.insert(0, Stage("gather", read=moved, written=moved + item * problem.states, live=live))
@@ -109,12 +131,15 @@ def recompute(problem: Problem) -> Cost:
     """`linear_token_logprobs`: 2F forward, 6F backward, of all rows."""
     forward, cut = sweep_plan(problem, 0, problem.tokens), sweep_plan(problem, problem.tokens)
     live, moved = held_bytes(problem, cut), problem.logits_itemsize * problem.logits
-    chunks = [chunk.stop - chunk.start for chunk in forward.forward]
+    chunks, again = [chunk.stop - chunk.start for chunk in forward.forward], _chunks(cut)
+    first, second = (problem.logits * each for each in TWO_READS[problem.logits_itemsize])
+    written, early = problem.itemsize * problem.logits, forward.buffer_bytes
     stages = [
-        _logits("logits", problem, chunks, forward.buffer_bytes),
-        Stage("rows", read=moved, live=forward.buffer_bytes),
-        _logits("logits again", problem, _chunks(cut), live),
-        Stage("rows again", read=moved, written=problem.itemsize * problem.logits, live=live),
+        Stage("small kernels", live=early, launches=_small_kernels(chunks + again), waits=2),
+        _logits("logits", problem, chunks, early),
+        Stage("rows", read=moved, live=early, instructions=first, launches=len(chunks)),
+        _logits("logits again", problem, again, live),
+        Stage("rows again", read=moved, written=written, live=live, instructions=second, launches=len(again)),
         *_gradient_stages(problem, cut),
     ]
     return Cost(tuple(stages), problem.gradients)
@@ -124,8 +149,16 @@ def ready(problem: Problem, in_place: bool = False) -> Cost:
     """`policy_loss` from logits of the inputs' dtype, the gradient in the same; the upstream gradient is 1."""
     size = problem.itemsize * problem.logits
     live = 0 if in_place else size
-    rows = Stage("rows", read=size, reread=size, row_bytes=problem.itemsize * problem.vocab, written=size, live=live)
-    return Cost((rows,), live)
+    rows = Stage(
+        "rows",
+        read=size,
+        reread=size,
+        row_bytes=problem.itemsize * problem.vocab,
+        written=size,
+        live=live,
+        instructions=problem.logits * sum(TWO_READS[problem.itemsize]),
+    )
+    return Cost((Stage("small kernels", live=live, launches=_small_kernels([problem.tokens])), rows), live)
 
 
 def copy(problem: Problem) -> Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from benchmarks.roofline.work import (
     FLOAT32,
@@ -24,6 +24,38 @@ LIGER_SEQUENCE, LIGER_ROWS, LIGER_COLUMNS = 1024, 2048, 4096
 VERL_COLUMNS = 9504
 # cut-cross-entropy: rows and vocabulary of a block
 CCE_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Published:
+    """A head whose authors publish how fast it is.
+
+    products  of the head with every row, 2F each, that it takes
+    rates     TFLOP/s of these FLOPs at H=4096; None where `of_floor` is known
+    of_floor  the time in those of its bare products
+    """
+
+    label: str
+    chip: str
+    products: int
+    remark: str
+    source: str
+    rates: tuple[float, float] | None = None
+    of_floor: tuple[float, float] | None = None
+
+
+LIGER = "https://github.com/linkedin/Liger-Kernel/pull"
+PUBLISHED = (
+    Published(
+        "Liger's scaled cross-entropy for sm_90", "H200", 4, "logits staged in fp16, dW added in bf16", f"{LIGER}/1422",
+        rates=(763, 788),
+    ),
+    Published("Liger's scaled cross-entropy for sm_100", "B200", 4, "", f"{LIGER}/1458", rates=(1465, 1465)),
+    Published(
+        "quack's scaled exponentials", "H200", 3, "plain cross-entropy", "https://github.com/Dao-AILab/quack",
+        of_floor=(0.97, 1.09),
+    ),
+)  # fmt: skip
 
 
 def eager(problem: Problem) -> Cost:

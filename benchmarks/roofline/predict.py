@@ -1,8 +1,9 @@
 """Seconds for a method on a chip, as a range.
 
-Least: every stage takes the longer of its arithmetic and its bytes; second reads of a row hit where the cache keeps one
-row per processor. Most: nothing hits; what epilogues move beyond one write of a result is not hidden; and a product's
-tiles occupy whole waves of processors, without splitting its inner dimension.
+Least: every stage takes the longest of its arithmetic, its bytes and its instructions; second reads of a row hit where
+the cache keeps one row per processor. Most: nothing hits; what epilogues move beyond one write of a result is not
+hidden; instructions are issued at the share of the peak that was measured; and a product's tiles occupy whole waves of
+processors, without splitting its inner dimension. Launches and waits for the host are added to both.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.roofline.charges import ISSUE, ISSUED, LAUNCH, READ_BACK
 from benchmarks.roofline.chips import Chip
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.work import Cost, Problem, Stage
@@ -20,7 +22,7 @@ TILE = (128, 256)
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds; `bound` is "arithmetic" or "memory", whichever takes longer."""
+    """Seconds; `bound` is "arithmetic", "memory" or "instructions", whichever takes longest, or "launches"."""
 
     name: str
     least: float
@@ -77,11 +79,18 @@ def stage_time(chip: Chip, stage: Stage) -> StageTime:
     hit = once if chip.keeps(stage.row_bytes) else once + stage.reread
     memory, exposed = chip.seconds_for_bytes(hit), chip.seconds_for_bytes(stage.exposed)
     hidden = chip.seconds_for_bytes(max(once + stage.reread - stage.exposed, 0))
+    instructions = 0.0
+    if chip.clock is not None:
+        instructions = stage.instructions / (ISSUED * chip.processors.value * chip.clock)
+    # a CPU's calls are not launches
+    launches = 0.0 if chip.processors is None else LAUNCH * stage.kernels + READ_BACK * stage.waits
+    bounds = {"arithmetic": arithmetic, "memory": memory, "instructions": instructions}
+    longest = max(bounds, key=bounds.get)
     return StageTime(
         stage.name,
-        least=max(arithmetic, memory),
-        most=max(arithmetic / occupied(chip, stage.results), hidden) + exposed,
-        bound="arithmetic" if arithmetic >= memory else "memory",
+        least=bounds[longest] + launches,
+        most=max(arithmetic / occupied(chip, stage.results), hidden, instructions / ISSUE.share) + exposed + launches,
+        bound=longest if bounds[longest] >= launches else "launches",
     )
 
 

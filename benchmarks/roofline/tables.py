@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.roofline import measured
-from benchmarks.roofline.bars import GIB, bars, span
+from benchmarks.roofline import charges, measured
+from benchmarks.roofline.bars import GIB, LINEAR, bars, span
 from benchmarks.roofline.chips import CHIPS, Chip, Figure
 from benchmarks.roofline.methods import METHODS, UNPREDICTED
+from benchmarks.roofline.peers import PUBLISHED, Published
 from benchmarks.roofline.predict import Prediction, predict
 from benchmarks.roofline.work import Problem
 from benchmarks.workloads import MODELS
@@ -128,6 +129,48 @@ def _cell(found: Prediction) -> str:
     return text if found.fits else f"{text}, does not fit"
 
 
+def published() -> str:
+    """Heads with rates of their authors, at the shape of the bars, beside ours."""
+    header = ("head", "chip", "FLOPs", "TFLOP/s", "ms", "in times of ours", "remark")
+    lines = [
+        f"PREDICTED for {MODEL}, T={TOKENS}, from the rates at H=4096 that their authors publish, or the time beside "
+        "bare products; none of it is measured here:",
+        "",
+        *table(header, [_published(head) for head in PUBLISHED], 2),
+    ]
+    return "\n".join(lines)
+
+
+def _published(head: Published) -> tuple[str, ...]:
+    problem, chip = headline(), CHIPS[head.chip]
+    flops = 2 * head.products * problem.logits * problem.hidden
+    if head.rates is None:
+        rate, least = NOTHING, predict(chip, "gemms_whole", problem).least
+        times = [share * least for share in head.of_floor]
+    else:
+        rate, times = span(*head.rates, 0), [flops / 1e12 / each for each in head.rates]
+    ours = predict(chip, LINEAR, problem)
+    milliseconds = span(times[0] * 1e3, times[1] * 1e3, 1)
+    ratios = f"{span(min(times) / ours.most, max(times) / ours.least)}×"
+    remark = f"{head.remark}, <{head.source}>" if head.remark else f"<{head.source}>"
+    return head.label, head.chip, f"{2 * head.products}F", rate, milliseconds, ratios, remark
+
+
+def assumed() -> str:
+    """What a call is charged for besides FLOPs and bytes."""
+    first, second = charges.TWO_READS[4]
+    narrow = sum(charges.TWO_READS[2])
+    clocks = ", ".join(f"{chip.name} {chip.clock / 1e9:.2f}" for chip in CHIPS.values() if chip.clock)
+    return (
+        f"**Assumptions** too: {charges.LAUNCH * 1e6:g} µs for every kernel, and {charges.SMALL_KERNELS} small ones in "
+        f"a call of ours with {charges.SMALL_KERNELS_OF_A_CHUNK} more in a chunk, as in the profiles of docs/gpu.md; "
+        f"{charges.READ_BACK * 1e6:g} µs for the count that compaction reads back; and, per logit, {first} + {second} "
+        f"instructions of two reads of float32, {narrow:.1f} of bf16, {charges.ONE_READ:g} of one read, of which a "
+        f"multiprocessor issues {charges.ISSUED} in a clock at best and {charges.ISSUE.share:.0%} of that at worst: "
+        f"{charges.ISSUE.source}. Clocks are those that the float32 rates imply, in GHz: {clocks}."
+    )
+
+
 def verdicts(chip: Chip | None = None) -> str:
     chip = CHIPS[CHIP] if chip is None else chip
     found = bars(chip, headline())
@@ -180,6 +223,7 @@ def render(records: Sequence[measured.Record]) -> str:
     return "\n\n".join([
         f"## Predicted times\n\n{predictions()}",
         f"## The bars, predicted\n\n{verdicts()}",
+        f"## Heads with published rates\n\n{published()}",
         f"## Prediction beside measurement\n\n{comparison(records)}",
-        f"## The chips\n\n{chips()}",
+        f"## The chips\n\n{chips()}\n\n{assumed()}",
     ])  # fmt: skip

@@ -20,6 +20,7 @@ class Problem:
     active_share    of the rows, those with an advantage; only `linear_policy_loss` skips the others
     trainable_head  False: nobody wants dW
     device          of `devices.PRESETS`, which the planning knows
+    upstream        whether the loss is differentiated with a factor that is not 1; only `linear_policy_loss` minds
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Problem:
     active_share: float = 1.0
     trainable_head: bool = True
     device: str = "h200"
+    upstream: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden", "vocab"):
@@ -71,6 +73,9 @@ class Stage:
     exposed    of the bytes, those that a product's epilogue moves beyond one write of its result in the operands' size:
                between not hidden at all and hidden altogether behind the arithmetic
     results    (rows, columns) of each product, for the share of processors that its tiles occupy
+    instructions  of all threads together, where they are known
+    launches   kernels, None for one, or one for each product
+    waits      how often the device waits for the host
     live       bytes allocated beyond the inputs while it runs, gradients included
     """
 
@@ -84,6 +89,13 @@ class Stage:
     exposed: float = 0.0
     results: tuple[tuple[int, int], ...] = ()
     live: int = 0
+    instructions: float = 0.0
+    launches: int | None = None
+    waits: int = 0
+
+    @property
+    def kernels(self) -> int:
+        return max(len(self.results), 1) if self.launches is None else self.launches
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,10 @@ class Cost:
     def moved(self) -> float:
         """Bytes, the second reads of rows among them."""
         return sum(stage.read + stage.reread + stage.written for stage in self.stages)
+
+    @property
+    def kernels(self) -> int:
+        return sum(stage.kernels for stage in self.stages)
 
     @property
     def extra(self) -> int:

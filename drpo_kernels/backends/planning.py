@@ -4,8 +4,9 @@ Rows with a gradient come in *windows*, of which dX and dW are one product each,
 `python -m drpo_kernels plan` prints the plan of any problem on any device.
 """
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -21,6 +22,12 @@ ROW_MULTIPLE = 128
 # of logits where dlogits wait beside them, a quarter of the workspace and at least these rows: 512 FLOP for every byte
 # read of the weight, twice what keeps any GPU busy. The rest is the window's: dW is read and written once for each
 CHUNK_ROWS = 512
+# cuBLAS multiplies in tiles of so many rows and columns, in waves of one to a processor. What dX's last wave leaves
+# idle costs half of its time, measured on an H200 (docs/gpu.md): at H=4096 windows of 2432 rows, which fill 77 % of
+# their waves, take 1.33 times as long as ones of 2048, which fill 97 %, with 1.19 times the arithmetic. One more window
+# is one more read and write of a float32 dW, 8VH bytes, for as long as H / 7400 waves: by the 700 TFLOP/s that products
+# reach on an H200's 132 processors, and its 4.8 TB/s
+TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
 # an entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense one takes 4H FLOP: by an
 # H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
 COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
@@ -100,11 +107,13 @@ class SweepPlan:
     windows: ChunkPlan  # of the rows with a gradient
     chunk_rows: int  # of logits within a window
     forward: ChunkPlan  # of the rows without
-    retained: bool  # one window of all rows, on top of the workspace
+    retained: bool  # one window of all rows, in place of a float32 dW
     weight_gradient: WeightGradient
     compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
     entries: int = 0  # of sparse rows, that wait to be added together
     on_cpu: bool = False
+    processors: int = 0  # that take a tile of dX each, in waves; 0: nothing is known of them
+    fitting: int | None = None  # rows of a window, where fewer fill the waves better
 
     @property
     def in_place(self) -> bool:
@@ -127,8 +136,11 @@ class SweepPlan:
 
     @property
     def piece_rows(self) -> int:
-        """Rows of dX at a time where it cannot be written at its place."""
-        return max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
+        """Rows of dX at a time where it cannot be written at its place: as many as fill the waves best."""
+        fitting = max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
+        if not self.processors or not self.sizes.active:
+            return fitting
+        return whole_waves(self.windows.largest, fitting, self.sizes.hidden, self.processors)
 
     @property
     def buffer_bytes(self) -> int:
@@ -187,16 +199,17 @@ class SweepPlan:
         logits, dlogits = (str(dtype).removeprefix("torch.") for dtype in (self.storage.logits, self.storage.dlogits))
         logits_bytes = self.logits_rows * self.sizes.vocab * self.storage.logits.itemsize
         place = "over the logits" if self.in_place else "beside the logits, over which another dtype would race"
-        kept = "of all rows: T <= 2H, so no more than a float32 dW, which becomes one product" if self.retained else ""
+        kept = "of all rows: with the logits no more than the workspace and a float32 dW, which becomes one product"
         products = "for dX" if self.weight_gradient is WeightGradient.NONE else "each for dX and dW"
         wait = " (float32 until the backward)" if self.storage.weight == torch.float16 else ""
         entries = [("entries", self.entry_bytes, f"{self.entries} of sparse rows, before they are added")]
         lines = [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
             ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
+            *([("", None, self._filled())] if self.fitting else []),
             ("logits", logits_bytes, f"{logits}, {self.logits_rows} rows at a time"),
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
-            *([("", None, kept)] if kept else []),
+            *([("", None, kept)] if self.retained else []),
             ("dW", self.accumulator_bytes, self.weight_gradient.value),
             *(entries if self.entries else []),
             *([("scratch", self.scratch_bytes, "blocks of rows and of the weight, copies, the library's own")]
@@ -205,6 +218,14 @@ class SweepPlan:
         ]  # fmt: skip
         sizes = ("" if size is None else _readable(size) for _, size, _ in lines)
         return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
+
+    def _filled(self) -> str:
+        shares = []
+        for rows in (self.windows.chunk_rows, self.fitting):
+            tiles, waves = dx_tiles(ChunkPlan(self.sizes.active, rows), self.sizes.hidden, self.processors)
+            shares.append(f"{tiles / (waves * self.processors):.0%}")
+        own, other = shares
+        return f"tiles of dX fill {own} of {self.processors} processors, {other} with windows of {self.fitting} rows"
 
 
 def plan(
@@ -223,8 +244,8 @@ def plan(
     `sparse`: of `sparse_grad`, whose windows are those of all rows being dense, and whose dW is always a sum.
     """
     # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
-    accumulates = wanted.weight and not main_grad and storage.weight != storage.accumulator and not sparse
-    retained = accumulates and storage.dlogits == torch.bfloat16 and retain_dlogits(sizes.active, sizes.hidden)
+    retains = wanted.weight and not main_grad and not sparse and storage.weight == storage.dlogits == torch.bfloat16
+    retained = retains and retain_dlogits(sizes.active, sizes.hidden)
     compacts = sparse and device.type != "cpu"
     in_place, logit_bytes = storage.logits == storage.dlogits and not compacts, storage.logits.itemsize
     beside = 0 if in_place or retained or not sizes.active else storage.dlogits.itemsize
@@ -242,11 +263,67 @@ def plan(
         windows = _equal(sizes.active, room, row_multiple)
         chunk_rows = _equal(windows.largest, most).chunk_rows
     forward = _equal(sizes.forward, most)
-    return SweepPlan(
+    # AMD's library cuts a product otherwise, and so do the products of `batch_invariant` and float32
+    in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2 and not sparse
+    made = SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
         _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
-        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu",
+        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu", device.multiprocessors if in_tiles else 0,
     )  # fmt: skip
+    if len(windows) <= 1 or sparse:
+        return made
+    return (_in_one_window(made, most, budget) if retains else None) or _in_whole_waves(made)
+
+
+def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
+    """All rows in one window, if they fit beside CHUNK_ROWS of logits in the workspace and the float32 dW of windows as
+    `made`, and take no more bytes than those: with down to half as many rows of logits, which just keep a GPU busy.
+    """
+    sizes, row = made.sizes, made.sizes.vocab * made.storage.logits.itemsize
+    window, dlogits = ChunkPlan(sizes.active, sizes.active), sizes.active * sizes.vocab * made.storage.dlogits.itemsize
+    chunk_rows = sizes.active
+    if not made.in_place:
+        most = min(most, (made.total_bytes - dlogits) // row)
+        if dlogits + CHUNK_ROWS * row > budget + made.accumulator_bytes or most < CHUNK_ROWS // 2:
+            return None
+        chunk_rows = _equal(sizes.active, most).chunk_rows
+    found = replace(
+        made, windows=window, chunk_rows=chunk_rows, forward=_equal(sizes.forward, most), retained=True,
+        weight_gradient=WeightGradient.PRODUCT,
+    )  # fmt: skip
+    return found if found.total_bytes <= made.total_bytes else None
+
+
+def _in_whole_waves(made: SweepPlan) -> SweepPlan:
+    """Windows of the same rows or fewer, and chunks too, so that no buffer grows."""
+    fitting = made.windows.chunk_rows
+    rows = whole_waves(made.sizes.active, fitting, made.sizes.hidden, made.processors) if made.processors else fitting
+    if rows == fitting:
+        return made
+    chunk_rows = rows if made.chunk_rows == fitting else _equal(rows, made.chunk_rows).chunk_rows
+    return replace(made, windows=ChunkPlan(made.sizes.active, rows), chunk_rows=chunk_rows, fitting=fitting)
+
+
+@functools.lru_cache(maxsize=64)
+def whole_waves(rows: int, fitting: int, hidden: int, processors: int) -> int:
+    """How many of `rows` go into a window, `fitting` or less, for dX and the additions to dW to take the least time.
+
+    Also how many of a window go into a piece of dX: charged as much, though its product only reads W again.
+    """
+
+    def time(size: int) -> float:
+        windows = ChunkPlan(rows, size)
+        tiles, waves = dx_tiles(windows, hidden, processors)
+        return (1 - IDLE) * tiles / processors + IDLE * waves + WINDOW_WAVES * hidden * len(windows)
+
+    return min((fitting, *range(fitting // TILE_ROWS * TILE_ROWS, 0, -TILE_ROWS)), key=time)
+
+
+def dx_tiles(windows: ChunkPlan, hidden: int, processors: int) -> tuple[int, int]:
+    """The tiles of dX of all windows, and the waves that they come in."""
+    columns, (count, rest) = -(-hidden // TILE_COLUMNS), divmod(windows.rows, windows.chunk_rows)
+    each, last = (-(-rows // TILE_ROWS) * columns for rows in (windows.chunk_rows, rest))
+    return count * each + last, count * -(-each // processors) - (-last // processors)
 
 
 def _weight_gradient(
@@ -291,7 +368,7 @@ def entry_limit(vocab: int, device_type: str) -> int:
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:
-    """Keep all dlogits in bf16 for one product, 2TV bytes, or add up dW in float32 over windows, 4VH bytes?"""
+    """Are all dlogits in bf16, 2TV bytes, no more than the float32 dW of windows, 4VH?"""
     return rows <= 2 * hidden
 
 

@@ -7,7 +7,7 @@ that. Nothing here knows an objective or a kernel.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -136,14 +136,15 @@ class LinearSweep:
         self.rows = rows if self.index is None else rows[:, self.index]
 
     def _planned(self) -> SweepPlan:
-        # every rank must cut the rows into the same chunks, whatever its own share of the vocabulary
-        vocab = self.head.vocab if self.shard is None else self.shard.largest
         matmul, hidden = self.matmul, self.hidden
+        device, vocab = device_properties(hidden.device), self.head.vocab
+        if self.shard is not None:  # every rank must cut the rows into the same chunks, whatever its share and its GPU
+            device, vocab = replace(device, multiprocessors=0), self.shard.largest
         copied = hidden.dtype.itemsize if self.index is not None or self._hidden_view is None else 0
         copied += matmul.cast_bytes(hidden.dtype)
         copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` zeroes a copy
         return plan(
-            device_properties(hidden.device),
+            device,
             Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),
             Storage(
                 self.execution.logits_dtype or matmul.accumulator,
