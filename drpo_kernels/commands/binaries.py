@@ -53,8 +53,11 @@ class Usage:
 
     @property
     def loop_load_bytes(self) -> int:
-        """The most that a thread loads in an iteration."""
-        return max((loop.load_bytes for loop in self.loops), default=0)
+        """The most that a thread loads in an iteration of the loops that compute exponentials, or of all where none does:
+        a compiler unrolls a loop that does little but load.
+        """
+        computing = [loop for loop in self.loops if loop.special] or self.loops
+        return max((loop.load_bytes for loop in computing), default=0)
 
 
 @dataclass(frozen=True)

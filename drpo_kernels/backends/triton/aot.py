@@ -119,22 +119,24 @@ PACKED = ("rows", "outcome", "statistics", "slopes", "factors")
 # Of the row kernels, by how a case's name begins, the first that fits: what they take at most under Triton 3.4 to 3.9,
 # instructions to the next half
 BOUNDS = {
-    "policy[drpo fp32>fp32]": Bounds(reading=21, writing=12, registers=64),
-    "policy[drpo bf16>bf16]": Bounds(reading=22.5, writing=12.5, registers=102),
-    "policy[drpo fp16>fp32]": Bounds(reading=23, writing=12.5, registers=106),
-    "policy[drpo forward]": Bounds(reading=21, registers=64),
-    "policy[drpo odd vocabulary]": Bounds(reading=20.5, writing=11.5, registers=82),
-    "policy[drpo k": Bounds(reading=58, writing=63.5, special=4, registers=64),  # bias softcap
-    "policy[": Bounds(reading=21, writing=11.5, registers=64),
-    "gradient[fp32>bf16, ": Bounds(writing=11.5, registers=25),  # of log-probs alone, or with the z-loss
-    "gradient[fp32>bf16]": Bounds(writing=17.5, registers=31),
-    "gradient[bf16>bf16]": Bounds(writing=17.5, registers=54),
-    "gradient[fp16>fp16]": Bounds(writing=17, registers=53),
-    "gradient[bias softcap]": Bounds(writing=64, special=4, registers=54),
-    "statistics[fp32]": Bounds(reading=21, registers=64),
-    "statistics[bf16]": Bounds(reading=23, registers=102),
-    "statistics[fp16]": Bounds(reading=23, registers=102),
-    "statistics[bias softcap]": Bounds(reading=56.5, special=3, registers=64),
+    "policy[drpo fp32>fp32]": Bounds(reading=8, writing=8, registers=64),
+    "policy[drpo bf16>bf16]": Bounds(reading=9, writing=8.5, registers=64),
+    "policy[drpo fp16>fp32]": Bounds(reading=8.5, writing=8.5, registers=64),
+    "policy[drpo forward]": Bounds(reading=8, registers=64),
+    "policy[drpo z-loss]": Bounds(reading=8, writing=7.5, registers=64),
+    "policy[drpo entropy bonus]": Bounds(reading=8, writing=11.5, registers=64),
+    "policy[drpo one read k": Bounds(writing=56, special=4, registers=64),  # bias softcap
+    "policy[drpo k": Bounds(reading=43, writing=58.5, special=4, registers=64),
+    "policy[": Bounds(writing=9, registers=64),  # one read
+    "gradient[fp32>bf16, ": Bounds(writing=7.5, registers=32),  # of log-probs alone, or with the z-loss
+    "gradient[fp32>bf16]": Bounds(writing=11.5, registers=32),
+    "gradient[bf16>bf16]": Bounds(writing=13, registers=64),
+    "gradient[fp16>fp16]": Bounds(writing=12.5, registers=64),
+    "gradient[bias softcap]": Bounds(writing=58.5, special=4, registers=64),
+    "statistics[fp32]": Bounds(reading=8, registers=64),
+    "statistics[bf16]": Bounds(reading=9, registers=64),
+    "statistics[fp16]": Bounds(reading=8.5, registers=64),
+    "statistics[bias softcap]": Bounds(reading=42.5, special=3, registers=88),
 }
 
 
@@ -171,6 +173,9 @@ def _row_cases(
         # on AMD each element of a tail may have a branch of its own, which looks like a loop
         tails = 0 if even else 1 if vendor.startswith("sm_") else 16
         name = f"{kernel.__name__.removesuffix('_kernel')}[{label}]"
+        # a few values of the row, which wait while its loops run; none do where every call goes
+        one_read = even and flags.get("WRITE") == WRITE_FACTORED
+        local_bytes = 32 if flags["HAS_SOFTCAP"] else 0 if one_read else 16
         yield KernelCase(
             name=name,
             kernel=kernel,
@@ -181,7 +186,8 @@ def _row_cases(
             options=LAUNCH_OPTIONS | ({"maxnreg": tile.registers} if tile.registers else {}),
             targets=(vendor,),
             expected=Expected(
-                128, 128 if stored else 0, elements * loaded, tails, element_bytes=loaded, bounds=_bounds(name)
+                128, 128 if stored else 0, elements * loaded, tails, local_bytes, element_bytes=loaded,
+                bounds=_bounds(name),
             ),
         )
 
@@ -200,9 +206,12 @@ def kernel_cases() -> list[KernelCase]:
     drpo = {"OBJECTIVE": DRPO().twin} | bare
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
         cases.extend(_row_cases(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
+    one_read = drpo | {"WRITE": WRITE_FACTORED}
     cases.extend(
-        _row_cases("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **drpo, **plain)
+        _row_cases("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **one_read, **plain)
     )
+    label, flags = "drpo one read k3 bias softcap", one_read | full | {"KL": KL_ESTIMATORS["k3"].twin}
+    cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
     cases.extend(
         _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": WRITE_NOTHING})
     )
@@ -215,9 +224,10 @@ def kernel_cases() -> list[KernelCase]:
         label = f"fp32>bf16, {'z-loss' if z_loss else 'log-probs'} alone"
         alone = {"HAS_ENTROPY": False, "HAS_Z_LOSS": z_loss}
         cases.extend(_row_cases(label, kernels.gradient_kernel, "fp32", "bf16", **alone, **plain))
-    cases.extend(
-        _row_cases("drpo z-loss", kernels.policy_kernel, "fp32", "bf16", 1, **drpo | plain | {"HAS_Z_LOSS": True})
-    )
+    for term, flag in (("z-loss", "HAS_Z_LOSS"), ("entropy bonus", "HAS_ENTROPY")):
+        cases.extend(
+            _row_cases(f"drpo {term}", kernels.policy_kernel, "fp32", "bf16", 1, **drpo | plain | {flag: True})
+        )
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
         cases.extend(_row_cases(logits, kernels.statistics_kernel, logits, out, **plain))
         cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, **entropy, **plain))
@@ -284,7 +294,7 @@ def sparse_cases() -> Iterator[KernelCase]:
                 f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, vendor, tile,
                 ("logits", "bias", "row_stride", "vocab"),
                 # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
-                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=8, element_bytes=loaded),
+                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=16, element_bytes=loaded),
             )  # fmt: skip
     types = dict.fromkeys(("index", "offsets", "places"), "*i64") | {"width": "i32", "column_stride": "constexpr"}
     types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
