@@ -53,7 +53,7 @@ class Usage:
 
     @property
     def loop_load_bytes(self) -> int:
-        """The most that a thread loads in an iteration of the loops that compute exponentials, or of all where none does:
+        """The most that a thread loads in an iteration of the loops that compute exponentials, or of all if none does:
         a compiler unrolls a loop that does little but load.
         """
         computing = [loop for loop in self.loops if loop.special] or self.loops
