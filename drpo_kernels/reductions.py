@@ -21,7 +21,8 @@ class Metric(NamedTuple):
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    return torch.where(counts > 0, values * counts, 0).sum(-1) / counts.sum(-1).clamp(min=1)
+    weighted = values if counts.dtype == torch.bool else values * counts
+    return torch.where(counts > 0, weighted, 0).sum(-1) / counts.sum(-1).clamp(min=1)
 
 
 def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
@@ -32,7 +33,7 @@ def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
     return torch.where((counts > 0).any(-1), bound, 0)
 
 
-# (values [..., M], how many rows each stands for [..., M]) -> [...]; what stands for no row may be anything
+# (values [..., M], how many rows each stands for [M], or bool) -> [...]; what stands for no row may be anything
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,
     "max": lambda values, counts: _extreme(values, counts, largest=True),
@@ -44,12 +45,13 @@ REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def reduced(
     metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Values and flags [N] under the metrics' names, 0-d results: one reduction for all metrics of a kind."""
+    """Values and flags [N] under the metrics' names, 0-d results: one reduction for all that are formed alike."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, (how, count) in metrics.items():
+        alike.setdefault((how, "" if how == "sum" else count), []).append(name)
     found = {}
-    for how in dict.fromkeys(metric.how for metric in metrics.values()):
-        names = [name for name, metric in metrics.items() if metric.how == how]
-        counted = torch.stack([flags[metrics[name].count] for name in names])
-        results = REDUCE[how](torch.stack([values[name] for name in names]), counted)
+    for (how, count), names in alike.items():
+        results = REDUCE[how](torch.stack([values[name] for name in names]), flags.get(count))
         found |= {name: results[i].data for i, name in enumerate(names)}
     return {PREFIX + name: found[name] for name in metrics}
 

@@ -452,7 +452,8 @@ def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypat
     small_chunks(monkeypatch)
     monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)
     problem = random_problem(6, dtype=dtype, bias=True, compact=compact)
-    options = {"workspace_bytes": workspace, "grad_bound": 4e-3}
+    # three roundings to bf16, of dlogits, of the gradient, and of 3.7 times it
+    options = {"workspace_bytes": workspace, "grad_bound": 3 * 2.0**-9 if dtype == BF16 else 4e-3}
     problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **options)
     if dtype == BF16:  # bf16 logits are worth less: the contract is for float32 ones
         narrow = options | {"logits_dtype": BF16, "grad_bound": 4e-2, "loss_bound": 4e-2}

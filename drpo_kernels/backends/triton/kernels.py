@@ -187,10 +187,11 @@ def reduce_row(
 ):  # fmt: skip
     """One read of the row -> (logp, H, r, Σ, 1 - p_y, q̄, lse); with STORE, E goes to `out`, 0 at the target.
 
-    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. CLOSE: a slope of H is wanted, and the
-    smaller H, the more of its digits log Σ - q̄ would cancel unless Σ is near 1.
+    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. Where Σ is 2^n, the q that matter, and
+    with them log π, have a rounding of n · 2^-24. CLOSE: a slope of H is wanted, and the smaller H, the more of its
+    digits log Σ - q̄ would cancel.
     """
-    LARGEST_SUM: tl.constexpr = 4.0 if CLOSE else 1.1e12  # 2^40, whose inverse is far from the ends of bf16's range too
+    LARGEST_SUM: tl.constexpr = 4.0 if CLOSE else 256.0
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
