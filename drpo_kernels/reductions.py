@@ -21,16 +21,18 @@ class Metric(NamedTuple):
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    weighted = values if counts.dtype == torch.bool else values * counts
-    return torch.where(counts > 0, weighted, 0).sum(-1) / counts.sum(-1).clamp(min=1)
+    if counts.dtype == torch.bool:
+        return values.masked_fill(~counts, 0).sum(-1) / counts.sum(-1).clamp(min=1)
+    return torch.where(counts > 0, values * counts, 0).sum(-1) / counts.sum(-1).clamp(min=1)
 
 
 def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
     if not values.numel():
         return values.new_zeros(values.shape[:-1])
-    bound = torch.where(counts > 0, values, -torch.inf if largest else torch.inf)
+    nothing = counts == 0
+    bound = values.masked_fill(nothing, -torch.inf if largest else torch.inf)
     bound = bound.amax(-1) if largest else bound.amin(-1)
-    return torch.where((counts > 0).any(-1), bound, 0)
+    return bound.masked_fill(nothing.all(-1), 0)
 
 
 # (values [..., M], how many rows each stands for [M], or bool) -> [...]; what stands for no row may be anything
@@ -52,7 +54,8 @@ def reduced(
     found = {}
     for (how, count), names in alike.items():
         results = REDUCE[how](torch.stack([values[name] for name in names]), flags.get(count))
-        found |= {name: results[i].data for i, name in enumerate(names)}
+        # each of its own: a trainer may change one in place, and autograd does not take it for a view of the others
+        found |= zip(names, torch.unbind_copy(results), strict=True)
     return {PREFIX + name: found[name] for name in metrics}
 
 

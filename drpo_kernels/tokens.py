@@ -128,16 +128,22 @@ class Tokens:
         self.advantages = advantages
         self.valid = valid
         self.sequences = sequences
+        self._log_ratio: Tensor | None = None
+        self._ratio: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
         """Δ = clamp(log π - log μ, ±20)."""
-        return (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
+        if self._log_ratio is None:
+            self._log_ratio = (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
+        return self._log_ratio
 
     @property
     def ratio(self) -> Tensor:
         """r = exp(Δ)."""
-        return self.log_ratio.exp()
+        if self._ratio is None:
+            self._ratio = self.log_ratio.exp()
+        return self._ratio
 
     @property
     def ratio_minus_one(self) -> Tensor:
@@ -172,6 +178,8 @@ class Tokens:
 
 def _with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     """`value`, exactly, with the derivative of `source`."""
+    if not source.requires_grad:
+        return value
     return value.detach() + (source - source.detach())
 
 

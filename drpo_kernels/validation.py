@@ -432,9 +432,8 @@ def wants_values(options: LogprobOptions, targets: Tensor) -> bool:
 
 
 def _require(name: str, requirement: str, values: Tensor, good: Tensor, hint: str = "") -> None:
-    bad = ~good
-    if bad.any():
-        index = tuple(bad.nonzero()[0].tolist())
+    if not good.all():
+        index = tuple((~good).nonzero()[0].tolist())
         where = f" at index {index}" if index else ""
         raise ValueError(f"{name} must be {requirement}, got {values[index].item()}{where}{hint}")
 

@@ -160,12 +160,9 @@ class TorchRows:
                 gradient.mul_(scratch.cap_slope(block))
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
-        self._clear_inactive(batch, out)
-
-    def _clear_inactive(self, batch: RowBatch, out: Tensor) -> None:
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
-        if out.device.type != "cpu" or inactive.any():
-            out.masked_fill_(inactive.view(-1, *[1] * (out.dim() - 1)), 0)
+        if not scratch.on_cpu or inactive.any():
+            out.masked_fill_(inactive[:, None], 0)
 
     def _scale_exponentials(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """slope · (onehot - p) from the 2^q that are there: in order, so that `out` may be an earlier part of them."""
@@ -212,14 +209,17 @@ class TorchRows:
     def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
         statistics = self._statistics(batch, out)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
-        per_row = _GradientRows.of(batch, statistics, slopes)
-        at_target = -statistics[Stat.MISS, :, None] * statistics[Stat.SUM, :, None]
+        index, _ = _safe(batch)
+        at_target = -(statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
         if batch.transform.softcap is not None:
-            at_target = at_target * out.gather(1, per_row.index)
-        out.scatter_(1, per_row.index, at_target.to(out.dtype))
-        factors.copy_(per_row.scale[:, 0])
-        self._clear_inactive(batch, out)
-        self._clear_inactive(batch, factors)
+            at_target = at_target * out.gather(1, index)
+        out.scatter_(1, index, at_target.to(out.dtype))
+        chain = batch.rows[Row.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
+        torch.div(slopes[0] * chain, statistics[Stat.SUM], out=factors)
+        inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
+        if out.device.type != "cpu" or inactive.any():
+            out.masked_fill_(inactive[:, None], 0)
+            factors.masked_fill_(inactive, 0)
         return outcome
 
 
