@@ -153,8 +153,8 @@ GRADIENT_BOUND = 4e-3
 
 
 def bars(errors: dict[str, Errors | None], bound: float) -> Iterator[Record]:
-    """What bf16 inputs with float32 logits must keep, on a CPU and with a GPU's dlogits, and fp16 against bf16."""
-    ours, half, device = errors["bf16"], errors["fp16"], errors["bf16-dlogits"]
+    """What bf16 inputs with float32 logits must keep, on a CPU and as a GPU rounds them, and fp16 against bf16."""
+    ours, half, device = errors["bf16"], errors["fp16"], errors["bf16-one-read"]
     values = [("logprob", ours["logprob"][0], bound), ("ratio", ours["ratio"][0], ratio_bound(bound))]
     values += [(name, ours[name][2], GRADIENT_BOUND) for name in ("hidden", "weight")]
     values += [(f"GPU {name}", device[name][2], GRADIENT_BOUND) for name in ("hidden", "weight")]

@@ -10,8 +10,8 @@ from benchmarks.recipes import RECIPES
 NOTHING = "–"
 # of the default path's bars, as they are named in records and on pages
 BARS = {
-    "logprob": "log π", "ratio": "ratio", "hidden": "dX", "weight": "dW", "GPU hidden": "dX, bf16 dlogits",
-    "GPU weight": "dW, bf16 dlogits", "fp16 hidden": "fp16's dX over bf16's", "fp16 weight": "fp16's dW over bf16's",
+    "logprob": "log π", "ratio": "ratio", "hidden": "dX", "weight": "dW", "GPU hidden": "dX on a GPU",
+    "GPU weight": "dW on a GPU", "fp16 hidden": "fp16's dX over bf16's", "fp16 weight": "fp16's dW over bf16's",
 }  # fmt: skip
 TABULATED = tuple(BARS)[:6]
 # of the tables; the plots have all

@@ -14,7 +14,9 @@ from torch import Tensor
 from benchmarks.method import sparsity_of
 from benchmarks.regimes import OBJECTIVE, Case, Operands, Result
 from drpo_kernels import PolicyGradient, Tokens, linear_policy_loss, policy_loss
+from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.quantize import FORMATS, dequantized, per_block, per_row, per_tensor
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, Terms, Transform
 from drpo_kernels.objectives import Objective
 
 TRL_CHUNK = 32_768  # TRL's vocabulary tile
@@ -122,9 +124,26 @@ def from_logits(case: Case, logits: Tensor) -> tuple[Result, Tensor]:
     return Result(out.logprobs, out.loss.detach(), None, None), dlogits
 
 
+def one_read(case: Case) -> Result:
+    """What ours does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so are hidden
+    states times the factors of their rows (a CPU rounds neither), sums are float32.
+    """
+    hidden, weight = case.hidden.float(), case.weight.float()
+    logits, count = case.biased(hidden @ weight.T), len(case.targets)
+    rows = logits.new_zeros(len(Row), count)
+    rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = case.old_logprobs, case.advantages, 1 / count
+    rows[Row.INV_TEMPERATURE], rows[Row.KIND] = 1 / case.temperature, RowKind.ACTIVE
+    exponentials, factors = torch.empty_like(logits, dtype=torch.bfloat16), logits.new_empty(count)
+    batch = RowBatch(logits, case.targets, rows, Transform(softcap=case.softcap))
+    outcome = row_ops("torch").policy(batch, Terms(OBJECTIVE), exponentials, factors)
+    e, v = exponentials.float(), factors[:, None]
+    dx, dw = v * (e @ weight), e.T @ (v * hidden).bfloat16().float()
+    return Result(outcome[Outcome.LOGPROB], outcome[Outcome.LOSS].sum(), dx.bfloat16(), dw.bfloat16())
+
+
 def bf16_dlogits(case: Case, products: Tensor | None = None) -> Result:
-    """What ours does on a GPU, whose products take bf16 operands: dlogits are rounded to bf16 (a CPU's are not), sums
-    are float32. `products` are hidden @ weight.T, or others in their place.
+    """What ours does on a GPU where a row is read twice: dlogits are rounded to bf16, sums are float32. `products` are
+    hidden @ weight.T, or others in their place.
     """
     hidden, weight = case.hidden.float(), case.weight.float()
     result, dlogits = from_logits(case, case.biased(hidden @ weight.T if products is None else products))
@@ -219,7 +238,8 @@ def _fp8(name: str, granularity: str) -> Recipe:
 RECIPES = {
     "fp32": Recipe("fp32", functools.partial(ours, dtype=torch.float32)),
     "bf16": Recipe("bf16, fp32 logits (default)", ours),
-    "bf16-dlogits": Recipe("bf16, bf16 dlogits (default on a GPU)", bf16_dlogits),
+    "bf16-one-read": Recipe("bf16, bf16 exponentials (default on a GPU)", one_read),
+    "bf16-dlogits": Recipe("bf16, bf16 dlogits (entropy bonus)", bf16_dlogits),
     "fp16": Recipe("fp16, fp32 logits", float16, "fp16"),
     "bf16-logits": Recipe("bf16 logits (`logits_dtype`)", functools.partial(ours, logits_dtype=torch.bfloat16)),
     "bf16-dw": Recipe(f"bf16, bf16 dlogits and dW, {DW_CHUNKS} chunks", accumulated_in_bf16),
