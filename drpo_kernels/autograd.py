@@ -117,7 +117,10 @@ class LinearPolicyLoss(torch.autograd.Function):
         if upstream is None:  # what the loss went into has no gradient
             return (None,) * 9
         _spend(ctx, "linear_policy_loss")
-        factor = upstream if ctx.loss_scale == 1 else upstream / ctx.loss_scale
+        factor = upstream
+        if ctx.loss_scale != 1:
+            factor = upstream / ctx.loss_scale
+            factor = torch.where((factor - 1).abs() <= SCALE_TOLERANCE, 1, factor)  # by which nothing is rounded
         if ctx.declares:
             _assert_declared(factor, ctx.loss_scale)
         gradients = [

@@ -122,9 +122,11 @@ class PolicyOptions(LogprobOptions):
                       A = 0 unless a KL term, an entropy bonus, a z-loss or the objective needs them. "mask": only
                       masked rows; A = 0 rows cost a forward and are reported. "none": every row is computed, and no
                       count is read back from the device
-    loss_scale        with main_grad, number > 0: what the loss will be multiplied by before its backward (loss scale,
-                      1 / accumulation steps). The backward checks it to 1e-5, on a GPU by a device-side assertion; the
-                      gradients of hidden and bias, and out.loss, are as without it
+    loss_scale        of `linear_policy_loss`, number > 0: what the loss will be multiplied by before its backward (loss
+                      scale, 1 / accumulation steps). The gradients, computed in the forward, are then the ones that are
+                      wanted, and the backward neither reads them again nor rounds them once more; out.loss is as
+                      without it. Where the loss is multiplied by something else, the backward sees to the rest; with
+                      main_grad that is an error beyond 1e-5, on a GPU by a device-side assertion
     sparse_grad       τ in [0, 1), of `linear_policy_loss`: a row's gradient reaches its target and the fewest other
                       tokens that leave out at most τ · (1 - p_y) of the row's probability, by gathering their rows of
                       the weight; 2F in place of 6F for rows that few tokens suffice for, while the others stay dense

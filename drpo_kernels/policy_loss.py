@@ -99,12 +99,12 @@ def linear_policy_loss(
     fp16, above its subnormal numbers). G is the norm of the gradient's sums of absolute products,
     |dlogits| · |weight| for dX and |dlogits|ᵀ · |hidden| for dW; from ready logits it is the gradient's own norm.
     An entropy bonus counts there with p (|log p| + entropy), and in ε a soft-cap below the temperature takes its
-    place. The roundings are that of the finished gradient; on tensor cores that of dlogits, relative to G; and one in
-    the backward of a gradient that waits for it in 16 bits (bf16, and policy_loss on fp16 logits), if the loss was
-    multiplied by a factor that is not a power of two, such as 1/3 for gradient accumulation. reduction, normalizer
-    and token_weights act before any rounding. Where an objective's slope depends on log π more steeply than the ratio
-    does, at a clip or near weight 0, it also moves by what max(1e-4, ε) of log π changes there, and a z-loss's slope,
-    2 logsumexp, by that of logsumexp.
+    place. The roundings are that of the finished gradient; on tensor cores, relative to G, that of dlogits, and of
+    dW also that of hidden times the factors of its rows; and one in the backward of a gradient that waits for it in 16
+    bits (bf16, and policy_loss on fp16 logits), if the loss was multiplied by a factor that is not a power of two, such
+    as 1/3 for gradient accumulation. reduction, normalizer, token_weights and loss_scale act before any rounding. Where
+    an objective's slope depends on log π more steeply than the ratio does, at a clip or near weight 0, it also moves by
+    what max(1e-4, ε) of log π changes there, and a z-loss's slope, 2 logsumexp, by that of logsumexp.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.

@@ -160,8 +160,6 @@ def check_main_grad(
     """`wanted`: whether this call computes the gradient of `weight`, which has been checked."""
     check_number("loss_scale", loss_scale)
     if main_grad is None:
-        if loss_scale != 1:
-            raise ValueError(f"loss_scale must be 1 without main_grad, got {loss_scale}")
         return
     check_tensor("main_grad", main_grad)
     if compute_dtype == torch.float64:

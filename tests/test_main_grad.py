@@ -90,6 +90,28 @@ def test_another_factor_is_an_error(factor):
         (out.loss * 4.0 * factor).backward()
 
 
+@pytest.mark.parametrize("said, multiplied", [(1 / 3, 1 / 3), (0.1, 0.1), (0.1, 0.2), (3.0, 1.0)])
+def test_loss_scale_without_main_grad(said, multiplied, device):
+    """The gradients are those of the loss times its factor, which is rounded into them once, if it is the one said."""
+    problem = random_problem(9, dtype=torch.bfloat16, bias=True)
+
+    def gradients(factor, **options):
+        leaves = {n: x.detach().clone().to(device).requires_grad_() for n, x in problem.leaves().items()}
+        out = problems.call(problem, dk.DRPO(delta=0.2), None, device, leaves, **options)
+        (factor * out.loss).backward()
+        return out.loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    loss, found = gradients(multiplied, loss_scale=said)
+    plain_loss, _ = gradients(1.0)
+    _, want = problems.solve(problem, ("DRPO", {"delta": 0.2}), multiplied)
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    _, at_once = gradients(1.0, token_weights=torch.full(problem.targets.shape, said))  # before any rounding
+    for name, grad in found.items():
+        if said == multiplied:
+            assert relative(grad, at_once[name].double()) <= 1e-4, name
+        assert relative(grad, want[name]) <= 4e-3, name
+
+
 WEIGHT = torch.zeros(37, 12)
 ERRORS = [
     (TypeError, "main_grad must be a tensor, got int", {"main_grad": 1}),
@@ -98,7 +120,6 @@ ERRORS = [
     (ValueError, "main_grad must be contiguous", {"main_grad": torch.zeros(12, 37).T}),
     (ValueError, "main_grad must be .* not require grad", {"main_grad": WEIGHT.clone().requires_grad_()}),
     (ValueError, "backend must be .* with main_grad, got 'reference'", {"main_grad": WEIGHT, "backend": "reference"}),
-    (ValueError, "loss_scale must be 1 without main_grad, got 2.0", {"loss_scale": 2.0}),
     (ValueError, "loss_scale must be positive and finite, got 0", {"main_grad": WEIGHT, "loss_scale": 0}),
     (TypeError, "loss_scale must be a number, got Tensor", {"main_grad": WEIGHT, "loss_scale": torch.ones(())}),
 ]
