@@ -94,6 +94,17 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rescored_log_probs_have_the_same_bits(dtype, device, monkeypatch):
+    """Those of `linear_token_logprobs` and of the loss, whose kernel knows more: then π/μ is exactly 1."""
+    problem = row_problem(dtype, rows=40, vocab=300)
+    problem = problems.replace(problem, options={k: v for k, v in problem.options.items() if k != "entropy_coef"})
+    fused, recomputed = (
+        reported(problem, route, device, monkeypatch, compact="mask")[0] for route in ("fused", "recompute")
+    )
+    assert torch.equal(fused[: len(recomputed)] * problem.mask.reshape(-1).to(device), recomputed.flatten(1))
+
+
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 

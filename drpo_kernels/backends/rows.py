@@ -155,6 +155,11 @@ class RowOps(Protocol):
     Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are 0.
     """
 
+    def invariant(self) -> "RowOps":
+        """These operations for `batch_invariant`: a row's log-prob has the same bits whether `policy` or `statistics`
+        computes it.
+        """
+
     def statistics(self, batch: RowBatch) -> Tensor:
         """-> [len(Stat), N]; zeros where the row is SKIPPED."""
 

@@ -108,6 +108,7 @@ class LinearSweep:
         self._hidden_view = _as_rows(hidden)
         self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
         ops = row_ops(execution.backend)
+        ops = ops.invariant() if execution.batch_invariant else ops
         self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
         weight = head.weight[: head.vocab]
         self.matmul: HeadProducts = head_products(weight, execution.compute_dtype, execution.batch_invariant)

@@ -197,7 +197,8 @@ def kernel_cases() -> list[KernelCase]:
     plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
     full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
     objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
-    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "WRITE": WRITE_GRADIENT}
+    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "FROM_ROLLOUT": True}
+    bare |= {"WRITE": WRITE_GRADIENT}
     cases = []
     for objective in objectives:
         flags = {"OBJECTIVE": objective.twin} | bare | plain | {"WRITE": WRITE_FACTORED}

@@ -313,7 +313,7 @@ def statistics_kernel(
     else:
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         logp, entropy, reference, total, miss, mean, lse = reduce_row(
-            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), tl.load(rows), head, None,
+            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), 0.0, head, None,
             HAS_BIAS, HAS_SOFTCAP, True, False, BLOCK,
         )  # fmt: skip
         tl.store(statistics, logp)
@@ -453,14 +453,15 @@ def policy_kernel(
     logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
     outcome, outcome_stride, out, out_stride, padded, factors, hyper, kl_cap,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, WRITE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, FROM_ROLLOUT: tl.constexpr,
+    WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`).
 
     WRITE 1: the gradient, out [N, padded], by a second read. WRITE 2, by the first read, without an entropy bonus or a
     z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is. A row that is not
-    ACTIVE gets zeros. OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
+    ACTIVE gets zeros. Without FROM_ROLLOUT the reference is that of `statistics_kernel`. OBJECTIVE, KL and
+    KL_IMPORTANCE are those of `row_loss`.
     """
     FACTORED: tl.constexpr = WRITE == 2
     t = tl.program_id(0).to(tl.int64)
@@ -480,8 +481,8 @@ def policy_kernel(
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         row = logits + t * row_stride
         logp, entropy, reference, total, miss, mean, lse = reduce_row(
-            row, column_stride, vocab, bias, target, tl.load(rows), head, out,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, FACTORED, BLOCK,
+            row, column_stride, vocab, bias, target, tl.load(rows) if FROM_ROLLOUT else 0.0, head, out,
+            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY or not FROM_ROLLOUT, FACTORED, BLOCK,
         )  # fmt: skip
         loss, slopes, policy_slope = row_loss(
             rows, rows_stride, None, logp, entropy, lse, hyper, kl_cap,

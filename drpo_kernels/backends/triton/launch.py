@@ -38,10 +38,15 @@ LOSSES_BLOCK = 128
 
 
 class TritonRows:
-    """`RowOps` in Triton. `tile` overrides the tile choice (tests)."""
+    """`RowOps` in Triton. `tile` overrides the tile choice (tests). `from_rollout`: `policy` takes a row's scale from
+    its old log-prob, which `statistics` does not have, so that the two differ in last bits.
+    """
 
-    def __init__(self, tile: RowTile | None = None):
-        self.tile = tile
+    def __init__(self, tile: RowTile | None = None, from_rollout: bool = True):
+        self.tile, self.from_rollout = tile, from_rollout
+
+    def invariant(self) -> "TritonRows":
+        return TritonRows(self.tile, from_rollout=False)
 
     def statistics(self, batch: RowBatch) -> Tensor:
         statistics = batch.rows.new_empty(len(Stat), batch.rows.shape[1])
@@ -137,7 +142,7 @@ class TritonRows:
         return outcome, slopes
 
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
-        one_read = self.fuses(terms) and not (terms.entropy_bonus or terms.z_loss)
+        one_read = self.from_rollout and self.fuses(terms) and not (terms.entropy_bonus or terms.z_loss)
         return one_read and (logits, dlogits) == (torch.float32, torch.bfloat16)
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
@@ -146,7 +151,7 @@ class TritonRows:
         write = kernels.WRITE_NOTHING if out is None else kernels.WRITE_GRADIENT
         self._launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
-            factors, terms.objective.hyper, terms.kl_cap, **_twins(terms),
+            factors, terms.objective.hyper, terms.kl_cap, **_twins(terms), FROM_ROLLOUT=self.from_rollout,
             WRITE=write if factors is None else kernels.WRITE_FACTORED,
         )  # fmt: skip
         return outcome
