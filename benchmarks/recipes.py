@@ -128,7 +128,7 @@ def one_read(case: Case) -> Result:
     """What ours does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so are hidden
     states times the factors of their rows (a CPU rounds neither), sums are float32.
     """
-    hidden, weight = case.hidden.float(), case.weight.float()
+    hidden, weight = case.hidden.detach().float(), case.weight.detach().float()
     logits, count = case.biased(hidden @ weight.T), len(case.targets)
     rows = logits.new_zeros(len(Row), count)
     rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = case.old_logprobs, case.advantages, 1 / count
