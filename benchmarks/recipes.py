@@ -88,7 +88,7 @@ OPERANDS: Mapping[str, Callable[[Case], Operands]] = {
 
 def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **options) -> Result:
     """`linear_policy_loss` on inputs of this dtype; gradients of `scale` times the loss, unscaled in float64."""
-    leaves = [x.to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
     out = linear_policy_loss(
         *leaves, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, **case.transform, **options
     )
@@ -98,7 +98,7 @@ def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **
 
 def sparse(case: Case, dtype: torch.dtype, tolerance: float) -> tuple[Result, dict[str, float]]:
     """`ours` with sparse gradients, and what its metrics say of them."""
-    leaves = [x.to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
     out = linear_policy_loss(
         *leaves, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, sparse_grad=tolerance,
         **case.transform,
@@ -128,7 +128,7 @@ def one_read(case: Case) -> Result:
     """What ours does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so are hidden
     states times the factors of their rows (a CPU rounds neither), sums are float32.
     """
-    hidden, weight = case.hidden.detach().float(), case.weight.detach().float()
+    hidden, weight = case.hidden.float(), case.weight.float()
     logits, count = case.biased(hidden @ weight.T), len(case.targets)
     rows = logits.new_zeros(len(Row), count)
     rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = case.old_logprobs, case.advantages, 1 / count
@@ -239,7 +239,7 @@ RECIPES = {
     "fp32": Recipe("fp32", functools.partial(ours, dtype=torch.float32)),
     "bf16": Recipe("bf16, fp32 logits (default)", ours),
     "bf16-one-read": Recipe("bf16, bf16 exponentials (default on a GPU)", one_read),
-    "bf16-dlogits": Recipe("bf16, bf16 dlogits (entropy bonus)", bf16_dlogits),
+    "bf16-dlogits": Recipe("bf16, bf16 dlogits (two reads)", bf16_dlogits),
     "fp16": Recipe("fp16, fp32 logits", float16, "fp16"),
     "bf16-logits": Recipe("bf16 logits (`logits_dtype`)", functools.partial(ours, logits_dtype=torch.bfloat16)),
     "bf16-dw": Recipe(f"bf16, bf16 dlogits and dW, {DW_CHUNKS} chunks", accumulated_in_bf16),

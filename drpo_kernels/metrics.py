@@ -94,7 +94,8 @@ def policy_metrics(
                          mean and extreme is over, so that batches and ranks combine (`distributed.reduce_metrics`)
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
-    log_ratio, ratio, shift = tokens.log_ratio, tokens.ratio, tokens.prob_shift.abs()
+    log_ratio, shift = tokens.log_ratio, tokens.prob_shift.abs()
+    ratio = log_ratio.exp()
     weighted = computed & (advantages != 0)
     weight = -slope / torch.where(weighted, advantages * ratio, 1)
     beyond = (weight <= 0) & (advantages * log_ratio > 0)
@@ -109,7 +110,7 @@ def policy_metrics(
         "ratio_mean": ratio,
         "ratio_max": ratio,
         "kl_k1": -log_ratio,
-        "kl_k3": tokens.ratio_minus_one - log_ratio,
+        "kl_k3": log_ratio.expm1() - log_ratio,
         "prob_shift_mean": shift,
         "prob_shift_max": shift,
         "weight_mean": weight,

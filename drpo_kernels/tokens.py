@@ -128,22 +128,16 @@ class Tokens:
         self.advantages = advantages
         self.valid = valid
         self.sequences = sequences
-        self._log_ratio: Tensor | None = None
-        self._ratio: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
         """Δ = clamp(log π - log μ, ±20)."""
-        if self._log_ratio is None:
-            self._log_ratio = (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
-        return self._log_ratio
+        return (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
 
     @property
     def ratio(self) -> Tensor:
         """r = exp(Δ)."""
-        if self._ratio is None:
-            self._ratio = self.log_ratio.exp()
-        return self._ratio
+        return self.log_ratio.exp()
 
     @property
     def ratio_minus_one(self) -> Tensor:

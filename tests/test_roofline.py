@@ -20,6 +20,7 @@ from drpo_kernels.backends.devices import PRESETS
 from drpo_kernels.backends.planning import Wanted
 from drpo_kernels.backends.rows import Row, Transform
 from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
+from drpo_kernels.triton_support import HAS_TRITON
 
 GIB = 1 << 30
 H200 = CHIPS["H200"]
@@ -206,18 +207,32 @@ def test_instructions_by_hand():
     """67 TFLOP/s are two for each of 132 x 128 lanes at 1.98 GHz, and as many instructions as lanes are issued."""
     assert H200.clock == pytest.approx(1.983e9, rel=1e-3)
     rows = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
-    assert rows.instructions == pytest.approx(31.5 * LARGE.logits)
-    found = predict.stage_time(H200, replace(rows, launches=0))
+    assert rows.instructions == pytest.approx(17.5 * LARGE.logits)
+    rows = replace(rows, launches=0, instructions=31.5 * LARGE.logits)
+    found = predict.stage_time(H200, rows)
     assert found.least == pytest.approx(31.5 * LARGE.logits / (67e12 / 2))
     assert found.most == pytest.approx(found.least / charges.ISSUE.share)
     assert found.bound == "instructions"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the bounds are on Triton's binaries")
+def test_the_instructions_are_the_bounds_of_the_binaries():
+    from drpo_kernels.backends.triton.aot import BOUNDS
+
+    assert BOUNDS["policy["].writing == charges.ONE_READ
+    assert charges.TWO_READS[4] == (BOUNDS["statistics[fp32]"].reading, BOUNDS["gradient[fp32>bf16, "].writing)
+    found = BOUNDS["policy[drpo bf16>bf16]"]
+    assert charges.TWO_READS[2] == (found.reading, found.writing)
+
+
+def test_the_clock_of_an_older_chip():
     # the A100 issues as many, but half of them are no float32 operations
     assert CHIPS["A100"].clock == pytest.approx(1.41e9, rel=1e-3)
 
 
 def test_the_share_of_the_instructions_is_the_measured_one():
     count = 1664 * 151_936
-    seconds = sum(charges.TWO_READS[2]) * count / (charges.ISSUED * 132 * H200.clock)
+    seconds = charges.MEASURED * count / (charges.ISSUED * 132 * H200.clock)
     assert charges.ISSUE.share == pytest.approx(seconds / 0.492e-3, abs=0.005)
 
 

@@ -397,3 +397,20 @@ def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
     )
     assert torch.equal(got.loss, want.loss) and got.metrics == want.metrics
     got.loss.sum().backward()
+
+
+class Truncated(dk.Objective):
+    """Importance weights as many write them: the ratio is read once without a gradient, and once with one."""
+
+    def token_loss(self, tokens):
+        with torch.no_grad():
+            weight = tokens.ratio.clamp(max=1.2)
+        return -weight * tokens.logprobs * tokens.advantages - 0.1 * tokens.ratio * tokens.advantages
+
+
+def test_a_look_without_a_gradient_takes_none_away(device):
+    logprobs, old, advantages = (f(30, dtype=torch.float64, device=device) for f in (torch.rand, torch.rand, torch.randn))
+    leaf = (logprobs - 2).requires_grad_()
+    (found,) = torch.autograd.grad(token_losses(Truncated(), Tokens(leaf, old - 2, advantages)).sum(), leaf)
+    ratio = (leaf - old + 2).exp().detach()
+    assert torch.allclose(found, -advantages * (ratio.clamp(max=1.2) + 0.1 * ratio))

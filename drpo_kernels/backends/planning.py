@@ -25,8 +25,8 @@ CHUNK_ROWS = 512
 # cuBLAS multiplies in tiles of so many rows and columns, in waves of one to a processor. What dX's last wave leaves
 # idle costs half of its time, measured on an H200 (docs/gpu.md): at H=4096 windows of 2432 rows, which fill 77 % of
 # their waves, take 1.33 times as long as ones of 2048, which fill 97 %, with 1.19 times the arithmetic. One more window
-# is one more read and write of a float32 dW, 8VH bytes, for as long as H / 7400 waves: by the 700 TFLOP/s that products
-# reach on an H200's 132 processors, and its 4.8 TB/s
+# reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700 TFLOP/s on 132 processors)
+# that takes as long as H / 7400 waves
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
 # an entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense one takes 4H FLOP: by an
 # H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
@@ -276,8 +276,8 @@ def plan(
 
 
 def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
-    """All rows in one window, if they fit beside CHUNK_ROWS of logits in the workspace and the float32 dW of windows as
-    `made`, and take no more bytes than those: with down to half as many rows of logits, which just keep a GPU busy.
+    """All rows in one window, where 2TV + 4 CHUNK_ROWS V <= budget + 4VH and where it takes no more bytes than `made`.
+    Fewer rows of logits, down to CHUNK_ROWS / 2, which just keep a GPU busy, may pay for it.
     """
     sizes, row = made.sizes, made.sizes.vocab * made.storage.logits.itemsize
     window, dlogits = ChunkPlan(sizes.active, sizes.active), sizes.active * sizes.vocab * made.storage.dlogits.itemsize

@@ -21,7 +21,7 @@ from drpo_kernels.tokens import Tokens
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
 # levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
 SHARE_ROUNDING, LEVELS, LEVELS_PER_OCTAVE = 4e-6, 128, 8
-# Where Σ exp(z - max z) of the other tokens is less, those that matter may be no normal float32: rounded to few digits,
+# Where Σ exp(q) of the other tokens is less, those that matter may be no normal float32: rounded to few digits,
 # or to 0 on a device that flushes them. Shares of it mean nothing
 LEAST_OTHERS = 2.0**-100
 # relative, more than float32 rounds of an entropy
@@ -156,8 +156,8 @@ class RowOps(Protocol):
     """
 
     def invariant(self) -> "RowOps":
-        """These operations for `batch_invariant`: a row's log-prob has the same bits whether `policy` or `statistics`
-        computes it.
+        """These operations for `batch_invariant`, of Triton alone: a row's log-prob has the same bits whether `policy`
+        or `statistics` computes it.
         """
 
     def statistics(self, batch: RowBatch) -> Tensor:

@@ -65,7 +65,7 @@ class ShardedRows:
 def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].
 
-    With the reference m_r, S_r, H_r, q̄_r of rank r, the global m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
+    With the references m_r, S_r, H_r, q̄_r of the ranks r, m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
         LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
         MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))    LOGSUMEXP = factor · m + log SUM

@@ -1,8 +1,8 @@
 """The chunked linear path: 6F with the gradient in the forward, or 2F + 6F by recomputation.
 
-F = T·V·H. Per chunk of rows: logits GEMM -> row operations, which write the gradient; per window of chunks: dX and dW
-GEMMs. No [T, V] tensor exists unless the plan retains 16-bit dlogits on purpose: see planning.py, which decides all
-that. Nothing here knows an objective or a kernel.
+F = T·V·H. Per chunk of rows: logits GEMM -> row operations, which write the gradient, or exponentials and a factor per
+row; per window of chunks: dX and dW GEMMs. No [T, V] tensor exists unless the plan retains 16-bit dlogits on purpose:
+see planning.py, which decides all that. Nothing here knows an objective or a kernel.
 """
 
 import contextlib
@@ -116,8 +116,10 @@ class LinearSweep:
         self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
         self._order(targets, rows, any(wanted))
-        self.plan = self._planned()
-        self._allocate(terms)
+        logits_dtype = execution.logits_dtype or self.matmul.accumulator
+        self._factored = terms is not None and self.ops.factors(terms, logits_dtype, self.matmul.operand_dtype)
+        self.plan = self._planned(logits_dtype)
+        self._allocate()
 
     def _order(self, targets: Tensor, rows: Tensor, with_gradient: bool) -> None:
         """Rows to sweep, those with a gradient first. Compaction reads two counts back: the only synchronisation."""
@@ -136,7 +138,13 @@ class LinearSweep:
         self.targets = targets if self.index is None else targets[self.index]
         self.rows = rows if self.index is None else rows[:, self.index]
 
-    def _planned(self) -> SweepPlan:
+    @property
+    def _copies(self) -> bool:
+        """Whether `hidden_rows` are a copy of the caller's."""
+        moved = self.index is not None or self._hidden_view is None or self.execution.every_row
+        return moved or self.matmul.cast_bytes(self.hidden.dtype) > 0
+
+    def _planned(self, logits_dtype: torch.dtype) -> SweepPlan:
         matmul, hidden = self.matmul, self.hidden
         device, vocab = device_properties(hidden.device), self.head.vocab
         if self.shard is not None:  # every rank must cut the rows into the same chunks, whatever its share and its GPU
@@ -144,11 +152,13 @@ class LinearSweep:
         copied = hidden.dtype.itemsize if self.index is not None or self._hidden_view is None else 0
         copied += matmul.cast_bytes(hidden.dtype)
         copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` zeroes a copy
+        if self._factored and device.type != "cpu" and not self._copies:  # a copy is scaled where it is
+            copied += matmul.operand_dtype.itemsize
         return plan(
             device,
             Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),
             Storage(
-                self.execution.logits_dtype or matmul.accumulator,
+                logits_dtype,
                 matmul.operand_dtype,
                 matmul.accumulator,
                 self.head.weight.dtype,
@@ -161,10 +171,9 @@ class LinearSweep:
             sparse=self.execution.sparse_grad > 0,
         )
 
-    def _allocate(self, terms: Terms | None) -> None:
+    def _allocate(self) -> None:
         storage = self.plan.storage
-        factored = terms is not None and self.ops.factors(terms, storage.logits, storage.dlogits)
-        self._factors = self.rows.new_empty(self.plan.windows.largest) if factored else None
+        self._factors = self.rows.new_empty(self.plan.windows.largest) if self._factored else None
         self._logits = self._rows_buffer(self.plan.logits_rows, storage.logits)
         self._dlogits = None if self.plan.in_place else self._rows_buffer(self.plan.dlogits_rows, storage.dlogits)
         self._gradients = self._gradient_buffers()
@@ -250,13 +259,14 @@ class LinearSweep:
         complete = self._add_hidden_gradient(window, dlogits, undo, factors) if self.wanted.hidden else _nothing
         if self.wanted.weight:
             x = self.hidden_rows(window)
-            x = x if factors is None else torch.mul(x, factors, out=torch.empty_like(x))
+            if factors is not None:
+                x = torch.mul(x, factors, out=x if self._copies else torch.empty_like(x))
             self._add_weight_gradient(dlogits, x, undo, first=first)
         if self.wanted.bias:
             bias = self._gradients.bias[: self.head.vocab]
             if factors is None:
                 self.matmul.add_bias_gradient(dlogits, bias, first=first, undo=undo)
-            else:  # in two parts, so that rounding to 16 bits loses nothing
+            else:  # in two parts, which 16 bits round to 2^-17
                 high = factors.to(dlogits.dtype)
                 parts = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
                 self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, undo=None)
@@ -276,8 +286,8 @@ class LinearSweep:
     ) -> Callable[[], None]:
         """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
 
-        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed; so is what the
-        `factors` [n, 1] of the rows multiply.
+        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed. `factors`
+        [n, 1] scale the rows of a product in that precision, before it is rounded.
         """
         gradient, accumulator = self._gradients.hidden, self.matmul.accumulator
         sums = self.shard is not None and not self.shard.partial_hidden_gradient

@@ -1,7 +1,8 @@
-"""Row operations in PyTorch, for any device: two passes over the logits, in blocks of rows that stay in a CPU's cache.
+"""Row operations in PyTorch, for any device, in blocks of rows that stay in a CPU's cache.
 
 A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), so that p = 2^q / Σ 2^q: exp2 is the
-cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0.
+cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0. Where a gradient is a multiple
+of p, a logit is read once and its 2^q is kept, in its place if it may be.
 """
 
 import itertools
@@ -56,24 +57,21 @@ class TorchRows:
 
     def _statistics(self, batch: RowBatch, kept: Tensor | None) -> Tensor:
         """With `kept` [N, V], which may be the logits, it gets the 2^q of the rows that are not SKIPPED, 0 at the
-        target, and the gradient needs no second exponential. Behind a soft-cap it gets 2^q times its slope, and that
-        slope alone at the target.
+        target and behind a soft-cap times its slope: the gradient needs no second exponential.
         """
-        scratch = _Scratch(batch)
+        capped = batch.transform.softcap is not None
+        in_place = kept is not None and kept.dtype == batch.rows.dtype and not capped
+        scratch = _Scratch(batch, buffers=2 + (kept is not None))
         index, outside = _safe(batch)
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
-        sums, capped = batch.rows.new_ones(4, batch.rows.shape[1]), batch.transform.softcap is not None
+        sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
-            e = buffers[1]
-            if kept is not None:
-                in_place = kept.dtype == e.dtype and isinstance(block, slice) and not capped
-                e = kept[block] if in_place else torch.empty_like(e)
+            direct = in_place and isinstance(block, slice)
+            e = kept[block] if direct else buffers[-1]
             sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None] * LOG2E)
-            if kept is not None and not in_place:
-                if capped:
-                    e.scatter_(1, index[block], 1).mul_(scratch.cap_slope(block))
-                kept[block] = e.to(kept.dtype)
+            if kept is not None and not direct:
+                kept[block] = (e.mul_(scratch.cap_slope(block)) if capped else e).to(kept.dtype)
         statistics = _from_sums(*sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
@@ -197,23 +195,25 @@ class TorchRows:
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         if factors is not None:
             return self._factored_policy(batch, terms, out, factors)
-        if out is not None and out.data_ptr() == batch.logits.data_ptr() and out.shape == batch.logits.shape:
-            statistics, batch = self.consume(batch)
-        else:
-            statistics = self.statistics(batch)
+        wide = out is not None and out.dtype == batch.rows.dtype and out.shape == batch.logits.shape
+        if wide and self.factors(terms, batch.logits.dtype, out.dtype):
+            factors = torch.empty_like(batch.rows[0])
+            outcome = self._factored_policy(batch, terms, out, factors)
+            out.mul_(factors[:, None])
+            return outcome
+        statistics = self.statistics(batch)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
         if out is not None:
             self.write_gradient(batch, statistics, slopes, out)
         return outcome
 
     def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
+        index, _ = _safe(batch)
+        scale = _Scratch(batch, buffers=0).cap_slope_at(index) if batch.transform.softcap is not None else 1
         statistics = self._statistics(batch, out)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
-        index, _ = _safe(batch)
-        at_target = -(statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
-        if batch.transform.softcap is not None:
-            at_target = at_target * out.gather(1, index)
-        out.scatter_(1, index, at_target.to(out.dtype))
+        others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
+        out.scatter_(1, index, (-scale * others).to(out.dtype))
         chain = batch.rows[Row.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
         torch.div(slopes[0] * chain, statistics[Stat.SUM], out=factors)
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
@@ -224,14 +224,14 @@ class TorchRows:
 
 
 class _Scratch:
-    """Two reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
+    """Reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
 
-    def __init__(self, batch: RowBatch):
+    def __init__(self, batch: RowBatch, buffers: int = 2):
         self.batch = batch
         self.on_cpu = batch.logits.device.type == "cpu"
         count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
-        self._buffers = batch.rows.new_empty(2, self.block, vocab)
+        self._buffers = batch.rows.new_empty(buffers, self.block, vocab)
         # 16-bit logits and a 16-bit bias would be added, and rounded, in 16 bits
         self._bias = None if batch.bias is None else batch.bias.to(batch.rows.dtype)
 
@@ -244,7 +244,7 @@ class _Scratch:
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
     def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
+        """The block's base logits [n, V], the logits themselves where they are that, and the buffers [., n, V]."""
         buffers = self._buffers[:, : len(self.batch.targets[block])]
         x = self._before_tanh(block, buffers[0])
         return (x if self.batch.transform.softcap is None else x.tanh_()), buffers
@@ -252,6 +252,12 @@ class _Scratch:
     def cap_slope(self, block: slice | Tensor) -> Tensor:
         """The slope of the tanh at the block's logits [n, V], in a tensor of its own."""
         return tanh_slope(self._before_tanh(block, None))
+
+    def cap_slope_at(self, index: Tensor) -> Tensor:
+        """The slope of the tanh at an entry of every row, [N, 1]."""
+        x = self.batch.logits.gather(1, index).to(self.batch.rows.dtype)
+        x = x if self._bias is None else x + self._bias[index]
+        return tanh_slope(x * (self.batch.transform.logit_scale / self.batch.transform.softcap))
 
     def _before_tanh(self, block: slice | Tensor, out: Tensor | None) -> Tensor:
         """x + bias, which may be the logits themselves, or that over the soft-cap, in `out` or a tensor of its own."""
@@ -266,13 +272,13 @@ class _Scratch:
         return x
 
     def exponentials(
-        self, block: slice | Tensor, row_max: Tensor, factor: Tensor, index: Tensor
+        self, block: slice | Tensor, reference: Tensor, factor: Tensor, index: Tensor
     ) -> Tensor:
         """2^q of the block [n, V], 0 at the target."""
         if self.batch.exponentials:
             return self.batch.logits[block]
         base, buffers = self.base(block)
-        q = torch.sub(base, row_max[block, None], out=buffers[0]).mul_(factor[block, None])
+        q = torch.sub(base, reference[block, None], out=buffers[0]).mul_(factor[block, None])
         return q.exp2_().scatter_(1, index[block], 0)
 
 
@@ -393,7 +399,7 @@ def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor:
 
 
 def _from_sums(
-    row_max: Tensor, target: Tensor, others: Tensor, moment: Tensor, factor: Tensor, outside: Tensor
+    reference: Tensor, target: Tensor, others: Tensor, moment: Tensor, factor: Tensor, outside: Tensor
 ) -> Tensor:
     """[len(Stat), N] from the [N] sums of `_block_sums`; NaN where the target is outside the vocabulary."""
     target = target.masked_fill(outside[:, 0], torch.nan)
@@ -403,8 +409,8 @@ def _from_sums(
     mean = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E / total
     # rounding may leave -1e-8 where all mass is on one token
     entropy = (log_total - mean).clamp_(min=0)
-    logsumexp = factor * row_max + log_total
-    return torch.stack([target / LOG2E - log_total, entropy, row_max, total, others / total, mean, logsumexp])
+    logsumexp = factor * reference + log_total
+    return torch.stack([target / LOG2E - log_total, entropy, reference, total, others / total, mean, logsumexp])
 
 
 class _GradientRows(NamedTuple):
@@ -414,7 +420,7 @@ class _GradientRows(NamedTuple):
     becomes slope · (1 - p_y). A slope z of the log-sum-exp is one of log π, -z, with z more at the target.
     """
 
-    row_max: Tensor
+    reference: Tensor
     factor: Tensor  # of q
     scale: Tensor  # of 2^q, -slope / Σ without an entropy term, 1 / Σ with one
     per_q: Tensor | None  # coefficient of q in dx / p, or None without an entropy term
@@ -427,7 +433,7 @@ class _GradientRows(NamedTuple):
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
         index, outside = _safe(batch)
-        logprob, _, row_max, total, miss, mean, _ = statistics[:, :, None]
+        logprob, _, reference, total, miss, mean, _ = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
         at_target, slope, per_q, constant, spread = slopes[0] * miss, slopes[0], None, None, None
@@ -442,7 +448,7 @@ class _GradientRows(NamedTuple):
         factor = transform.factor(inv_temperature) * LOG2E
         elsewhere = outside if batch.sharded else None
         at_target = at_target if batch.sharded else at_target.masked_fill(outside, torch.nan)
-        return _GradientRows(row_max, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
+        return _GradientRows(reference, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
 
     def at(self, block: slice | Tensor) -> "_GradientRows":
         return _GradientRows(*(None if x is None else x[block] for x in self))
@@ -452,7 +458,7 @@ def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor
     """slope · (onehot - p) + logsumexp slope · p - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a
     buffer.
     """
-    q = torch.sub(base, row.row_max, out=buffers[0]).mul_(row.factor)
+    q = torch.sub(base, row.reference, out=buffers[0]).mul_(row.factor)
     at_target = row.at_target
     if row.per_q is None:
         gradient = q.exp2_().mul_(row.scale)

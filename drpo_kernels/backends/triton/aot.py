@@ -126,6 +126,7 @@ BOUNDS = {
     "policy[drpo z-loss]": Bounds(reading=8, writing=7.5, registers=64),
     "policy[drpo entropy bonus]": Bounds(reading=8, writing=11.5, registers=64),
     "policy[drpo one read k": Bounds(writing=56, special=4, registers=64),  # bias softcap
+    "policy[drpo two reads": Bounds(reading=45, writing=60, special=4, registers=96),
     "policy[drpo k": Bounds(reading=43, writing=58.5, special=4, registers=64),
     "policy[": Bounds(writing=9, registers=64),  # one read
     "gradient[fp32>bf16, ": Bounds(writing=7.5, registers=32),  # of log-probs alone, or with the z-loss
@@ -183,7 +184,7 @@ def _row_cases(
             constexprs={name: constexprs[name] for name in names if name in constexprs},
             divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
             num_warps=tile.num_warps,
-            options=LAUNCH_OPTIONS | ({"maxnreg": tile.registers} if tile.registers else {}),
+            options=LAUNCH_OPTIONS | {k: v for k, v in tile.launch_options(bool(bias)).items() if k != "num_warps"},
             targets=(vendor,),
             expected=Expected(
                 128, 128 if stored else 0, elements * loaded, tails, local_bytes, element_bytes=loaded,
@@ -220,6 +221,10 @@ def kernel_cases() -> list[KernelCase]:
         flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True, "HAS_Z_LOSS": True}
         label = f"drpo {name} entropy z-loss bias softcap"
         cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
+    for logits, bias in (("fp32", "bf16"), ("bf16", "bf16"), ("bf16", None)):  # the last from logits that are ready
+        flags = drpo | full | {"HAS_BIAS": bias is not None, "KL": KL_ESTIMATORS["k3"].twin}
+        label = f"drpo two reads {logits} {'bias ' if bias else ''}softcap"
+        cases.extend(_row_cases(label, kernels.policy_kernel, logits, "bf16", 1, bias=bias, **flags))
     entropy = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     for z_loss in (False, True):
         label = f"fp32>bf16, {'z-loss' if z_loss else 'log-probs'} alone"
@@ -267,11 +272,11 @@ def _token_cases() -> Iterator[KernelCase]:
     clips |= {"FAR_BELOW_ONE": FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "VALUES": metrics.MEASURES + 1}
     clips |= {"KL": KL_ESTIMATORS["k3"].twin}
     for vendor in ROW_DEVICES:
-        for label, kernel, values, (block, per_thread) in (
-            ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, (LOSSES_BLOCK, 1)),
-            ("policy_metrics", metrics.policy_metrics_kernel, clips, (METRICS_BLOCK, 1)),
+        for label, kernel, values, block in (
+            ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, LOSSES_BLOCK),
+            ("policy_metrics", metrics.policy_metrics_kernel, clips, METRICS_BLOCK),
         ):
-            tile = RowTile(block, block // per_thread // 32)
+            tile = RowTile(block, block // 32)
             yield _case(label, kernel, types, values | {"BLOCK": block}, vendor, tile, (), Expected())
 
 

@@ -185,11 +185,12 @@ def reduce_row(
     row, column_stride, vocab, bias, target, old, head, out,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CLOSE: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One read of the row -> (logp, H, r, Σ, 1 - p_y, q̄, lse); with STORE, E goes to `out`, 0 at the target.
+    """One read of the row -> (logp, H, r, Σ, Σ without the target, q̄, lse, the target's v of `base_logit`); with STORE,
+    E goes to `out`, 0 at the target.
 
-    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. Where Σ is 2^n, the q that matter, and
-    with them log π, have a rounding of n · 2^-24. CLOSE: a slope of H is wanted, and the smaller H, the more of its
-    digits log Σ - q̄ would cancel.
+    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. log π is off by up to n · 2^-24 where
+    Σ is 2^n. CLOSE keeps Σ within 4, not 256, of 1: H = log Σ - q̄ would lose digits to a large log Σ. For a gradient of
+    H, and where `policy_kernel` must agree with `statistics_kernel`.
     """
     LARGEST_SUM: tl.constexpr = 4.0 if CLOSE else 256.0
     LOWEST: tl.constexpr = -1.0e20
@@ -199,7 +200,7 @@ def reduce_row(
     in_range = (target >= 0) & (target < vocab)  # a bad target reads nothing and turns the row into NaN
     safe = tl.where(in_range, target, 0).to(tl.int32)
     x_y = tl.load(row + safe.to(tl.int64) * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
-    b_y, _ = base_logit(x_y, bias, safe, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
+    b_y, v_y = base_logit(x_y, bias, safe, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
     guess = tl.where(old == old, tl.minimum(tl.maximum(old, -27.0), 0.0), 0.0)
     reference = b_y - guess / factor
     others, moment = sum_others(
@@ -222,7 +223,7 @@ def reduce_row(
     entropy = log_total - mean
     entropy = tl.where(entropy < 0, 0.0, entropy)  # rounding may leave -1e-8; a NaN passes
     logp = tl.where(e_y > others, -log1p(others / e_y), q_y - log_total)
-    return logp, entropy, reference, total, others / total, mean, reference * factor + log_total
+    return logp, entropy, reference, total, others, mean, reference * factor + log_total, v_y
 
 
 @jit
@@ -312,7 +313,7 @@ def statistics_kernel(
             tl.store(statistics + field * statistics_stride, 0.0)
     else:
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, reference, total, miss, mean, lse = reduce_row(
+        logp, entropy, reference, total, others, mean, lse, _ = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), 0.0, head, None,
             HAS_BIAS, HAS_SOFTCAP, True, False, BLOCK,
         )  # fmt: skip
@@ -320,7 +321,7 @@ def statistics_kernel(
         tl.store(statistics + statistics_stride, entropy)
         tl.store(statistics + 2 * statistics_stride, reference)
         tl.store(statistics + 3 * statistics_stride, total)
-        tl.store(statistics + 4 * statistics_stride, miss)
+        tl.store(statistics + 4 * statistics_stride, others / total)
         tl.store(statistics + 5 * statistics_stride, mean)
         tl.store(statistics + 6 * statistics_stride, lse)
 
@@ -458,12 +459,12 @@ def policy_kernel(
 ):  # fmt: skip
     """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`).
 
-    WRITE 1: the gradient, out [N, padded], by a second read. WRITE 2, by the first read, without an entropy bonus or a
-    z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is. A row that is not
-    ACTIVE gets zeros. Without FROM_ROLLOUT the reference is that of `statistics_kernel`. OBJECTIVE, KL and
-    KL_IMPORTANCE are those of `row_loss`.
+    WRITE_GRADIENT: the gradient, out [N, padded], by a second read. WRITE_FACTORED, by the first read, without an
+    entropy bonus or a z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is.
+    A row that is not ACTIVE gets zeros. Without FROM_ROLLOUT the reference is that of `statistics_kernel`. OBJECTIVE,
+    KL and KL_IMPORTANCE are those of `row_loss`.
     """
-    FACTORED: tl.constexpr = WRITE == 2
+    FACTORED: tl.constexpr = WRITE == 2  # WRITE_FACTORED
     t = tl.program_id(0).to(tl.int64)
     rows += t
     outcome += t
@@ -480,7 +481,7 @@ def policy_kernel(
         target = tl.load(targets + t)
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         row = logits + t * row_stride
-        logp, entropy, reference, total, miss, mean, lse = reduce_row(
+        logp, entropy, reference, total, others, mean, lse, v_y = reduce_row(
             row, column_stride, vocab, bias, target, tl.load(rows) if FROM_ROLLOUT else 0.0, head, out,
             HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY or not FROM_ROLLOUT, FACTORED, BLOCK,
         )  # fmt: skip
@@ -494,27 +495,24 @@ def policy_kernel(
         tl.store(outcome + 3 * outcome_stride, loss)
         tl.store(outcome + 4 * outcome_stride, policy_slope)
         if FACTORED:
-            inner_scale, _, chain = head
+            _, _, chain = head
             slope, _, _ = slopes
             tl.store(factors + t, tl.where(kind < 2, 0.0, -slope * chain / total))
-            tl.debug_barrier()
+            tl.debug_barrier()  # E is stored
             if kind < 2:
                 write_zeros(out, padded, BLOCK)
             else:
-                at_target = -miss * total
-                in_range = (target >= 0) & (target < vocab)
+                at_target = -others
                 if HAS_SOFTCAP:
-                    x_y = tl.load(row + target * column_stride, mask=in_range, other=0.0).to(tl.float32)
-                    _, v_y = base_logit(x_y, bias, target, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
                     at_target *= tanh_slope_twin(v_y)
-                tl.store(out + target, at_target.to(out.dtype.element_ty), mask=in_range)
+                tl.store(out + target, at_target.to(out.dtype.element_ty), mask=(target >= 0) & (target < vocab))
         elif WRITE:
             if kind < 2:
                 write_zeros(out, padded, BLOCK)
             else:
                 write_gradient(
                     row, column_stride, vocab, bias, target, head,
-                    (logp, reference, total, miss, mean), slopes, out, padded,
+                    (logp, reference, total, others / total, mean), slopes, out, padded,
                     HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
                 )  # fmt: skip
 

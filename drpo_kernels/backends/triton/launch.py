@@ -209,7 +209,8 @@ class TritonRows:
             kernel[(count,)](
                 logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),
                 targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, **tile.launch_options(), **LAUNCH_OPTIONS,
+                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, **tile.launch_options(bias is not None),
+                **LAUNCH_OPTIONS,
             )  # fmt: skip
 
 

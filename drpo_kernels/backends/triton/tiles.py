@@ -18,19 +18,20 @@ class RowTile:
     num_warps: int
     registers: int | None = None
 
-    def launch_options(self) -> dict[str, int]:
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+    def launch_options(self, has_bias: bool) -> dict[str, int]:
+        """With a bias, whose loads wait in registers too, 64 would spill."""
+        limit = {} if self.registers is None or has_bias else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps} | limit
 
 
 def row_tile(
     vocab: int, itemsize: int, device: DeviceProperties, threads: int | None = None, bytes_per_thread: int = 32
 ) -> RowTile:
-    """`threads` to a row, two 16-byte loads in flight each: the accumulators of 8 fp32 or 16 bf16 lanes do not spill.
+    """`threads` to a row, two 16-byte loads in flight each: the sums of 8 lanes do not spill, a lane to each fp32
+    element or to two of 16 bits.
 
     Several rows share a multiprocessor, where one row's loads hide another's reductions. On an H200 512 threads are
-    best: rows of 152k fp32 logits go at 2.28 TB/s, with 256 threads at 2.14 and with 1024 at 2.22; bf16 ones at 2.04,
-    1.90 and 1.70 (one read and one write counted, docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
+    best, for one read and for two (docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
     Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64: the compiler would take
     up to 116 for 16-bit logits.
     """
