@@ -409,8 +409,9 @@ class Truncated(dk.Objective):
 
 
 def test_a_look_without_a_gradient_takes_none_away(device):
-    logprobs, old, advantages = (f(30, dtype=torch.float64, device=device) for f in (torch.rand, torch.rand, torch.randn))
+    logprobs, old, advantages = (torch.randn(30, dtype=torch.float64, device=device) for _ in range(3))
     leaf = (logprobs - 2).requires_grad_()
-    (found,) = torch.autograd.grad(token_losses(Truncated(), Tokens(leaf, old - 2, advantages)).sum(), leaf)
+    tokens = dk.Tokens(leaf, old - 2, advantages)
+    (found,) = torch.autograd.grad(token_losses.token_losses(Truncated(), tokens).sum(), leaf)
     ratio = (leaf - old + 2).exp().detach()
     assert torch.allclose(found, -advantages * (ratio.clamp(max=1.2) + 0.1 * ratio))

@@ -5,7 +5,8 @@
 import torch
 
 from drpo_kernels.backends import rows as contract
-from drpo_kernels.backends.triton.kernels import head_of, load_base, row_jit
+from drpo_kernels.backends.triton.kernels import row_jit
+from drpo_kernels.backends.triton.softmax import head_of, load_base
 from drpo_kernels.triton_support import jit, tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
