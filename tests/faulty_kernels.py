@@ -47,7 +47,7 @@ def _case(name: str, twice: bool = False, masked: bool = False, bounds: Bounds |
 def cases() -> list[KernelCase]:
     return [
         *_case("right", bounds=Bounds(reading=60, special=5, registers=64)),
-        *_case("twice", twice=True),
+        *_case("twice", twice=True, bounds=Bounds(reading=60, special=5, registers=64)),
         *_case("narrow", masked=True),
         *_case("slow", bounds=Bounds(reading=1, special=1, registers=8)),
     ]

@@ -1,5 +1,7 @@
 """The row kernel that reads a logit once, on rows that are hostile to it; and that every row kernel is measured."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton")
 from benchmarks import tiles
 from benchmarks.method import OBJECTIVE
 from drpo_kernels import Tokens
-from drpo_kernels.backends.rows import Row, RowKind, Terms
+from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms
 from drpo_kernels.backends.triton.launch import TritonRows
 from drpo_kernels.backends.triton.tiles import RowTile
 from drpo_kernels.triton_support import INTERPRETING
@@ -77,13 +79,34 @@ def test_one_read_agrees_with_float64(device):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_poisoned_row_is_never_a_number(poison, device):
+@pytest.mark.parametrize("at_target", [False, True])
+def test_a_poisoned_row_is_never_a_number(at_target, poison, device):
     batch = tiles._batch(2, VOCAB, torch.float32, device)
-    batch.logits[0, 5] = poison
+    batch.logits[0, batch.targets[0] if at_target else (batch.targets[0] + 1) % VOCAB] = poison
     out, factors = torch.empty(2, VOCAB, dtype=torch.bfloat16, device=device), torch.empty(2, device=device)
     outcome = TritonRows(TILE).policy(batch, Terms(OBJECTIVE), out, factors)
     assert outcome[:, 0].isnan().all() and factors[0].isnan()
     assert outcome[:, 1].isfinite().all() and out[1].isfinite().all()
+    assert TritonRows(TILE).statistics(batch)[Stat.LOGPROB].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.2, 3.9])
+@pytest.mark.parametrize("lead", [8.0, 16.0, 25.0])
+@pytest.mark.parametrize("of_target", [False, True])
+def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio, device):
+    """In its gradient: with a bonus, in the loss's kernel; however small the entropy, and whatever μ was."""
+    batch = tiles._batch(1, VOCAB, torch.float32, device)
+    target = batch.targets[0]
+    batch.logits.zero_()
+    batch.logits[0, target if of_target else (target + 1) % VOCAB] = lead
+    batch.rows[Row.ADVANTAGE], batch.rows[Row.ENTROPY] = 0.0, 1.0
+    logp = batch.logits.double().log_softmax(1)
+    batch.rows[Row.OLD_LOGPROB] = (logp[0, target] - math.log(ratio)).clamp(max=0.0)
+    out = torch.empty_like(batch.logits)
+    TritonRows(TILE).policy(batch, Terms(OBJECTIVE, entropy_bonus=True), out)
+    entropy = -(logp.exp() * logp).sum()
+    want = logp.exp() * (logp + entropy)  # of -H
+    assert (out - want).norm() <= 1e-5 * want.norm()
 
 
 def test_every_kernel_is_measured(device):

@@ -125,7 +125,7 @@ BOUNDS = {
     "policy[drpo forward]": Bounds(reading=8, registers=64),
     "policy[drpo z-loss]": Bounds(reading=8, writing=7.5, registers=64),
     "policy[drpo entropy bonus]": Bounds(reading=8, writing=11.5, registers=64),
-    "policy[drpo one read k": Bounds(writing=56, special=4, registers=64),  # bias softcap
+    "policy[drpo one read k": Bounds(writing=56, special=4, registers=80),  # bias softcap
     "policy[drpo two reads": Bounds(reading=45, writing=60, special=4, registers=96),
     "policy[drpo k": Bounds(reading=43, writing=58.5, special=4, registers=64),
     "policy[": Bounds(writing=9, registers=64),  # one read
@@ -176,7 +176,7 @@ def _row_cases(
         name = f"{kernel.__name__.removesuffix('_kernel')}[{label}]"
         # a few values of the row, which wait while its loops run; none do where every call goes
         one_read = even and flags.get("WRITE") == WRITE_FACTORED
-        local_bytes = 32 if flags["HAS_SOFTCAP"] else 0 if one_read else 16
+        local_bytes = 64 if flags["HAS_SOFTCAP"] else 0 if one_read else 16
         yield KernelCase(
             name=name,
             kernel=kernel,

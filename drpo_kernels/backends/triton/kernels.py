@@ -42,7 +42,7 @@ def statistics_kernel(
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         logp, entropy, reference, total, others, mean, lse, _ = reduce_row(
             logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), 0.0, head, None,
-            HAS_BIAS, HAS_SOFTCAP, True, False, BLOCK,
+            HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
         )  # fmt: skip
         tl.store(statistics, logp)
         tl.store(statistics + statistics_stride, entropy)
@@ -188,8 +188,8 @@ def policy_kernel(
 
     WRITE_GRADIENT: the gradient, out [N, padded], by a second read. WRITE_FACTORED, by the first read, without an
     entropy bonus or a z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is.
-    A row that is not ACTIVE gets zeros. Without FROM_ROLLOUT the reference is that of `statistics_kernel`. OBJECTIVE,
-    KL and KL_IMPORTANCE are those of `row_loss`.
+    A row that is not ACTIVE gets zeros. Without FROM_ROLLOUT, or with an entropy bonus, the reference is that of
+    `statistics_kernel`. OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
     """
     FACTORED: tl.constexpr = WRITE == 2  # WRITE_FACTORED
     t = tl.program_id(0).to(tl.int64)
@@ -209,8 +209,8 @@ def policy_kernel(
         head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
         row = logits + t * row_stride
         logp, entropy, reference, total, others, mean, lse, v_y = reduce_row(
-            row, column_stride, vocab, bias, target, tl.load(rows) if FROM_ROLLOUT else 0.0, head, out,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY or not FROM_ROLLOUT, FACTORED, BLOCK,
+            row, column_stride, vocab, bias, target, tl.load(rows), head, out,
+            HAS_BIAS, HAS_SOFTCAP, FROM_ROLLOUT and not HAS_ENTROPY, FACTORED, BLOCK,
         )  # fmt: skip
         loss, slopes, policy_slope = row_loss(
             rows, rows_stride, None, logp, entropy, lse, hyper, kl_cap,

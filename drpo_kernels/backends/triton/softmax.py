@@ -165,16 +165,16 @@ def largest_of(
 @jit
 def reduce_row(
     row, column_stride, vocab, bias, target, old, head, out,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CLOSE: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OLD: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One read of the row -> (logp, H, r, Σ, Σ without the target, q̄, lse, the target's v of `base_logit`); with STORE,
     E goes to `out`, 0 at the target.
 
-    `old` is log μ; NaN or 0 where it is not known, then r is the target's logit. log π is off by up to n · 2^-24 where
-    Σ is 2^n. CLOSE keeps Σ within 4, not 256, of 1: H = log Σ - q̄ would lose digits to a large log Σ. For a gradient of
-    H, and where `policy_kernel` must agree with `statistics_kernel`.
+    HAS_OLD: `old` is log μ, or NaN where it is not known; else r is the target's logit. log π is off by up to n · 2^-24
+    where Σ is 2^n, and so is H = log Σ - q̄, however small it is. For a gradient of H, r is the logit of a token that
+    has a good part of the row, the target's or the largest, so that H keeps its digits where one token has it all.
     """
-    LARGEST_SUM: tl.constexpr = 4.0 if CLOSE else 256.0
+    LARGEST_SUM: tl.constexpr = 256.0 if HAS_OLD else 4.0
     LOWEST: tl.constexpr = -1.0e20
     LN2: tl.constexpr = 0.6931471805599453
     inner_scale, factor, _ = head
@@ -183,8 +183,9 @@ def reduce_row(
     safe = tl.where(in_range, target, 0).to(tl.int32)
     x_y = tl.load(row + safe.to(tl.int64) * column_stride, mask=in_range, other=float("nan")).to(tl.float32)
     b_y, v_y = base_logit(x_y, bias, safe, in_range, inner_scale, HAS_BIAS, HAS_SOFTCAP)
-    guess = tl.where(old == old, tl.minimum(tl.maximum(old, -27.0), 0.0), 0.0)
-    reference = b_y - guess / factor
+    reference = b_y
+    if HAS_OLD:
+        reference -= tl.where(old == old, tl.minimum(tl.maximum(old, -27.0), 0.0), 0.0) / factor
     others, moment = sum_others(
         row, column_stride, vocab, bias, safe, inner_scale, factor2, reference, out, HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK
     )  # fmt: skip
@@ -197,7 +198,7 @@ def reduce_row(
             row, column_stride, vocab, bias, safe, inner_scale, factor2, reference, out,
             HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK,
         )  # fmt: skip
-    q_y = tl.where(b_y == reference, 0.0, (b_y - reference) * factor)
+    q_y = (b_y - reference) * factor  # inf - inf is a NaN, as it must be
     e_y = tl.exp(q_y)
     total = others + e_y
     log_total = tl.where(e_y > others, q_y + log1p(others / e_y), tl.log(total))
