@@ -47,13 +47,14 @@ REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def reduced(
     metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Values and flags [N] under the metrics' names, 0-d results: one reduction for all that are formed alike."""
+    """Values and flags, of one shape, under the metrics' names -> 0-d: one reduction for all that are formed alike."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, (how, count) in metrics.items():
         alike.setdefault((how, "" if how == "sum" else count), []).append(name)
     found = {}
     for (how, count), names in alike.items():
-        results = REDUCE[how](torch.stack([values[name] for name in names]), flags.get(count))
+        counted = flags[count].flatten() if count else None
+        results = REDUCE[how](torch.stack([values[name] for name in names]).flatten(1), counted)
         # each of its own: a trainer may change one in place, and autograd does not take it for a view of the others
         found |= zip(names, torch.unbind_copy(results), strict=True)
     return {PREFIX + name: found[name] for name in metrics}

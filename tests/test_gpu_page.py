@@ -122,7 +122,8 @@ def test_every_number_has_its_place(folder, tmp_path, capsys):
     for sentence in (
         "6 of the 16 bars", "tests that fail (1)", "`tests/test_a.py::test_one`", "Float32 logits take 1.25× to 1.25×",
         "slowest at M=2432 with 600, 20% less", "(77% full), which is the slowest too",
-        "moves 2.00 TB/s, 50% of a copy's 4.00", "moves 3.60 (90%) at 1024 threads to a row, 1.80× as fast",
+        "twice moves 2.40 TB/s at best, 60% of a copy's 4.00",
+        "once 3.60 (90%) at 1024 threads to a row: 1.50× as fast. At that commit the one that reads twice was in use",
         "50% at 256, 60% at 512. Best are 512; in use at that commit were 256",
         "The whole call at T=8192 takes 1.25 ms, 1.25× a copy",
         "20 kernels and copies in 1.00 ms, 12 of them under 10 µs, 0.05 ms together (5%); idle for 0.10 ms (10%)",

@@ -61,14 +61,14 @@ class TorchRows:
         """
         capped = batch.transform.softcap is not None
         in_place = kept is not None and kept.dtype == batch.rows.dtype and not capped
-        scratch = _Scratch(batch, buffers=2 + (kept is not None))
+        scratch = _Scratch(batch)
         index, outside = _safe(batch)
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
         sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
             direct = in_place and isinstance(block, slice)
-            e = kept[block] if direct else buffers[-1]
+            e = buffers[1] if kept is None else kept[block] if direct else scratch.third(len(buffers[0]))
             sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None] * LOG2E)
             if kept is not None and not direct:
                 kept[block] = (e.mul_(scratch.cap_slope(block)) if capped else e).to(kept.dtype)
@@ -209,7 +209,7 @@ class TorchRows:
 
     def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
         index, _ = _safe(batch)
-        scale = _Scratch(batch, buffers=0).cap_slope_at(index) if batch.transform.softcap is not None else 1
+        scale = 1 if batch.transform.softcap is None else _Scratch(batch).cap_slope_at(index)
         statistics = self._statistics(batch, out)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
         others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
@@ -224,14 +224,15 @@ class TorchRows:
 
 
 class _Scratch:
-    """Reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
+    """Two reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
 
-    def __init__(self, batch: RowBatch, buffers: int = 2):
+    def __init__(self, batch: RowBatch):
         self.batch = batch
         self.on_cpu = batch.logits.device.type == "cpu"
         count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
-        self._buffers = batch.rows.new_empty(buffers, self.block, vocab)
+        self._buffers = batch.rows.new_empty(2, self.block, vocab)
+        self._third: Tensor | None = None
         # 16-bit logits and a 16-bit bias would be added, and rounded, in 16 bits
         self._bias = None if batch.bias is None else batch.bias.to(batch.rows.dtype)
 
@@ -244,7 +245,7 @@ class _Scratch:
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
     def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The block's base logits [n, V], the logits themselves where they are that, and the buffers [., n, V]."""
+        """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
         buffers = self._buffers[:, : len(self.batch.targets[block])]
         x = self._before_tanh(block, buffers[0])
         return (x if self.batch.transform.softcap is None else x.tanh_()), buffers
@@ -252,6 +253,12 @@ class _Scratch:
     def cap_slope(self, block: slice | Tensor) -> Tensor:
         """The slope of the tanh at the block's logits [n, V], in a tensor of its own."""
         return tanh_slope(self._before_tanh(block, None))
+
+    def third(self, count: int) -> Tensor:
+        """One more buffer [n, V], where it is needed."""
+        if self._third is None:
+            self._third = torch.empty_like(self._buffers[0])
+        return self._third[:count]
 
     def cap_slope_at(self, index: Tensor) -> Tensor:
         """The slope of the tanh at an entry of every row, [N, 1]."""
