@@ -56,7 +56,7 @@ def reduced(
         counted = flags[count].flatten() if count else None
         results = REDUCE[how](torch.stack([values[name] for name in names]).flatten(1), counted)
         # each of its own: a trainer may change one in place, and autograd does not take it for a view of the others
-        found |= zip(names, torch.unbind_copy(results), strict=True)
+        found |= dict(zip(names, torch.unbind_copy(results), strict=True))
     return {PREFIX + name: found[name] for name in metrics}
 
 
