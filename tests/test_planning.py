@@ -17,6 +17,7 @@ from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, devi
 from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradient, plan
 from drpo_kernels.backends.rows import Row, RowKind, Transform
 from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
+from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.commands import plan as command
 from launcher import launch
 from problems import SPECS, full_problem, random_problem, relative
@@ -460,6 +461,43 @@ def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypat
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(problems, "logprob_bound", lambda _: 4e-2)
             problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **narrow)
+
+
+@pytest.mark.parametrize("compact", ["active", "none"])
+def test_factors_the_way_of_a_gpu(compact, device, monkeypatch, tensor_cores):
+    """dX, dW and db are those of factors times exponentials, whose rounding alone is in them; the caller's hidden
+    states, which the factors scale for dW, stay what they were."""
+    kept, policy = [], TorchRows.policy
+
+    def keep(self, batch, terms, out, factors=None):
+        outcome = policy(self, batch, terms, out, factors)
+        kept.append(factors[:, None].double() * out.double())
+        return outcome
+
+    monkeypatch.setattr(TorchRows, "policy", keep)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().to(device).requires_grad_() for n in (24, 50))
+    bias = torch.randn(50, generator=generator).to(device).requires_grad_()
+    before, targets = hidden.detach().clone(), torch.randint(50, (24,), generator=generator).to(device)
+    old, advantages = torch.full((24,), -4.0, device=device), torch.ones(24, device=device)
+    dk.linear_policy_loss(
+        hidden, weight, targets, old, advantages, bias=bias, backend="torch", compact=compact
+    ).loss.backward()
+    assert torch.equal(hidden, before)
+    (dlogits,) = kept
+    assert relative(bias.grad, dlogits.sum(0)) <= 1e-4  # float32, so the factors' two parts show
+    assert relative(hidden.grad, dlogits @ weight.double()) <= 2.0**-8
+    assert relative(weight.grad, dlogits.T @ hidden.double()) <= 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
+def test_a_call_leaves_its_inputs_as_they_were(dtype, device):
+    problem = random_problem(6, dtype=dtype)
+    leaves = {name: value.clone().to(device).requires_grad_() for name, value in problem.leaves().items()}
+    problems.call(problem, dk.DRPO(delta=0.15), "torch", device, leaves).loss.backward()
+    full = problems.replace(problem, mask=torch.ones_like(problem.mask), advantages=torch.ones_like(problem.advantages))
+    problems.call(full, dk.DRPO(delta=0.15), "torch", device, leaves).loss.backward()
+    assert all(torch.equal(leaf.cpu(), getattr(problem, name)) for name, leaf in leaves.items())
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from benchmarks import tiles
 from benchmarks.method import OBJECTIVE
 from drpo_kernels import Tokens
-from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms
+from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
 from drpo_kernels.backends.triton.launch import TritonRows
 from drpo_kernels.backends.triton.tiles import RowTile
 from drpo_kernels.triton_support import INTERPRETING
@@ -76,6 +76,25 @@ def test_one_read_agrees_with_float64(device):
     rounding = 2.0**-7 if INTERPRETING else 2.0**-8  # of an entry; the interpreter truncates
     assert ((found - gradient).abs() <= rounding * gradient.abs() + 3e-3 * gradient.norm(dim=1)[:, None]).all()
     assert ((found - gradient).norm(dim=1) <= (rounding + 2e-3) * gradient.norm(dim=1)).all()
+
+
+def test_one_read_behind_a_soft_cap(device):
+    """The gradient of the raw logits has the cap's slope at every entry, the target's among them."""
+    torch.manual_seed(0)
+    batch = tiles._batch(8, VOCAB, torch.float32, device)
+    bias, cap = torch.randn(VOCAB, device=device), 4.0
+    raw = batch.logits.double() + bias.double()
+    capped = batch._replace(logits=cap * torch.tanh(raw / cap))
+    outcome, gradient = exact(capped)
+    gradient *= 1 - torch.tanh(raw / cap).square()
+    out, factors = torch.empty(8, VOCAB, dtype=torch.bfloat16, device=device), torch.empty(8, device=device)
+    batch = batch._replace(transform=Transform(softcap=cap), bias=bias)
+    found = TritonRows(TILE).policy(batch, Terms(OBJECTIVE), out, factors)
+    assert (found - outcome).abs().max() <= 1e-4 * outcome.abs().max()
+    found, at_target = (factors[:, None] * out.float()).double(), batch.targets[:, None]
+    rounding = 2.0**-7 if INTERPRETING else 2.0**-8
+    assert ((found - gradient).norm(dim=1) <= rounding * gradient.norm(dim=1)).all()
+    assert (found - gradient).gather(1, at_target).abs().le(rounding * gradient.gather(1, at_target).abs()).all()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -266,7 +266,7 @@ class LinearSweep:
             bias = self._gradients.bias[: self.head.vocab]
             if factors is None:
                 self.matmul.add_bias_gradient(dlogits, bias, first=first, undo=undo)
-            else:  # in two parts, which 16 bits round to 2^-17
+            else:  # the factors in two parts: both rounded to 16 bits, their sum is off by 2^-17
                 high = factors.to(dlogits.dtype)
                 parts = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
                 self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, undo=None)

@@ -121,8 +121,9 @@ def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str,
 
 
 def _reloaded(expected: Expected, loops: Sequence[Loop]) -> Iterator[int]:
-    """What loops load in an iteration that load too much. One that stores nothing a compiler may unroll: it computes as
-    many exponentials more, or, where some other loop computes them, is little but loads.
+    """What each loop that loads too much loads in an iteration. A compiler may unroll a loop that stores nothing, which
+    then computes as many more exponentials. A loop that computes none beside others that do is not looked at: it takes
+    a maximum, and may be unrolled at will.
     """
     elements = expected.loop_load_bytes // expected.element_bytes if expected.element_bytes else 0
     exponentials = elements * (expected.bounds.special if expected.bounds else 1)
