@@ -80,7 +80,7 @@ $(VENV)/oldest/.installed $(VENV)/middle/.installed: $(VENV)/%/.installed: tests
 	@touch $@
 
 test-oldest test-middle: test-%: $(VENV)/%/.installed
-	$(VENV)/$*/bin/python -m pytest -n auto --dist worksteal $(CORE:%=tests/test_%.py) $(PYTEST_ARGS)
+	$(VENV)/$*/bin/python -m pytest -n auto --dist worksteal $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(PYTEST_ARGS)
 
 compile-oldest compile-middle: compile-%: $(VENV)/%/.installed
 	$(VENV)/$*/bin/python -m drpo_kernels compile
@@ -111,10 +111,10 @@ sparsity: $(PEERS)
 	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/run_fuzz.py $(FUZZ_ARGS)
+	$(BIN)/python tests/support/run_fuzz.py $(FUZZ_ARGS)
 
 longrun: $(STAMP)
-	$(BIN)/python -m benchmarks.longrun && $(BIN)/python -m benchmarks.longrun_sparse
+	$(BIN)/python -m benchmarks.longrun && $(BIN)/python -m benchmarks.longrun.sparse
 
 stability: $(STAMP)
 	$(BIN)/python -m benchmarks.stability $(STABILITY_ARGS)

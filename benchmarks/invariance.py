@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import ROOT, provenance
-from benchmarks.records import Record, append, write
-from benchmarks.workloads import Shape
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record, append, write
+from benchmarks.harness.workloads import Shape
 from drpo_kernels import DRPO
 from drpo_kernels.backends.rows import Outcome
 from drpo_kernels.inputs import LinearSource, Problem, policy_inputs

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import gpu_page, precision_tables, sparsity_tables, speed_tables
-from benchmarks.device_parts import DEVICE, INVARIANCE
-from benchmarks.device_results import Run, read_run
-from benchmarks.gpu_page import NOT_YET, speed_origin
-from benchmarks.provenance import origin
-from benchmarks.records import Record, read
+from benchmarks.device import page as gpu_page
+from benchmarks.device.page import NOT_YET, speed_origin
+from benchmarks.device.parts import DEVICE, INVARIANCE
+from benchmarks.device.results import Run, read_run
+from benchmarks.harness.provenance import origin
+from benchmarks.harness.records import Record, read
+from benchmarks.precision import tables as precision_tables
 from benchmarks.roofline import tables as roofline
-from benchmarks.speed_tables import NOTHING, milliseconds, row
+from benchmarks.sparsity import tables as sparsity_tables
+from benchmarks.speed import tables as speed_tables
+from benchmarks.speed.tables import NOTHING, milliseconds, row
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS_HEADER = ("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB")
@@ -202,8 +205,8 @@ def _gpu(name: str, page: str, render: Callable[[Run], str], absent: str = NOT_Y
 BLOCKS = {
     block.name: block
     for block in (
-        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots="speed_plots"),
-        _gpu("gpu", "README.md", gpu_page.render_readme, NOT_ON_A_GPU, plots="gpu_plots"),
+        Block("cpu", "cpu.jsonl", "README.md", "benchmarks.speed", render_speed, plots="speed.plots"),
+        _gpu("gpu", "README.md", gpu_page.render_readme, NOT_ON_A_GPU, plots="device.plots"),
         *(_gpu(f"gpu-{name}", "docs/gpu.md", render) for name, render in gpu_page.RENDER.items()),
         Block("every-cpu", "cpu.jsonl", "docs/benchmarks.md", "benchmarks.speed", render_every_speed),
         _gpu("every-gpu", "docs/benchmarks.md", gpu_page.render_every_speed),
@@ -211,7 +214,7 @@ BLOCKS = {
         _gpu("roofline-gpu", "docs/roofline.md", gpu_page.render_roofline),
         Block(
             "sparse-speed", "sparsity.jsonl", "docs/sparse.md", "benchmarks.sparsity", render_sparse_speed,
-            plots="sparsity_plots",
+            plots="sparsity.plots",
         ),
         _gpu("sparse-gpu", "docs/sparse.md", gpu_page.render_sparse_speed),
         *(

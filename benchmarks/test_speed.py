@@ -11,13 +11,13 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import plans
-from benchmarks.measure import Attempt, Case, check, is_broken
-from benchmarks.memory import peak_on_device
-from benchmarks.method import DTYPES
-from benchmarks.methods import METHODS
-from benchmarks.timing import DeviceSeconds
-from benchmarks.workloads import Inputs, Workload
+from benchmarks.harness import plans
+from benchmarks.harness.measure import Attempt, Case, check, is_broken
+from benchmarks.harness.memory import peak_on_device
+from benchmarks.harness.method import DTYPES
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.timing import DeviceSeconds
+from benchmarks.harness.workloads import Inputs, Workload
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

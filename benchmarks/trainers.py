@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory
-from benchmarks.provenance import ROOT, provenance
-from benchmarks.timing import interleaved_seconds
+from benchmarks.harness import memory
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.timing import interleaved_seconds
 
 RESULTS = ROOT / "bench_results" / "trainers.jsonl"
 TRAINERS = ("GRPOTrainer", "DRPOTrainer")

@@ -2,7 +2,8 @@
 mismatch between the engine that sampled it and the trainer. `diagnosis` has the sentences.
 
 A predicate takes the metrics without their prefixes and the `statistics`. Its thresholds lie between what the healthy
-batches of `tests/diagnosis_batches.py` and a sweep over entropies of 0.05 to 4 nats give, and what the cause gives.
+batches of `tests/support/diagnosis_batches.py` and a sweep over entropies of 0.05 to 4 nats give, and what the cause
+gives.
 """
 
 import math

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import measured, tables
 from benchmarks.roofline.chips import CHIPS, Chip
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.predict import Prediction, predict
 from benchmarks.roofline.work import Problem
-from benchmarks.workloads import MODELS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

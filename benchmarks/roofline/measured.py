@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.device_parts import SPEED
-from benchmarks.device_results import once, read_run
-from benchmarks.records import read
+from benchmarks.device.parts import SPEED
+from benchmarks.device.results import once, read_run
+from benchmarks.harness.records import read
 from benchmarks.roofline.chips import CHIPS, Assumption, Chip, Figure
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.predict import Prediction, predict

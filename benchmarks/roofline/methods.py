@@ -1,4 +1,4 @@
-"""The methods by the names that `benchmarks.methods` and `benchmarks.peers` measure them under, and their floors."""
+"""The methods by the names that `benchmarks.harness` measure them under, and their floors."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.precision_plots import COLOURS
+from benchmarks.precision.plots import COLOURS
 from benchmarks.roofline.bars import GIB, LINEAR
 from benchmarks.roofline.chips import CHIPS
 from benchmarks.roofline.methods import METHODS

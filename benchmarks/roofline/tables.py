@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import charges, measured
 from benchmarks.roofline.bars import GIB, LINEAR, bars, span
 from benchmarks.roofline.chips import CHIPS, Chip, Figure
@@ -11,7 +12,6 @@ from benchmarks.roofline.methods import METHODS, UNPREDICTED
 from benchmarks.roofline.peers import PUBLISHED, Published
 from benchmarks.roofline.predict import Prediction, predict
 from benchmarks.roofline.work import Problem
-from benchmarks.workloads import MODELS
 
 # the case of the bars
 MODEL, TOKENS, CHIP = "Qwen3-8B", 8192, "H200"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.provenance import ROOT
+from benchmarks.harness.provenance import ROOT
 from benchmarks.stability.grid import chosen_rates, comparison_jobs, cores, read, run_missing, sweep_jobs
 from benchmarks.stability.settings import CORE_METHODS, CORE_SETTINGS, METHODS, SEEDS, SETTINGS, SMOKE, Size
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.provenance import provenance
+from benchmarks.harness.provenance import provenance
 from benchmarks.stability.policy import warmed_policy
 from benchmarks.stability.settings import METHODS, RATES, SETTINGS, SWEEP_SEEDS, SWEEP_SETTING, Size
 from benchmarks.stability.training import run

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.provenance import ROOT
+from benchmarks.harness.provenance import ROOT
 from benchmarks.report import rewrite
 from benchmarks.stability import tables
 from benchmarks.stability.outcomes import Runs, load

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import zipf_weights
+from benchmarks.harness.workloads import zipf_weights
 
 # positions of the list before, for each position after
 OPERATIONS = {"reverse": (2, 1, 0), "rotate": (1, 2, 0), "swap": (1, 0, 2)}

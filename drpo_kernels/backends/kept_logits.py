@@ -14,7 +14,7 @@ from torch import Tensor
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.planning import Wanted
 from drpo_kernels.backends.rows import GatheredSums
-from drpo_kernels.backends.sparse import offsets_of
+from drpo_kernels.backends.sparse.sweep import offsets_of
 from drpo_kernels.backends.sweep import Execution, Gradients
 from drpo_kernels.collectives import summed
 

@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drpo_kernels.commands.binaries import FAULTS, TARGETS, CompiledKernel, compile_case
+from drpo_kernels.aot.binaries import FAULTS, TARGETS, CompiledKernel, compile_case
 from drpo_kernels.commands.table import TextTable
 from drpo_kernels.triton_support import HAS_TRITON
 from drpo_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from drpo_kernels.backends.triton.aot import KernelCase
+    from drpo_kernels.aot.cases import KernelCase
 
 NUMBERS = (
     "regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "loop ld B", "ins/elem", "special/elem",
     "mma", "seconds",
 )  # fmt: skip
-DEFAULT_CASES = "drpo_kernels.backends.triton.aot:kernel_cases"
+DEFAULT_CASES = "drpo_kernels.aot.cases:kernel_cases"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,7 +18,8 @@ from drpo_kernels.backends.rows import (
     most_entropy,
     row_losses,
 )
-from drpo_kernels.backends.triton import kernels, sparse
+from drpo_kernels.backends.sparse import kernels as sparse
+from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS

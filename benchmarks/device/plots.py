@@ -1,0 +1,179 @@
+"""The pictures of a run of `benchmarks.device`, drawn from its records alone by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from benchmarks.device import bars
+from benchmarks.device.findings import GIB, TRAINS_WEIGHT, main_heads, peaks, row_kernels, small_shapes, threads
+from benchmarks.device.parts import SPEED
+from benchmarks.device.results import Run
+from benchmarks.device.tiles import COPY, ONE_READ, TWO_READS
+from benchmarks.harness.records import Record
+from benchmarks.speed.plots import GREY, PALE, STYLES, finish, new_axes, plain, plt, save
+from benchmarks.speed.tables import largest_error
+
+OURS, OTHER = STYLES[bars.LOSS][0], STYLES["eager"][0]
+SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": ("#e69f00", "D")}
+ROW_LOOKS = {TWO_READS: OURS, ONE_READ: "#009e73", COPY: "#777777"}
+ROW_TITLES = {"float32": "a chunk of the linear path: float32 in, bf16 out", "bfloat16": "ready logits: bf16, in place"}
+
+
+def draw(run: Run, folder: Path, stem: str) -> None:
+    """Write {stem}_{rows,small,peers,memory}.png into `folder`, each where there is something to show."""
+    figures: dict[str, Callable[[Run], tuple[Figure, list[Record]] | None]] = {
+        "rows": rows_figure, "small": small_figure, "peers": peers_figure, "memory": memory_figure,
+    }  # fmt: skip
+    for name, make in figures.items():
+        if (made := make(run)) is not None:
+            save(*made, folder / f"{stem}_{name}.png")
+
+
+def small_figure(run: Run) -> tuple[Figure, list[Record]] | None:
+    """A column per model with several T: time of a token above, share of the floor below."""
+    found = small_shapes(run, latest=True)
+    models = [m for m in dict.fromkeys(model for model, _ in found) if sum(model == m for model, _ in found) > 1]
+    if not models:
+        return None
+    figure, panels = plt.subplots(
+        2, len(models), figsize=(5.4 * len(models), 7), sharex="col", sharey="row", layout="constrained", squeeze=False
+    )
+    for column, model in enumerate(models):
+        groups = {tokens: found[model, tokens] for tokens in sorted(t for name, t in found if name == model)}
+        for name, (colour, marker) in SMALL_LOOKS.items():
+            here = {tokens: methods[name] for tokens, methods in groups.items() if name in methods}
+            look = {"color": colour, "marker": marker, "label": plain(name)}
+            look |= {"linewidth": 2.6 if name == bars.LOSS else 1.6, "linestyle": "--" if name == bars.WHOLE else "-"}
+            panels[0][column].plot(list(here), [1e6 * r["median_s"] / t for t, r in here.items()], **look)
+            shares = {t: 100 * r["floor_median_s"] / r["median_s"] for t, r in here.items() if r["floor_median_s"]}
+            panels[1][column].plot(list(shares), list(shares.values()), **look)
+        shape = next(iter(next(iter(groups.values())).values()))["shape"]
+        panels[0][column].set_title(f"{model}, H={shape['hidden']}", fontsize=11, loc="left")
+        panels[1][column].axhline(100, color=GREY, linewidth=1.4, linestyle="--")
+        panels[1][column].set_xscale("log", base=2)
+        panels[1][column].set_xticks(list(groups), [f"{tokens:,}" for tokens in groups])
+        panels[1][column].xaxis.set_minor_locator(NullLocator())
+        panels[1][column].set_xlabel("tokens T in the batch (log scale)")
+    for axes in panels.flat:
+        axes.set_ylim(0, None)
+        axes.grid(color=PALE, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("µs per token, forward and backward")
+    panels[1][0].set_ylabel("three bare products' time in % of its own")
+    panels[0][-1].legend(fontsize=9.5, frameon=False, loc="upper right")
+    figure.suptitle(f"What does a token of a small model cost? V={shape['vocab']}, bf16", fontsize=12)
+    return figure, [record for methods in found.values() for record in methods.values()]
+
+
+def peers_figure(run: Run) -> tuple[Figure, list[Record]] | None:
+    """A row per head: time in floors on the left, peak memory on the right."""
+    heads = [record for record in main_heads(run) if record["median_s"] and record["floor_median_s"]]
+    if len(heads) < 2:
+        return None
+    heads.sort(key=bars.in_floors, reverse=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11.5, 1.7 + 0.42 * len(heads)), sharey=True, layout="constrained", width_ratios=(1.5, 1)
+    )
+    ours = (bars.LOSS, bars.LOGPROBS)
+    colours = [OURS if record["method"] in ours else OTHER for record in heads]
+    floors, memory = ([value(record) for record in heads] for value in (bars.in_floors, _gibibytes))
+    _bars(left, floors, colours)
+    left.axvline(1, color=GREY, linewidth=1.4, linestyle="--")
+    left.set_xlabel("time of forward and backward; three bare products = 1 (dashed)")
+    _bars(right, memory, colours)
+    right.set_xlabel("peak memory beyond the gradients, GiB")
+    left.set_yticks(range(len(heads)), [_head(record) for record in heads], fontsize=9.5)
+    shape = "T={tokens} H={hidden} V={vocab}".format(**heads[0]["shape"])
+    figure.suptitle(f"What does a fused head cost? {shape}, bf16 (ours in blue)", fontsize=12)
+    return figure, [{**record, "seconds": None} for record in heads[::-1]]
+
+
+def _head(record: Record) -> str:
+    notes = [] if record["same_loss"] else ["other loss"]
+    error = largest_error(record)
+    notes += [f"gradient {error:.1%} off"] if error is not None and record["status"] != "ok" else []
+    return plain(record["method"]) + (f"\n({', '.join(notes)})" if notes else "")
+
+
+def _gibibytes(record: Record) -> float:
+    return (record["peak_beyond_gradients_bytes"] or 0) / GIB
+
+
+def _bars(axes: Axes, values: Sequence[float], colours: Sequence[str]) -> None:
+    """A bar more than twice as long as the next is cut off, and says so."""
+    *_, second, longest = sorted(values)
+    end = 1.12 * (1.25 * second if longest > 2 * second else longest)
+    axes.barh(range(len(values)), values, 0.62, color=colours, zorder=2)
+    for y, value in enumerate(values):
+        look = {"textcoords": "offset points", "va": "center", "fontsize": 9.5}
+        if value > end:
+            axes.annotate(f"{value:.2f}, beyond the axis ▸", (end, y), (-6, 0), ha="right", color="white", **look)
+        else:
+            axes.annotate(f"{value:.2f}", (value, y), (4, 0), **look)
+    axes.set_xlim(0, end)
+    _frame(axes)
+
+
+def _frame(axes: Axes) -> None:
+    axes.grid(axis="x", color=PALE, linewidth=0.7, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def memory_figure(run: Run) -> tuple[Figure, list[Record]] | None:
+    """Measured peaks over T, and the allowance of each as a dashed line."""
+    found = {method: points for method in TRAINS_WEIGHT if len(points := peaks(run, method)) > 1}
+    if not found:
+        return None
+    records = [record for record in run[SPEED] if record["part"] == "memory"]
+    shape = "H={hidden} V={vocab}".format(**records[0]["shape"])
+    figure, axes = new_axes(
+        f"What does a step hold beyond its inputs and gradients? {records[0]['workload']}, {shape}, bf16"
+    )
+    for method, points in found.items():
+        colour, marker = STYLES[method]
+        tokens, beyond, allowed = zip(*points, strict=True)
+        look = {"color": colour, "label": plain(method)}
+        axes.plot(tokens, [count / GIB for count in beyond], marker=marker, linewidth=2.4, **look)
+        axes.plot(tokens, [count / GIB for count in allowed], "--", linewidth=1.3, **look | {"label": "allowed"})
+    axes.set_ylim(0, None)
+    every = sorted({tokens for points in found.values() for tokens, *_ in points})
+    finish(axes, {tokens: [] for tokens in every}, "peak beyond the gradients, GiB")
+    drawn = [record for record in records if record["peak_beyond_gradients_bytes"] is not None]
+    return figure, [{**record, "seconds": None} for record in drawn]
+
+
+def rows_figure(run: Run) -> tuple[Figure, list[Record]] | None:
+    """TB/s by kernel and threads, beside a copy of the same logits."""
+    panels = {logits: kernels for logits in ("float32", "bfloat16") if COPY in (kernels := row_kernels(run, logits))}
+    if not panels:
+        return None
+    figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels), 3.8), layout="constrained", squeeze=False)
+    orders = {
+        logits: [record for name in (COPY, ONE_READ, TWO_READS) for record in kernels.get(name, [])]
+        for logits, kernels in panels.items()
+    }
+    for axes, (logits, order) in zip(places[0], orders.items(), strict=True):
+        copy = panels[logits][COPY][-1]["TB/s"]
+        for y, record in enumerate(order):
+            rate = record["TB/s"]
+            axes.barh(y, rate, 0.66, color=ROW_LOOKS[record["row_kernel"]], zorder=2)
+            look = {"textcoords": "offset points", "ha": "right", "va": "center", "color": "white", "fontsize": 9.5}
+            axes.annotate(f"{rate:.2f} ({rate / copy:.0%})", (rate, y), (-5, 0), zorder=3, **look)
+        names = [record["row_kernel"] + (f", {threads(record)} threads" if record["tile"] else "") for record in order]
+        names = [name + (" (in use then)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
+        axes.set_yticks(range(len(order)), names, fontsize=9.5)
+        axes.set_ylim(max(map(len, orders.values())) - 0.4, -0.6)
+        axes.axvline(copy, color=GREY, linewidth=1.4, linestyle="--")
+        axes.set_xlim(0, 1.08 * copy)
+        _frame(axes)
+        axes.set_xlabel("TB/s, one read and one write of the logits counted")
+        axes.set_title(ROW_TITLES[logits], fontsize=10.5, loc="left")
+    shape = next(iter(panels.values()))[COPY][-1]["shape"]
+    title = "How close is the row kernel to a copy? {rows} rows of {vocab} logits".format(**shape)
+    figure.suptitle(title, fontsize=12)
+    return figure, [{**record, "seconds": None} for order in orders.values() for record in order]

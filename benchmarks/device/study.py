@@ -1,0 +1,193 @@
+"""`python -m benchmarks.device --sitting first --out DIR`: what only a GPU can tell, for one that is there for minutes.
+
+Three sittings, by what a failure would cost: `first` (under three minutes) is the device, bare products, our own
+methods and the tests of size, graphs and streams; `second` (eight minutes) is peers, small models, memory, row kernels,
+a profile, the other GPU tests and a run; `third` is what is left, or `--parts` for what has failed.
+
+Parts run in order, each in a process and a time box of its own: a share of what is left, so that one that ends early
+leaves its time to the rest. Results are lines of at most six files in DIR as soon as they are measured. A process that
+dies, hangs or loses the device costs the case that it had begun: the next one goes on behind it. summary.md, rewritten
+after every part and printed last, puts each bar beside its number. A part that is done in DIR is skipped unless
+--again. Peers are measured where Python finds them (PYTHONPATH); nothing is installed or fetched. Without a repository
+around it, the environment's DRPO_COMMIT names the commit.
+
+The exit status is 0 if every part came to its end and no test failed, else 1: another sitting is worth it.
+speed.jsonl is what `benchmarks.report` reads. `--rehearse` goes through the same lines on a CPU at tiny shapes; its
+numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from benchmarks.device.parts import DEVICE, LOST, PARTS, SITTINGS, SPEED, STOPPED, UNAVAILABLE
+from benchmarks.device.results import read_run
+from benchmarks.device.summary import summary
+from benchmarks.harness.measure import is_broken
+from benchmarks.harness.provenance import ROOT
+from benchmarks.harness.records import Record, append, read, write
+
+SUMMARY, LOG = "summary.md", "log.txt"
+# beyond its box, for a part that watches the clock itself; and of the limit, for the summary
+GRACE, LAST = 8.0, 5.0
+# a box is no shorter: importing PyTorch takes as long
+LEAST = 5.0
+# A running part is looked at every GLANCE seconds. If it has to be ended, one of the two words says why.
+GLANCE = 0.2
+SILENT, OVERTIME = "no answer", "over its box"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that are not done; 1 if one of them failed or ran out of time."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(f"{name:<12} {part.seconds:>4g} s  {part.what}" for name, part in PARTS.items()))
+        return 0
+    if options.out is None:
+        parser.error("--out says where results go")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("no GPU here; --rehearse runs every part on a CPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts, seconds = SITTINGS[options.sitting]
+    parts = options.parts or parts
+    deadline = time.monotonic() + (options.time_limit or seconds) - LAST
+    done = set() if options.again else _done(options.out, options.rehearse)
+    waiting = [name for name in parts if name not in done]
+    while waiting:
+        left = deadline - time.monotonic()
+        share = left * _weight(waiting[0]) / sum(map(_weight, waiting))
+        _run(waiting.pop(0), min(max(share, LEAST), left), options.out, options.rehearse)
+        (options.out / SUMMARY).write_text(summary(read_run(options.out)), encoding="utf-8")
+    records = read_run(options.out)
+    print(summary(records, short=True), end="")
+    found = [record for name in (DEVICE, SPEED) for record in records[name]]
+    return int(any(record["part"] in parts and _bad(record) for record in found))
+
+
+def _done(folder: Path, rehearsal: bool) -> set[str]:
+    """A rehearsal does not stand for the run."""
+    ends = [record for record in read_run(folder)[DEVICE] if "end" in record]
+    return {record["part"] for record in ends if record["end"] == "done" and record["rehearsal"] == rehearsal}
+
+
+def _bad(record: Record) -> bool:
+    """A part that has not come to its end, tests that failed in one that has, and methods of ours that are wrong."""
+    if "method" in record:
+        return is_broken(record["method"], record["status"])
+    return record.get("end", "").startswith(("failed", "stopped", "not run")) or bool(record.get("failed"))
+
+
+def _weight(part: str) -> float:
+    return PARTS[part].seconds
+
+
+def _run(part: str, box: float, folder: Path, rehearse: bool) -> None:
+    """One part to its end, which becomes a line of its own."""
+    _forget(part, folder)
+    start = time.monotonic()
+    end = "not run: no time left" if box < LEAST else _outcome(part, box, folder, rehearse)
+    seconds = round(time.monotonic() - start, 1)
+    record = {"part": part, "end": end, "seconds": seconds, "box": round(box, 1), "rehearsal": rehearse}
+    append(folder / DEVICE, record)
+    print(f"{part:<12} {seconds:>6.1f} s of {box:.0f}  {end}", flush=True)
+
+
+def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
+    """Run a part within its box of seconds and return how it ended. If a case ends a part that writes a line per case,
+    the part is started again behind that case."""
+    deadline = time.monotonic() + box
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        while True:
+            print(f"\n===== {part} =====", file=log, flush=True)
+            before, left = _size(folder, part), deadline - time.monotonic()
+            status = _process(part, left, folder, rehearse, log)
+            died = status in (LOST, SILENT) or (isinstance(status, int) and status < 0)
+            grown = PARTS[part].file == SPEED and _size(folder, part) > before
+            again = died and grown and deadline - time.monotonic() > LEAST
+            if not again:
+                break
+            print(f"{part:<12} goes on in a new process: {status}", flush=True)
+    if status == UNAVAILABLE:
+        return next(record["unavailable"] for record in read(folder / DEVICE)[::-1] if "unavailable" in record)
+    if status in (STOPPED, OVERTIME):
+        return "stopped: out of time"
+    return "done" if status == 0 else f"failed: {status}, see {LOG}"
+
+
+def _process(part: str, seconds: float, folder: Path, rehearse: bool, log: IO[str]) -> int | str:
+    """Its exit status, or why it had to be stopped: no line for as long as the part has patience, or out of its box."""
+    command = [sys.executable, "-m", "benchmarks.device.parts", part, "--out", str(folder.resolve())]
+    command += ["--seconds", f"{seconds:.1f}", *(["--rehearse"] if rehearse else [])]
+    settings = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    settings |= {"TRITON_INTERPRET": "1"} if rehearse else {}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+    )
+    deadline = time.monotonic() + seconds + GRACE
+    size, heard = _size(folder, part), time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(GLANCE)
+            now = time.monotonic()
+            if (found := _size(folder, part)) != size:
+                size, heard = found, now
+            if now > deadline:
+                return OVERTIME
+            if now - heard > PARTS[part].patience:
+                return SILENT
+        return process.returncode
+    finally:
+        _stop(process)
+
+
+def _size(folder: Path, part: str) -> int:
+    path = folder / PARTS[part].file
+    return path.stat().st_size if path.exists() else 0
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """It and what it started, which is one process group: a stopped part must not go on using the device."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _forget(part: str, folder: Path) -> None:
+    """What an earlier try has left."""
+    for name, records in read_run(folder).items():
+        kept = [record for record in records if record["part"] != part]
+        if len(kept) < len(records):
+            write(folder / name, kept)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder")
+    parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which parts, and for how long")
+    parser.add_argument("--parts", type=_parts, help="in place of the sitting's: names with commas between; see --list")
+    parser.add_argument("--time-limit", type=float, help="seconds for all parts together, in place of the sitting's")
+    parser.add_argument("--again", action="store_true", help="run parts that are done, too")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
+    parser.add_argument("--list", action="store_true", help="print the parts and their shares of the time")
+    return parser
+
+
+def _parts(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no part {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+    return names

@@ -1,0 +1,218 @@
+"""Shapes and inputs, made once from a seed: random ones, and ones that look like a trained model's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.mixes import MIXES, hidden_states
+
+KINDS = ("random", "trained", *MIXES)
+# of a trained model on its own samples: most tokens are certain, a few are not
+TRAINED_ENTROPY = 0.5
+# rows on which the trained-looking inputs are calibrated
+SAMPLE = 256
+# how far a hidden state is pulled to its target's row: least, and the range. A soft-cap squeezes the target's logit
+# more than the others', and with the weaker pull no scale of the hidden states reaches TRAINED_ENTROPY
+PULL, CAPPED_PULL = (2.0, 8.0), (6.0, 14.0)
+# logits held at a time while inputs are made
+BLOCK = 1 << 26
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language-model head: hidden size H, vocabulary V, final logit soft-cap."""
+
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+
+
+MODELS = {
+    "cpu_small": Model(16, 512),
+    "cpu": Model(512, 32_768),
+    "Qwen2.5-0.5B": Model(896, 151_936),
+    "Qwen2.5-1.5B": Model(1536, 151_936),
+    "Qwen3-0.6B": Model(1024, 151_936),
+    "Qwen3-4B": Model(2560, 151_936),
+    "Qwen3-30B-A3B": Model(2048, 151_936),
+    "Qwen3-8B": Model(4096, 151_936),
+    "Llama-3-8B": Model(4096, 128_256),
+    "Gemma-3-12B": Model(3840, 262_208, softcap=30.0),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """tokens T, hidden size H, vocabulary V."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What inputs are made for: a name of `MODELS`, T, one of `KINDS`, and "float32" or "bfloat16"."""
+
+    model: str
+    tokens: int
+    kind: str
+    dtype: str
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.tokens, MODELS[self.model].hidden, MODELS[self.model].vocab)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        softcap, dtype = MODELS[self.model].softcap, getattr(torch, self.dtype)
+        return make_inputs(self.kind, self.shape, softcap=softcap, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [T, H], weight [V, H], targets [T] int64, old_logprobs [T] and advantages [T] float32, all on one device
+
+    entropies of the distributions, [T] float32 in nats
+    softcap   c of the logits c · tanh(hidden @ weight.T / c), or None
+    logits    [T, V] in the dtype of `hidden`, soft-capped, for what starts from logits; None until `with_logits`
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    entropies: Tensor
+    softcap: float | None = None
+    logits: Tensor | None = None
+
+    @property
+    def entropy(self) -> float:
+        """The mean, in nats."""
+        return self.entropies.mean().item()
+
+    def with_active_share(self, share: float) -> Inputs:
+        """A = 0 in all rows but a share of them, scattered as the completions of a batch are."""
+        count = self.advantages.numel()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+        advantages = self.advantages.clone()
+        advantages[order[round(share * count) :].to(advantages.device)] = 0
+        return dataclasses.replace(self, advantages=advantages)
+
+    def with_logits(self) -> Inputs:
+        logits = self.hidden.new_empty(self.hidden.shape[0], self.weight.shape[0])
+        for rows, block in logit_blocks(self.hidden, self.weight, self.softcap):
+            logits[rows] = block
+        return dataclasses.replace(self, logits=logits)
+
+    def save(self, path: Path) -> None:
+        torch.save(vars(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Inputs:
+        return cls(**torch.load(path))
+
+
+def make_inputs(
+    kind: str,
+    shape: Shape,
+    seed: int = 0,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Inputs of one of `KINDS`, drawn in float32 by the device's own generator, hidden and weight rounded to `dtype`.
+
+    The behaviour policy is the current one with noise of 0.2 nat.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(shape.vocab, shape.hidden, generator=generator, device=device).div_(shape.hidden**0.5)
+    hidden = torch.randn(shape.tokens, shape.hidden, generator=generator, device=device)
+    if kind == "random":
+        targets = torch.randint(shape.vocab, (shape.tokens,), generator=generator, device=device)
+    else:
+        targets = zipf(shape, generator)
+        if kind == "trained":
+            hidden = peaked(hidden, weight, targets, generator, softcap=softcap)
+        elif softcap is not None:
+            raise ValueError(f"softcap={softcap}: the rows of kind={kind!r} are made without one")
+        else:
+            nats = MIXES[kind].entropies(shape.tokens, generator)
+            hidden = hidden_states(hidden, weight, targets, nats, MIXES[kind].spread)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    logprobs, entropies = _logprobs_and_entropy(hidden, weight, targets, softcap)
+    noise = 0.2 * torch.randn(shape.tokens, generator=generator, device=device)
+    advantages = torch.randn(shape.tokens, generator=generator, device=device)
+    old_logprobs = (logprobs + noise).clamp(max=0)
+    return Inputs(hidden, weight, targets, old_logprobs, advantages, entropies, softcap)
+
+
+def zipf_weights(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Mandelbrot's fit to natural language, p ∝ 1 / (rank + 2.7): [count], not normalised."""
+    return 1 / (torch.arange(1, count + 1, device=device) + 2.7)
+
+
+def zipf(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Token ranks by Zipf's law."""
+    weights = zipf_weights(shape.vocab, generator.device)
+    return torch.multinomial(weights, shape.tokens, replacement=True, generator=generator)
+
+
+def peaked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    generator: torch.Generator,
+    nats: float = TRAINED_ENTROPY,
+    softcap: float | None = None,
+) -> Tensor:
+    """Hidden states pulled towards their targets' rows to different degrees, scaled to a mean entropy of `nats`."""
+    least, spread = PULL if softcap is None else CAPPED_PULL
+    pull = least + spread * torch.rand(hidden.shape[0], 1, generator=generator, device=hidden.device)
+    hidden = hidden + pull * weight[targets]
+    logits = hidden[:SAMPLE] @ weight.T
+
+    def entropy(scale: float) -> float:
+        return torch.distributions.Categorical(logits=capped(scale * logits, softcap)).entropy().mean().item()
+
+    # the entropy falls as the scale rises, until a soft-cap flattens all: up to the first scale that is large enough
+    high = 0.5
+    while entropy(high) > nats:
+        high *= 1.25
+        if high > 100:
+            raise ValueError(f"no scale of the hidden states gives an entropy of nats={nats} with softcap={softcap}")
+    low = 0.0
+    for _ in range(30):
+        scale = (low + high) / 2
+        low, high = (scale, high) if entropy(scale) > nats else (low, scale)
+    return high * hidden
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def logit_blocks(hidden: Tensor, weight: Tensor, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their float32 logits) in plain PyTorch, a few rows at a time."""
+    wide, step = weight.float().T, max(BLOCK // weight.shape[0], 1)
+    for rows in (slice(start, start + step) for start in range(0, hidden.shape[0], step)):
+        yield rows, capped(hidden[rows].float() @ wide, softcap)
+
+
+def _logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """log π of the targets and the entropy, [T] float32."""
+    results = []
+    for rows, logits in logit_blocks(hidden, weight, softcap):
+        logprobs = torch.log_softmax(logits, -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        results.append(torch.stack([logprobs.gather(-1, targets[rows, None])[:, 0], entropy]))
+    logprobs, entropy = torch.cat(results, 1)
+    return logprobs, entropy

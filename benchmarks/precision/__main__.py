@@ -1,0 +1,8 @@
+"""See study.py."""
+
+import sys
+
+from benchmarks.precision.study import main
+
+if __name__ == "__main__":
+    sys.exit(main())

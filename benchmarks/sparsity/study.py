@@ -1,0 +1,236 @@
+"""`python -m benchmarks.sparsity`: what `sparse_grad` saves and what it costs, into bench_results/sparsity.jsonl.
+
+    speed     time, memory and gradient error over the entropy of the rows, beside the floor, the dense path and
+              cut-cross-entropy, whose gradient filter is the other way to save work
+    ways      what may become of the probabilities that are left out: dropped, renormalised, spread evenly, sampled
+    regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
+    demo      the same on the model that the demo trains
+    learning  rewards of the demo trained with exact and with sparse gradients, over seeds
+
+Parts are measured alone or together; the lines of the others stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import plans
+from benchmarks.harness.exact import Exact
+from benchmarks.harness.measure import Case, measure
+from benchmarks.harness.method import OBJECTIVE
+from benchmarks.harness.methods import METHODS as SPEED_METHODS
+from benchmarks.harness.methods import SPARSE_GRAD, fused
+from benchmarks.harness.methods import sparse as sparse_step
+from benchmarks.harness.mixes import quantiles
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record, write
+from benchmarks.harness.timing import interleaved_seconds
+from benchmarks.harness.workloads import Inputs, Shape, Workload, make_inputs
+from benchmarks.precision import recipes
+from benchmarks.precision.regimes import REGIMES, exact_result
+from benchmarks.precision.regimes import Case as RegimeCase
+from benchmarks.sparsity import tails
+from benchmarks.sparsity.tables import KINDS, METHODS
+from drpo_kernels.demo.model import build_model
+from drpo_kernels.demo.run import trained_batch
+from drpo_kernels.demo.settings import Settings
+from drpo_kernels.demo.task import split_problems
+from drpo_kernels.demo.train import train
+
+RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
+ROUNDS = {"cpu": 5, "cuda": 20}
+SEEDS = 8
+TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
+WAYS_KINDS, WAYS_SHAPE, QUICK_WAYS_SHAPE = ("mixed", "reasoning"), Shape(256, 512, 32_768), Shape(16, 16, 512)
+REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(16, 64, 256), ("random", "trained")
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace) -> Iterator[Record]:
+    standard = plans.STANDARD[options.device.type]
+    kinds = KINDS[:1] + KINDS[-1:] if options.quick else options.kinds
+    workloads = [Workload(standard.model, options.tokens or standard.tokens, kind, standard.dtype) for kind in kinds]
+    plan = [Case(method, workload) for workload in workloads for method in options.methods]
+    rounds = 2 if options.quick else options.rounds or ROUNDS[options.device.type]
+    yield from measure(plans.quick(plan) if options.quick else plan, {}, device=options.device, rounds=rounds)
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+
+
+def ways(options: argparse.Namespace) -> Iterator[Record]:
+    shape = QUICK_WAYS_SHAPE if options.quick else WAYS_SHAPE
+    progress = Progress(2 * len(WAYS_KINDS))
+    for kind in WAYS_KINDS:
+        inputs = make_inputs(kind, shape)
+        for shared, chosen in ((False, inputs), (True, tails.with_common_mean(inputs))):
+            progress.say(f"{kind}{', a common mean' if shared else ''}")
+            for record in tails.compare(chosen, SPARSE_GRAD):
+                yield {"inputs": kind, "common_mean": shared, "tolerance": SPARSE_GRAD, **_sized(shape), **record}
+            progress.advance()
+    progress.close()
+
+
+# --- over τ -----------------------------------------------------------------------------------------------------------
+
+
+def regimes(options: argparse.Namespace) -> Iterator[Record]:
+    # sparse gradients and a soft-cap are an error
+    names = QUICK_REGIMES if options.quick else [name for name in REGIMES if name != "softcap"]
+    progress = Progress(2 * len(names))
+    for name in names:
+        shape = QUICK_REGIME_SHAPE if options.quick else REGIMES[name].shape or REGIME_SHAPE
+        case = REGIMES[name].case(shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            progress.say(f"{name} {dtype}")
+            record = errors_over_tolerance(case, dtype)
+            yield {"regime": name, "label": REGIMES[name].label, **_sized(shape), **record}
+            progress.advance()
+    progress.close()
+
+
+def errors_over_tolerance(case: RegimeCase, dtype: torch.dtype) -> Record:
+    """Norm-wise errors against float64: of dlogits rounded to bf16, of the dense path, and over τ."""
+    exact = exact_result(case, recipes.OPERANDS["bf16"](case)).result
+
+    def errors(hidden: Tensor, weight: Tensor) -> dict[str, float]:
+        pairs = {"hidden": (hidden, exact.hidden), "weight": (weight, exact.weight)}
+        return {name: ((found.double() - want).norm() / want.norm()).item() for name, (found, want) in pairs.items()}
+
+    rounded = rounded_gradients(case)
+    over: dict[str, Record] = {}
+    for tolerance in TOLERANCES:
+        found, metrics = recipes.sparse(case, dtype, tolerance)
+        over[str(tolerance)] = {"errors": errors(found.hidden, found.weight), **metrics}
+    dense = recipes.ours(case, dtype)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounded": errors(*(x.to(dtype) for x in rounded)),
+        "dense": errors(dense.hidden, dense.weight),
+        "over_tolerance": over,
+    }
+
+
+def rounded_gradients(case: RegimeCase) -> tuple[Tensor, Tensor]:
+    """dX and dW in float64 of dlogits that were rounded to bf16 and nothing else."""
+    hidden, weight = case.hidden.double(), case.weight.double()
+    _, dlogits = recipes.from_logits(case, case.biased(hidden.float() @ weight.float().T))
+    return dlogits.double() @ weight, dlogits.double().T @ hidden
+
+
+# --- a model that is really trained -----------------------------------------------------------------------------------
+
+
+def demo(options: argparse.Namespace) -> Iterator[Record]:
+    """The last batch of `make demo` under the trained weights, every token with an advantage of its own."""
+    settings = Settings.quick() if options.quick else Settings()
+    batch = trained_batch(settings, torch.device("cpu"))
+    rows = [x[batch.mask] for x in (batch.hidden, batch.targets, batch.old_logprobs)]
+    advantages = torch.randn(len(rows[0]), generator=torch.Generator().manual_seed(0))
+    logp = (rows[0] @ batch.weight.T).log_softmax(-1)
+    inputs = Inputs(rows[0], batch.weight, *rows[1:], advantages, -(logp.exp() * logp).sum(-1))
+    exact = Exact(inputs)
+    sparse = {str(tolerance): sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
+    steps = {"dense": fused(inputs), **sparse}
+    seconds = interleaved_seconds(steps, 3 if options.quick else 30, lambda: None)
+    over = {}
+    for tolerance, step in sparse.items():
+        found = step()
+        metrics = {name: value.item() for name, value in found.metrics.items()}
+        errors = exact.errors(found, SPEED_METHODS["linear_policy_loss_sparse"])
+        over[tolerance] = {"errors": errors, "median_s": statistics.median(seconds[tolerance]), **metrics}
+    shape = Shape(len(advantages), *reversed(batch.weight.shape))
+    yield {
+        **_sized(shape), "dtype": "float32", "settings": str(settings), "dense_s": statistics.median(seconds["dense"]),
+        "entropy_quantiles": quantiles(inputs.entropies), "over_tolerance": over,
+    }  # fmt: skip
+
+
+def learning(options: argparse.Namespace) -> Iterator[Record]:
+    """Pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
+    make = Settings.quick if options.quick else Settings
+    seeds = range(2 if options.quick else SEEDS)
+    runs = [make(seed=seed, sparse_grad=tolerance) for seed in seeds for tolerance in (0.0, SPARSE_GRAD)]
+    progress = Progress(len(runs))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for settings, rewards in zip(runs, pool.map(trained_rewards, runs), strict=True):
+            yield {"seed": settings.seed, "sparse_grad": settings.sparse_grad, "settings": str(settings), **rewards}
+            progress.advance()
+    progress.close()
+
+
+def trained_rewards(settings: Settings) -> dict[str, float]:
+    """On held-out problems after the training: "sampled" and "greedy"."""
+    device = torch.device("cpu")
+    model, generator = build_model(settings, device), torch.Generator(device).manual_seed(settings.seed)
+    return train(model, *split_problems(settings.seed, settings.held_out), settings, generator).after
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
+    "speed": speed,
+    "ways": ways,
+    "regimes": regimes,
+    "demo": demo,
+    "learning": learning,
+}
+
+
+def _sized(shape: Shape) -> Record:
+    return {"shape": asdict(shape), "objective": str(OBJECTIVE)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    out = options.out or (None if options.quick else RESULTS)
+    source = provenance(_command(options), options.device)
+    records = [] if out is None or not out.exists() else _read(out)
+    records = [record for record in records if record["part"] not in options.parts]
+    for part in options.parts:
+        for record in PARTS[part](options):
+            records.append(record | {"benchmark": "sparsity", "part": part} | source)
+            if out is not None:
+                write(out, sorted(records, key=lambda record: list(PARTS).index(record["part"])))
+    print(f"{len(records)} records" + ("" if out is None else f" in {out.name}; tables: python -m benchmarks.report"))
+    return 0
+
+
+def _read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparsity", description=__doc__)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", type=torch.device, default=torch.device(here), help="of `speed`")
+    parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
+    parser.add_argument("--tokens", type=int, help="of `speed`; default the device's standard")
+    parser.add_argument("--methods", nargs="+", choices=plans.HIDDEN, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of the inputs of `speed`")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes; written only where --out says")
+    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that repeats this run, without the place of its output."""
+    words, defaults = ["python -m benchmarks.sparsity"], _parser().parse_args([])
+    for name in ("parts", "rounds", "tokens", "methods", "kinds"):
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words + (["--quick"] if options.quick else []))

@@ -1,0 +1,212 @@
+"""The pictures of the speed benchmark, drawn from its records alone by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from PIL import Image
+
+from benchmarks.harness.methods import OURS
+from benchmarks.speed.tables import (
+    KINDS,
+    LABELS,
+    Record,
+    Setting,
+    by_setting,
+    dense,
+    largest_error,
+    pictures,
+    ratio,
+    setting_of,
+    swept,
+)
+
+DPI = 110
+# Okabe and Ito's, told apart by readers who do not see red and green; a method has its look in every picture
+STYLES = {
+    "linear_policy_loss": ("#0072b2", "o"),
+    "linear_policy_loss_frozen_head": ("#56b4e9", "v"),
+    "linear_token_logprobs": ("#009e73", "^"),
+    "eager": ("#d55e00", "s"),
+    "trl": ("#e69f00", "D"),
+    "liger_scaled_sm90": ("#cc79a7", "P"),
+    "cce": ("#b0a000", "X"),
+    "gemms_whole": ("#777777", "."),
+}
+GREY, PALE = "#555555", "#e0e0e0"
+# of the axes' height, between two labels at the ends of lines
+LABEL_STEP = 0.055
+
+
+def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
+    """Write {stem}_{time,memory,floor,active}.png into `folder`, each where there is something to show."""
+    main, over_tokens, shape = setting_of(records[0]), swept(records), records[0]["shape"]
+    where = f"{main.model} head, " if not main.model.startswith("cpu") else ""
+    where += f"H={shape['hidden']} V={shape['vocab']}, {main.dtype}, {KINDS[main.inputs]}"
+    figures = {
+        "time": lambda: time_figure(over_tokens, where),
+        "memory": lambda: memory_figure(over_tokens, where),
+        "floor": lambda: floor_figure(records, main),
+        "active": lambda: active_figure(over_tokens[main.tokens], where),
+    }
+    for name in pictures(records):
+        save(figures[name](), records[0], folder / f"{stem}_{name}.png")
+
+
+def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
+    figure, axes = new_axes(f"What does a token cost? Forward and backward, {where}")
+    for method, points in _lines(groups, "median_s"):
+        line(axes, method, [(tokens, 1e6 * seconds / tokens) for tokens, seconds in points])
+    axes.set_ylim(0, None)
+    finish(axes, groups, "µs per token")
+    return figure
+
+
+def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
+    figure, axes = new_axes(f"What does a step need beyond its inputs? Peak of forward and backward, {where}")
+    for method, points in _lines(groups, "peak_extra_bytes"):
+        line(axes, method, [(tokens, bytes_ / 2**20) for tokens, bytes_ in points])
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _mebibytes(value)))
+    finish(axes, groups, "peak extra memory, gradients included (log scale)")
+    return figure
+
+
+def floor_figure(records: Sequence[Record], main: Setting) -> Figure:
+    """A row per method, a dot per model at the main T; the main model's share is written out."""
+    groups = {
+        setting: group
+        for setting, group in by_setting(records).items()
+        if setting._replace(model=main.model, takes=main.takes) == main
+    }
+    shares = {
+        (record["method"], setting.model): 100 / slower
+        for setting, group in groups.items()
+        for record in dense(group)
+        if (slower := ratio(record, record["held_to"], group)) is not None
+    }
+    rounded = {
+        r["method"]: largest_error(r) for group in groups.values() for r in group if r["status"].startswith("ok,")
+    }
+    methods = sorted({method for method, _ in shares}, key=lambda method: shares.get((method, main.model), 0))
+    figure, axes = plt.subplots(figsize=(9.2, 1.6 + 0.34 * len(methods)), layout="constrained")
+    looks = dict(zip(dict.fromkeys(setting.model for setting in groups), "oDs^vP", strict=False))
+    for y, method in enumerate(methods):
+        colour = STYLES["linear_policy_loss" if method in OURS else "eager"][0]
+        for model, marker in looks.items():
+            if (method, model) in shares:
+                size, alpha = (70, 1) if model == main.model else (30, 0.45)
+                axes.scatter(shares[method, model], y, marker=marker, s=size, color=colour, alpha=alpha, zorder=3)
+        if (method, main.model) in shares:
+            axes.annotate(f"{shares[method, main.model]:.0f} %", (1.01, y), xycoords=("axes fraction", "data"),
+                          va="center", fontsize=9.5, color=colour, annotation_clip=False)  # fmt: skip
+    names = [plain(m) + (f" (gradient {100 * rounded[m]:.1g} % off)" if m in rounded else "") for m in methods]
+    axes.set_yticks(range(len(methods)), names, fontsize=9.5)
+    axes.axvline(100, color=GREY, linewidth=1, linestyle="--")
+    axes.set_xlim(0, None)
+    axes.grid(axis="x", color=PALE, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("its floor's time (bare products, or a copy) in % of its own")
+    figure.suptitle(f"How close does each method come to its floor? T={main.tokens}, {main.dtype}", fontsize=12)
+    if len(looks) > 1:
+        marks = [plt.Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in looks.items()]
+        axes.legend(handles=marks, loc="lower right", fontsize=9)
+    return figure
+
+
+def active_figure(group: Sequence[Record], where: str) -> Figure:
+    figure, axes = new_axes(f"What do rows without an advantage cost? T={group[0]['shape']['tokens']}, {where}")
+    colour = STYLES["linear_policy_loss"][0]
+    looks = {
+        "linear_policy_loss": ("-", "such rows dropped (the default)", (-10, 8), "right"),
+        "linear_policy_loss_not_compacted": ("--", 'all rows computed, compact="none"', (0, -18), "center"),
+    }
+    for method, (dash, text, offset, side) in looks.items():
+        measured = [(r, ratio(r, "linear_policy_loss", group)) for r in group if r["method"] == method]
+        points = sorted((100 * r["active_share"], 100 * found) for r, found in measured if found is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", linewidth=2)
+            axes.annotate(text, points[len(points) // 2], offset, textcoords="offset points", ha=side, color=colour)
+    axes.plot([0, 100], [0, 100], ":", color=GREY)
+    axes.annotate("in proportion", (60, 60), (8, -12), textcoords="offset points", fontsize=10, color=GREY)
+    axes.set_xlim(0, 103)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("rows with an advantage, %")
+    axes.set_ylabel("time, % of all rows active")
+    return figure
+
+
+def plain(method: str) -> str:
+    """A method's name without Markdown."""
+    return LABELS.get(method, method).replace("`", "")
+
+
+def _lines(groups: dict[int, list[Record]], key: str) -> Iterable[tuple[str, list[tuple[int, float]]]]:
+    """(method, its (T, value) pairs) for every method with a look and values at two T or more."""
+    for method in STYLES:
+        found = [(tokens, r[key]) for tokens, group in groups.items() for r in dense(group) if r["method"] == method]
+        points = [point for point in found if point[1]]  # 0 bytes have no place on a log scale
+        if len(points) > 1:
+            yield method, points
+
+
+def new_axes(title: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
+    axes.set_title(title, fontsize=12, loc="left", wrap=True)
+    axes.grid(color=PALE, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def line(axes: Axes, method: str, points: Sequence[tuple[float, float]]) -> None:
+    colour, marker = STYLES[method]
+    style = {"linestyle": "--"} if method == "gemms_whole" else {}
+    width = 2.6 if method == "linear_policy_loss" else 1.5
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=plain(method), **style)
+
+
+def finish(axes: Axes, groups: dict[int, list[Record]], ylabel: str) -> None:
+    """The shared x axis, and each line's name at its right end, moved apart where they would overlap."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(groups), [f"{tokens:,}" for tokens in groups])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens T in the batch (log scale)")
+    axes.set_ylabel(ylabel)
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [(to_axes.transform(line.get_xydata()[-1])[1], line) for line in axes.get_lines()]
+    height = float("-inf")
+    for end, line in sorted(ends, key=lambda pair: pair[0]):
+        height = max(end, height + LABEL_STEP)
+        axes.annotate(line.get_label(), (1.01, height), xycoords="axes fraction", va="center", fontsize=9.5,
+                      color=line.get_color(), annotation_clip=False)  # fmt: skip
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
+
+
+def save(figure: Figure, records: Record | Sequence[Record], path: Path) -> None:
+    """With the source of what was drawn; of several records, their commits."""
+    records = [records] if isinstance(records, dict) else list(records)
+    record, device = records[0], records[0]["device"]
+    commits = ((r["commit"] or "unknown")[:12] + (" with changes" if r["dirty"] else "") for r in records)
+    commit = ", ".join(dict.fromkeys(commits))
+    samples = f"; median of {len(record['seconds'])} samples" if record.get("seconds") else ""
+    source = f"{device.get('gpu', device['cpu'])}, commit {commit}, {record['date'][:10]}{samples}"
+    figure.supxlabel(source, fontsize=8, color=GREY, x=0.99, ha="right")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI)
+    plt.close(figure)
+    with Image.open(picture) as image:  # a palette: a third of the bytes
+        image.convert("RGB").quantize(255).save(path, optimize=True)

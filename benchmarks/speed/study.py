@@ -1,0 +1,93 @@
+"""`python -m benchmarks.speed`: forward and backward of the DRPO loss, ours beside floors and peers, as JSON lines.
+
+Without --workloads, --tokens, --inputs, --dtypes or --active-shares it runs the standard plan of the device; with any
+of them, their product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import plans
+from benchmarks.harness.measure import Case, Record, is_broken, measure
+from benchmarks.harness.method import DTYPES
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.workloads import KINDS, MODELS
+
+FOLDER = ROOT / "bench_results"
+# a GPU's pages are written from what benchmarks.device measures
+FILES = {"cpu": FOLDER / "cpu.jsonl", "cuda": None}
+ROUNDS = {"cpu": 3, "cuda": 20}
+# options that choose workloads, and what `plans.product` calls them
+AXES = {"workloads": "models", "tokens": "tokens", "inputs": "kinds", "dtypes": "dtypes", "active_shares": "shares"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write, print; 1 if one of the repository's own methods failed or was wrong."""
+    options = _parser().parse_args(argv)
+    device = torch.device(options.device)
+    out = options.out or (None if options.quick else FILES[device.type])
+    records = measure(
+        plan(options),
+        provenance(_command(options), device),
+        device=device,
+        rounds=2 if options.quick else options.rounds or ROUNDS[device.type],
+        budget_seconds=options.time_budget,
+        out=out,
+    )
+    print("\n".join(summary(records)))
+    return int(any(is_broken(record["method"], record["status"]) for record in records))
+
+
+def plan(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for."""
+    standard = plans.STANDARD[options.device]
+    axes = {argument: getattr(options, name) for name, argument in AXES.items()}
+    cases = plans.product(standard, **axes) if any(axes.values()) else standard.cases()
+    cases = [case for case in cases if case.method in options.methods]
+    return plans.quick(cases) if options.quick else cases
+
+
+def summary(records: Sequence[Record]) -> Iterator[str]:
+    """A line per record."""
+    for record in records:
+        median, peak = record["median_s"], record["peak_extra_bytes"]
+        where = "{workload} {inputs} {dtype} T={tokens}".format(**record, **record["shape"])
+        time = "" if median is None else f"{median * 1e3:.2f} ms"
+        memory = "" if peak is None else f"{peak / 2**20:.0f} MiB"
+        share = f"{record['active_share']:.0%}"
+        yield f"{where:<36}  {record['method']:<34} {share:>4}  {time:>12}  {memory:>10}  {record['status']}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=FILES, default=here, help="default: a GPU where there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds; written only where --out says")
+    parser.add_argument("--out", type=Path, help="JSON lines; default bench_results/cpu.jsonl, of a GPU none")
+    parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
+    parser.add_argument("--time-budget", type=float, default=math.inf, help="seconds after which nothing is started")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--workloads", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--inputs", nargs="+", choices=KINDS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--active-shares", nargs="+", type=float, metavar="SHARE")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that repeats this run, without the place of its output."""
+    words = ["python -m benchmarks.speed"]
+    defaults = _parser().parse_args([])
+    for name in ("rounds", "time_budget", "methods", *AXES):
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words + (["--quick"] if options.quick else []))

@@ -1,0 +1,239 @@
+"""The speed benchmark in Markdown: what `benchmarks.report` writes into README.md and docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from benchmarks.harness.exact import WRONG
+from benchmarks.harness.mixes import MIXES
+
+NOTHING = "–"
+HEADER = (
+    "method", "median ms (min to max)", "× its floor", "× eager", "peak extra memory", "beyond gradients",
+    "gradient error",
+)  # fmt: skip
+KINDS = {
+    "random": "random inputs",
+    "trained": "trained-looking inputs",
+    **{name: mix.label for name, mix in MIXES.items()},
+}
+LABELS = {
+    "gemms_whole": "floor: three GEMMs, unchunked",
+    "gemms": "three GEMMs, in chunks",
+    "gemms_frozen": "floor of a frozen head: two GEMMs",
+    "gemms_recompute": "floor of recomputation: four GEMMs",
+    "copy": "floor: one copy of the logits",
+    "eager": "eager PyTorch",
+    "eager_compiled": "eager PyTorch under `torch.compile`",
+    "eager_from_logits": "eager PyTorch from logits",
+    "linear_policy_loss": "`linear_policy_loss`",
+    "linear_policy_loss_bf16_logits": "`linear_policy_loss`, bf16 logits",
+    "linear_policy_loss_not_compacted": '`linear_policy_loss`, `compact="none"`',
+    "linear_policy_loss_frozen_head": "`linear_policy_loss`, frozen head",
+    "linear_policy_loss_main_grad": "`linear_policy_loss`, `main_grad`",
+    "linear_policy_loss_sparse": "`linear_policy_loss`, `sparse_grad=0.01`",
+    "linear_policy_loss_sparse_tight": "`linear_policy_loss`, `sparse_grad=0.003`",
+    "linear_token_logprobs": "`linear_token_logprobs` + objective",
+    "batch_invariant": "`linear_policy_loss`, `batch_invariant=True`",
+    "policy_loss": "`policy_loss`",
+    "policy_loss_inplace": "`policy_loss`, in place",
+    "trl": "TRL's fused head",
+    "liger_scaled": "Liger's fused scaled CE, PyTorch",
+    "liger_scaled_sm90": "Liger's fused scaled CE, Hopper kernels",
+    "liger_grpo": "Liger's chunked GRPO loss",
+    "liger_triton_grpo": "Liger's Triton GRPO loss",
+    "cce": "cut-cross-entropy",
+    "cce_exact": "cut-cross-entropy, exact",
+    "torch_linear": "PyTorch's `linear_cross_entropy`",
+}
+PLOTS = {
+    "time": "Time of forward and backward against the number of tokens",
+    "memory": "Peak extra memory against the number of tokens",
+    "floor": "Share of the floor that each method reaches",
+    "active": "Time against the share of active rows",
+}
+EAGER = {"hidden": "eager", "logits": "eager_from_logits"}
+Record = dict
+
+
+class Setting(NamedTuple):
+    """What the records of one table have in common."""
+
+    model: str
+    tokens: int
+    inputs: str
+    dtype: str
+    takes: str
+
+
+def setting_of(record: Record) -> Setting:
+    return Setting(record["workload"], record["shape"]["tokens"], record["inputs"], record["dtype"], record["takes"])
+
+
+def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
+    """Tables in the order in which they were measured."""
+    groups: dict[Setting, list[Record]] = {}
+    for record in records:
+        groups.setdefault(setting_of(record), []).append(record)
+    return groups
+
+
+def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """By T, the first record's setting and those that differ from it in T alone."""
+    main = setting_of(records[0])
+    groups = by_setting(records)
+    return {
+        setting.tokens: groups[setting] for setting in sorted(groups) if setting._replace(tokens=main.tokens) == main
+    }
+
+
+def pictures(records: Sequence[Record]) -> list[str]:
+    """Of `PLOTS`, those for which there is something to show."""
+    over_tokens = len(swept(records)) > 1
+    over_shares = any(record["active_share"] < 1 for record in records)
+    shown = {"time": over_tokens, "memory": over_tokens, "floor": True, "active": over_shares}
+    return [name for name in PLOTS if shown[name]]
+
+
+def label(record: Record) -> str:
+    name = LABELS.get(record["method"], record["method"])
+    return name if record["same_loss"] else name + " (same cost, other loss)"
+
+
+def dense(group: Sequence[Record]) -> list[Record]:
+    """With all rows active, each method once: what has a time before what has none."""
+    found: dict[str, Record] = {}
+    for record in group:
+        if record["active_share"] == 1:
+            known = found.setdefault(record["method"], record)
+            if known["median_s"] is None and record["median_s"] is not None:
+                found[record["method"]] = record
+    return list(found.values())
+
+
+def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
+    """The record's median over that of a method with all rows active: over its floor's by samples that were interleaved
+    with its own; over another's by the same process, or else by what each is of the floor beside it, at one commit.
+    """
+    if record["median_s"] is None:
+        return None
+    if method == record["held_to"] and record.get("floor_median_s"):
+        return record["median_s"] / record["floor_median_s"]
+    others = [r for r in group if (r["method"], r["active_share"]) == (method, 1) and r["median_s"] is not None]
+    for other in others:
+        if all(record[name] == other[name] for name in ("command", "date")):
+            return record["median_s"] / other["median_s"]
+    for other in others:
+        floors = record.get("floor_median_s"), other.get("floor_median_s")
+        if all(floors) and record["held_to"] == other["held_to"] and record.get("commit") == other.get("commit"):
+            return (record["median_s"] / floors[0]) / (other["median_s"] / floors[1])
+    return None
+
+
+def render_main(records: Sequence[Record]) -> str:
+    """The README's: the tables of the workload on which everything was measured."""
+    first = setting_of(records[0])
+    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
+    return "\n".join(line for group in groups for line in table(group))
+
+
+def render_all(records: Sequence[Record]) -> str:
+    """Settings of which nothing has a time are left out."""
+    groups = [group for group in by_setting(records).values() if any(r["median_s"] for r in group)]
+    return "\n".join(line for group in groups for line in table(group))
+
+
+def table(group: Sequence[Record]) -> Iterator[str]:
+    """A table of what has a time or should have one, a sentence about the rest, and a table of the shares."""
+    yield f"{title(group[0])}:"
+    yield ""
+    yield row(HEADER)
+    yield row(("---", *["---:"] * (len(HEADER) - 1)))
+    records = dense(group)
+    absent = [r for r in records if r["median_s"] is None and r["status"] != WRONG]
+    yield from (row(_cells(record, group)) for record in records if record not in absent)
+    yield ""
+    if absent:
+        yield "No numbers: " + "; ".join(f"{label(record)} ({record['status']})" for record in absent) + "."
+        yield ""
+    yield from _shares(group)
+
+
+def _shares(group: Sequence[Record]) -> Iterator[str]:
+    """Medians by active share, beside their ratio to `linear_policy_loss` with all rows active."""
+    timed = {(r["active_share"], r["method"]): r for r in group if r["median_s"] is not None}
+    shares = sorted({share for share, _ in timed if share < 1}, reverse=True)
+    methods = dict.fromkeys(method for share, method in timed if share < 1)
+    if not shares:
+        return
+    yield row(("rows with an advantage", *(f"{LABELS.get(name, name)}, ms" for name in methods)))
+    yield row(("---:", *["---:"] * len(methods)))
+    for share in shares:
+        records = [timed.get((share, method)) for method in methods]
+        yield row((f"{share:.0%}", *(NOTHING if r is None else _median_and_ratio(r, group) for r in records)))
+    yield ""
+
+
+def _median_and_ratio(record: Record, group: Sequence[Record]) -> str:
+    median = _significant(1e3 * record["median_s"])
+    return f"{median} ({_times(ratio(record, 'linear_policy_loss', group))} of all rows)"
+
+
+def title(record: Record) -> str:
+    shape = "T={tokens} H={hidden} V={vocab}".format(**record["shape"])
+    entropy = "" if record["entropy_nats"] is None else f" (mean entropy {record['entropy_nats']:.2g} nat)"
+    start = "from hidden states" if record["takes"] == "hidden" else "from logits"
+    model = "" if record["workload"].startswith("cpu") else f"{record['workload']}, "
+    return f"{model}{shape}, {record['dtype']}, {start}, {KINDS[record['inputs']]}{entropy}"
+
+
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(record: Record, group: Sequence[Record]) -> tuple[str, ...]:
+    if record["median_s"] is None:
+        return (label(record), record["status"], *[NOTHING] * 4, _error(record))
+    return (
+        label(record),
+        milliseconds(record),
+        _times(ratio(record, record["held_to"], group)),
+        _times(ratio(record, EAGER[record["takes"]], group)),
+        _size(record["peak_extra_bytes"]),
+        _size(record["peak_beyond_gradients_bytes"]),
+        _error(record),
+    )
+
+
+def milliseconds(record: Record) -> str:
+    median, least, most = (_significant(1e3 * record[key]) for key in ("median_s", "min_s", "max_s"))
+    return f"{median} ({least} to {most})"
+
+
+def _significant(value: float) -> str:
+    """Three figures, and all of them before the point."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _times(ratio: float | None) -> str:
+    return NOTHING if ratio is None else f"{ratio:.2f}×"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return NOTHING
+    return f"{count / 2**20:.0f} MiB" if count < 10 << 30 else f"{count / 2**30:.1f} GiB"
+
+
+def largest_error(record: Record) -> float | None:
+    errors = record["gradient_error"]
+    return None if errors is None else max(errors.values())
+
+
+def _error(record: Record) -> str:
+    error = largest_error(record)
+    if error is None:
+        return NOTHING
+    text = f"{100 * error:.2g} %" if error >= 1e-4 else f"{error:.0e}"
+    return text if record["status"] in ("ok", WRONG) else f"{text} ({record['rounds_away']})"

@@ -1,0 +1,1 @@
+"""All of `sparse_grad`: which entries of a row's gradient are kept, and sums over those."""

@@ -1,0 +1,137 @@
+"""The row kernel that reads a logit once, on rows that are hostile to it; and that every row kernel is measured."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks.device import tiles
+from benchmarks.harness.method import OBJECTIVE
+from drpo_kernels import Tokens
+from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
+from drpo_kernels.backends.triton.launch import TritonRows
+from drpo_kernels.backends.triton.tiles import RowTile
+from drpo_kernels.triton_support import INTERPRETING
+
+VOCAB, TILE = 700, RowTile(256, 1)
+
+
+def exact(batch):
+    """(outcome [len(Outcome), n], dlogits) in float64, with 1 - p_y as the sum of the others, which autograd lacks."""
+    rows, targets = batch.rows.double(), batch.targets[:, None]
+    z = batch.logits.double() * rows[Row.INV_TEMPERATURE][:, None]
+    logsumexp = z.logsumexp(-1)
+    p = (z - logsumexp[:, None]).exp()
+    miss = p.scatter(1, targets, 0).sum(1)
+    logp = torch.where(miss < 0.5, (-miss).log1p(), z.gather(1, targets)[:, 0] - logsumexp).requires_grad_()
+    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logp.detach(), rows[Row.OLD_LOGPROB])
+    losses = OBJECTIVE.token_loss(Tokens(logp, old, rows[Row.ADVANTAGE]))
+    (slope,) = torch.autograd.grad(losses.sum(), logp)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    outcome = torch.stack([logp, entropy, logsumexp, rows[Row.POLICY] * losses, slope]).detach()
+    scale = (rows[Row.POLICY] * slope * rows[Row.INV_TEMPERATURE])[:, None]
+    return outcome, scale * (-p).scatter(1, targets, miss[:, None])
+
+
+def hostile(device):
+    """Rows whose rollout's log-prob is far off, absent, or no log-prob; shifted, banned and nearly certain ones."""
+    batch = tiles._batch(16, VOCAB, torch.float32, device)
+    old, targets, logits = batch.rows[Row.OLD_LOGPROB], batch.targets, batch.logits
+    batch.rows[Row.INV_TEMPERATURE] = torch.linspace(0.7, 1.3, 16, device=device)
+    logits[1] -= 1e4
+    logits[2, targets[2]] = 60.0  # p = 1 - 1e-20
+    logits[3, targets[3]] = -180.0
+    old[3] = -0.5
+    old[4], old[5], old[6] = float("nan"), -300.0, 0.01
+    logits[7, : VOCAB // 2] = float("-inf")
+    targets[7], targets[8] = VOCAB - 1, 0
+    logits[9, targets[9]] = -417.0
+    logits[10] *= 40
+    logits[11, targets[11]] = float("-inf")
+    logits[12] = 0.0
+    logits[13] = float("-inf")
+    logits[13, targets[13]] = 3.0  # alone
+    old[14] = 40.0  # which no check has seen
+    return batch
+
+
+def test_one_read_agrees_with_float64(device):
+    torch.manual_seed(0)
+    batch = hostile(device)
+    batch.rows[Row.KIND, 15] = RowKind.SKIPPED
+    batch.logits[15] = float("nan")
+    out = torch.full((16, VOCAB), float("nan"), dtype=torch.bfloat16, device=device)
+    factors = torch.full((16,), float("nan"), device=device)
+    outcome = TritonRows(TILE).policy(batch, Terms(OBJECTIVE), out, factors)
+    want, gradient = exact(batch)
+    assert (outcome[:, 15] == 0).all() and factors[15] == 0 and (out[15] == 0).all()
+    outcome, want, gradient = outcome[:, :15], want[:, :15], gradient[:15]
+    assert outcome[0, 11] == -torch.inf
+    # the ulp of 1e4, which row 1 is lower by; and that moves what depends on log π
+    allowed = 1e-3 + 2e-3 * want.abs() * torch.tensor([0, 0, 0, 1, 1], device=device)[:, None]
+    assert ((outcome - want).abs() <= allowed)[:, [*range(11), 12, 13, 14]].all()
+    assert ((outcome - want).abs() <= 3e-6 * want.abs().clamp(min=1))[:3, [0, 2, 4, 5, 6, 7, 8, 12, 13]].all()
+    found = (factors[:15, None] * out[:15].float()).double()
+    rounding = 2.0**-7 if INTERPRETING else 2.0**-8  # of an entry; the interpreter truncates
+    assert ((found - gradient).abs() <= rounding * gradient.abs() + 3e-3 * gradient.norm(dim=1)[:, None]).all()
+    assert ((found - gradient).norm(dim=1) <= (rounding + 2e-3) * gradient.norm(dim=1)).all()
+
+
+def test_one_read_behind_a_soft_cap(device):
+    """The gradient of the raw logits has the cap's slope at every entry, the target's among them."""
+    torch.manual_seed(0)
+    batch = tiles._batch(8, VOCAB, torch.float32, device)
+    bias, cap = torch.randn(VOCAB, device=device), 4.0
+    raw = batch.logits.double() + bias.double()
+    capped = batch._replace(logits=cap * torch.tanh(raw / cap))
+    outcome, gradient = exact(capped)
+    gradient *= 1 - torch.tanh(raw / cap).square()
+    out, factors = torch.empty(8, VOCAB, dtype=torch.bfloat16, device=device), torch.empty(8, device=device)
+    batch = batch._replace(transform=Transform(softcap=cap), bias=bias)
+    found = TritonRows(TILE).policy(batch, Terms(OBJECTIVE), out, factors)
+    assert (found - outcome).abs().max() <= 1e-4 * outcome.abs().max()
+    found, at_target = (factors[:, None] * out.float()).double(), batch.targets[:, None]
+    rounding = 2.0**-7 if INTERPRETING else 2.0**-8
+    assert ((found - gradient).norm(dim=1) <= rounding * gradient.norm(dim=1)).all()
+    assert (found - gradient).gather(1, at_target).abs().le(rounding * gradient.gather(1, at_target).abs()).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at_target", [False, True])
+def test_a_poisoned_row_is_never_a_number(at_target, poison, device):
+    batch = tiles._batch(2, VOCAB, torch.float32, device)
+    batch.logits[0, batch.targets[0] if at_target else (batch.targets[0] + 1) % VOCAB] = poison
+    out, factors = torch.empty(2, VOCAB, dtype=torch.bfloat16, device=device), torch.empty(2, device=device)
+    outcome = TritonRows(TILE).policy(batch, Terms(OBJECTIVE), out, factors)
+    assert outcome[:, 0].isnan().all() and factors[0].isnan()
+    assert outcome[:, 1].isfinite().all() and out[1].isfinite().all()
+    assert TritonRows(TILE).statistics(batch)[Stat.LOGPROB].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.2, 3.9])
+@pytest.mark.parametrize("lead", [8.0, 16.0, 25.0])
+@pytest.mark.parametrize("of_target", [False, True])
+def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio, device):
+    """In its gradient: with a bonus, in the loss's kernel; however small the entropy, and whatever μ was."""
+    batch = tiles._batch(1, VOCAB, torch.float32, device)
+    target = batch.targets[0]
+    batch.logits.zero_()
+    batch.logits[0, target if of_target else (target + 1) % VOCAB] = lead
+    batch.rows[Row.ADVANTAGE], batch.rows[Row.ENTROPY] = 0.0, 1.0
+    logp = batch.logits.double().log_softmax(1)
+    batch.rows[Row.OLD_LOGPROB] = (logp[0, target] - math.log(ratio)).clamp(max=0.0)
+    out = torch.empty_like(batch.logits)
+    TritonRows(TILE).policy(batch, Terms(OBJECTIVE, entropy_bonus=True), out)
+    entropy = -(logp.exp() * logp).sum()
+    want = logp.exp() * (logp + entropy)  # of -H
+    assert (out - want).norm() <= 1e-5 * want.norm()
+
+
+def test_every_kernel_is_measured(device):
+    found = list(tiles.measure(device, True, float("inf")))
+    kernels = {(record["row_kernel"], record["logits"]) for record in found}
+    assert kernels == {(tiles.COPY, "float32"), (tiles.TWO_READS, "float32"), (tiles.ONE_READ, "float32"),
+                       (tiles.COPY, "bfloat16"), (tiles.TWO_READS, "bfloat16")}  # fmt: skip
+    assert all(record["status"] == "ok" and record["TB/s"] > 0 for record in found)
+    assert sum(record["chosen"] for record in found) == 2

@@ -1,0 +1,403 @@
+"""The roofline model: its work against counts by hand, its memory against what a sweep allocates, its arithmetic."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.harness.workloads import MODELS
+from benchmarks.report import read
+from benchmarks.roofline import __main__ as command
+from benchmarks.roofline import bars, charges, chips, measured, predict, tables
+from benchmarks.roofline.chips import CHIPS, Assumption, Figure
+from benchmarks.roofline.methods import METHODS
+from benchmarks.roofline.ours import DTYPES, Design, held_bytes, linear, recompute, sweep_plan
+from benchmarks.roofline.work import Problem, products
+from drpo_kernels.backends import sweep
+from drpo_kernels.backends.devices import PRESETS
+from drpo_kernels.backends.planning import Wanted
+from drpo_kernels.backends.rows import Row, Transform
+from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
+from drpo_kernels.triton_support import HAS_TRITON
+
+GIB = 1 << 30
+H200 = CHIPS["H200"]
+SMALL = Problem(96, 32, 400)
+LARGE = Problem(8192, 4096, 151_936)
+# several windows, for its T is beyond 2H
+LONG = Problem(16_384, 4096, 151_936, workspace=GIB)
+# how many T·V·H each takes
+F_COUNTS = {
+    "gemms_whole": 6, "gemms_frozen": 4, "gemms_recompute": 8, "copy": 0,
+    "linear_policy_loss": 6, "linear_policy_loss_bf16_logits": 6,
+    "linear_policy_loss_frozen_head": 4, "linear_token_logprobs": 8, "policy_loss": 0, "policy_loss_inplace": 0,
+    "eager": 6, "eager_compiled": 6, "trl": 8, "verl": 8, "liger_grpo": 8, "cce_exact": 8, "bound_8f": 8,
+}  # fmt: skip
+
+
+def stage(cost, name):
+    (found,) = [each for each in cost.stages if each.name == name]
+    return found
+
+
+@pytest.mark.parametrize("problem", [SMALL, LARGE, LONG, Problem(5000, 3840, 262_208)])
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_by_hand(method, problem):
+    f = problem.tokens * problem.hidden * problem.vocab
+    assert METHODS[method].cost(problem).flops == F_COUNTS[method] * f
+
+
+def test_skipped_rows_cost_no_flops():
+    quarter = replace(LARGE, active_share=0.25)
+    assert linear(quarter).flops == linear(LARGE).flops / 4
+    assert recompute(quarter).flops == recompute(LARGE).flops  # it knows no advantages
+
+
+def test_bytes_of_the_row_kernel_by_hand():
+    count = LARGE.logits
+
+    def per_logit(cost, name="rows"):
+        rows = stage(cost, name)
+        return rows.read / count, rows.reread / count, rows.written / count
+
+    assert per_logit(linear(LARGE)) == (4, 0, 2)
+    assert per_logit(linear(LARGE, Design(one_read=False))) == (4, 4, 2)
+    assert per_logit(linear(replace(LARGE, logits_itemsize=2))) == (2, 2, 2)
+    assert per_logit(linear(replace(LARGE, itemsize=4))) == (4, 4, 4)
+    assert per_logit(recompute(LARGE)) == (4, 0, 0)
+    assert per_logit(recompute(LARGE), "rows again") == (4, 0, 2)
+
+
+def test_a_factor_per_row_by_hand():
+    """With one read alone: dX leaves its product in float32 and is rounded from there; dW's hidden rows are scaled."""
+    states = LARGE.states
+    found, cut = linear(LARGE), sweep_plan(LARGE, LARGE.tokens)
+    scaling = stage(found, "scaling")
+    assert (scaling.read, scaling.written) == ((4 + 2) * states, (2 + 2) * states)
+    assert scaling.kernels == LARGE.tokens // cut.piece_rows + len(cut.windows) == 5
+    assert stage(found, "dX").exposed == 2 * states
+    still = stage(linear(replace(LARGE, trainable_head=False)), "scaling")
+    assert (still.read, still.written) == (4 * states, 2 * states)
+    for twice in (linear(LARGE, Design(one_read=False)), recompute(LARGE)):
+        assert "scaling" not in {each.name for each in twice.stages}
+        assert stage(twice, "dX").exposed == 0
+
+
+def test_kernels_of_the_profiles():
+    """docs/gpu.md: 38 kernels and copies with one chunk, 51 with five; there every logit is read twice."""
+    small, large = Problem(512, 896, 151_936), LARGE
+    assert linear(small, Design(one_read=False)).kernels == 38
+    assert linear(large, Design(one_read=False)).kernels == pytest.approx(51, abs=1)
+
+
+def test_an_upstream_factor_reads_and_writes_the_gradients_once_more():
+    plain, scaled = linear(LARGE), linear(replace(LARGE, upstream=True))
+    assert scaled.moved - plain.moved == 2 * LARGE.gradients
+    assert scaled.kernels == plain.kernels + 1
+
+
+def test_a_product_by_hand():
+    found = products("p", [(3, 5, 7), (2, 5, 7)], itemsize=2, out=4, live=9)
+    assert found.flops == 2 * (3 + 2) * 5 * 7
+    assert found.read == 2 * 7 * ((3 + 5) + (2 + 5))
+    assert found.written == 4 * 25
+    assert found.exposed == 2 * 25  # beyond one 16-bit write
+    summed = products("p", [(3, 5, 7), (3, 5, 4)], itemsize=2, out=4, live=9, sums=True)
+    assert summed.read == 2 * (7 + 4) * 8 + 4 * 15
+    assert summed.written == 2 * 4 * 15
+    assert summed.exposed == 3 * 4 * 15 - 2 * 15
+
+
+def test_dw_is_read_back_for_every_window_but_the_first():
+    windows = len(sweep_plan(LONG, LONG.tokens).windows)
+    assert windows > 1
+    assert stage(linear(LONG), "dW").exposed == (4 * (2 * windows - 1) - 2) * LONG.head
+    assert stage(linear(LARGE), "dW").exposed == 0  # T = 2H, in one window
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        LARGE,
+        LONG,
+        replace(LARGE, logits_itemsize=2),
+        replace(LARGE, trainable_head=False),
+        Problem(65_536, 3840, 262_208, workspace=2 * GIB),
+        Problem(2048, 512, 32_768, itemsize=4),
+    ],
+)
+def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
+    """On tensors without storage, which are of the size they would have."""
+    monkeypatch.setattr(sweep, "device_properties", lambda _: PRESETS[problem.device])
+    dtype, meta = DTYPES[problem.itemsize], torch.device("meta")
+    hidden = torch.empty(problem.tokens, problem.hidden, dtype=dtype, device=meta)
+    weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device=meta)
+    targets = torch.empty(problem.tokens, dtype=torch.int64, device=meta)
+    rows = torch.empty(len(Row), problem.tokens, device=meta)
+    # every row: counting the active ones would need their values
+    execution = Execution(
+        "torch", dtype, DTYPES[problem.logits_itemsize], workspace_bytes=problem.workspace, every_row=True
+    )
+    head = Head(weight, None, problem.vocab, Transform())
+    made = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
+    held = [made._logits, made._dlogits, *made._gradients]
+    allocated = sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+    assert held_bytes(problem, sweep_plan(problem, problem.tokens)) == allocated
+
+
+def test_memory_of_few_active_rows_by_hand():
+    """All of them in one window, whose hidden states are gathered into a copy."""
+    quarter = replace(LARGE, active_share=0.25)
+    cut = sweep_plan(quarter, 2048)
+    gradients = 2 * (LARGE.states + LARGE.head)
+    assert held_bytes(quarter, cut) == cut.buffer_bytes + gradients + 2 * 2048 * 4096
+
+
+def test_memory_of_peers_by_hand():
+    count, head, states = LARGE.logits, LARGE.head, LARGE.states
+    assert METHODS["eager"].cost(LARGE).extra == 12 * count  # float32 log-probs, their gradient and the logits'
+    tile = 2 * 4096 * 32_768
+    assert METHODS["trl"].cost(LARGE).extra == tile + (4 + 2) * (head + states)
+    assert METHODS["policy_loss"].cost(LARGE).extra == 2 * count
+    assert METHODS["policy_loss_inplace"].cost(LARGE).extra == 0
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_ranges(chip):
+    """Least is at most most; nothing beats its floor; more work takes longer, a better chip less long."""
+    for model in ("Qwen3-0.6B", "Qwen3-8B", "Gemma-3-12B"):
+        problem = Problem(4096, MODELS[model].hidden, MODELS[model].vocab)
+        for method in METHODS:
+            found = predict.predict(chip, method, problem)
+            assert 0 < found.least <= found.most
+            assert found.floor is None or found.times_floor[0] >= 1
+            for name in ("tokens", "hidden", "vocab"):
+                more = predict.predict(chip, method, replace(problem, **{name: 2 * getattr(problem, name)}))
+                if name != "hidden" or method not in ("copy", "policy_loss", "policy_loss_inplace"):
+                    assert more.least > found.least, (method, name)
+            slower = predict.predict(chip.with_efficiency(0.1, 0.1), method, problem)
+            assert slower.least > found.least
+
+
+def test_time_of_a_stage_by_hand():
+    chip = H200.with_efficiency(0.5, 0.5)
+    rows = stage(linear(LARGE), "rows")
+    found, launches = predict.stage_time(chip, rows), 5 * 2e-6
+    assert found.least == found.most == pytest.approx(6 * LARGE.logits / 2.4e12 + launches)
+    assert found.bound == "memory"
+    twice = stage(linear(LARGE, Design(one_read=False)), "rows")  # 132 rows of 608 kB are more than the cache
+    assert predict.stage_time(chip, twice).least == pytest.approx(10 * LARGE.logits / 2.4e12 + launches)
+    narrow = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
+    found, launches = predict.stage_time(chip, replace(narrow, instructions=0)), narrow.kernels * 2e-6
+    assert found.least == pytest.approx(4 * LARGE.logits / 2.4e12 + launches)
+    assert found.most == pytest.approx(6 * LARGE.logits / 2.4e12 + launches)
+    product = predict.stage_time(chip, stage(linear(LARGE), "logits"))
+    assert product.least == pytest.approx(2 * LARGE.logits * LARGE.hidden / 494.5e12 + 5 * 2e-6)
+    assert product.bound == "arithmetic"
+    small = predict.stage_time(chip, stage(linear(LARGE), "small kernels"))
+    assert small.least == small.most == pytest.approx((33 + 5) * 2e-6 + 10e-6)
+    assert small.bound == "launches"
+    cpu = replace(chip, processors=None, lanes=None)
+    assert predict.stage_time(cpu, stage(linear(LARGE), "small kernels")).most == 0
+
+
+def test_instructions_by_hand():
+    """67 TFLOP/s are two for each of 132 x 128 lanes at 1.98 GHz, and as many instructions as lanes are issued."""
+    assert H200.clock == pytest.approx(1.983e9, rel=1e-3)
+    rows = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
+    assert rows.instructions == pytest.approx(17.5 * LARGE.logits)
+    rows = replace(rows, launches=0, instructions=31.5 * LARGE.logits)
+    found = predict.stage_time(H200, rows)
+    assert found.least == pytest.approx(31.5 * LARGE.logits / (67e12 / 2))
+    assert found.most == pytest.approx(found.least / charges.ISSUE.share)
+    assert found.bound == "instructions"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the bounds are on Triton's binaries")
+def test_the_instructions_are_the_bounds_of_the_binaries():
+    from drpo_kernels.aot.cases import BOUNDS
+
+    assert BOUNDS["policy["].writing == charges.ONE_READ
+    assert charges.TWO_READS[4] == (BOUNDS["statistics[fp32]"].reading, BOUNDS["gradient[fp32>bf16, "].writing)
+    found = BOUNDS["policy[drpo bf16>bf16]"]
+    assert charges.TWO_READS[2] == (found.reading, found.writing)
+
+
+def test_the_clock_of_an_older_chip():
+    # the A100 issues as many, but half of them are no float32 operations
+    assert CHIPS["A100"].clock == pytest.approx(1.41e9, rel=1e-3)
+
+
+def test_the_share_of_the_instructions_is_the_measured_one():
+    count = 1664 * 151_936
+    seconds = charges.MEASURED * count / (charges.ISSUED * 132 * H200.clock)
+    assert charges.ISSUE.share == pytest.approx(seconds / 0.492e-3, abs=0.005)
+
+
+def test_waves_by_hand():
+    # 13 x 16 tiles in two waves of 132
+    assert predict.occupied(H200, [(1664, 4096)]) == pytest.approx(208 / 264)
+    assert predict.occupied(H200, [(1664, 4096), (128, 256)]) == pytest.approx(209 / 396)
+    assert predict.occupied(replace(H200, processors=None), [(1, 1)]) == 1
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_figure_has_a_source(chip):
+    for name in ("matrix", "vector", "bandwidth", "capacity", "cache", "processors"):
+        figure = getattr(chip, name)
+        assert figure.value > 0
+        assert figure.source.startswith("https://") or figure.source == chips.DRIVER
+    for assumption in (chip.matmul_efficiency, chip.memory_efficiency):
+        assert 0 < assumption.share < 1
+        assert assumption.source
+    assert f"| {chip.name} |" in tables.chips()
+    # FLOP of a processor and a clock, and the clock in GHz: half of what sparsity would give
+    per_clock, clock = {
+        "A100": (2048, 1.41), "H100": (4096, 1.83), "H200": (4096, 1.83), "B200": (8192, 1.86), "MI300X": (2048, 2.1),
+    }[chip.name]  # fmt: skip
+    assert chip.matrix.value == pytest.approx(chip.processors.value * per_clock * clock * 1e9, rel=0.01)
+    assert chip.processors.value == PRESETS[chip.preset].multiprocessors
+    # all dies of a MI300X share one behind theirs
+    assert chip.name == "MI300X" or chip.cache.value == PRESETS[chip.preset].l2_bytes
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01])
+def test_an_efficiency_is_a_share(share):
+    with pytest.raises(ValueError, match="share"):
+        Assumption(share, "")
+
+
+def test_problems_that_are_none():
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        Problem(0, 4, 4)
+    with pytest.raises(ValueError, match="active_share"):
+        Problem(4, 4, 4, active_share=0)
+    with pytest.raises(ValueError, match="16-bit operands"):
+        replace(H200, matrix=None).flops_per_second(2)
+
+
+def records(**changes):
+    """A run on a CPU: the floors, and a method that takes 1.1 of its time."""
+    shape = {"tokens": 64, "hidden": 32, "vocab": 256}
+    common = {
+        "device": {"cpu": "some CPU", "cores": 2, "threads": 2}, "shape": shape, "dtype": "float32",
+        "workload": "m", "inputs": "random", "active_share": 1.0, "peak_extra_bytes": None,
+        "command": "c", "date": "2026-01-01T00:00:00", **changes,
+    }  # fmt: skip
+    times = {"gemms_whole": 0.3, "copy": 0.02, "linear_policy_loss": 0.4}
+    return [{**common, "method": name, "median_s": seconds} for name, seconds in times.items()]
+
+
+def test_calibration_gives_the_floors_back():
+    ((chip, found),) = measured.compared(records())
+    problem = measured.problem_of(records()[0])
+    for name, seconds in (("gemms_whole", 0.3), ("copy", 0.02)):
+        assert predict.predict(chip, name, problem).least == pytest.approx(seconds)
+    (row,) = found  # floors are not compared with themselves
+    rows = 3 * 4 * problem.logits / (2 * 4 * problem.logits / 0.02)  # read, read, write
+    assert row.prediction.least == pytest.approx(0.3 + rows)
+    assert row.ratio == pytest.approx(0.4 / (0.3 + rows))
+
+
+def test_without_float32_floors_no_cpu_is_calibrated():
+    assert list(measured.compared(records()[2:])) == []
+    assert list(measured.compared(records(dtype="bfloat16"))) == []
+    assert tables.comparison([]) == "No measurement of a known chip is there yet."
+
+
+@pytest.mark.parametrize(
+    "name, chip",
+    [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("AMD Instinct MI300X", "MI300X"),
+     ("NVIDIA GH200 480GB", None), ("NVIDIA GB200", None), ("NVIDIA H100 PCIe", None), ("NVIDIA L40S", None)],
+)  # fmt: skip
+def test_chip_by_the_name_of_a_device(name, chip):
+    group = records(device={"gpu": name}, dtype="bfloat16")
+    found = measured.chip_of(group)
+    assert (None if found is None else found.name) == chip
+    if chip is not None:
+        assert tables.comparison(group).startswith(f"{chip}, T=64 H=32 V=256, bfloat16, random inputs.")
+
+
+def test_beside_the_measured_cpu():
+    """Only products are charged there, so the measured time is more, and for ours not much more.
+
+    At the largest T of which every method was measured: a floor of few tokens is too short for three samples.
+    """
+    compared = [row for _, rows in measured.compared(read(measured.RESULTS / "cpu.jsonl")) for row in rows]
+    main = max(row.record["shape"]["tokens"] for row in compared if row.prediction.method == "linear_token_logprobs")
+    compared = [row for row in compared if row.record["shape"]["tokens"] == main]
+    ours = [row for row in compared if row.prediction.method in ("linear_policy_loss", "linear_token_logprobs")]
+    assert len(ours) >= 2
+    for row in ours:
+        assert 0.9 < row.ratio < 1.6
+        assert row.record["peak_extra_bytes"] == pytest.approx(row.prediction.cost.extra, rel=0.2)
+    for row in compared:
+        if row.prediction.method == "eager":
+            assert row.record["peak_extra_bytes"] == pytest.approx(row.prediction.cost.extra, rel=0.05)
+
+
+@pytest.mark.parametrize("low, high, at_least, verdict", [
+    (1.0, 1.1, False, "met"), (1.1, 1.3, False, "open"), (1.21, 1.3, False, "missed"),
+    (1.2, 1.3, True, "met"), (1.1, 1.3, True, "open"), (1.0, 1.1, True, "missed"),
+])  # fmt: skip
+def test_verdicts(low, high, at_least, verdict):
+    assert bars.Bar("", 1.2, low, high, (), at_least=at_least).verdict == verdict
+
+
+def test_bars_are_predicted_on_every_chip():
+    for chip in CHIPS.values():
+        found = bars.bars(chip, LARGE)
+        assert len(found) == 10
+        assert all(bar.why and 0 < bar.low <= bar.high for bar in found)
+    text = tables.verdicts()
+    assert text.startswith("PREDICTED on H200")
+    assert "not measured" in text
+
+
+def test_what_a_change_would_buy():
+    def times_floor(**changes):
+        return predict.predict(H200, "linear_policy_loss", LARGE, linear(LARGE, Design(**changes))).times_floor[0]
+
+    floor = predict.predict(H200, "gemms_whole", LARGE).least
+    scaling = predict.stage_time(H200, stage(linear(LARGE), "scaling")).least + 3 * charges.LAUNCH  # of dX's pieces
+    saved = (H200.seconds_for_bytes(4 * LARGE.logits) - scaling) / floor
+    assert times_floor(one_read=False) - times_floor() == pytest.approx(saved)
+
+
+def test_heads_with_published_rates_by_hand():
+    text = tables.published()
+    assert text.startswith("PREDICTED") and "none of it is measured here" in text
+    liger, blackwell, quack = (line.split(" | ") for line in text.splitlines()[-3:])
+    assert liger[4] == "51.8–53.5" and blackwell[4] == "27.8"  # 8 · 8192 · 4096 · 151936 FLOPs
+    floor = predict.predict(H200, "gemms_whole", LARGE).least * 1e3
+    assert quack[4] == f"{0.97 * floor:.1f}–{1.09 * floor:.1f}"
+
+
+def test_command(capsys):
+    assert command.main(["--chip", "H200", "--tokens", "2048", "--method", "linear_policy_loss", "trl"]) == 0
+    text = capsys.readouterr().out
+    assert "PREDICTED, not measured: Qwen3-8B, T=2048 H=4096 V=151936, bf16" in text
+    assert "| TRL's fused head |" in text
+    assert "| eager PyTorch | 1" not in text.split("Prediction beside measurement")[0]
+    assert command.main(["--chip", "B200", "--stages", "--method", "trl"]) == 0
+    assert "| logits again |" in capsys.readouterr().out
+    assert command.main(["--chip", "A100", "--json", "--method", "eager", "--matmul-efficiency", "0.5"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["kind"] == "predicted"
+    assert record["flops"] == 6 * math.prod(record["shape"].values())
+    assert record["upstream_factor"] is False
+    assert record["least_s"] >= record["flops"] / 156e12
+
+
+def test_page_is_all_labelled():
+    text = tables.render(read(measured.RESULTS / "cpu.jsonl"))
+    titles = ("Predicted times", "The bars, predicted", "Heads with published rates")
+    for part in (*(f"## {title}\n\nPREDICTED" for title in titles), "**assumptions**", "**Assumptions** too"):
+        assert part in text
+    assert chips.BEST_PRODUCTS in text
+
+
+def test_figures_are_what_they_say():
+    assert tables._figure(Figure(4.8e12, "https://a"), 1e12, {"https://b": 1}) == "4.8 [2]"
