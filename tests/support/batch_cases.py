@@ -1,4 +1,5 @@
-"""Cases of data parallelism, accumulation, context parallelism and metrics, for test_distributed.py: whatever the split, the numbers of the whole batch on one process. In float64, where "equal" means 1e-12.
+"""Cases of data parallelism, accumulation, context parallelism and metrics, for test_distributed.py. Whatever the
+split, the numbers of the whole batch on one process. In float64, where "equal" means 1e-12.
 """
 
 import torch
