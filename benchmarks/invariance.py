@@ -7,16 +7,17 @@ shapes; on a CPU, which runs no Triton kernels, without.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import cli
+from benchmarks.harness.blocks import Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, write
+from benchmarks.harness.tables import NOTHING, table
 from benchmarks.harness.workloads import Shape
 from drpo_kernels import DRPO
 from drpo_kernels.backends.rows import Outcome
@@ -105,16 +106,15 @@ def _distance(found: Tensor, want: Tensor) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, print; 1 if a row of `batch_invariant` or a second run changed a bit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = cli.parser("benchmarks.invariance", __doc__)
+    cli.add_device(parser)
+    cli.add_quick(parser, "a tiny shape")
+    cli.add_out(parser, RESULTS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--quick", action="store_true", help="a tiny shape; written only where --out says")
-    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     shapes = QUICK_SHAPES if options.quick else CPU_SHAPES if options.device == "cpu" else CUDA_SHAPES
-    command = " ".join(["python -m benchmarks.invariance", *(["--quick"] if options.quick else [])])
-    source = provenance(command, torch.device(options.device))
-    out, records = options.out or (None if options.quick else RESULTS), []
+    source = provenance(cli.command(parser, options), torch.device(options.device))
+    out, records = cli.results(options, RESULTS), []
     if out is not None:
         write(out, [])
     for record in _records(options.device, shapes, options.dtypes):
@@ -164,6 +164,41 @@ def _line(record: Record) -> str:
     changed = " ".join(f"{name} {count}" for name, count in record["changed"].items())
     dw = f", dW {record['dW_change']:.1e}" if "dW_change" in record else ""
     return f"{head} {record['variation']:<17} of {record['rows']}: {changed}{dw}"
+
+
+def render(records: Sequence[Record]) -> str:
+    """The Markdown of a run: a table per method, of shares of rows in which a bit changed."""
+    parts = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        chosen = [record for record in records if record["method"] == method]
+        if chosen[0]["status"] != "ok":
+            parts += [f"`{method}`: {chosen[0]['status']}.", ""]
+            continue
+        dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
+        shapes = dict.fromkeys("H={hidden} V={vocab}".format(**record["shape"]) for record in chosen)
+        largest = max(record["largest_logprob_change"] for record in chosen)
+        rows = []
+        for variation in dict.fromkeys(record["variation"] for record in chosen):
+            same = [record for record in chosen if record["variation"] == variation]
+            cells = (_changed_share([record for record in same if record["dtype"] == dtype]) for dtype in dtypes)
+            weights = [record["dW_change"] for record in same if "dW_change" in record]
+            rows.append((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING))
+        parts += [
+            f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
+            f"change of a log-prob is {largest:.1e}.",
+            "",
+            table(("rows computed", *dtypes, "norm-wise change of dW"), rows),
+            "",
+        ]
+    return "\n".join([*parts, origin(records[:1])])
+
+
+def _changed_share(records: Sequence[Record]) -> str:
+    rows = sum(record["rows"] for record in records)
+    return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
+
+
+BLOCKS = (Block("invariance", "invariance", "invariance.jsonl", "docs/determinism.md", render),)
 
 
 if __name__ == "__main__":

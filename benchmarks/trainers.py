@@ -19,12 +19,14 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.harness import memory
+from benchmarks.harness import cli, memory
+from benchmarks.harness.blocks import Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record, write
+from benchmarks.harness.tables import NOTHING, milliseconds, table, times
 from benchmarks.harness.timing import interleaved_seconds
 
 RESULTS = ROOT / "bench_results" / "trainers.jsonl"
@@ -131,7 +133,7 @@ def peak_in_fresh_process(name: str, quick: bool) -> int | None:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(size: Size, rounds: int, quick: bool) -> list[dict]:
+def measure(size: Size, rounds: int, quick: bool) -> list[Record]:
     """A record per trainer; AssertionError where the two do not compute the same."""
     steps = {name: step_of(name, size) for name in TRAINERS}
     (their_loss, theirs), (our_loss, ours) = (step() for step in steps.values())
@@ -153,28 +155,48 @@ def measure(size: Size, rounds: int, quick: bool) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainers", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tiny batch; written only where --out says")
+    parser = cli.parser("benchmarks.trainers", __doc__)
+    cli.add_quick(parser, "a tiny batch")
+    cli.add_out(parser, RESULTS)
     parser.add_argument("--rounds", type=int, default=7, help="samples of each trainer (default 7)")
-    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--peak", choices=TRAINERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     size = QUICK if options.quick else FULL
     if options.peak:
         print(json.dumps(peak_bytes(options.peak, size)))
         return 0
-    command = "python -m benchmarks.trainers" + (f" --rounds {options.rounds}" if options.rounds != 7 else "")
-    source = provenance(command + (" --quick" if options.quick else ""))
+    source = provenance(cli.command(parser, options))
     records = [{**record, **source} for record in measure(size, 2 if options.quick else options.rounds, options.quick)]
-    out = options.out or (None if options.quick else RESULTS)
+    out = cli.results(options, RESULTS)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write(out, records)
     for record in records:
         peak = record["peak_extra_bytes"]
         megabytes = "" if peak is None else f"{peak / 2**20:.0f} MiB"
         print(f"{record['trainer']:<14} {record['median_s'] * 1e3:9.1f} ms {megabytes:>10}")
     return 0
+
+
+def render(records: Sequence[Record]) -> str:
+    """The Markdown of a comparison of trainers."""
+    size = records[0]["size"]
+    rows = []
+    for record in records:
+        peak = record["peak_extra_bytes"]
+        memory = NOTHING if peak is None else f"{peak / 2**20:.0f}"
+        rows.append((record["trainer"], milliseconds(record), times(record["time_ratio"]), memory))
+    return "\n".join([
+        "One training step on a batch of {batch} × ({prompt} + {completion}) tokens, a {layers}-layer Qwen3 with "
+        "H={hidden} and V={vocab},".format(**size),
+        f"{records[0]['dtype']}, the loss and its backward through the whole model:",
+        "",
+        table(("trainer", "median ms (min to max)", "relative to GRPOTrainer", "peak extra MiB"), rows),
+        "",
+        origin(records[:1], len(records[0]["seconds"])),
+    ])  # fmt: skip
+
+
+BLOCKS = (Block("trainers", "trainers", "trainers.jsonl", "docs/integrations/trl.md", render),)
 
 
 if __name__ == "__main__":

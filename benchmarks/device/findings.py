@@ -6,7 +6,7 @@ A finding is a function of the `Run` that yields lines of Markdown; it yields no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from benchmarks.device import bars
 from benchmarks.device import summary as device_summary
@@ -14,21 +14,12 @@ from benchmarks.device.parts import DEVICE, MAIN, SPEED
 from benchmarks.device.results import Run, once
 from benchmarks.device.tiles import COPY, ONE_READ, TWO_READS
 from benchmarks.harness.records import Record
-from benchmarks.speed.tables import LABELS, NOTHING, largest_error, row
+from benchmarks.harness.tables import NOTHING, gibibytes, table, times
+from benchmarks.speed.tables import LABELS, largest_error
 
 GIB = bars.GIB
 # A tile of a matrix product on Hopper has 128 x 256 results, and a warp has 32 threads.
 TILE, WARP = (128, 256), 32
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}×"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
-    """Markdown; the first `left` columns are text."""
-    yield from ("", row(header), row(["---"] * left + ["---:"] * (len(header) - left)))
-    yield from map(row, rows)
 
 
 def lines_of(run: Run, field: str) -> list[Record]:
@@ -84,7 +75,7 @@ def float32_results(run: Run) -> Iterator[str]:
             for key, found in pairs.items()
         ]  # fmt: skip
     if cells:
-        yield from table(("product", "rows M", "H", "bf16, TFLOP/s", "float32, TFLOP/s", "float32's time"), cells)
+        yield from ("", table(("product", "rows M", "H", "bf16, TFLOP/s", "float32, TFLOP/s", "float32's time"), cells))
 
 
 def waves(run: Run) -> Iterator[str]:
@@ -103,7 +94,7 @@ def waves(run: Run) -> Iterator[str]:
         f"the most room in their waves at M={emptiest[0]} ({full[emptiest]:.0%} full), which is {also}."
     )
     cells = [(str(key[0]), f"{full[key]:.0%}", f"{rates[key]:.0f}") for key in found]
-    yield from table(("rows M", "waves filled", "dX, TFLOP/s"), cells, left=0)
+    yield from ("", table(("rows M", "waves filled", "dX, TFLOP/s"), cells, left=0))
 
 
 def _full(rows: int, columns: int, processors: int) -> float:
@@ -135,7 +126,7 @@ def _row_table(kernels: dict[str, list[Record]]) -> Iterator[str]:
         for name, records in kernels.items()
         for record in records
     ]  # fmt: skip
-    yield from table(("kernel", "threads to a row", "ms", "TB/s", "of a copy's"), cells)
+    yield from ("", table(("kernel", "threads to a row", "ms", "TB/s", "of a copy's"), cells))
 
 
 def one_read(run: Run) -> Iterator[str]:
@@ -223,7 +214,7 @@ def small_models(run: Run) -> Iterator[str]:
         commit = [(ours["commit"] or "unknown")[:12]] if several else []
         cells.append((model, str(tokens), *(_ms(value) for value in values), _ms(ours), over, *commit))
     header = ("model", "T", "three bare products, ms", "eager", "compiled eager", "`linear_policy_loss`", "× its floor")
-    yield from table((*header, "commit") if several else header, cells)
+    yield from ("", table((*header, "commit") if several else header, cells))
 
 
 def small_shapes(run: Run, latest: bool = False) -> dict[tuple[str, int], dict[str, Record]]:
@@ -245,14 +236,15 @@ def peers(run: Run) -> Iterator[str]:
         return
     others = [record for record in here if record["method"] not in OURS_OF_THE_PEERS]
     yield (
-        f"`linear_policy_loss` takes {times(bars.in_floors(ours))} three bare products and {gibibytes(ours)} beyond "
-        "the gradients. The others, by time:"
+        f"`linear_policy_loss` takes {times(bars.in_floors(ours))} three bare products and "
+        f"{beyond_gradients(ours)} beyond the gradients. The others, by time:"
     )
     yield ""
     for record in sorted(others, key=bars.in_floors):
         floors, error = bars.in_floors(record), largest_error(record)
         yield (
-            f"* {label(record)}: {times(floors)}, {times(floors / bars.in_floors(ours))} of ours; {gibibytes(record)}"
+            f"* {label(record)}: {times(floors)}, {times(floors / bars.in_floors(ours))} of ours; "
+            + beyond_gradients(record)
             + (f"; gradient error {error:.1%}" if error is not None else "")
         )
     absent = [r for r in main_heads(run) if r["median_s"] is None]
@@ -279,9 +271,8 @@ def label(record: Record) -> str:
     return LABELS[record["method"]] + ("" if record["same_loss"] else " (same cost, other loss)")
 
 
-def gibibytes(record: Record) -> str:
-    beyond = record["peak_beyond_gradients_bytes"]
-    return NOTHING if beyond is None else f"{beyond / GIB:.2f} GiB"
+def beyond_gradients(record: Record) -> str:
+    return gibibytes(record["peak_beyond_gradients_bytes"])
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -321,7 +312,7 @@ def memory(run: Run) -> Iterator[str]:
         for tokens in sorted(rows)
     ]  # fmt: skip
     header = ("T", *(f"{LABELS[method]}{what}" for method in found for what in (", GiB", ": allowed")))
-    yield from table(header, cells, left=0)
+    yield from ("", table(header, cells, left=0))
 
 
 def whole_run(run: Run) -> Iterator[str]:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.device import bars
 from benchmarks.device import summary as device_summary
-from benchmarks.device.findings import findings, gibibytes, main_heads, small_shapes, timed, times
+from benchmarks.device.findings import beyond_gradients, findings, main_heads, small_shapes, timed
 from benchmarks.device.parts import DEVICE, INVARIANCE, MAIN, PRECISION, SPEED
 from benchmarks.device.results import Run, once
-from benchmarks.harness.provenance import origin
+from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.records import Record
+from benchmarks.harness.tables import times, two_figures
 from benchmarks.invariance import broken
+from benchmarks.invariance import render as invariance_tables
 from benchmarks.precision import tables as precision_tables
 from benchmarks.roofline import tables as roofline
 from benchmarks.sparsity import tables as sparsity_tables
 from benchmarks.speed import tables as speed_tables
 from benchmarks.speed.tables import LABELS, largest_error
 
-NOT_YET = "Not measured yet."
+NOT_ON_A_GPU = """\
+**Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register
+spill, 128-bit loads and stores) and run in the interpreter against float64, but no GPU has run this code yet: GPU
+correctness, speed and memory are open. `make bench` on a machine with a GPU fills this part in."""
 WORDS = {"PASS": "Met", "MISS": "Missed", "not measured": "Not measured"}
-
-
-def speed_origin(records: Sequence[Record]) -> str:
-    counts = {len(record["seconds"]) for record in records} - {0}
-    samples = "no" if not counts else str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return origin(records, samples)
 
 
 def gpus(run: Run) -> str:
@@ -47,8 +46,8 @@ def render_readme(run: Run) -> str:
         f"{met} of the {len(verdicts)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, what the "
         "runs decide, and pictures.",
         "",
-        *speed_tables.table(records),
-        speed_origin(records),
+        *speed_tables.section(records),
+        origin_with_samples(records),
     ])  # fmt: skip
 
 
@@ -61,13 +60,13 @@ def _headline(heads: Sequence[Record]) -> Iterator[str]:
     floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
     yield (
         f"one forward and backward of `linear_policy_loss` at {shape} takes {1e3 * ours['median_s']:.1f} ms, "
-        f"{times(floors)} the bare matrix products, with {gibibytes(ours)} beyond the gradients."
+        f"{times(floors)} the bare matrix products, with {beyond_gradients(ours)} beyond the gradients."
     )
     for name in ("trl", "eager_compiled"):
         if name in found:
             yield (
                 f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(found[name]) / floors)} its "
-                f"time with {gibibytes(found[name])}, its gradients {largest_error(found[name]):.1%} off."
+                f"time with {beyond_gradients(found[name])}, its gradients {largest_error(found[name]):.1%} off."
             )
 
 
@@ -150,7 +149,7 @@ def precision_bars(records: Sequence[Record]) -> str:
     labels = precision_tables.labels_of(records)
     for record in found:
         if not record["met"]:
-            value, bound = (precision_tables.number(record[name]) for name in ("value", "bound"))
+            value, bound = (two_figures(record[name]) for name in ("value", "bound"))
             numbers = f"{precision_tables.BARS[record['bar']]} {value} > {bound}"
             missed.setdefault(labels[record["regime"]], []).append(numbers)
     if not missed:
@@ -168,7 +167,7 @@ def render_every_speed(run: Run) -> str:
     records = once([record for record in run[SPEED] if record["part"] != "sparse"])
     if not any(record["median_s"] for record in records):
         return NOT_YET
-    return "\n".join([speed_tables.render_all(records), speed_origin(records)])
+    return "\n".join([speed_tables.render_all(records), origin_with_samples(records)])
 
 
 def render_sparse_speed(run: Run) -> str:
@@ -181,7 +180,7 @@ def render_sparse_speed(run: Run) -> str:
     )  # fmt: skip
     lines = [*sparsity_tables.speed(records), ""]
     lines += [f"Without a time: {'; '.join(absent)}.", ""] if absent else []
-    return "\n".join([*lines, speed_origin(records)])
+    return "\n".join([*lines, origin_with_samples(records)])
 
 
 def render_roofline(run: Run) -> str:
@@ -202,7 +201,7 @@ def render_invariance_cost(run: Run) -> str:
         "T={tokens} H={hidden} V={vocab}, ".format(**default["shape"])
         + f"{default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, "
         f"{times(invariant['median_s'] / default['median_s'])} the default's {1e3 * default['median_s']:.1f}.\n\n"
-        + speed_origin([default, invariant])
+        + origin_with_samples([default, invariant])
     )
 
 
@@ -224,4 +223,26 @@ def render_precision(run: Run) -> str:
     ])  # fmt: skip
 
 
-RENDER = {"bars": render_bars, "findings": render_findings, "tests": render_tests}
+def render_invariance(run: Run) -> str:
+    if not run[INVARIANCE]:
+        return NOT_YET
+    promised = f"With `batch_invariant` and run to run, {promises(run[INVARIANCE])}"
+    return f"{promised}\n\n{invariance_tables(run[INVARIANCE])}"
+
+
+def _block(name: str, page: str, render: Callable[[Run], str], absent: str = NOT_YET, **further: str) -> Block:
+    return Block(name, "device", "gpu", page, render, absent, **further)
+
+
+BLOCKS = (
+    _block("gpu", "README.md", render_readme, NOT_ON_A_GPU, plots="benchmarks.device.plots"),
+    _block("gpu-bars", "docs/gpu.md", render_bars),
+    _block("gpu-findings", "docs/gpu.md", render_findings),
+    _block("gpu-tests", "docs/gpu.md", render_tests),
+    _block("every-gpu", "docs/benchmarks.md", render_every_speed),
+    _block("roofline-gpu", "docs/roofline.md", render_roofline),
+    _block("sparse-gpu", "docs/sparse.md", render_sparse_speed),
+    _block("invariance-gpu", "docs/determinism.md", render_invariance),
+    _block("invariance-cost", "docs/determinism.md", render_invariance_cost),
+    _block("precision-gpu", "docs/precision.md", render_precision),
+)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import math
 import re
 import shutil
@@ -176,7 +175,7 @@ def _written_by(module: str, run: Run, *arguments: object) -> Iterator[Record]:
         quick = ["--quick"] if run.rehearse else []
         status, _ = output(python(f"benchmarks.{module}", *arguments, *quick, "--out", out), run.seconds)
         for path in Path(folder).glob("*.jsonl"):
-            yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            yield from read(path)
         if status is None:
             raise Stopped
         if status != 0:

@@ -14,13 +14,26 @@ from benchmarks.device.findings import GIB, TRAINS_WEIGHT, main_heads, peaks, ro
 from benchmarks.device.parts import SPEED
 from benchmarks.device.results import Run
 from benchmarks.device.tiles import COPY, ONE_READ, TWO_READS
+from benchmarks.harness.pictures import (
+    GREEN,
+    GREY,
+    LIGHT_GREY,
+    ORANGE,
+    PALE,
+    STYLES,
+    finish,
+    frame,
+    new_axes,
+    plt,
+    save,
+)
 from benchmarks.harness.records import Record
-from benchmarks.speed.plots import GREY, PALE, STYLES, finish, new_axes, plain, plt, save
+from benchmarks.speed.plots import plain
 from benchmarks.speed.tables import largest_error
 
 OURS, OTHER = STYLES[bars.LOSS][0], STYLES["eager"][0]
-SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": ("#e69f00", "D")}
-ROW_LOOKS = {TWO_READS: OURS, ONE_READ: "#009e73", COPY: "#777777"}
+SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": (ORANGE, "D")}
+ROW_LOOKS = {TWO_READS: OURS, ONE_READ: GREEN, COPY: LIGHT_GREY}
 ROW_TITLES = {"float32": "a chunk of the linear path: float32 in, bf16 out", "bfloat16": "ready logits: bf16, in place"}
 
 
@@ -31,7 +44,8 @@ def draw(run: Run, folder: Path, stem: str) -> None:
     }  # fmt: skip
     for name, make in figures.items():
         if (made := make(run)) is not None:
-            save(*made, folder / f"{stem}_{name}.png")
+            figure, records = made
+            save(figure, folder / f"{stem}_{name}.png", records)
 
 
 def small_figure(run: Run) -> tuple[Figure, list[Record]] | None:
@@ -116,12 +130,7 @@ def _bars(axes: Axes, values: Sequence[float], colours: Sequence[str]) -> None:
         else:
             axes.annotate(f"{value:.2f}", (value, y), (4, 0), **look)
     axes.set_xlim(0, end)
-    _frame(axes)
-
-
-def _frame(axes: Axes) -> None:
-    axes.grid(axis="x", color=PALE, linewidth=0.7, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes, "x")
 
 
 def memory_figure(run: Run) -> tuple[Figure, list[Record]] | None:
@@ -142,7 +151,7 @@ def memory_figure(run: Run) -> tuple[Figure, list[Record]] | None:
         axes.plot(tokens, [count / GIB for count in allowed], "--", linewidth=1.3, **look | {"label": "allowed"})
     axes.set_ylim(0, None)
     every = sorted({tokens for points in found.values() for tokens, *_ in points})
-    finish(axes, {tokens: [] for tokens in every}, "peak beyond the gradients, GiB")
+    finish(axes, every, "peak beyond the gradients, GiB")
     drawn = [record for record in records if record["peak_beyond_gradients_bytes"] is not None]
     return figure, [{**record, "seconds": None} for record in drawn]
 
@@ -170,7 +179,7 @@ def rows_figure(run: Run) -> tuple[Figure, list[Record]] | None:
         axes.set_ylim(max(map(len, orders.values())) - 0.4, -0.6)
         axes.axvline(copy, color=GREY, linewidth=1.4, linestyle="--")
         axes.set_xlim(0, 1.08 * copy)
-        _frame(axes)
+        frame(axes, "x")
         axes.set_xlabel("TB/s, one read and one write of the logits counted")
         axes.set_title(ROW_TITLES[logits], fontsize=10.5, loc="left")
     shape = next(iter(panels.values()))[COPY][-1]["shape"]

@@ -8,12 +8,13 @@ from pathlib import Path
 from benchmarks.device.parts import DEVICE, INVARIANCE, MAIN, PARTS, PRECISION, SPEED, key_of
 from benchmarks.harness.records import Record, read
 
+FILES = (DEVICE, SPEED, INVARIANCE, PRECISION)
 Run = dict[str, list[Record]]
 
 
 def read_run(folder: Path) -> Run:
     """File name -> its lines; none where there is no file. Of a case's lines in speed.jsonl the last one counts."""
-    run = {name: read(folder / name) for name in (DEVICE, SPEED, INVARIANCE, PRECISION)}
+    run = {name: read(folder / name) for name in FILES}
     run[SPEED] = list({key_of(record): record for record in run[SPEED]}.values())
     return run
 

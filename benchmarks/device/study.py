@@ -31,11 +31,11 @@ from typing import IO
 import torch
 
 from benchmarks.device.parts import DEVICE, LOST, PARTS, SITTINGS, SPEED, STOPPED, UNAVAILABLE
-from benchmarks.device.results import read_run
+from benchmarks.device.results import FILES, read_run
 from benchmarks.device.summary import summary
 from benchmarks.harness.measure import is_broken
 from benchmarks.harness.provenance import ROOT
-from benchmarks.harness.records import Record, append, read, write
+from benchmarks.harness.records import Record, append, read, replace_part
 
 SUMMARY, LOG = "summary.md", "log.txt"
 # beyond its box, for a part that watches the clock itself; and of the limit, for the summary
@@ -167,10 +167,8 @@ def _stop(process: subprocess.Popen) -> None:
 
 def _forget(part: str, folder: Path) -> None:
     """What an earlier try has left."""
-    for name, records in read_run(folder).items():
-        kept = [record for record in records if record["part"] != part]
-        if len(kept) < len(records):
-            write(folder / name, kept)
+    for name in FILES:
+        replace_part(folder / name, part, [])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from benchmarks.device.bars import verdicts
 from benchmarks.device.parts import DEVICE, INVARIANCE, PRECISION, SPEED
 from benchmarks.harness.records import Record
+from benchmarks.harness.tables import NOTHING, table
 from benchmarks.invariance import broken
 from benchmarks.speed import study as speed
-from benchmarks.speed.tables import NOTHING
 
 
 def summary(files: Mapping[str, Sequence[Record]], short: bool = False) -> str:
@@ -48,8 +48,7 @@ def _device(records: Sequence[Record]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     if rows:
-        for row in (head, ["---"] * len(head), *rows):
-            yield f"| {' | '.join(map(str, row))} |"
+        yield table(head, rows, left=len(head))
 
 
 def bars(records: Sequence[Record], device: Sequence[Record]) -> Iterator[str]:

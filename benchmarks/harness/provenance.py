@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,32 +35,6 @@ def provenance(command: str, device: torch.device | None = None) -> dict[str, ob
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def origin(records: Sequence[dict], samples: object = None) -> str:
-    """A sentence about records of one run or of several, which lists whatever is not the same in all of them."""
-    machines = _distinct(_machine(record["device"]) for record in records)
-    software = _distinct(f"{k} {v}" for record in records for k, v in record["versions"].items() if v)
-    commits = _distinct(
-        (record["commit"] or "unknown")[:12] + (" with uncommitted changes" if record["dirty"] else "")
-        for record in records
-    )
-    commands = _distinct(f"`{record['command']}`" for record in records)
-    dates = _distinct(record["date"][:10] for record in records)
-    return (
-        f"Measured on {machines}; {software}; commit {commits}; {commands}; {dates}"
-        f"{f'; {samples} samples each' if samples else ''}."
-    )
-
-
-def _distinct(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(texts))
-
-
-def _machine(device: dict) -> str:
-    if "gpu" in device:
-        return f"{device['gpu']}, driver {device['driver']}, CUDA {device['cuda']}"
-    return f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads"
 
 
 def describe(device: torch.device) -> dict[str, object]:

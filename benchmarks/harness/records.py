@@ -1,10 +1,10 @@
-"""Lines of results: one JSON object each, written as soon as it is known, so that what ends a run costs one line."""
+"""JSON lines: one record of results on each, written as soon as it is known, so that a crash costs one line at most."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 Record = dict[str, object]
@@ -13,23 +13,42 @@ Record = dict[str, object]
 def read(path: Path) -> list[Record]:
     """The records of a file, none where there is no file. A line that was not written to its end is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for text in file:
+                with contextlib.suppress(json.JSONDecodeError):
+                    records.append(json.loads(text))
     return records
 
 
+def line(record: Record) -> str:
+    """The record as one line, without its end."""
+    return json.dumps(record, ensure_ascii=False)
+
+
 def write(path: Path, records: Iterable[Record]) -> None:
+    """Replace the whole file at once: an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(line(record) + "\n" for record in records), encoding="utf-8")
+    new.replace(path)
 
 
 def append(path: Path, record: Record) -> None:
-    """On a line of its own, also where the last one was not written to its end."""
+    """Add the record on a line of its own, also where the last line was not written to its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         broken = False
         if file.tell():
             file.seek(-1, 2)
             broken = file.read() != b"\n"
-        file.write((b"\n" if broken else b"") + json.dumps(record).encode() + b"\n")
+        file.write((b"\n" if broken else b"") + line(record).encode() + b"\n")
+
+
+def replace_part(path: Path, part: str, records: Sequence[Record]) -> None:
+    """Put the records in the place of those whose "part" is this one, or at the end where there is none."""
+    old = read(path)
+    kept = [record for record in old if record["part"] != part]
+    if records or len(kept) < len(old):
+        place = next((i for i, record in enumerate(old) if record["part"] == part), len(old))
+        write(path, [*kept[:place], *records, *kept[place:]])

@@ -24,7 +24,6 @@ Writes one JSON line per run to bench_results/longrun_sparse.jsonl, curves sampl
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
@@ -34,11 +33,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import cli
 from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record
 from benchmarks.longrun.study import (
     Batch,
     Policy,
-    Record,
     Run,
     Size,
     distances,
@@ -55,7 +55,6 @@ PRETRAINING = 800  # steps
 LEAST_SHARE = 0.5
 WINDOW, PROBE = 100, 50
 BF16_ROUNDING = 0.0018  # its root mean square, relative
-COLORS = {"sparse": "#2563eb", "slower": "#ea580c", "bf16": "#059669", "noise": "#9ca3af"}
 
 
 def runs(tau: float) -> dict[str, Run]:
@@ -147,55 +146,51 @@ def stays_together(records: dict[str, Record]) -> bool:
 
 
 def plot(records: dict[str, Record], tau: float, path: Path) -> None:
-    import matplotlib
+    from benchmarks.harness.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, frame, plt, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    colours = {"sparse": BLUE, "slower": ORANGE, "bf16": GREEN, "noise": GREY}
     titles = {
         "sparse": f"sparse_grad = {tau:g}",
         "slower": f"learning rate lower by {tau:.0%}: the bound",
         "bf16": "bf16 hidden states and head",
         "noise": "gradients with noise of bf16's size",
     }
-    figure, (top, middle, bottom) = pyplot.subplots(
+    figure, (top, middle, bottom) = plt.subplots(
         3, 1, figsize=(8, 8.5), sharex=True, height_ratios=(3, 3, 2), layout="constrained"
     )
     exact = smoothed(records["exact"]["loss"])
     window = len(records["exact"]["loss"]) - len(exact) + 1
     steps = torch.arange(len(exact)) + window
-    top.plot(steps, exact, color="#1b1f24", linewidth=3, alpha=0.35, label="sparse_grad = 0")
-    top.plot(steps, smoothed(records["sparse"]["loss"]), color=COLORS["sparse"], linewidth=1.2, label=titles["sparse"])
+    top.plot(steps, exact, color=BLACK, linewidth=3, alpha=0.35, label="sparse_grad = 0")
+    top.plot(steps, smoothed(records["sparse"]["loss"]), color=colours["sparse"], linewidth=1.2, label=titles["sparse"])
     for name, title in titles.items():
         gap = (smoothed(records[name]["loss"]) - exact).abs()
-        middle.semilogy(steps, gap, color=COLORS[name], linewidth=1.2, label=title)
-    middle.axhline(records["slower"]["smoothed_gap_max"], color=COLORS["slower"], linestyle=":", linewidth=1)
-    bottom.plot(steps, smoothed(records["sparse"]["sparse_share"]), color=COLORS["sparse"], linewidth=1.2)
+        middle.semilogy(steps, gap, color=colours[name], linewidth=1.2, label=title)
+    middle.axhline(records["slower"]["smoothed_gap_max"], color=colours["slower"], linestyle=":", linewidth=1)
+    bottom.plot(steps, smoothed(records["sparse"]["sparse_share"]), color=colours["sparse"], linewidth=1.2)
     top.set(ylabel=f"loss, mean of {window} steps", title="One recorded stream, sparse gradients on and off")
     middle.set(ylabel="distance from sparse_grad = 0", ylim=(1e-8, 1))
     bottom.set(xlabel="optimiser step", ylabel="share of sparse rows", ylim=(0, 1.02))
     for axes in (top, middle, bottom):
-        axes.grid(color="#e5e7eb", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     top.legend(frameon=False)
     middle.legend(frameon=False, ncols=2, loc="upper right")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.longrun.sparse", description=__doc__)
+    parser = cli.parser("benchmarks.longrun.sparse", __doc__)
     parser.add_argument("--steps", type=int, default=SIZE.steps)
     parser.add_argument("--sparse-grad", type=float, default=0.01)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    cli.add_out(parser, RESULTS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     size, tau = replace(SIZE, steps=options.steps), options.sparse_grad
-    source = provenance(f"python -m benchmarks.longrun.sparse --steps {options.steps} --sparse-grad {tau:g}")
+    source, out = provenance(cli.command(parser, options)), options.out or RESULTS
     records = measure(size, tau)
     setting = {"sparse_grad": tau, "pretraining": PRETRAINING, "size": vars(size)}
-    write(records, options.out, {"benchmark": "longrun_sparse", **setting, **source})
-    plot(records, tau, options.out.with_suffix(".png"))
+    write(records, out, {"benchmark": "longrun_sparse", **setting, **source})
+    plot(records, tau, out.with_suffix(".png"))
     print(f"share of sparse rows {share_of(records['sparse']):.1%}")
     return int(not stays_together(records))
 

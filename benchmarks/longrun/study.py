@@ -17,10 +17,8 @@ Writes one JSON line per run to bench_results/longrun.jsonl, curves sampled, and
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import cli
+from benchmarks.harness import records as json_lines
 from benchmarks.harness.memory import STATUS
 from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record
 from drpo_kernels import DRPO, PolicyLossOutput, linear_policy_loss
 
 RESULTS = ROOT / "bench_results" / "longrun.jsonl"
@@ -41,7 +42,6 @@ LOSS_BOUND, EAGER_BOUND = 1e-4, 10.0
 EDGE = 50  # steps whose times are averaged at either end of a run
 KNOWN = 0.4  # how much of the behaviour policy is the right answer
 CURVES = ("loss", "ratio_max", "sparse_share", "sparse_entries")  # a number per step, the latter two of `sparse_grad`
-Record = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,10 @@ def measure(size: Size) -> dict[str, Record]:
 
 
 def plot(records: dict[str, Record], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from benchmarks.harness.pictures import plt, save
 
     exact = torch.tensor(records["exact"]["loss"])
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
     for name, record in records.items():
         curve = torch.tensor(record["loss"])
         top.plot(curve.unfold(0, 25, 25).mean(1).repeat_interleave(25), label=name, linewidth=1)
@@ -248,35 +245,33 @@ def plot(records: dict[str, Record], path: Path) -> None:
     for axis in (top, bottom):
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.longrun", description=__doc__)
+    parser = cli.parser("benchmarks.longrun", __doc__)
     parser.add_argument("--steps", type=int, default=Size.steps)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    cli.add_out(parser, RESULTS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     size = Size(steps=options.steps)
-    source = provenance(f"python -m benchmarks.longrun --steps {options.steps}")
+    source, out = provenance(cli.command(parser, options)), options.out or RESULTS
     records = measure(size)
-    write(records, options.out, {"size": vars(size), **source})
-    plot(records, options.out.with_suffix(".png"))
+    write(records, out, {"size": vars(size), **source})
+    plot(records, out.with_suffix(".png"))
     return int(not stays_together(records))
 
 
 def write(records: dict[str, Record], path: Path, further: Record) -> None:
     """One line per run, its curves sampled, with the `further` fields; the rest of each is printed too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    sampled = []
     for name, record in records.items():
         curves = {key: record[key] for key in CURVES if key in record}
         every = max(len(record["loss"]) // 200, 1)
         thin = {key: curve[::every] for key, curve in curves.items()}
-        lines.append(json.dumps({**record, **thin, "every": every, **further}))
-        print(name, json.dumps({key: value for key, value in record.items() if key not in curves}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        sampled.append({**record, **thin, "every": every, **further})
+        print(name, json_lines.line({key: value for key, value in record.items() if key not in curves}))
+    json_lines.write(path, sampled)
 
 
 def stays_together(records: dict[str, Record]) -> bool:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
-from PIL import Image
 
+from benchmarks.harness.pictures import COLOURS, PALE, plt, save
+from benchmarks.harness.records import read
 from benchmarks.precision.mismatch import TRAINERS
 from benchmarks.precision.tables import labels_of, of_kind, plain_label, tabulated
 
-DPI = 110
-# blue to vermilion, told apart by readers who do not see red and green
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "x")
 FLOOR, CEILING = 1e-8, 10.0  # what is less or more is drawn there
 
@@ -60,7 +53,7 @@ def heatmap(
     axes.set_title(title, fontsize=11, loc="left")
     scale = plt.cm.ScalarMappable(norm, colours)
     figure.colorbar(scale, ax=axes, pad=0.01, label="relative error (log scale, clipped)", extend="both")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _short(value: float | None) -> str:
@@ -87,9 +80,9 @@ def error_over_logit(records: Sequence[dict], path: Path) -> None:
     axes.set_xlabel("largest |logit| of the batch (an outlier channel moves all logits alike)")
     axes.set_ylabel("largest error of a log-prob, nats")
     axes.set_title("What the size of the logits costs", fontsize=11, loc="left")
-    axes.grid(which="major", color="#e0e0e0", linewidth=0.7)
+    axes.grid(which="major", color=PALE, linewidth=0.7)
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
 
 
 def mismatch(records: Sequence[dict], path: Path) -> None:
@@ -105,7 +98,7 @@ def mismatch(records: Sequence[dict], path: Path) -> None:
             for i, (value, colour, marker) in enumerate(zip(values, COLOURS, MARKERS, strict=False)):
                 axes.scatter(value, y + 0.2 * (i - 1.5), color=colour, marker=marker, s=26, zorder=2)
         axes.set_xscale("log")
-        axes.grid(axis="x", color="#e0e0e0", linewidth=0.7)
+        axes.grid(axis="x", color=PALE, linewidth=0.7)
         axes.set_title(f"engine: fp8 head, {logits} logits", fontsize=10, loc="left")
         axes.set_xlabel("mean |r - 1| over tokens")
     panels[0].set_yticks(range(len(names)), list(names.values()), fontsize=9)
@@ -117,20 +110,11 @@ def mismatch(records: Sequence[dict], path: Path) -> None:
         for name, colour, marker in zip(TRAINERS, COLOURS, MARKERS, strict=False)
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
-    with Image.open(picture) as image:  # a palette: a third of the bytes
-        image.convert("RGB").quantize(255).save(path, optimize=True)
+    save(figure, path)
 
 
 if __name__ == "__main__":
     from benchmarks.precision.study import FOLDER, NAME
-    from benchmarks.report import read
 
     draw(read(FOLDER / NAME), FOLDER)
     sys.exit()

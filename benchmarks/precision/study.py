@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness import cli
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, write
@@ -184,14 +185,16 @@ def measure_sweep(shape: Shape, device: torch.device) -> Iterator[Record]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, plot, print the bars; a bar that is not met is printed as such and is no failure of the run."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    source = provenance(cli.command(parser, options), torch.device(options.device))
     shape = QUICK if options.quick else FULL if options.full else NORMAL
     names = options.regimes or (QUICK_REGIMES if options.quick else list(REGIMES))
-    folder = options.out or (None if options.quick else FOLDER)
+    folder = cli.results(options, FOLDER)
     records = []
     if folder is not None:
         write(folder / NAME, [])
-    for record in _records(options, names, shape):
+    for record in _records(options, names, shape, source):
         records.append(record)
         if folder is not None:
             append(folder / NAME, record)
@@ -201,15 +204,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _records(options: argparse.Namespace, names: Sequence[str], shape: Shape) -> Iterator[Record]:
-    source = provenance(_command(options), options.device)
+def _records(options: argparse.Namespace, names: Sequence[str], shape: Shape, source: Record) -> Iterator[Record]:
+    device = torch.device(options.device)
     yield {"kind": "run", "benchmark": "precision", "shape": vars(shape), **source}
     progress = Progress(len(names) * len(RECIPES))
     for name in names:
         progress.say(name)
-        yield from measure_regime(name, shape, options.device, progress.advance)
+        yield from measure_regime(name, shape, device, progress.advance)
     progress.say("errors over |logit|")
-    yield from measure_sweep(QUICK if options.quick else SWEEP_SHAPE, options.device)
+    yield from measure_sweep(QUICK if options.quick else SWEEP_SHAPE, device)
     progress.close()
 
 
@@ -231,19 +234,11 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
+    parser = cli.parser("benchmarks.precision", __doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="tiny shapes, few regimes; written only where --out says")
+    cli.add_quick(size, "tiny shapes, few regimes")
     size.add_argument("--full", action="store_true", help="T=1024 H=4096 V=151936, for a GPU")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    cli.add_device(parser, "cpu")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES)
-    parser.add_argument("--out", type=Path, help=f"a folder; default {FOLDER.relative_to(ROOT)}")
+    cli.add_out(parser, FOLDER, "a folder")
     return parser
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command that repeats this run, without the place of its output."""
-    words = ["python -m benchmarks.precision"]
-    words += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
-    words += ["--device", str(options.device)] if options.device.type != "cpu" else []
-    return " ".join(words + (["--regimes", *options.regimes] if options.regimes else []))

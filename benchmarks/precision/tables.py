@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from benchmarks.harness.provenance import origin
+from benchmarks.harness.blocks import Block, origin
+from benchmarks.harness.records import Record
+from benchmarks.harness.tables import NOTHING, table, two_figures
 from benchmarks.precision.recipes import RECIPES
 
-NOTHING = "–"
 # of the default path's bars, as they are named in records and on pages
 BARS = {
     "logprob": "log π", "ratio": "ratio", "hidden": "dX", "weight": "dW", "GPU hidden": "dX on a GPU",
@@ -23,7 +24,6 @@ QUANTITIES = {
 HEADLINE = "moderate"
 NORMWISE = ("hidden", "weight")
 ENGINES = {"nothing": "bf16", "weight": "fp8 weight", "hidden": "fp8 hidden", "both": "fp8 weight and hidden"}
-Record = dict
 
 
 def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
@@ -69,7 +69,7 @@ def render_choices(records: Sequence[Record]) -> str:
             rows.append((label, record["status"], *[NOTHING] * (len(QUANTITIES) - 1)))
         else:
             rows.append((label, *(_cell(errors, name, 2 if name in NORMWISE else 1) for name in QUANTITIES)))
-    return _table(header, rows) + "\n\n" + origin(records[:1])
+    return table(header, rows) + "\n\n" + origin(records[:1])
 
 
 def render_ratio(records: Sequence[Record]) -> str:
@@ -90,7 +90,7 @@ def _by_regime(records: Sequence[Record], quantity: str, statistic: int) -> str:
         cells = [_cell(headline(row[name]) or {}, quantity, statistic) for name in names]
         if set(cells) != {NOTHING}:
             rows.append((RECIPES[recipe].label, *cells))
-    return _table(("recipe", *names.values()), rows)
+    return table(("recipe", *names.values()), rows)
 
 
 def render_bars(records: Sequence[Record]) -> str:
@@ -102,18 +102,18 @@ def render_bars(records: Sequence[Record]) -> str:
     rows = []
     for name, bars in by_regime.items():
         cells = [_bar(bars[bar]) if bar in bars else NOTHING for bar in TABULATED]  # a run may have ended here
-        rows.append((facts[name]["label"], _shape(facts[name]), number(facts[name]["largest_logit"]), *cells))
+        rows.append((facts[name]["label"], _shape(facts[name]), two_figures(facts[name]["largest_logit"]), *cells))
     half = by_regime.get("V151936", {})
     note = ""
     if "fp16 weight" in half:
         pairs = ", ".join(f"d{n} {_bar(half[f'fp16 {k}'])}" for n, k in (("X", "hidden"), ("W", "weight")))
         note = f"\n\nfp16 gradients against bf16's at V = 151936: {pairs}."
     header = ("regime", "T × H × V", "max abs logit", *(BARS[bar] for bar in TABULATED))
-    return _table(header, rows) + note
+    return table(header, rows) + note
 
 
 def _bar(record: Record) -> str:
-    text = f"{number(record['value'])} ≤ {number(record['bound'])}"
+    text = f"{two_figures(record['value'])} ≤ {two_figures(record['bound'])}"
     return text if record["met"] else f"**{text.replace('≤', '>')}**"
 
 
@@ -127,7 +127,7 @@ def render_rounding(records: Sequence[Record]) -> str:
                          _cell(record["errors"], "weight", 2)))  # fmt: skip
     header = ("recipe", "ratio, against the bf16 model", "ratio, arithmetic alone", "dW, against the bf16 model",
               "dW, arithmetic alone")  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def render_mismatch(records: Sequence[Record]) -> str:
@@ -135,9 +135,9 @@ def render_mismatch(records: Sequence[Record]) -> str:
     chosen = [record for record in of_kind(records, "mismatch") if record["regime"] == HEADLINE]
     rows = []
     for record in chosen:
-        cells = [f"{number(mean)} ({number(p99)})" for _, p99, mean, _ in record["ratio"].values()]
+        cells = [f"{two_figures(mean)} ({two_figures(p99)})" for _, p99, mean, _ in record["ratio"].values()]
         rows.append((f"{ENGINES[record['engine']]}, {record['engine_logits']} logits", *cells))
-    return _table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
+    return table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
 
 
 def _shape(facts: Record) -> str:
@@ -145,25 +145,9 @@ def _shape(facts: Record) -> str:
 
 
 def _cell(errors: dict, quantity: str, statistic: int) -> str:
-    return number(errors[quantity][statistic]) if quantity in errors else NOTHING
+    return two_figures(errors[quantity][statistic]) if quantity in errors else NOTHING
 
 
-def number(value: float) -> str:
-    """0.13, 2e-5, 93: two digits, and a power of ten where that is shorter."""
-    if value != value:
-        return "NaN"
-    if 0 < value < 1e-2 or value >= 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-# the blocks of the page
 RENDER = {
     "choices": render_choices,
     "bars": render_bars,
@@ -172,3 +156,7 @@ RENDER = {
     "rounding": render_rounding,
     "mismatch": render_mismatch,
 }
+BLOCKS = tuple(
+    Block(f"precision-{name}", "precision", "precision/precision.jsonl", "docs/precision.md", render)
+    for name, render in RENDER.items()
+)

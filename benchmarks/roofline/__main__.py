@@ -4,11 +4,12 @@ rates; and, where bench_results/ has the device, prediction beside measurement."
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.harness import cli
+from benchmarks.harness.records import Record, line
 from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import measured, tables
 from benchmarks.roofline.chips import CHIPS, Chip
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         for chip in chips:
             for method in options.method:
-                print(json.dumps(as_record(predict(chip, method, problem))))
+                print(line(as_record(predict(chip, method, problem))))
         return 0
     print("\n".join(_text(options, chips, problem)))
     return 0
@@ -53,14 +54,14 @@ def _text(options: argparse.Namespace, chips: Sequence[Chip], problem: Problem) 
         yield "\n{}, assuming {} of the published FLOP/s and {} of the bandwidth\n".format(chip.name, *efficiencies)
         if options.stages:
             for method in options.method:
-                yield "\n".join([f"{METHODS[method].label}:", *tables.stage_lines(predict(chip, method, problem)), ""])
+                yield "\n".join([f"{METHODS[method].label}:", tables.stage_table(predict(chip, method, problem)), ""])
         else:
-            yield "\n".join(tables.chip_table(chip, options.method, problem))
+            yield tables.chip_table(chip, options.method, problem)
     yield "\nPrediction beside measurement, of bench_results/:\n"
     yield tables.comparison(measured.records_of())
 
 
-def as_record(found: Prediction) -> dict[str, object]:
+def as_record(found: Prediction) -> Record:
     """One line of JSON; seconds and bytes."""
     problem = found.problem
     return {
@@ -85,7 +86,7 @@ def as_record(found: Prediction) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser = cli.parser("benchmarks.roofline", __doc__)
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--model", choices=MODELS, default=tables.MODEL, help="its head's H and V")
     parser.add_argument("--tokens", type=int, default=tables.TOKENS, help=f"T (default {tables.TOKENS})")

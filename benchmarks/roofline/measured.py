@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.device.parts import SPEED
 from benchmarks.device.results import once, read_run
-from benchmarks.harness.records import read
+from benchmarks.harness.records import Record, read
 from benchmarks.roofline.chips import CHIPS, Assumption, Chip, Figure
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.predict import Prediction, predict
@@ -22,7 +22,6 @@ ITEMSIZES = {"float32": 4, "bfloat16": 2}
 PRODUCT_FLOORS = ("gemms_whole", "gemms")
 # a card of another form has other rates
 OTHER_FORMS = ("PCIe", "NVL")
-Record = dict
 
 
 @dataclass(frozen=True)

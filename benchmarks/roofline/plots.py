@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.precision.plots import COLOURS
+from benchmarks.harness.pictures import COLOURS, PALE, plt, save
 from benchmarks.roofline.bars import GIB, LINEAR
 from benchmarks.roofline.chips import CHIPS
 from benchmarks.roofline.methods import METHODS
@@ -39,8 +34,7 @@ def draw(folder: Path) -> None:
     figure, (times, shares) = plt.subplots(2, 1, figsize=(10, 11.5), layout="constrained", height_ratios=(1.25, 1))
     _stacks(times)
     _over_tokens(shares)
-    figure.savefig(folder / NAME, dpi=90)
-    plt.close(figure)
+    save(figure, folder / NAME)
 
 
 def _stacks(axes) -> None:
@@ -68,7 +62,7 @@ def _stacks(axes) -> None:
     shape = f"T={problem.tokens} H={problem.hidden} V={problem.vocab}"
     axes.set_title(f"PREDICTED, not measured: {CHIP}, {MODEL}, {shape}, bf16", fontsize=11, loc="left")
     axes.legend(fontsize=8.5, frameon=False, loc="lower left", bbox_to_anchor=(0, -0.24), ncols=3)
-    axes.grid(axis="x", color="#e0e0e0", linewidth=0.7)
+    axes.grid(axis="x", color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
 
 
@@ -93,5 +87,5 @@ def _over_tokens(axes) -> None:
     axes.set_xlabel("T (solid: everything overlaps that can; dotted: nothing does)")
     axes.set_ylabel("times the three bare products")
     axes.set_title(f"PREDICTED, not measured: linear_policy_loss, {MODEL}, 1 GiB", fontsize=11, loc="left")
-    axes.grid(color="#e0e0e0", linewidth=0.7)
+    axes.grid(color=PALE, linewidth=0.7)
     axes.legend(fontsize=9, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, -0.27))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.harness.blocks import Block
+from benchmarks.harness.records import Record
+from benchmarks.harness.tables import NOTHING, table
 from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import charges, measured
 from benchmarks.roofline.bars import GIB, LINEAR, bars, span
@@ -15,17 +18,10 @@ from benchmarks.roofline.work import Problem
 
 # the case of the bars
 MODEL, TOKENS, CHIP = "Qwen3-8B", 8192, "H200"
-NOTHING = "–"
 
 
 def headline() -> Problem:
     return Problem(TOKENS, MODELS[MODEL].hidden, MODELS[MODEL].vocab)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Markdown; the first `left` columns are text."""
-    dashes = ["---"] * left + ["---:"] * (len(header) - left)
-    return [f"| {' | '.join(cells)} |" for cells in (header, dashes, *rows)]
 
 
 def chips() -> str:
@@ -56,7 +52,7 @@ def chips() -> str:
         for source, number in sources.items()
     )
     lines = [
-        *table(header, rows),
+        table(header, rows),
         "",
         "Published figures, dense, never those with sparsity. The last two columns are **assumptions**: the shares of "
         f"the published rates that products and copies reach. {origins}.",
@@ -72,7 +68,7 @@ def _number(source: str, sources: dict[str, int]) -> int:
     return sources.setdefault(source, len(sources) + 1)
 
 
-def chip_table(chip: Chip, methods: Sequence[str], problem: Problem) -> list[str]:
+def chip_table(chip: Chip, methods: Sequence[str], problem: Problem) -> str:
     """Methods down; each against the floor that it is held to."""
     header = ("method", "TFLOP", "GB moved", "ms", "of its floor", "peak extra GiB", "beyond gradients")
     return table(header, [_row(predict(chip, method, problem)) for method in methods])
@@ -93,7 +89,7 @@ def _row(found: Prediction) -> tuple[str, ...]:
     )
 
 
-def stage_lines(found: Prediction) -> list[str]:
+def stage_table(found: Prediction) -> str:
     """Where the time and the memory go."""
     rows = [
         (
@@ -116,7 +112,7 @@ def predictions() -> str:
         f"PREDICTED milliseconds (times the floor it is held to) for {MODEL}, T={problem.tokens} H={problem.hidden} "
         f"V={problem.vocab}, bf16, default workspace; not measured:",
         "",
-        *table(("method", *CHIPS, "peak extra GiB"), rows),
+        table(("method", *CHIPS, "peak extra GiB"), rows),
         "",
         f"Not predicted: {UNPREDICTED}.",
     ]
@@ -136,7 +132,7 @@ def published() -> str:
         f"PREDICTED for {MODEL}, T={TOKENS}, from the rates at H=4096 that their authors publish, or the time beside "
         "bare products; none of it is measured here:",
         "",
-        *table(header, [_published(head) for head in PUBLISHED], 2),
+        table(header, [_published(head) for head in PUBLISHED], 2),
     ]
     return "\n".join(lines)
 
@@ -176,13 +172,13 @@ def verdicts(chip: Chip | None = None) -> str:
     found = bars(chip, headline())
     rows = [(bar.what, bar.bound, f"{span(bar.low, bar.high, 3)}×", f"predicted {bar.verdict}") for bar in found]
     lines = [f"PREDICTED on {chip.name} for {MODEL}, bf16, T={TOKENS} unless said otherwise; not measured:", ""]
-    lines += table(("what", "bar", "predicted", ""), rows)
+    lines.append(table(("what", "bar", "predicted", ""), rows))
     for bar in found:
         lines += ["", f"**{bar.what}.** {' '.join(bar.why)}"]
     return "\n".join(lines)
 
 
-def comparison(records: Sequence[measured.Record]) -> str:
+def comparison(records: Sequence[Record]) -> str:
     """Prediction beside measurement, for every device there is."""
     lines = []
     for chip, rows in measured.compared(records):
@@ -190,7 +186,7 @@ def comparison(records: Sequence[measured.Record]) -> str:
         shape = "T={tokens} H={hidden} V={vocab}".format(**record["shape"])
         lines += [f"{chip.name}, {shape}, {record['dtype']}, {measured.inputs_of(record)} inputs. {_basis(chip)}", ""]
         header = ("method", "predicted ms", "measured ms", "over the least predicted", "predicted MiB", "measured MiB")
-        lines += [*table(header, [_compared(row) for row in rows]), ""]
+        lines += [table(header, [_compared(row) for row in rows]), ""]
     return "\n".join(lines).rstrip() or "No measurement of a known chip is there yet."
 
 
@@ -218,7 +214,7 @@ def _compared(row: measured.Comparison) -> tuple[str, ...]:
     )
 
 
-def render(records: Sequence[measured.Record]) -> str:
+def render(records: Sequence[Record]) -> str:
     """The page's main block: predictions, bars, these measurements beside their predictions, and the assumptions."""
     return "\n\n".join([
         f"## Predicted times\n\n{predictions()}",
@@ -227,3 +223,6 @@ def render(records: Sequence[measured.Record]) -> str:
         f"## Prediction beside measurement\n\n{comparison(records)}",
         f"## The chips\n\n{chips()}\n\n{assumed()}",
     ])  # fmt: skip
+
+
+BLOCKS = (Block("roofline", "speed", "cpu.jsonl", "docs/roofline.md", render),)

@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.harness.pictures import GREY, SKY, STYLES, new_axes, plt, save
+from benchmarks.harness.records import Record
 from benchmarks.sparsity.tables import DENSE, FLOOR, LABELS, SPARSE, TIGHT, by_kind, of_part
-from benchmarks.speed import plots as speed_plots
-from benchmarks.speed.tables import Record, ratio
+from benchmarks.speed.tables import ratio
 
-COLOURS = {SPARSE: "#0072b2", TIGHT: "#56b4e9", "cce": "#b0a000"}
+COLOURS = {SPARSE: STYLES[DENSE][0], TIGHT: SKY, "cce": STYLES["cce"][0]}
 NAMES = {SPARSE: "sparse_grad=0.01", TIGHT: "sparse_grad=0.003", "cce": "cut-cross-entropy"}
-GREY, PALE = speed_plots.GREY, speed_plots.PALE
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
     """Write {stem}_speed.png and {stem}_error.png into `folder`, each where there is something to show."""
     timed, studied = of_part(records, "speed"), of_part(records, "regimes")
     if any(record["median_s"] for record in timed):
-        speed_plots.save(speed_figure(timed), timed[0], folder / f"{stem}_speed.png")
+        save(speed_figure(timed), folder / f"{stem}_speed.png", timed[:1])
     if studied:
-        speed_plots.save(error_figure(studied), studied[0], folder / f"{stem}_error.png")
+        save(error_figure(studied), folder / f"{stem}_error.png", studied[:1])
 
 
 def speed_figure(records: Sequence[Record]) -> Figure:
@@ -66,7 +62,8 @@ def _entropies(record: Record) -> str:
 
 def error_figure(records: Sequence[Record]) -> Figure:
     """float32 inputs: the larger error of dX and dW, over what rounding dlogits to bf16 makes of it, against τ."""
-    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
+    title = "How far off is a sparse gradient? Regimes of the precision study with sparse rows, float32"
+    figure, axes = new_axes(title)
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
     ends = []
     for record in (record for record in records if record["dtype"] == "float32"):
@@ -87,10 +84,6 @@ def error_figure(records: Sequence[Record]) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("τ, the share of 1 - p_y that a row may leave out")
     axes.set_ylabel("error of the gradient, over that of bf16 dlogits")
-    axes.set_title("How far off is a sparse gradient? Regimes of the precision study with sparse rows, float32",
-                   fontsize=12, loc="left")  # fmt: skip
-    axes.grid(color=PALE, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     place = 1.0
     for _, line, label in sorted(ends, key=lambda end: -end[0]):
         axes.annotate(label, (1.01, place), xycoords="axes fraction", va="top", fontsize=9, color=line.get_color())

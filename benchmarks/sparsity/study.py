@@ -13,19 +13,17 @@ Parts are measured alone or together; the lines of the others stay as they are.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import plans
+from benchmarks.harness import cli, plans
 from benchmarks.harness.exact import Exact
 from benchmarks.harness.measure import Case, measure
 from benchmarks.harness.method import OBJECTIVE
@@ -35,7 +33,7 @@ from benchmarks.harness.methods import sparse as sparse_step
 from benchmarks.harness.mixes import quantiles
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
-from benchmarks.harness.records import Record, write
+from benchmarks.harness.records import Record, replace_part
 from benchmarks.harness.timing import interleaved_seconds
 from benchmarks.harness.workloads import Inputs, Shape, Workload, make_inputs
 from benchmarks.precision import recipes
@@ -61,12 +59,13 @@ REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(1
 
 
 def speed(options: argparse.Namespace) -> Iterator[Record]:
-    standard = plans.STANDARD[options.device.type]
+    standard = plans.STANDARD[options.device]
     kinds = KINDS[:1] + KINDS[-1:] if options.quick else options.kinds
     workloads = [Workload(standard.model, options.tokens or standard.tokens, kind, standard.dtype) for kind in kinds]
     plan = [Case(method, workload) for workload in workloads for method in options.methods]
-    rounds = 2 if options.quick else options.rounds or ROUNDS[options.device.type]
-    yield from measure(plans.quick(plan) if options.quick else plan, {}, device=options.device, rounds=rounds)
+    rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
+    plan = plans.quick(plan) if options.quick else plan
+    yield from measure(plan, {}, device=torch.device(options.device), rounds=rounds)
 
 
 # --- what is left out -------------------------------------------------------------------------------------------------
@@ -194,43 +193,30 @@ def _sized(shape: Shape) -> Record:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    out = options.out or (None if options.quick else RESULTS)
-    source = provenance(_command(options), options.device)
-    records = [] if out is None or not out.exists() else _read(out)
-    records = [record for record in records if record["part"] not in options.parts]
+    parser = _parser()
+    options = parser.parse_args(argv)
+    out = cli.results(options, RESULTS)
+    source = provenance(cli.command(parser, options), torch.device(options.device))
+    count = 0
     for part in options.parts:
+        records = []
         for record in PARTS[part](options):
             records.append(record | {"benchmark": "sparsity", "part": part} | source)
             if out is not None:
-                write(out, sorted(records, key=lambda record: list(PARTS).index(record["part"])))
-    print(f"{len(records)} records" + ("" if out is None else f" in {out.name}; tables: python -m benchmarks.report"))
+                replace_part(out, part, records)
+        count += len(records)
+    print(f"{count} records" + ("" if out is None else f" in {out.name}; tables: python -m benchmarks.report"))
     return 0
 
 
-def _read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparsity", description=__doc__)
-    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = cli.parser("benchmarks.sparsity", __doc__)
+    cli.add_device(parser)
+    cli.add_quick(parser, "tiny shapes")
+    cli.add_out(parser, RESULTS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--device", type=torch.device, default=torch.device(here), help="of `speed`")
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     parser.add_argument("--tokens", type=int, help="of `speed`; default the device's standard")
     parser.add_argument("--methods", nargs="+", choices=plans.HIDDEN, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of the inputs of `speed`")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes; written only where --out says")
-    parser.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(ROOT)}")
     return parser
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command that repeats this run, without the place of its output."""
-    words, defaults = ["python -m benchmarks.sparsity"], _parser().parse_args([])
-    for name in ("parts", "rounds", "tokens", "methods", "kinds"):
-        value = getattr(options, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words + (["--quick"] if options.quick else []))

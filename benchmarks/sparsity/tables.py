@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
+from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.mixes import MIXES
+from benchmarks.harness.records import Record
+from benchmarks.harness.tables import NOTHING, milliseconds, table, times
 from benchmarks.speed.tables import KINDS as LABELS
-from benchmarks.speed.tables import NOTHING, Record, largest_error, milliseconds, ratio, row
+from benchmarks.speed.tables import largest_error, ratio
 
 FLOOR, DENSE, SPARSE, TIGHT = (
     "gemms_whole", "linear_policy_loss", "linear_policy_loss_sparse", "linear_policy_loss_sparse_tight",
@@ -45,19 +49,20 @@ def speed(records: Sequence[Record]) -> Iterator[str]:
     first = next(iter(groups.values()))[SPARSE]
     yield "T={tokens} H={hidden} V={vocab}, ".format(**first["shape"]) + f"{first['dtype']}:"
     yield ""
-    yield row((
+    header = (
         "rows", "entropy: median, 80 %", "τ", "sparse rows", "tokens", "gradient error", "dense, ms", "sparse, ms",
         "× dense", "× three GEMMs", "beyond gradients: dense, sparse",
-    ))  # fmt: skip
-    yield row(("---", *["---:"] * 10))
-    for kind, methods in groups.items():
-        for name, tolerance in ((SPARSE, "0.01"), (TIGHT, "0.003")):
-            if name in methods:
-                yield row((LABELS[kind], *_nats(methods[SPARSE]), tolerance, *_speed_cells(name, methods)))
+    )  # fmt: skip
+    yield table(header, [
+        (LABELS[kind], _nats(methods[SPARSE]), tolerance, *_speed_cells(name, methods))
+        for kind, methods in groups.items()
+        for name, tolerance in ((SPARSE, "0.01"), (TIGHT, "0.003"))
+        if name in methods
+    ])  # fmt: skip
 
 
-def _nats(record: Record) -> tuple[str]:
-    return (", ".join(f"{nats:.2g}" for nats in record["entropy_quantiles"][:2]),)
+def _nats(record: Record) -> str:
+    return ", ".join(f"{nats:.2g}" for nats in record["entropy_quantiles"][:2])
 
 
 def _speed_cells(name: str, methods: dict[str, Record]) -> tuple[str, ...]:
@@ -74,23 +79,23 @@ def _speed_cells(name: str, methods: dict[str, Record]) -> tuple[str, ...]:
         f"{largest_error(record):.2%}",
         milliseconds(dense) if dense["median_s"] else NOTHING,
         milliseconds(record),
-        *(NOTHING if r is None else f"{r:.2f}×" for r in relative),
+        *map(times, relative),
         ", ".join(NOTHING if size is None else f"{size / 2**20:.0f}" for size in sizes) + " MiB",
     )
 
 
-def cce(records: Sequence[Record]) -> Iterator[str]:
-    """A sentence's worth: what cut-cross-entropy did on the same inputs."""
+def cce(records: Sequence[Record]) -> str:
+    """What cut-cross-entropy did on the same inputs."""
     groups = {kind: methods for kind, methods in by_kind(records).items() if "cce" in methods}
-    yield row(("rows", "cut-cross-entropy, ms", "× our dense", "gradient error"))
-    yield row(("---", "---:", "---:", "---:"))
+    rows = []
     for kind, methods in groups.items():
         record = methods["cce"]
         if record["median_s"] is None:
-            yield row((LABELS[kind], record["status"], NOTHING, NOTHING))
+            rows.append((LABELS[kind], record["status"], NOTHING, NOTHING))
             continue
         relative = record["median_s"] / methods[DENSE]["median_s"]
-        yield row((LABELS[kind], milliseconds(record), f"{relative:.2f}×", f"{largest_error(record):.1e}"))
+        rows.append((LABELS[kind], milliseconds(record), times(relative), f"{largest_error(record):.1e}"))
+    return table(("rows", "cut-cross-entropy, ms", "× our dense", "gradient error"), rows)
 
 
 def ways(records: Sequence[Record]) -> Iterator[str]:
@@ -104,27 +109,28 @@ def ways(records: Sequence[Record]) -> Iterator[str]:
         size = "T={tokens} H={hidden} V={vocab}".format(**shape)
         yield f"{LABELS[kind]}, {size}, τ = {records[0]['tolerance']}:"
         yield ""
-        yield row(("what is left out is", "tokens per row", *QUANTITIES.values(), "dX where rows of W share a mean"))
-        yield row(("---", *["---:"] * 5))
+        rows = []
         for way, label in WAYS.items():
             record = plain[way]
             tokens = NOTHING if "entries" not in record else f"{record['entries']:.0f}"
             if "blocks" in record:
                 label += f" ({record['blocks']:.0%} of the blocks kept)"
             errors = [f"{record['errors'][quantity]:.2%}" for quantity in QUANTITIES]
-            yield row((label, tokens, *errors, f"{shared[way]['errors']['hidden']:.2%}"))
+            rows.append((label, tokens, *errors, f"{shared[way]['errors']['hidden']:.2%}"))
+        header = ("what is left out is", "tokens per row", *QUANTITIES.values(), "dX where rows of W share a mean")
+        yield table(header, rows)
         yield ""
 
 
 def regimes(records: Sequence[Record]) -> Iterator[str]:
     """Errors over τ: the larger of dX's and dW's, each beside what rounding dlogits to bf16 makes of the same."""
     tolerances = list(records[0]["over_tolerance"])
-    yield row(("regime", "inputs", "bf16 dlogits", *(f"τ = {tolerance}" for tolerance in tolerances)))
-    yield row(("---", "---", *["---:"] * (1 + len(tolerances))))
+    rows = []
     for record in records:
         found = [record["over_tolerance"][tolerance] for tolerance in tolerances]
         cells = (f"{_worst(f['errors'])} ({f['drpo/sparse_share']:.0%})" for f in found)
-        yield row((record["label"], record["dtype"], _worst(record["rounded"]), *cells))
+        rows.append((record["label"], record["dtype"], _worst(record["rounded"]), *cells))
+    yield table(("regime", "inputs", "bf16 dlogits", *(f"τ = {tolerance}" for tolerance in tolerances)), rows, left=2)
 
 
 def _worst(errors: dict[str, float]) -> str:
@@ -146,20 +152,19 @@ def demo(records: Sequence[Record]) -> Iterator[str]:
         f"The dense path takes {1e3 * record['dense_s']:.2f} ms."
     )
     yield ""
-    yield row(("τ", "sparse rows", "tokens", "error of dX", "error of dW", "sparse, ms"))
-    yield row(("---:", *["---:"] * 5))
+    rows = []
     for tolerance, found in record["over_tolerance"].items():
         errors = (f"{found['errors'][name]:.2%}" for name in ("hidden", "weight"))
         share, tokens = f"{found['drpo/sparse_share']:.0%}", f"{found['drpo/sparse_entries']:.1f}"
-        yield row((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
+        rows.append((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
+    yield table(("τ", "sparse rows", "tokens", "error of dX", "error of dW", "sparse, ms"), rows, left=0)
 
 
 def learning(records: Sequence[Record]) -> Iterator[str]:
     """Mean rewards and the paired difference with its standard error, in points."""
     seeds = dict.fromkeys(record["seed"] for record in records)
     tolerance = max(record["sparse_grad"] for record in records)
-    yield row(("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points"))
-    yield row(("---", *["---:"] * 3))
+    rows = []
     for name in ("sampled", "greedy"):
         exact, sparse = (
             [100 * next(r[name] for r in records if (r["seed"], r["sparse_grad"]) == (seed, t)) for seed in seeds]
@@ -168,7 +173,9 @@ def learning(records: Sequence[Record]) -> Iterator[str]:
         paired = [b - a for a, b in zip(exact, sparse, strict=True)]
         error = statistics.stdev(paired) / len(paired) ** 0.5
         means = (f"{statistics.mean(values):.1f} %" for values in (exact, sparse))
-        yield row((f"{name}, {len(seeds)} seeds", *means, f"{statistics.mean(paired):+.1f} ± {error:.1f}"))
+        rows.append((f"{name}, {len(seeds)} seeds", *means, f"{statistics.mean(paired):+.1f} ± {error:.1f}"))
+    header = ("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points")
+    yield table(header, rows)
 
 
 RUNS = {
@@ -190,13 +197,39 @@ def longrun(records: Sequence[Record]) -> Iterator[str]:
         f"{shares[0]:.0%} at the beginning and {shares[-1]:.0%} at the end."
     )
     yield ""
-    yield row(("run", "gradient error, mean (max)", "furthest from the exact loss", "weights: distance over way"))
-    yield row(("---", *["---:"] * 3))
+    rows = []
     for name, label in RUNS.items():
         record = by_name[name]
         error = f"{record['gradient_error_mean']:.2%} ({record['gradient_error_max']:.2%})"
         gaps = f"{record['smoothed_gap_max']:.1e}", f"{record['weight_gap']:.2%}"
-        yield row((label.format(tau=record["sparse_grad"]), error, *gaps))
+        rows.append((label.format(tau=record["sparse_grad"]), error, *gaps))
+    header = ("run", "gradient error, mean (max)", "furthest from the exact loss", "weights: distance over way")
+    yield table(header, rows)
+
+
+def render_speed(records: Sequence[Record]) -> str:
+    records = of_part(records, "speed")
+    if not by_kind(records):
+        return NOT_YET
+    return "\n".join([*speed(records), "", cce(records), "", origin_with_samples(records)])
+
+
+def render_part(part: str, lines: Callable[[Sequence[Record]], Iterator[str]], records: Sequence[Record]) -> str:
+    records = of_part(records, part)
+    return "\n".join([*lines(records), "", origin(records[:1])]) if records else NOT_YET
+
+
+def render_longrun(records: Sequence[Record]) -> str:
+    return "\n".join([*longrun(records), "", origin(records[:1])])
 
 
 PARTS = {"ways": ways, "regimes": regimes, "demo": demo, "learning": learning}
+RESULTS, PAGE = "sparsity.jsonl", "docs/sparse.md"
+BLOCKS = (
+    Block("sparse-speed", "sparsity", RESULTS, PAGE, render_speed, plots="benchmarks.sparsity.plots"),
+    *(
+        Block(f"sparse-{part}", "sparsity", RESULTS, PAGE, partial(render_part, part, lines))
+        for part, lines in PARTS.items()
+    ),
+    Block("sparse-longrun", "longrun_sparse", "longrun_sparse.jsonl", PAGE, render_longrun),
+)

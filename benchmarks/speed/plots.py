@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from PIL import Image
 
 from benchmarks.harness.methods import OURS
+from benchmarks.harness.pictures import GREY, STYLES, finish, frame, new_axes, plt, save
+from benchmarks.harness.records import Record
 from benchmarks.speed.tables import (
     KINDS,
     LABELS,
-    Record,
     Setting,
     by_setting,
     dense,
@@ -29,22 +24,6 @@ from benchmarks.speed.tables import (
     setting_of,
     swept,
 )
-
-DPI = 110
-# Okabe and Ito's, told apart by readers who do not see red and green; a method has its look in every picture
-STYLES = {
-    "linear_policy_loss": ("#0072b2", "o"),
-    "linear_policy_loss_frozen_head": ("#56b4e9", "v"),
-    "linear_token_logprobs": ("#009e73", "^"),
-    "eager": ("#d55e00", "s"),
-    "trl": ("#e69f00", "D"),
-    "liger_scaled_sm90": ("#cc79a7", "P"),
-    "cce": ("#b0a000", "X"),
-    "gemms_whole": ("#777777", "."),
-}
-GREY, PALE = "#555555", "#e0e0e0"
-# of the axes' height, between two labels at the ends of lines
-LABEL_STEP = 0.055
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
@@ -59,7 +38,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
         "active": lambda: active_figure(over_tokens[main.tokens], where),
     }
     for name in pictures(records):
-        save(figures[name](), records[0], folder / f"{stem}_{name}.png")
+        save(figures[name](), folder / f"{stem}_{name}.png", records[:1])
 
 
 def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
@@ -67,7 +46,7 @@ def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
     for method, points in _lines(groups, "median_s"):
         line(axes, method, [(tokens, 1e6 * seconds / tokens) for tokens, seconds in points])
     axes.set_ylim(0, None)
-    finish(axes, groups, "µs per token")
+    finish(axes, list(groups), "µs per token")
     return figure
 
 
@@ -78,7 +57,7 @@ def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
     axes.set_yscale("log", base=2)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _mebibytes(value)))
-    finish(axes, groups, "peak extra memory, gradients included (log scale)")
+    finish(axes, list(groups), "peak extra memory, gradients included (log scale)")
     return figure
 
 
@@ -114,8 +93,7 @@ def floor_figure(records: Sequence[Record], main: Setting) -> Figure:
     axes.set_yticks(range(len(methods)), names, fontsize=9.5)
     axes.axvline(100, color=GREY, linewidth=1, linestyle="--")
     axes.set_xlim(0, None)
-    axes.grid(axis="x", color=PALE, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes, "x")
     axes.set_xlabel("its floor's time (bare products, or a copy) in % of its own")
     figure.suptitle(f"How close does each method come to its floor? T={main.tokens}, {main.dtype}", fontsize=12)
     if len(looks) > 1:
@@ -160,14 +138,6 @@ def _lines(groups: dict[int, list[Record]], key: str) -> Iterable[tuple[str, lis
             yield method, points
 
 
-def new_axes(title: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
-    axes.set_title(title, fontsize=12, loc="left", wrap=True)
-    axes.grid(color=PALE, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def line(axes: Axes, method: str, points: Sequence[tuple[float, float]]) -> None:
     colour, marker = STYLES[method]
     style = {"linestyle": "--"} if method == "gemms_whole" else {}
@@ -175,38 +145,5 @@ def line(axes: Axes, method: str, points: Sequence[tuple[float, float]]) -> None
     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=plain(method), **style)
 
 
-def finish(axes: Axes, groups: dict[int, list[Record]], ylabel: str) -> None:
-    """The shared x axis, and each line's name at its right end, moved apart where they would overlap."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(groups), [f"{tokens:,}" for tokens in groups])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens T in the batch (log scale)")
-    axes.set_ylabel(ylabel)
-    axes.figure.canvas.draw()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [(to_axes.transform(line.get_xydata()[-1])[1], line) for line in axes.get_lines()]
-    height = float("-inf")
-    for end, line in sorted(ends, key=lambda pair: pair[0]):
-        height = max(end, height + LABEL_STEP)
-        axes.annotate(line.get_label(), (1.01, height), xycoords="axes fraction", va="center", fontsize=9.5,
-                      color=line.get_color(), annotation_clip=False)  # fmt: skip
-
-
 def _mebibytes(value: float) -> str:
     return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
-
-
-def save(figure: Figure, records: Record | Sequence[Record], path: Path) -> None:
-    """With the source of what was drawn; of several records, their commits."""
-    records = [records] if isinstance(records, dict) else list(records)
-    record, device = records[0], records[0]["device"]
-    commits = ((r["commit"] or "unknown")[:12] + (" with changes" if r["dirty"] else "") for r in records)
-    commit = ", ".join(dict.fromkeys(commits))
-    samples = f"; median of {len(record['seconds'])} samples" if record.get("seconds") else ""
-    source = f"{device.get('gpu', device['cpu'])}, commit {commit}, {record['date'][:10]}{samples}"
-    figure.supxlabel(source, fontsize=8, color=GREY, x=0.99, ha="right")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
-    with Image.open(picture) as image:  # a palette: a third of the bytes
-        image.convert("RGB").quantize(255).save(path, optimize=True)

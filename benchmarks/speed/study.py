@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-from benchmarks.harness import plans
-from benchmarks.harness.measure import Case, Record, is_broken, measure
+from benchmarks.harness import cli, plans
+from benchmarks.harness.measure import Case, is_broken, measure
 from benchmarks.harness.method import DTYPES
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record
 from benchmarks.harness.workloads import KINDS, MODELS
 
 FOLDER = ROOT / "bench_results"
@@ -30,16 +30,16 @@ AXES = {"workloads": "models", "tokens": "tokens", "inputs": "kinds", "dtypes": 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, print; 1 if one of the repository's own methods failed or was wrong."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     device = torch.device(options.device)
-    out = options.out or (None if options.quick else FILES[device.type])
     records = measure(
         plan(options),
-        provenance(_command(options), device),
+        provenance(cli.command(parser, options), device),
         device=device,
         rounds=2 if options.quick else options.rounds or ROUNDS[device.type],
         budget_seconds=options.time_budget,
-        out=out,
+        out=cli.results(options, FILES[device.type]),
     )
     print("\n".join(summary(records)))
     return int(any(is_broken(record["method"], record["status"]) for record in records))
@@ -66,11 +66,10 @@ def summary(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=FILES, default=here, help="default: a GPU where there is one")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds; written only where --out says")
-    parser.add_argument("--out", type=Path, help="JSON lines; default bench_results/cpu.jsonl, of a GPU none")
+    parser = cli.parser("benchmarks.speed", __doc__)
+    cli.add_device(parser)
+    cli.add_quick(parser, "tiny shapes, two rounds")
+    cli.add_out(parser, FILES["cpu"], "JSON lines of a CPU or of a GPU; a GPU has no default")
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     parser.add_argument("--time-budget", type=float, default=math.inf, help="seconds after which nothing is started")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
@@ -80,14 +79,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--active-shares", nargs="+", type=float, metavar="SHARE")
     return parser
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command that repeats this run, without the place of its output."""
-    words = ["python -m benchmarks.speed"]
-    defaults = _parser().parse_args([])
-    for name in ("rounds", "time_budget", "methods", *AXES):
-        value = getattr(options, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words + (["--quick"] if options.quick else []))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.harness.blocks import Block, origin_with_samples
 from benchmarks.harness.exact import WRONG
 from benchmarks.harness.mixes import MIXES
+from benchmarks.harness.records import Record
+from benchmarks.harness.tables import NOTHING, milliseconds, size, table, three_figures, times
 
-NOTHING = "–"
 HEADER = (
     "method", "median ms (min to max)", "× its floor", "× eager", "peak extra memory", "beyond gradients",
     "gradient error",
@@ -54,7 +56,6 @@ PLOTS = {
     "active": "Time against the share of active rows",
 }
 EAGER = {"hidden": "eager", "logits": "eager_from_logits"}
-Record = dict
 
 
 class Setting(NamedTuple):
@@ -135,24 +136,22 @@ def render_main(records: Sequence[Record]) -> str:
     """The README's: the tables of the workload on which everything was measured."""
     first = setting_of(records[0])
     groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
-    return "\n".join(line for group in groups for line in table(group))
+    return "\n".join(line for group in groups for line in section(group))
 
 
 def render_all(records: Sequence[Record]) -> str:
     """Settings of which nothing has a time are left out."""
     groups = [group for group in by_setting(records).values() if any(r["median_s"] for r in group)]
-    return "\n".join(line for group in groups for line in table(group))
+    return "\n".join(line for group in groups for line in section(group))
 
 
-def table(group: Sequence[Record]) -> Iterator[str]:
+def section(group: Sequence[Record]) -> Iterator[str]:
     """A table of what has a time or should have one, a sentence about the rest, and a table of the shares."""
     yield f"{title(group[0])}:"
     yield ""
-    yield row(HEADER)
-    yield row(("---", *["---:"] * (len(HEADER) - 1)))
     records = dense(group)
     absent = [r for r in records if r["median_s"] is None and r["status"] != WRONG]
-    yield from (row(_cells(record, group)) for record in records if record not in absent)
+    yield table(HEADER, [_cells(record, group) for record in records if record not in absent])
     yield ""
     if absent:
         yield "No numbers: " + "; ".join(f"{label(record)} ({record['status']})" for record in absent) + "."
@@ -167,17 +166,17 @@ def _shares(group: Sequence[Record]) -> Iterator[str]:
     methods = dict.fromkeys(method for share, method in timed if share < 1)
     if not shares:
         return
-    yield row(("rows with an advantage", *(f"{LABELS.get(name, name)}, ms" for name in methods)))
-    yield row(("---:", *["---:"] * len(methods)))
+    rows = []
     for share in shares:
         records = [timed.get((share, method)) for method in methods]
-        yield row((f"{share:.0%}", *(NOTHING if r is None else _median_and_ratio(r, group) for r in records)))
+        rows.append((f"{share:.0%}", *(NOTHING if r is None else _median_and_ratio(r, group) for r in records)))
+    yield table(("rows with an advantage", *(f"{LABELS.get(name, name)}, ms" for name in methods)), rows, left=0)
     yield ""
 
 
 def _median_and_ratio(record: Record, group: Sequence[Record]) -> str:
-    median = _significant(1e3 * record["median_s"])
-    return f"{median} ({_times(ratio(record, 'linear_policy_loss', group))} of all rows)"
+    median = three_figures(1e3 * record["median_s"])
+    return f"{median} ({times(ratio(record, 'linear_policy_loss', group))} of all rows)"
 
 
 def title(record: Record) -> str:
@@ -188,42 +187,18 @@ def title(record: Record) -> str:
     return f"{model}{shape}, {record['dtype']}, {start}, {KINDS[record['inputs']]}{entropy}"
 
 
-def row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _cells(record: Record, group: Sequence[Record]) -> tuple[str, ...]:
     if record["median_s"] is None:
         return (label(record), record["status"], *[NOTHING] * 4, _error(record))
     return (
         label(record),
         milliseconds(record),
-        _times(ratio(record, record["held_to"], group)),
-        _times(ratio(record, EAGER[record["takes"]], group)),
-        _size(record["peak_extra_bytes"]),
-        _size(record["peak_beyond_gradients_bytes"]),
+        times(ratio(record, record["held_to"], group)),
+        times(ratio(record, EAGER[record["takes"]], group)),
+        size(record["peak_extra_bytes"]),
+        size(record["peak_beyond_gradients_bytes"]),
         _error(record),
     )
-
-
-def milliseconds(record: Record) -> str:
-    median, least, most = (_significant(1e3 * record[key]) for key in ("median_s", "min_s", "max_s"))
-    return f"{median} ({least} to {most})"
-
-
-def _significant(value: float) -> str:
-    """Three figures, and all of them before the point."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _times(ratio: float | None) -> str:
-    return NOTHING if ratio is None else f"{ratio:.2f}×"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return NOTHING
-    return f"{count / 2**20:.0f} MiB" if count < 10 << 30 else f"{count / 2**30:.1f} GiB"
 
 
 def largest_error(record: Record) -> float | None:
@@ -237,3 +212,19 @@ def _error(record: Record) -> str:
         return NOTHING
     text = f"{100 * error:.2g} %" if error >= 1e-4 else f"{error:.0e}"
     return text if record["status"] in ("ok", WRONG) else f"{text} ({record['rounds_away']})"
+
+
+def render(records: Sequence[Record]) -> str:
+    """The tables of the main workload, the plots, and where the numbers come from."""
+    images = [f"![{PLOTS[name]}](bench_results/cpu_{name}.png)" for name in pictures(records)]
+    return "\n".join([render_main(records), *images, "", origin_with_samples(records)])
+
+
+def render_every(records: Sequence[Record]) -> str:
+    return "\n".join([render_all(records), origin_with_samples(records)])
+
+
+BLOCKS = (
+    Block("cpu", "speed", "cpu.jsonl", "README.md", render, plots="benchmarks.speed.plots"),
+    Block("every-cpu", "speed", "cpu.jsonl", "docs/benchmarks.md", render_every),
+)

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import cli
 from benchmarks.harness.provenance import ROOT
-from benchmarks.stability.grid import chosen_rates, comparison_jobs, cores, read, run_missing, sweep_jobs
+from benchmarks.harness.records import read
+from benchmarks.stability.grid import chosen_rates, comparison_jobs, cores, run_missing, sweep_jobs
 from benchmarks.stability.settings import CORE_METHODS, CORE_SETTINGS, METHODS, SEEDS, SETTINGS, SMOKE, Size
 
 RESULTS = ROOT / "bench_results" / "stability"
@@ -16,7 +18,8 @@ RESULTS = ROOT / "bench_results" / "stability"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep learning rates, compare, report. Interrupted, it goes on from the runs that ended."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     if options.smoke and options.out == RESULTS:
         print("error: --smoke needs an --out of its own: its runs are too small to mean anything", file=sys.stderr)
         return 2
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = options.settings or (list(SETTINGS) if options.full else list(CORE_SETTINGS))
     size = SMOKE if options.smoke else Size()
     runs, cache = options.out / "runs.jsonl", options.cache
-    command = " ".join(["python -m benchmarks.stability", *(sys.argv[1:] if argv is None else argv)])
+    command = cli.command(parser, options)
     common = dict(size=size, path=runs, cache=cache, workers=options.workers, command=command)
     try:
         records = run_missing(sweep_jobs(methods), **common)
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__)
+    parser = cli.parser("benchmarks.stability", __doc__)
     parser.add_argument("--full", action="store_true", help="every method in every setting, not the core grid")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
-DPI = 110
-# told apart without seeing red and green: losses clipped by the ratio are warm, those bounded by |π - μ| cold
+from benchmarks.harness.pictures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, plt
+
+# losses clipped by the ratio are warm, those bounded by |π - μ| cold
 COLOURS = {
-    "PG": "#555555",
-    "PPO": "#e69f00",
+    "PG": GREY,
+    "PPO": ORANGE,
     "PPO clip-higher": "#a06800",
-    "SPO": "#d55e00",
-    "DPPO-TV": "#009e73",
+    "SPO": VERMILION,
+    "DPPO-TV": GREEN,
     "DPPO-KL": "#00634a",
     "DRPO δ=0.05": "#08306b",
-    "DRPO δ=0.2": "#0072b2",
+    "DRPO δ=0.2": BLUE,
     "DRPO δ=1": "#4a6fe3",
-    "DRPO δ=12.5": "#56b4e9",
-    "DRPO without |A|": "#cc79a7",
+    "DRPO δ=12.5": SKY,
+    "DRPO without |A|": PINK,
     "Mask-DRPO": "#7b3294",
 }
 MARKERS = dict(zip(COLOURS, "osPDv<d^XhP*", strict=True))
@@ -68,12 +62,3 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 def _stacked(stack: Sequence[float], gap: float) -> list[float]:
     lowest = sum(stack) / len(stack) - gap * (len(stack) - 1) / 2
     return [lowest + gap * i for i in range(len(stack))]
-
-
-def save(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(picture) as image:  # a palette: a third of the bytes
-        image.convert("RGB").quantize(255).save(path, optimize=True)

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from benchmarks.harness.pictures import BLACK, BLUE, SKY, VERMILION, save
 from benchmarks.stability import verdicts
 from benchmarks.stability.ablations import DRPOWithoutAbsA, MaskDRPO
-from benchmarks.stability.drawing import MARKERS, colour, end_labels, new_figure, save
+from benchmarks.stability.drawing import MARKERS, colour, end_labels, new_figure
 from benchmarks.stability.grid import area
 from benchmarks.stability.measures import RATIO_BOUNDARY, SHIFT_BOUNDARY
 from benchmarks.stability.outcomes import Outcome, Runs, final, mean_of, warmed_up, weight_beyond
@@ -24,7 +25,7 @@ from drpo_kernels import DRPO
 SHAPES = dict(zip(SETTINGS, "osPDv^", strict=True))  # where methods have the colours
 GRID = {"color": "#e6e6e6", "linewidth": 0.6}
 # a shade per setting where lines are settings
-SHADES = ("#888888", "#d55e00", "#7b3294", "#56b4e9", "#0072b2", "#000000")
+SHADES = ("#888888", VERMILION, "#7b3294", SKY, BLUE, BLACK)
 SETTING_STYLES = dict(zip(SETTINGS, zip(SHADES, ("-", "-", "-", "--", "--", ":"), strict=True), strict=True))
 
 

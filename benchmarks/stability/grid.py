@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.harness.provenance import provenance
+from benchmarks.harness.records import Record, append, read, write
 from benchmarks.stability.policy import warmed_policy
 from benchmarks.stability.settings import METHODS, RATES, SETTINGS, SWEEP_SEEDS, SWEEP_SETTING, Size
 from benchmarks.stability.training import run
 
-Record = dict[str, object]
 DIGITS = 5  # significant, of a number in the file
 
 
@@ -79,12 +78,6 @@ def job_of(record: Record) -> Job:
     return Job(*(record[name] for name in Job.__dataclass_fields__))
 
 
-def read(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, workers: int, command: str) -> list[Record]:
     """Run the jobs that `path` does not hold, adding each as it ends -> all its records, sorted.
 
@@ -99,22 +92,16 @@ def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, worker
             raise ValueError(f"{path} holds a run of another definition ({job}): move the file away or choose --out")
     missing = [job for job in jobs if job not in records]
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
         source = provenance(command)
         with _pool(min(workers, len(missing))) as pool:
             _warm_up(pool, sorted({job.seed for job in missing}), size, cache)
             for record in _finished(pool, missing, size, cache):
                 record |= source
                 records[job_of(record)] = record
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                append(path, record)
     ordered = [records[job] for job in sorted(records)]
     if missing:  # in one order, whatever order the runs ended in
-        sorted_copy = path.with_suffix(".sorted")
-        sorted_copy.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered), encoding="utf-8"
-        )
-        sorted_copy.replace(path)
+        write(path, ordered)
     return ordered
 
 

@@ -5,15 +5,15 @@ The page's prose is written by hand; what runs decide stands between markers `<!
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness import cli
+from benchmarks.harness.blocks import markers, rewrite
 from benchmarks.harness.provenance import ROOT
-from benchmarks.report import rewrite
 from benchmarks.stability import tables
 from benchmarks.stability.outcomes import Runs, load
 
@@ -31,7 +31,7 @@ class Part:
 
     @property
     def markers(self) -> tuple[str, str]:
-        return f"<!-- stability:{self.name} -->", f"<!-- /stability:{self.name} -->"
+        return markers("stability", self.name)
 
 
 PARTS = (
@@ -76,7 +76,7 @@ def write_report(runs: Path, out: Path, page: Path | None = None) -> int:
     drawn = draw(found, out)
     complaints = 0
     for part in PARTS:
-        if not rewrite(page, part, _text(part, found, drawn, page.parent)):
+        if not rewrite(page, part.markers, _text(part, found, drawn, page.parent)):
             complaints += 1
             print(f"error: {page} has no part {part.markers[0]}", file=sys.stderr)
     print(f"{page} and {len(drawn)} figures in {out}, from {len(found.records)} runs")
@@ -107,7 +107,7 @@ def _text(part: Part, runs: Runs, drawn: dict[str, Path], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stability.report", description=__doc__)
+    parser = cli.parser("benchmarks.stability.report", __doc__)
     parser.add_argument(
         "--runs", type=Path, default=RESULTS / "runs.jsonl", help="raw runs (default: the committed ones)"
     )

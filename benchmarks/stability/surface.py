@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from benchmarks.harness.pictures import save
 from benchmarks.stability.ablations import DRPOWithoutAbsA
-from benchmarks.stability.drawing import colour, new_figure, save
+from benchmarks.stability.drawing import colour, new_figure
 from benchmarks.stability.settings import CORE_METHODS, METHODS
 from benchmarks.stability.weights import gradient_weight
 from drpo_kernels import Objective

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks.harness.tables import NOTHING, table
 from benchmarks.stability import verdicts
 from benchmarks.stability.grid import area, chosen_rates
 from benchmarks.stability.measures import RARE, RATIO_BOUNDARY, SHIFT_BOUNDARY
@@ -30,14 +31,6 @@ from benchmarks.stability.policy import build_policy
 from benchmarks.stability.settings import COLLAPSE, METHODS, RATES, SETTINGS, SMOKE, SWEEP_SEEDS, SWEEP_SETTING
 from benchmarks.stability.statistics import ENOUGH, LEVEL, RESAMPLES, Estimate, coverage
 from benchmarks.stability.task import COMPLETION_LENGTH
-
-NOTHING = "–"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 def bullets(sentences: Sequence[str]) -> str:

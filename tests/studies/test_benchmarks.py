@@ -20,6 +20,7 @@ from benchmarks.harness.memory import peak_on_device
 from benchmarks.harness.method import FROZEN_HEAD, HEAD, LOGITS, Method, Result, Unsupported, differentiated
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.mixes import MIXES
+from benchmarks.harness.records import read
 from benchmarks.harness.timing import clock, interleaved_seconds
 from benchmarks.harness.workloads import TRAINED_ENTROPY, Inputs, Shape, Workload, logit_blocks, make_inputs
 from benchmarks.speed import study as speed
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 def run(tmp_path, *arguments):
     out = tmp_path / "results" / "cpu.jsonl"
     code = speed.main(["--quick", "--device", "cpu", "--inputs", "random", "--out", str(out), *arguments])
-    return code, report.read(out)
+    return code, read(out)
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_what_is_measured_is_written_before_the_next_workload(monkeypatch, no_me
     plan = [Case("gemms_whole", TINY), Case("interrupted", dataclasses.replace(TINY, tokens=8))]
     with pytest.raises(KeyboardInterrupt):
         measure.measure(plan, {}, device=CPU, rounds=1, out=out)
-    assert [record["method"] for record in report.read(out)] == ["gemms_whole"]
+    assert [record["method"] for record in read(out)] == ["gemms_whole"]
 
 
 @pytest.mark.gpu
@@ -362,7 +363,7 @@ def test_trainers(tmp_path, capsys):
     pytest.importorskip("trl", reason="trl is not installed")
     out = tmp_path / "trainers.jsonl"
     assert trainers.main(["--quick", "--out", str(out)]) == 0
-    records = report.read(out)
+    records = read(out)
     assert [record["trainer"] for record in records] == ["GRPOTrainer", "DRPOTrainer"]
     assert all(record["gradient_error"] <= trainers.AGREEMENT and len(record["seconds"]) == 2 for record in records)
     page = tmp_path / "page.md"
@@ -379,7 +380,7 @@ def test_invariance(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backends, "INTERPRETING", False)
     out = tmp_path / "invariance.jsonl"
     assert invariance.main(["--quick", "--device", "cpu", "--dtypes", "float32", "--out", str(out)]) == 0
-    records = report.read(out)
+    records = read(out)
     measured = [record for record in records if record["method"] == "default"]
     assert {record["status"] for record in measured} == {"ok"}
     assert measured[-1]["variation"] == "run again" and not any(measured[-1]["changed"].values())

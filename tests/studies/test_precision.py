@@ -11,6 +11,7 @@ import torch
 
 import drpo_kernels as dk
 from benchmarks import report
+from benchmarks.harness.records import read
 from benchmarks.harness.workloads import Shape
 from benchmarks.precision import mismatch, recipes, regimes
 from benchmarks.precision import study as precision
@@ -141,7 +142,7 @@ def quick(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", version)
         assert precision.main(["--quick", "--regimes", "moderate", "softcap", "--out", str(folder)]) == 0
-    return folder, report.read(folder / precision.NAME)
+    return folder, read(folder / precision.NAME)
 
 
 def test_quick_run(quick):
@@ -191,7 +192,7 @@ def test_page_and_blocks(quick, block, capsys, tmp_path):
 def test_the_page_shows_the_results_that_are_there():
     """The tables are those of the results, the pictures exist, and the option's documentation quotes the study."""
     results = precision.FOLDER / precision.NAME
-    records = report.read(results)
+    records = read(results)
     for block in report.BLOCKS.values():
         if block.results.startswith("precision/"):
             assert block.render(records) in (ROOT / block.page).read_text(encoding="utf-8"), block.name

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.harness.records import read
 from benchmarks.harness.workloads import MODELS
-from benchmarks.report import read
 from benchmarks.roofline import __main__ as command
 from benchmarks.roofline import bars, charges, chips, measured, predict, tables
 from benchmarks.roofline.chips import CHIPS, Assumption, Figure

@@ -7,8 +7,9 @@ import torch
 for package in ("transformers", "matplotlib", "tqdm", "rich"):
     pytest.importorskip(package)
 
-from benchmarks import report
 from benchmarks.harness import measure
+from benchmarks.harness.blocks import NOT_YET
+from benchmarks.harness.records import read
 from benchmarks.harness.workloads import Shape, make_inputs
 from benchmarks.sparsity import plots as sparsity_plots
 from benchmarks.sparsity import study as sparsity
@@ -114,7 +115,7 @@ def records(tmp_path_factory):
 
 
 def test_parts_are_kept_in_order(records):
-    found = report.read(records)
+    found = read(records)
     assert list(dict.fromkeys(record["part"] for record in found)) == ["speed", "ways", "regimes"]
     assert all(record["benchmark"] == "sparsity" and record["commit"] for record in found)
     commands = {record["part"]: record["command"] for record in found}
@@ -122,18 +123,18 @@ def test_parts_are_kept_in_order(records):
 
 
 def test_tables(records):
-    found = report.read(records)
-    speed = report.render_sparse_speed(found)
+    found = read(records)
+    speed = sparsity_tables.render_speed(found)
     assert "| mixed entropies | 0.064, 0.96 | 0.01 |" in speed and "random inputs" in speed
-    assert "spread evenly (this package)" in report.render_sparsity("ways", sparsity_tables.ways, found)
-    over_tolerance = report.render_sparsity("regimes", sparsity_tables.regimes, found)
+    assert "spread evenly (this package)" in sparsity_tables.render_part("ways", sparsity_tables.ways, found)
+    over_tolerance = sparsity_tables.render_part("regimes", sparsity_tables.regimes, found)
     assert over_tolerance.count("| trained-looking, large logits |") == 2
-    assert report.render_sparsity("demo", sparsity_tables.demo, found) == report.NOT_YET
-    assert report.render_sparse_speed([]) == report.NOT_YET
+    assert sparsity_tables.render_part("demo", sparsity_tables.demo, found) == NOT_YET
+    assert sparsity_tables.render_speed([]) == NOT_YET
 
 
 def test_regimes_record_what_bounds_promise(records):
-    for record in sparsity_tables.of_part(report.read(records), "regimes"):
+    for record in sparsity_tables.of_part(read(records), "regimes"):
         if record["dtype"] == "float32":
             for tolerance, found in record["over_tolerance"].items():
                 assert found["drpo/left_out_share_max"] <= float(tolerance)
@@ -141,7 +142,7 @@ def test_regimes_record_what_bounds_promise(records):
 
 
 def test_pictures(records, tmp_path):
-    sparsity_plots.draw(report.read(records), tmp_path, "sparsity")
+    sparsity_plots.draw(read(records), tmp_path, "sparsity")
     for name in ("sparsity_speed.png", "sparsity_error.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 8000
 
@@ -150,9 +151,9 @@ def test_the_trained_demo(tmp_path):
     """Its own quick run, in which nothing is learnt."""
     out = tmp_path / "sparsity.jsonl"
     assert sparsity.main(["--quick", "--parts", "demo", "--out", str(out)]) == 0
-    (record,) = report.read(out)
+    (record,) = read(out)
     assert record["shape"]["vocab"] == 14 and set(record["over_tolerance"]) == {str(t) for t in sparsity.TOLERANCES}
-    text = report.render_sparsity("demo", sparsity_tables.demo, [record])
+    text = sparsity_tables.render_part("demo", sparsity_tables.demo, [record])
     assert text.startswith("T=") and "| 0.01 | " in text
 
 
@@ -171,6 +172,6 @@ def test_paired_rewards():
 def test_runs_that_are_paired(tmp_path):
     out = tmp_path / "sparsity.jsonl"
     assert sparsity.main(["--quick", "--parts", "learning", "--out", str(out)]) == 0
-    records = report.read(out)
+    records = read(out)
     assert [(record["seed"], record["sparse_grad"]) for record in records] == [(0, 0.0), (0, 0.01), (1, 0.0), (1, 0.01)]
     assert all(0 <= record[name] <= 1 for record in records for name in ("sampled", "greedy"))

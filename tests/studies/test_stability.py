@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from benchmarks.harness.provenance import provenance
+from benchmarks.harness.records import read
 from benchmarks.stability import __main__ as command
 from benchmarks.stability import engine, grid, outcomes, report, statistics, verdicts
 from benchmarks.stability.drawing import COLOURS, spread
@@ -268,7 +269,7 @@ def test_labels_keep_their_distance():
 
 
 def records_of(path):
-    return [{k: v for k, v in record.items() if k not in PROVENANCE} for record in grid.read(path)]
+    return [{k: v for k, v in record.items() if k not in PROVENANCE} for record in read(path)]
 
 
 def run_missing(jobs, folder):
@@ -282,7 +283,7 @@ def test_smoke_grid(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "SWEEP_SEEDS", (100,))
     options = ["--smoke", "--seeds", "2", "--workers", "1", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
     assert command.main([*options, "--methods", *TWO, "--settings", "on-policy", "stale"]) == 0
-    found = grid.read(tmp_path / "runs.jsonl")
+    found = read(tmp_path / "runs.jsonl")
     assert len(found) == 2 * 2 + 2 * 2 * 2
     jobs = [grid.job_of(record) for record in found]
     assert jobs == sorted(jobs) and len(set(jobs)) == len(jobs)
@@ -425,7 +426,7 @@ def test_report_of_nothing(tmp_path, capsys):
 
 def test_two_rates_of_a_method_are_an_error(written):
     path = written({("PPO", "stale", (0,)): 0.8})
-    record = grid.read(path)[0]
+    record = read(path)[0]
     path.write_text("".join(json.dumps(record | {"lr": lr}) + "\n" for lr in (1e-3, 2e-3)), encoding="utf-8")
     with pytest.raises(ValueError, match="two runs of PPO, stale, seed 0"):
         outcomes.load(path)
