@@ -23,7 +23,6 @@ from drpo_kernels import DRPO
 from drpo_kernels.backends.rows import Outcome
 from drpo_kernels.inputs import LinearSource, Problem, policy_inputs
 from drpo_kernels.options import PolicyOptions
-from drpo_kernels.policy_loss import fused_route
 
 RESULTS = ROOT / "bench_results" / "invariance.jsonl"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -58,7 +57,7 @@ class Batch:
         chosen = PolicyOptions(objective=DRPO(delta=0.2), reduction="token-sum", entropy_coef=0.01, **options)
         source = LinearSource(*leaves, None)
         problem = Problem.checked(source, targets, self.mask[rows] if masked else None, chosen)
-        loss, outcome = fused_route(policy_inputs(problem, old, advantages))
+        loss, outcome = problem.source.policy_loss(policy_inputs(problem, old, advantages))
         return outcome, *torch.autograd.grad(loss, leaves)
 
 

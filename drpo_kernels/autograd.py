@@ -99,10 +99,11 @@ class LinearPolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, loss_scale, spec, wanted):
+    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, loss_scale, spec, needs_grad, sparse):
         rows = rows if loss_scale == 1 else _scaled(rows, loss_scale)
-        outcome, *gradients = ops.linear_policy(hidden, weight, bias, targets, rows, main_grad, spec, wanted)
-        ctx.wanted = [wanted[0], wanted[1] and main_grad is None, wanted[2]]
+        sweep = (ops.sparse_policy if sparse else ops.linear_policy).on(hidden)
+        outcome, *gradients = sweep(hidden, weight, bias, targets, rows, main_grad, spec, needs_grad)
+        ctx.needs_grad = [needs_grad[0], needs_grad[1] and main_grad is None, needs_grad[2]]
         ctx.spec, ctx.declares, ctx.loss_scale = spec, main_grad is not None, loss_scale
         ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
         ctx.save_for_backward(*gradients)
@@ -115,7 +116,7 @@ class LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, _):
         if upstream is None:  # what the loss went into has no gradient
-            return (None,) * 9
+            return (None,) * 10
         _spend(ctx, "linear_policy_loss")
         factor = upstream
         if ctx.loss_scale != 1:
@@ -124,10 +125,10 @@ class LinearPolicyLoss(torch.autograd.Function):
         if ctx.declares:
             _assert_declared(factor, ctx.loss_scale)
         gradients = [
-            _finished(gradient, factor, dtype, ctx.spec) if want else None
-            for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+            _finished(gradient, factor, dtype, ctx.spec) if needed else None
+            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 7
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -138,10 +139,10 @@ class LinearLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, spec, wanted):
-        statistics = ops.linear_statistics(hidden, weight, bias, targets, rows, spec)
+    def forward(ctx, hidden, weight, bias, targets, rows, main_grad, spec, needs_grad):
+        statistics = ops.linear_statistics.on(hidden)(hidden, weight, bias, targets, rows, spec)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, statistics)
-        ctx.spec, ctx.wanted = spec, wanted
+        ctx.spec, ctx.needs_grad = spec, needs_grad
         ctx.main_grad = main_grad  # not saved: it may change before the backward, and is only added to
         ctx.set_materialize_grads(False)
         return tuple(statistics[stat].clone() for stat in DIFFERENTIABLE)
@@ -153,9 +154,12 @@ class LinearLogprobs(torch.autograd.Function):
         if slopes is None:
             return (None,) * 8
         saved = ctx.saved_tensors  # read once: the hooks of activation checkpointing give each tensor a single time
-        gradients = ops.linear_recompute(*saved, slopes, ctx.main_grad, ctx.spec, ctx.wanted)
-        returned = [ctx.wanted[0], ctx.wanted[1] and ctx.main_grad is None, ctx.wanted[2]]
-        gradients = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, saved[:3], returned, strict=True)]
+        gradients = ops.linear_recompute.on(slopes)(*saved, slopes, ctx.main_grad, ctx.spec, ctx.needs_grad)
+        returned = [ctx.needs_grad[0], ctx.needs_grad[1] and ctx.main_grad is None, ctx.needs_grad[2]]
+        gradients = [
+            gradient.to(x.dtype) if needed else None
+            for gradient, x, needed in zip(gradients, saved[:3], returned, strict=True)
+        ]
         return *gradients, *[None] * 5
 
 
@@ -164,8 +168,8 @@ class ReadyPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, rows, spec, with_gradient, inplace):
-        outcome, gradient, undo = ops.ready_policy(logits, targets, rows, spec, with_gradient, inplace)
-        ctx.save_for_backward(gradient, undo)
+        outcome, gradient, unscale = ops.ready_policy.on(logits)(logits, targets, rows, spec, with_gradient, inplace)
+        ctx.save_for_backward(gradient, unscale)
         ctx.spec = spec
         ctx.mark_non_differentiable(outcome)
         ctx.set_materialize_grads(False)
@@ -177,8 +181,8 @@ class ReadyPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         _spend(ctx, "policy_loss")
-        gradient, undo = ctx.saved_tensors
-        return _finished(gradient, upstream * undo, gradient.dtype, ctx.spec), None, None, None, None, None
+        gradient, unscale = ctx.saved_tensors
+        return _finished(gradient, upstream * unscale, gradient.dtype, ctx.spec), None, None, None, None, None
 
 
 class ReadyLogprobs(torch.autograd.Function):
@@ -186,7 +190,7 @@ class ReadyLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, rows, spec):
-        statistics = ops.ready_statistics(logits, targets, rows, spec)
+        statistics = ops.ready_statistics.on(logits)(logits, targets, rows, spec)
         ctx.save_for_backward(logits, targets, rows, statistics)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
@@ -198,9 +202,9 @@ class ReadyLogprobs(torch.autograd.Function):
         slopes = _slopes(*slopes)
         if slopes is None:
             return (None,) * 4
-        gradient, undo = ops.ready_gradient(*ctx.saved_tensors, slopes, ctx.spec)
+        gradient, unscale = ops.ready_gradient.on(slopes)(*ctx.saved_tensors, slopes, ctx.spec)
         if gradient.dtype == torch.float16:
-            gradient = _finished(gradient, undo, gradient.dtype, ctx.spec)
+            gradient = _finished(gradient, unscale, gradient.dtype, ctx.spec)
         return gradient, None, None, None
 
 
@@ -208,13 +212,13 @@ class KeptLogits(torch.autograd.Function):
     """(hidden [..., H], weight [V, H], bias, ids [N, K]) -> logits [N, K] of those entries, 0 where ids are below 0."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, spec, wanted):
+    def forward(ctx, hidden, weight, bias, ids, spec, needs_grad):
         ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.spec, ctx.wanted = spec, wanted
-        return ops.kept_logits(hidden, weight, bias, ids, spec)
+        ctx.spec, ctx.needs_grad = spec, needs_grad
+        return ops.kept_logits.on(hidden)(hidden, weight, bias, ids, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slopes):
-        gradients = ops.kept_gradients(*ctx.saved_tensors, slopes.contiguous(), ctx.spec, ctx.wanted)
-        return *(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)), None, None, None
+        gradients = ops.kept_gradients.on(slopes)(*ctx.saved_tensors, slopes.contiguous(), ctx.spec, ctx.needs_grad)
+        return *(g if needed else None for g, needed in zip(gradients, ctx.needs_grad, strict=True)), None, None, None

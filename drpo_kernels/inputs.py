@@ -10,12 +10,17 @@ from drpo_kernels import validation
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
 from drpo_kernels.autograd import KeptLogits, LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
-from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
-from drpo_kernels.backends.sweep import Execution
+from drpo_kernels.backends.row_loss import recordable
+from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform
+from drpo_kernels.backends.spec import Execution, Spec, op_spec
 from drpo_kernels.graphs import positions
-from drpo_kernels.ops import Spec, op_spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
+
+# The fields of an `Execution` that are options of the same name.
+EXECUTION_OPTIONS = (
+    "logits_dtype", "workspace_bytes", "vocab_shard", "head_dtype", "batch_invariant", "sparse_grad",
+)  # fmt: skip
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,17 +49,21 @@ class LinearSource:
         self.lead, self.vocab = hidden.shape[:-1], weight.shape[0]
         self.compute_dtype = autocast if autocast and hidden.dtype != torch.float64 else hidden.dtype
         with_gradient = torch.is_grad_enabled()
-        self.wanted = [with_gradient and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        validation.check_main_grad(main_grad, loss_scale, weight, self.compute_dtype, self.wanted[1])
+        self.needs_grad = [with_gradient and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        validation.check_main_grad(main_grad, loss_scale, weight, self.compute_dtype, self.needs_grad[1])
         self.main_grad, self.loss_scale = main_grad, loss_scale
 
-    def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        inputs = self.tensor, self.weight, self.bias, targets, rows, self.main_grad, float(self.loss_scale)
-        return LinearPolicyLoss.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
+    def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
+        """The fused route -> (loss, outcome [len(Outcome), N])."""
+        spec = inputs.problem.spec(inputs.terms, inputs.every_row)
+        return LinearPolicyLoss.apply(
+            self.tensor, self.weight, self.bias, inputs.problem.flat_targets, inputs.rows, self.main_grad,
+            float(self.loss_scale), op_spec(spec, self.tensor), self.needs_grad, bool(spec.execution.sparse_grad),
+        )  # fmt: skip
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
         inputs = self.tensor, self.weight, self.bias, targets, rows, self.main_grad
-        return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.wanted)
+        return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.needs_grad)
 
     def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
         """[N, K] of ids [N, K] int64, differentiable; a finite number where an id is below 0."""
@@ -64,7 +73,7 @@ class LinearSource:
                 x = self.selected_logits(index, spec.vocab, statistics_dtype(self.compute_dtype))
             x = x.gather(1, ids[index].clamp(min=0))
             return x.new_zeros(ids.shape).index_put((index,), x)
-        return KeptLogits.apply(self.tensor, self.weight, self.bias, ids, op_spec(spec, self.tensor), self.wanted)
+        return KeptLogits.apply(self.tensor, self.weight, self.bias, ids, op_spec(spec, self.tensor), self.needs_grad)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The naive logits of the indexed rows, for the reference."""
@@ -84,11 +93,13 @@ class ReadySource:
         self.tensor, self.inplace = logits, inplace
         self.lead, self.vocab, self.compute_dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
 
-    def policy_loss(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
+        """The fused route -> (loss, outcome [len(Outcome), N])."""
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
         # a permission: not used on strided rows, nor in a graph, whose ops may not write to what they were given
         inplace = self.inplace and self.tensor.is_contiguous() and not torch.compiler.is_compiling()
-        spec = op_spec(spec, self.tensor)
+        spec = op_spec(inputs.problem.spec(inputs.terms, inputs.every_row), self.tensor)
+        targets, rows = inputs.problem.flat_targets, inputs.rows
         return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, inplace)
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,12 +179,9 @@ class Problem:
         return recordable(self.targets.reshape(-1).to(torch.int64).contiguous())
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
-        options = self.options
-        shard = options.vocab_shard
-        execution = Execution(
-            self.backend, self.source.compute_dtype, options.logits_dtype, options.workspace_bytes, every_row, shard,
-            options.head_dtype, options.batch_invariant, float(getattr(options, "sparse_grad", 0.0)),
-        )  # fmt: skip
+        options, shard = self.options, self.options.vocab_shard
+        shared = {name: getattr(options, name) for name in EXECUTION_OPTIONS if hasattr(options, name)}
+        execution = Execution(self.backend, self.source.compute_dtype, every_row, **shared)
         local_vocab = self.vocab if shard is None else shard.real_rows(self.vocab)
         return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)
 
@@ -217,6 +225,11 @@ class PolicyInputs:
     unscorable: Tensor  # in the mask, but without an old log-prob
     given: Tensor | None  # the old log-probs as they came, [N]
     sequences: Sequences | None
+
+    @property
+    def every_row(self) -> bool:
+        """Whether SKIPPED rows are swept too, so that no count is read back from the device."""
+        return self.problem.options.compact == "none"
 
     @property
     def computed(self) -> Tensor:

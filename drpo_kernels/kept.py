@@ -28,8 +28,6 @@ def on_kept_ids(
     Raises TypeError or ValueError for malformed arguments and, where values are checked, for a token that is not among
     its own kept ids; where they are not, such a token's log-prob is NaN.
     """
-    if options.kept_ids is None:
-        return source, targets, options
     problem = Problem.checked(source, targets, mask, options)
     valid = problem.unmasked
     if isinstance(old_logprobs, Tensor) and old_logprobs.is_floating_point() and old_logprobs.shape == valid.shape:

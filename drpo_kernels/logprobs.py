@@ -52,7 +52,8 @@ def _token_logprobs(
 ) -> tuple[Tensor, ...]:
     if not isinstance(return_logsumexp, bool):
         raise TypeError(f"return_logsumexp must be True or False, got {return_logsumexp!r}")
-    source, targets, options = on_kept_ids(source, targets, mask, options)
+    if options.kept_ids is not None:
+        source, targets, options = on_kept_ids(source, targets, mask, options)
     problem = Problem.checked(source, targets, mask, options)
     rows = problem.logprob_rows()
     if problem.backend == "reference":

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
+from drpo_kernels.backends.row_loss import row_loss, row_terms
 from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
 from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.graphs import positions, traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs
 from drpo_kernels.kept import on_kept_ids
-from drpo_kernels.kl import kl_loss, kl_term
+from drpo_kernels.kl import kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objectives import DRPO, is_registered
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
-from drpo_kernels.token_losses import check_objective, token_losses
-from drpo_kernels.tokens import Tokens
+from drpo_kernels.token_losses import check_objective
 
 
 class PolicyLossOutput(NamedTuple):
@@ -111,7 +111,8 @@ def linear_policy_loss(
     """
     options = _options(options)
     source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
-    source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
+    if options.kept_ids is not None:
+        source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
     return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
 
 
@@ -137,7 +138,8 @@ def policy_loss(
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
     source, options = ReadySource(logits, inplace), _options(options)
-    source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
+    if options.kept_ids is not None:
+        source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
     return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
 
 
@@ -188,7 +190,17 @@ def _policy_loss(
 ) -> PolicyLossOutput:
     problem = Problem.checked(source, targets, mask, options)
     inputs = policy_inputs(problem, old_logprobs, advantages)
-    loss, outcome = _route(inputs)
+    objective, route = options.objective, _loss_from_logprobs
+    if not (objective.sequence_level or options.reduction == "none" or problem.backend == "reference"):
+        check_objective(objective, inputs.rows, alone=True)
+        route = source.policy_loss
+    if torch.compiler.is_compiling() and (options.vocab_shard is not None or not is_registered(objective)):
+        # imported here: torch.compiler.disable loads all of torch._dynamo
+        from drpo_kernels.uncompiled import outside_graph
+
+        loss, outcome = outside_graph(route, inputs)
+    else:
+        loss, outcome = route(inputs)
     computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
     # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
     left_out = problem.unmasked.reshape(-1) > computed
@@ -222,40 +234,6 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
     )  # fmt: skip
 
 
-def _route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """-> (loss, outcome [len(Outcome), N]) by the cheapest route that is right."""
-    recomputes = inputs.terms.objective.sequence_level or inputs.problem.options.reduction == "none"
-    route = _recompute_route if recomputes else fused_route
-    route = _reference_route if inputs.problem.backend == "reference" else route
-    sharded = inputs.problem.options.vocab_shard is not None
-    if torch.compiler.is_compiling() and (sharded or not is_registered(inputs.terms.objective)):
-        # imported here: torch.compiler.disable loads all of torch._dynamo
-        from drpo_kernels.uncompiled import outside_graph
-
-        return outside_graph(route, inputs)
-    return route(inputs)
-
-
-def fused_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    problem = inputs.problem
-    check_objective(inputs.terms.objective, inputs.rows, alone=True)
-    spec = problem.spec(inputs.terms, every_row=problem.options.compact == "none")
-    return problem.source.policy_loss(problem.flat_targets, inputs.rows, spec)
-
-
-def _recompute_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """8F: differentiable log-probs, then the loss on [N] in PyTorch: for what depends on other tokens' log-probs, or on
-    a gradient of the loss that is not known yet.
-    """
-    problem = inputs.problem
-    spec = problem.spec(every_row=problem.options.compact == "none")
-    return _loss_from_logprobs(inputs, *problem.source.logprobs(problem.flat_targets, inputs.rows, spec))
-
-
-def _reference_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    return _loss_from_logprobs(inputs, *reference_logprobs_of(inputs.problem, inputs.rows, inputs.computed))
-
-
 def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Naive log-probs, log-sum-exp and entropy of the computed rows, 0 elsewhere, [N] each and differentiable."""
     from drpo_kernels.reference import reference_logprobs, transformed
@@ -269,34 +247,24 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     return tuple(zeros.index_put((index,), part) for part in parts)
 
 
-def _loss_from_logprobs(
-    inputs: PolicyInputs, logprobs: Tensor, logsumexp: Tensor, entropy: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss from what is differentiable of each row, [N]: the formula without any of the fused machinery."""
-    rows, terms, computed = inputs.rows, inputs.terms, inputs.computed
-    old = rows[Row.OLD_LOGPROB]
-    old = torch.where(old.isnan(), logprobs.detach(), old)
-    groups = {"valid": computed, "sequences": inputs.sequences} if terms.objective.sequence_level else {}
-    tokens = Tokens(logprobs, old, rows[Row.ADVANTAGE], **groups)
-    loss = rows[Row.POLICY] * token_losses(terms.objective, tokens)
-    if terms.kl_estimator is not None:
-        reference = rows[Row.REF_LOGPROB]
-        kl = kl_loss(terms.kl_estimator, logprobs, old, reference, terms.kl_importance, terms.kl_cap)
-        loss = loss + rows[Row.KL] * kl
-    if terms.entropy_bonus:
-        loss = loss - rows[Row.ENTROPY] * entropy
-    if terms.z_loss:
-        loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
-    loss = torch.where(computed, loss, 0)
-    options, shape = inputs.problem.options, inputs.problem.targets.shape
-    slope = ops.sequence_slope(
-        logprobs.detach(),
-        old,
-        rows[Row.ADVANTAGE],
-        computed,
-        options.cu_seqlens,
-        inputs.problem.spec(terms),
-        list(shape),
-    )
-    total = loss.reshape(shape) if options.reduction == "none" else loss.sum()
-    return total, torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach()
+def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    """The loss in PyTorch from differentiable log-probs, 8F -> (loss, outcome [len(Outcome), N]).
+
+    For what the fused route cannot do: a token's loss that depends on other tokens' log-probs, a gradient of the loss
+    that is not known yet, and the reference.
+    """
+    rows, terms, problem = inputs.rows, inputs.terms, inputs.problem
+    if problem.backend == "reference":
+        values = reference_logprobs_of(problem, rows, inputs.computed)
+    else:
+        values = problem.source.logprobs(problem.flat_targets, rows, problem.spec(None, inputs.every_row))
+    groups = (inputs.computed, inputs.sequences) if terms.objective.sequence_level else ()
+    loss = row_loss(*row_terms(*values, rows, terms, *groups), rows)
+    logprobs, logsumexp, entropy = (x.detach() for x in values)
+    shape, old = problem.targets.shape, rows[Row.OLD_LOGPROB]
+    slope = ops.sequence_slope.on(rows)(
+        logprobs, torch.where(old.isnan(), logprobs, old), rows[Row.ADVANTAGE], inputs.computed,
+        problem.options.cu_seqlens, problem.spec(terms), list(shape),
+    )  # fmt: skip
+    total = loss.reshape(shape) if problem.options.reduction == "none" else loss.sum()
+    return total, torch.stack([logprobs, entropy, logsumexp, loss.detach(), slope])

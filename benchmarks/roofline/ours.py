@@ -10,7 +10,7 @@ import torch
 from benchmarks.roofline.charges import ONE_READ, SMALL_KERNELS, SMALL_KERNELS_OF_A_CHUNK, TWO_READS
 from benchmarks.roofline.work import FLOAT32, Cost, Problem, Stage, products, slices, whole_gradients, whole_logits
 from drpo_kernels.backends.devices import PRESETS
-from drpo_kernels.backends.planning import Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
+from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, SweepPlan, WeightGradient, plan
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -35,7 +35,7 @@ def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
         Storage(
             DTYPES[problem.logits_itemsize], operand, torch.float32, operand, copied=problem.itemsize if gathers else 0
         ),
-        Wanted(hidden=active > 0, weight=active > 0 and problem.trainable_head, bias=False),
+        NeedsGrad(hidden=active > 0, weight=active > 0 and problem.trainable_head, bias=False),
         workspace=problem.workspace,
     )
 

@@ -6,16 +6,18 @@ An entry is a row t with one of its kept ids v = ids[t, k]; places without one h
 That is 6H FLOP for an entry, where a row of all the vocabulary pays 6VH.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.planning import Wanted
+from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.rows import GatheredSums
 from drpo_kernels.backends.sparse.sweep import offsets_of
-from drpo_kernels.backends.sweep import Execution, Gradients
+from drpo_kernels.backends.spec import Execution, Spec
+from drpo_kernels.backends.sweep import Gradients
 from drpo_kernels.collectives import summed
 
 
@@ -32,42 +34,46 @@ class KeptEntries(NamedTuple):
 
 
 def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> KeptEntries:
-    first = 0 if execution.shard is None else execution.shard.start
+    first = 0 if execution.vocab_shard is None else execution.vocab_shard.start
     places = ((ids >= first) & (ids < first + weight.shape[0])).nonzero(as_tuple=True)
     return KeptEntries(places[0], ids[places] - first, places)
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, execution: Execution) -> Tensor:
+def kept_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, spec: Spec) -> Tensor:
     """hidden [..., H], ids [N, K] int64 -> [N, K], 0 where an id is below 0; float32, or float64 for float64 inputs.
 
     Products of operands in the compute dtype, and sums, are in that precision. With a shard every rank gets the same.
     """
+    execution = spec.execution
     entries, rows = _entries(ids, weight, execution), hidden.reshape(-1, hidden.shape[-1])
     operands = rows, entries.rows, weight, entries.columns
     values = row_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
     if bias is not None:
         values += bias[entries.columns]
     found = values.new_zeros(ids.shape).index_put_(entries.places, values)
-    return found if execution.shard is None else summed(found, execution.shard.group)
+    return found if execution.vocab_shard is None else summed(found, execution.vocab_shard.group)
 
 
-def gradients(
+def kept_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
     slopes: Tensor,
-    execution: Execution,
-    wanted: Wanted,
-) -> Gradients:
-    """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
+    spec: Spec,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`slopes` [N, K] of the logits -> gradients for hidden, weight and bias in their dtypes, each rounded once; an
+    empty tensor for one that is not needed.
+    """
+    execution, needs_grad = spec.execution, NeedsGrad(*needs_grad)
     entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
     values = slopes[entries.places]
     with_gradient = values != 0  # not those of rows that were left out
     entries, values = entries.where(with_gradient), values[with_gradient]
     found: list[Tensor | None] = [None, None, None]
-    if wanted.hidden:
-        shard = execution.shard
+    if needs_grad.hidden:
+        shard = execution.vocab_shard
         sums = shard is not None and not shard.partial_hidden_gradient
         dtype = slopes.dtype if sums else hidden.dtype
         out = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format).view(-1, hidden.shape[-1])
@@ -76,15 +82,15 @@ def gradients(
         ops.gathered_sums(weight, terms, out, execution.compute_dtype)
         out = summed(out, shard.group) if sums else out
         found[0] = out.to(hidden.dtype).view(hidden.shape)
-    if wanted.weight or wanted.bias:
+    if needs_grad.weight or needs_grad.bias:
         order = entries.columns.argsort(stable=True)  # by column, and within one by row
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
         ordered, offsets = values[order], offsets_of(counts)
-    if wanted.weight:
+    if needs_grad.weight:
         found[1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         terms = GatheredSums(entries.rows[order], ordered, offsets, columns)
         ops.gathered_sums(hidden.reshape(-1, hidden.shape[-1]), terms, found[1], execution.compute_dtype)
-    if wanted.bias:
+    if needs_grad.bias:
         found[2] = torch.zeros_like(bias)
         found[2][columns] = torch.segment_reduce(ordered, "sum", offsets=offsets).to(bias.dtype)
-    return Gradients(*found)
+    return Gradients(*found).as_tensors(hidden)

@@ -209,12 +209,12 @@ class HeadProducts(Protocol):
         """out [n, H] = dlogits [n, V] @ weight, added up in the accumulator's precision and rounded once."""
 
     def add_weight_gradient(
-        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
+        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: Tensor | None
     ) -> None:
-        """out [V, H] += undo · dlogits.T @ hidden, or = for the first chunk; `undo` is a 0-d factor or None for 1."""
+        """out [V, H] += unscale · dlogits.T @ hidden, or = for the first chunk; `unscale` is 0-d, or None for 1."""
 
-    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
-        """out [V] += undo · Σ_rows dlogits, or = for the first chunk."""
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: Tensor | None) -> None:
+        """out [V] += unscale · Σ_rows dlogits, or = for the first chunk."""
 
 
 class HeadMatmul:
@@ -273,17 +273,17 @@ class HeadMatmul:
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
 
     def add_weight_gradient(
-        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: Tensor | None
+        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: Tensor | None
     ) -> None:
-        if undo is None:
+        if unscale is None:
             product(dlogits.T, hidden, out, accumulate=not first)
             return
         for block in self._blocks(always=True):
             part = torch.empty(out[block].shape, dtype=out.dtype, device=out.device)
             product(dlogits[:, block].T, hidden, part)
-            torch.mul(part, undo, out=out[block]) if first else out[block].addcmul_(part, undo)
+            torch.mul(part, unscale, out=out[block]) if first else out[block].addcmul_(part, unscale)
 
-    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: Tensor | None) -> None:
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: Tensor | None) -> None:
         db = dlogits.sum(0, dtype=self.accumulator)
-        db = db if undo is None else db.mul_(undo)
+        db = db if unscale is None else db.mul_(unscale)
         out.copy_(db) if first else out.add_(db)

@@ -41,7 +41,7 @@ COPY_BYTES = 32 * MIB
 CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 92
 
 
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """Which gradients a linear sweep computes."""
 
     hidden: bool
@@ -232,7 +232,7 @@ def plan(
     device: DeviceProperties,
     sizes: Sizes,
     storage: Storage,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     *,
     workspace: int | None = None,
     row_multiple: int = 1,
@@ -244,7 +244,7 @@ def plan(
     `sparse`: of `sparse_grad`, whose windows are those of all rows being dense, and whose dW is always a sum.
     """
     # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
-    retains = wanted.weight and not main_grad and not sparse and storage.weight == storage.dlogits == torch.bfloat16
+    retains = needs_grad.weight and not main_grad and not sparse and storage.weight == storage.dlogits == torch.bfloat16
     retained = retains and retain_dlogits(sizes.active, sizes.hidden)
     compacts = sparse and device.type != "cpu"
     in_place, logit_bytes = storage.logits == storage.dlogits and not compacts, storage.logits.itemsize
@@ -267,7 +267,7 @@ def plan(
     in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2 and not sparse
     made = SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
-        _weight_gradient(storage, windows, wanted.weight, main_grad, sparse), compacts,
+        _weight_gradient(storage, windows, needs_grad.weight, main_grad, sparse), compacts,
         budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu", device.multiprocessors if in_tiles else 0,
     )  # fmt: skip
     if len(windows) <= 1 or sparse:

@@ -1,11 +1,13 @@
 """Row operations on logits that are ready: a chunk of the linear sweep, or the caller's own whatever its strides."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, float16_scale
+from drpo_kernels.backends.spec import Spec
 
 
 def matrices(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -34,13 +36,6 @@ def _parts(batch: RowBatch, vocab: int, out: Tensor | None) -> Iterator[tuple[sl
         yield part, piece, gradient
 
 
-def in_one(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """What consecutive rows report, side by side: [K, n] each -> [K, N]; no copy of a single one."""
-    if not parts:
-        return rows.new_empty(len(Outcome), 0)
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1)
-
-
 def statistics_rows(ops: RowOps, batch: RowBatch, vocab: int) -> Tensor:
     """Logits [..., V] of which `vocab` columns are real -> [len(Stat), N]."""
     statistics = batch.rows.new_empty(len(Stat), batch.rows.shape[1])
@@ -56,28 +51,61 @@ def gradient_rows(
 
     -> the 0-d factor that undoes a float16 scale, or None.
     """
-    undo = None
+    unscale = None
     if out.dtype == torch.float16:
         # with dz/dx; a SKIPPED row's slopes may be anything
         chained = slopes * (batch.transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])
-        scale, undo = float16_scale(torch.where(batch.rows[Row.KIND] == RowKind.ACTIVE, chained, 0))
+        scale, unscale = float16_scale(torch.where(batch.rows[Row.KIND] == RowKind.ACTIVE, chained, 0))
         slopes = slopes * scale
     for part, piece, gradient in _parts(batch, vocab, out):
         ops.write_gradient(piece, statistics[:, part], slopes[:, part], gradient)
-    return undo
+    return unscale
 
 
 def policy_rows(
-    ops: RowOps, batch: RowBatch, vocab: int, terms: Terms, out: Tensor | None, factors: Tensor | None = None
+    ops: RowOps, vocab: int, terms: Terms, batch: RowBatch, out: Tensor | None, factors: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of every row -> (outcome [len(Outcome), N], undo factor as in `gradient_rows`).
+    """The loss of every row -> (outcome [len(Outcome), N], unscale factor as in `gradient_rows`).
 
     One launch where the backend fuses these terms; else statistics, the loss on [N] in PyTorch, and the gradient.
     `factors`, of a matrix of logits [N, V], as in `RowOps.policy`.
     """
     if ops.fuses(terms) and (out is None or out.dtype != torch.float16):
         parts = [ops.policy(piece, terms, gradient, factors) for _, piece, gradient in _parts(batch, vocab, out)]
-        return in_one(parts, batch.rows), None
+        return parts[0] if len(parts) == 1 else torch.cat([batch.rows.new_empty(len(Outcome), 0), *parts], 1), None
     statistics = statistics_rows(ops, batch, vocab)
     outcome, slopes = ops.losses(statistics, batch.rows, terms)
     return outcome, None if out is None else gradient_rows(ops, batch, vocab, statistics, slopes, out)
+
+
+def ready_policy(
+    logits: Tensor, targets: Tensor, rows: Tensor, spec: Spec, with_gradient: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy loss of logits [..., V] -> (outcome [len(Outcome), N], gradient or an empty tensor, 0-d factor on it).
+    """
+    out = None
+    if with_gradient:
+        out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ops = row_ops(spec.execution.backend)
+    batch = RowBatch(logits, targets, rows, spec.transform)
+    outcome, unscale = policy_rows(ops, spec.vocab, spec.terms, batch, out)
+    if inplace and with_gradient:
+        torch.autograd.graph.increment_version(logits)
+    gradient = logits.new_empty(0) if out is None else out.detach()
+    return outcome, gradient, rows.new_ones(()) if unscale is None else unscale
+
+
+def ready_statistics(logits: Tensor, targets: Tensor, rows: Tensor, spec: Spec) -> Tensor:
+    """The log-probs' forward: statistics [len(Stat), N]."""
+    batch = RowBatch(logits, targets, rows, spec.transform)
+    return statistics_rows(row_ops(spec.execution.backend), batch, spec.vocab)
+
+
+def ready_gradient(
+    logits: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor, slopes: Tensor, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """The log-probs' backward -> (gradient [..., V], 0-d factor on it)."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    batch = RowBatch(logits, targets, rows, spec.transform)
+    unscale = gradient_rows(row_ops(spec.execution.backend), batch, spec.vocab, statistics, slopes, out)
+    return out, rows.new_ones(()) if unscale is None else unscale

@@ -12,11 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from drpo_kernels.graphs import own_graph
-from drpo_kernels.kl import kl_term
 from drpo_kernels.objectives import Objective
-from drpo_kernels.token_losses import not_differentiable, token_losses
-from drpo_kernels.tokens import Tokens
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
 # levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
@@ -222,47 +218,6 @@ def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
         return float(vocab)
     kept, left = 1 - tolerance, tolerance
     return kept * math.log(limit / kept) + left * math.log(rest / left)
-
-
-def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """`RowOps.losses` through PyTorch's autograd."""
-    logprobs, entropy, logsumexp = statistics[Stat.LOGPROB], statistics[Stat.ENTROPY], statistics[Stat.LOGSUMEXP]
-    with own_graph():
-        rows, logprobs = recordable(rows), recordable(logprobs).detach().requires_grad_()
-        old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
-        policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE]))
-        slope = derivative(policy, logprobs, terms.objective)
-        loss, total_slope = rows[Row.POLICY] * policy, rows[Row.POLICY] * slope
-        if terms.kl_estimator is not None:
-            reference, now = rows[Row.REF_LOGPROB], logprobs.detach()
-            kl, kl_slope = kl_term(terms.kl_estimator, now, old, reference, terms.kl_importance, terms.kl_cap)
-            has_kl = rows[Row.KL] != 0
-            loss = loss + torch.where(has_kl, rows[Row.KL] * kl, 0)
-            total_slope = total_slope + torch.where(has_kl, rows[Row.KL] * kl_slope, 0)
-    slopes = [total_slope]
-    if terms.z_loss or terms.entropy_bonus:
-        loss = loss + rows[Row.Z_LOSS] * logsumexp.square()
-        slopes.append(2 * rows[Row.Z_LOSS] * logsumexp)
-    if terms.entropy_bonus:
-        loss = loss - rows[Row.ENTROPY] * entropy
-        slopes.append(-rows[Row.ENTROPY])
-    loss = torch.where(rows[Row.KIND] > RowKind.SKIPPED, loss, 0)
-    return torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach(), torch.stack(slopes).detach()
-
-
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that autograd may record of one made in inference mode."""
-    if torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    return tensor.clone()
-
-
-def derivative(losses: Tensor, logprobs: Tensor, objective: Objective) -> Tensor:
-    """∂(Σ losses)/∂logprobs, [N]. Raises ValueError where the objective's losses depend on something else alone."""
-    (slope,) = torch.autograd.grad(losses.sum(), logprobs, allow_unused=True)
-    if slope is None:
-        raise not_differentiable(objective)
-    return slope
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ see planning.py, which decides all that. Nothing here knows an objective or a ke
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,36 +18,18 @@ from drpo_kernels.backends import head_products, row_ops
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.fp8_head import Fp8Logits
 from drpo_kernels.backends.matmul import HeadProducts
-from drpo_kernels.backends.planning import ChunkPlan, Sizes, Storage, SweepPlan, Wanted, WeightGradient, plan
-from drpo_kernels.backends.ready import gradient_rows, in_one, policy_rows
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
+from drpo_kernels.backends.planning import ChunkPlan, NeedsGrad, Sizes, Storage, SweepPlan, WeightGradient, plan
+from drpo_kernels.backends.ready import gradient_rows, policy_rows
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 from drpo_kernels.backends.sharded import ShardedRows
-from drpo_kernels.collectives import VocabShard, start_sum
+from drpo_kernels.backends.spec import Execution, Spec
+from drpo_kernels.collectives import start_sum
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
-# (rows of a chunk, its batch, where its dlogits go or None, where their factors go or None) -> the 0-d factor that
-# undoes a float16 scale, or None
-RowFunction = Callable[[slice, RowBatch, Tensor | None, Tensor | None], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How to run: of these, only the dtypes change what is computed.
-
-    With a `shard` the head's weight and bias are this rank's rows of it. The ranks of its group must then call with the
-    same inputs, options and `Wanted`: every chunk is a collective, and so is its dX.
-    """
-
-    backend: str
-    compute_dtype: torch.dtype
-    logits_dtype: torch.dtype | None = None
-    workspace_bytes: int | None = None
-    every_row: bool = False  # compact="none": sweep SKIPPED rows too, with no count read back from the device
-    shard: VocabShard | None = None
-    head_dtype: str | None = None  # of the logits' product alone, which it does change: see fp8_head.py
-    batch_invariant: bool = False  # products in one order: see triton/invariant.py
-    sparse_grad: float = 0.0  # the share of 1 - p_y that a row's gradient may leave out: see sparse.py
+# What a sweep does with a chunk: (its batch, further tensors of its rows, where its dlogits and their factors go) ->
+# (what its rows report [K, n] or None, the 0-d factor that takes a float16 scale back or None).
+RowFunction = Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 class Head(NamedTuple):
@@ -63,11 +45,19 @@ class Head(NamedTuple):
     transform: Transform
     main_grad: Tensor | None = None
 
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, spec: Spec, main_grad: Tensor | None = None) -> "Head":
+        return Head(weight, bias, spec.vocab, spec.transform, main_grad)
+
 
 class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+    def as_tensors(self, like: Tensor) -> tuple[Tensor, ...]:
+        """A custom op returns tensors alone, so that a gradient which is not needed is an empty one."""
+        return tuple(like.new_empty(0) if gradient is None else gradient for gradient in self)
 
 
 def stored_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,12 +91,13 @@ class LinearSweep:
         targets: Tensor,
         rows: Tensor,
         execution: Execution,
-        wanted: Wanted,
+        needs_grad: NeedsGrad,
         terms: Terms | None = None,
     ):
-        self.hidden, self.head, self.execution, self.wanted = hidden, head, execution, wanted
+        self.hidden, self.head, self.execution, self.needs_grad = hidden, head, execution, needs_grad
         self._hidden_view = _as_rows(hidden)
-        self.shard = execution.shard if execution.shard is not None and len(execution.shard.sizes) > 1 else None
+        shard = execution.vocab_shard
+        self.shard = shard if shard is not None and len(shard.sizes) > 1 else None
         ops = row_ops(execution.backend)
         ops = ops.invariant() if execution.batch_invariant else ops
         self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
@@ -115,7 +106,7 @@ class LinearSweep:
         quantized = execution.head_dtype is not None
         self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
-        self._order(targets, rows, any(wanted))
+        self._order(targets, rows, any(needs_grad))
         logits_dtype = execution.logits_dtype or self.matmul.accumulator
         self._factored = terms is not None and self.ops.factors(terms, logits_dtype, self.matmul.operand_dtype)
         self.plan = self._planned(logits_dtype)
@@ -164,7 +155,7 @@ class LinearSweep:
                 self.head.weight.dtype,
                 copied,
             ),
-            self.wanted,
+            self.needs_grad,
             workspace=self.execution.workspace_bytes,
             row_multiple=matmul.row_multiple,
             main_grad=self.head.main_grad is not None,
@@ -186,43 +177,46 @@ class LinearSweep:
         accumulator, weight = self.matmul.accumulator, self.head.weight
         hidden_dtype = stored_gradient_dtype(self.hidden.dtype)
         hidden_gradient = weight_gradient = bias_gradient = None
-        if self.wanted.hidden:
+        if self.needs_grad.hidden:
             written = self.active == self.count and not self.execution.sparse_grad  # no product writes a SKIPPED row
             make = torch.empty_like if written else torch.zeros_like
             hidden_gradient = make(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
             hidden_gradient = hidden_gradient.view(-1, self.hidden.shape[-1])
-        if self.wanted.weight and self.head.main_grad is None:
+        if self.needs_grad.weight and self.head.main_grad is None:
             make = torch.empty if self.active else torch.zeros
             dtype = weight.dtype if self.plan.weight_gradient is WeightGradient.PRODUCT else accumulator
             weight_gradient = make(weight.shape, dtype=dtype, device=weight.device)
             if self.head.vocab < weight.shape[0]:
                 weight_gradient[self.head.vocab :] = 0
-        if self.wanted.bias:
+        if self.needs_grad.bias:
             shape = self.head.bias.shape if self._factors is None else (*self.head.bias.shape, 2)
             bias_gradient = torch.zeros(shape, dtype=accumulator, device=weight.device)
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
-    def run(self, compute: RowFunction, forward_rows: bool = True) -> None:
-        """Call `compute` on every chunk and add up the gradients; `forward_rows`: those without a gradient too."""
+    def run(self, compute: RowFunction, *per_row: Tensor, forward_rows: bool = True) -> list[Tensor | None]:
+        """Call `compute` on every chunk, with the chunk's part of each tensor [K, swept] of `per_row`, and add up the
+        gradients. `forward_rows`: rows without a gradient are computed too. -> what the chunks report, in row order.
+        """
+        forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            compute(rows, self._batch(rows, self._logits[: chunk.stop - chunk.start]), None, None)
+            report, _ = compute(self._batch(rows, self._logits[: chunk.stop - chunk.start]), None, None)
+            forward.append(report)
         for window in self.plan.windows:
-            undo = self._fill(window, compute)
+            for chunk in self.plan.chunks(window):
+                rows = slice(window.start + chunk.start, window.start + chunk.stop)
+                logits = self._logits[: chunk.stop - chunk.start]
+                dlogits = logits if self._dlogits is None else self._dlogits[chunk]
+                factors = None if self._factors is None else self._factors[chunk]
+                # A window of float16 dlogits has one chunk, and so one factor.
+                report, unscale = compute(
+                    self._batch(rows, logits), *(x[:, rows] for x in per_row), dlogits, factors
+                )
+                reports.append(report)
             if self._dlogits is not None and window.stop == self.active:
-                self._logits = None  # copies of the hidden rows may take its room
-            self._accumulate(window, undo)
-
-    def _fill(self, window: slice, compute: RowFunction) -> Tensor | None:
-        """The window's dlogits, chunk by chunk; -> the last chunk's factor, which with float16 is the only one."""
-        undo = None
-        for chunk in self.plan.chunks(window):
-            rows = slice(window.start + chunk.start, window.start + chunk.stop)
-            logits = self._logits[: chunk.stop - chunk.start]
-            dlogits = logits if self._dlogits is None else self._dlogits[chunk]
-            factors = None if self._factors is None else self._factors[chunk]
-            undo = compute(rows, self._batch(rows, logits), dlogits, factors)
-        return undo
+                self._logits = logits = None  # copies of the hidden rows may take the room
+            self._accumulate(window, unscale)
+        return reports + forward
 
     def hidden_rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
@@ -251,25 +245,25 @@ class LinearSweep:
         logits = self.head_product.logits(self.hidden_rows(rows), logits)
         return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 
-    def _accumulate(self, window: slice, undo: Tensor | None) -> None:
-        """Add the window's dX, dW and db; `undo` is the 0-d factor that takes the float16 scale back, or None."""
+    def _accumulate(self, window: slice, unscale: Tensor | None) -> None:
+        """Add the window's dX, dW and db; `unscale` is the 0-d factor that takes the float16 scale back, or None."""
         first, count = window.start == 0, window.stop - window.start
         dlogits = (self._logits if self._dlogits is None else self._dlogits)[:count]
         factors = None if self._factors is None else self._factors[:count, None]
-        complete = self._add_hidden_gradient(window, dlogits, undo, factors) if self.wanted.hidden else _nothing
-        if self.wanted.weight:
+        complete = self._add_hidden_gradient(window, dlogits, unscale, factors) if self.needs_grad.hidden else _nothing
+        if self.needs_grad.weight:
             x = self.hidden_rows(window)
             if factors is not None:
                 x = torch.mul(x, factors, out=x if self._copies else torch.empty_like(x))
-            self._add_weight_gradient(dlogits, x, undo, first=first)
-        if self.wanted.bias:
+            self._add_weight_gradient(dlogits, x, unscale, first=first)
+        if self.needs_grad.bias:
             bias = self._gradients.bias[: self.head.vocab]
             if factors is None:
-                self.matmul.add_bias_gradient(dlogits, bias, first=first, undo=undo)
+                self.matmul.add_bias_gradient(dlogits, bias, first=first, unscale=unscale)
             else:  # the factors in two parts: both rounded to 16 bits, their sum is off by 2^-17
                 high = factors.to(dlogits.dtype)
                 parts = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
-                self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, undo=None)
+                self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, unscale=None)
         complete()
 
     @property
@@ -277,12 +271,12 @@ class LinearSweep:
         """What dW [V', H] is added to."""
         return (self._gradients.weight if self.head.main_grad is None else self.head.main_grad)[: self.head.vocab]
 
-    def _add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, undo: Tensor | None, first: bool) -> None:
+    def _add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, unscale: Tensor | None, first: bool) -> None:
         first = first and self.head.main_grad is None
-        self.matmul.add_weight_gradient(dlogits, hidden, self._weight_out, first=first, undo=undo)
+        self.matmul.add_weight_gradient(dlogits, hidden, self._weight_out, first=first, unscale=unscale)
 
     def _add_hidden_gradient(
-        self, window: slice | Tensor, dlogits: Tensor, undo: Tensor | None, factors: Tensor | None = None
+        self, window: slice | Tensor, dlogits: Tensor, unscale: Tensor | None, factors: Tensor | None = None
     ) -> Callable[[], None]:
         """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
 
@@ -306,14 +300,14 @@ class LinearSweep:
         complete = _nothing
         ranged = isinstance(window, slice)
         if direct and self.index is None and ranged:
-            self._hidden_gradient(dlogits, gradient[window], undo, factors)
+            self._hidden_gradient(dlogits, gradient[window], unscale, factors)
             return complete
         for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
             rows = slice(window.start + piece.start, window.start + piece.stop) if ranged else window[piece]
             dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
-            self._hidden_gradient(dlogits[piece], dx, undo)
+            self._hidden_gradient(dlogits[piece], dx, unscale)
             part = None if factors is None else factors[piece]
             complete = partial(place, rows, dx, part, start_sum(dx, self.shard.group) if sums else _nothing)
         return complete
@@ -324,17 +318,24 @@ class LinearSweep:
             if factor is not None:
                 out.mul_(factor)
 
-    def gradients(self) -> Gradients:
-        """The finished gradients, in the dtype they are stored in until the backward."""
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The finished gradients, in the dtype they are stored in until the backward; an empty tensor where none is
+        needed.
+        """
         self._logits = self._dlogits = None  # the casts need the room
         hidden, weight, bias = self._gradients
         bias = bias if bias is None or self._factors is None else bias.sum(1)
         hidden = hidden if hidden is None else hidden.view(self.hidden.shape)
         pairs = zip((hidden, weight, bias), (self.hidden, self.head.weight, self.head.bias), strict=True)
-        return Gradients(*(g if g is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs))
+        stored = Gradients(*(g if g is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs))
+        return stored.as_tensors(self.hidden)
 
-    def scatter(self, swept: Tensor) -> Tensor:
-        """Per-row results of the swept rows back in the caller's order, zero elsewhere: [K, swept] -> [K, N]."""
+    def scatter(self, reports: list[Tensor], fields: int) -> Tensor:
+        """What the chunks report, [fields, n] each, in the caller's order: [fields, N], 0 where a row was not swept."""
+        if len(reports) == 1:
+            swept = reports[0]
+        else:
+            swept = torch.cat([self.rows.new_empty(fields, 0), *reports], 1)
         if self.index is None:
             return swept
         return swept.new_zeros(swept.shape[0], self.count).index_copy_(1, self.index, swept)
@@ -350,57 +351,61 @@ def exact_products() -> contextlib.AbstractContextManager:
 
 
 def policy_sweep(
-    hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
-) -> tuple[Tensor, Gradients]:
-    """The fused route -> (outcome [len(Outcome), N], gradients of the summed loss).
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    main_grad: Tensor | None,
+    spec: Spec,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The fused route, 6F with both gradients, 4F with a frozen head, 2F with none.
 
-    hidden [..., H] of N rows, with any strides; targets [N], rows [len(Row), N].
-    6F with both gradients, 4F with a frozen head, 2F with none.
+    hidden [..., H] of N rows, with any strides; targets [N]; rows [len(Row), N].
+    -> (outcome [len(Outcome), N], gradients of the summed loss for hidden, weight and bias). An empty tensor stands for
+    a gradient that is not needed, and for the weight's where it was added to `main_grad` [V, H].
     """
-    outcomes: dict[int, Tensor] = {}  # by the first row of the chunk
-
-    def compute(chunk: slice, batch: RowBatch, dlogits: Tensor | None, factors: Tensor | None) -> Tensor | None:
-        outcomes[chunk.start], undo = policy_rows(sweep.ops, batch, head.vocab, terms, dlogits, factors)
-        return undo
-
+    head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
     with exact_products():
-        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted, terms)
-        sweep.run(compute)
-        outcome = in_one([outcomes[start] for start in sorted(outcomes)], rows)
-        return sweep.scatter(outcome), sweep.gradients()
+        sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad, spec.terms)
+        reports = sweep.run(partial(policy_rows, sweep.ops, head.vocab, spec.terms))
+        return sweep.scatter(reports, len(Outcome)), *sweep.gradients()
 
 
-def statistics_sweep(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution) -> Tensor:
+def statistics_sweep(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: Spec
+) -> Tensor:
     """The recompute route's forward, 2F: statistics [len(Stat), N]."""
     with exact_products():
-        sweep = LinearSweep(hidden, head, targets, rows, execution, Wanted(False, False, False))
-        statistics = rows.new_empty(len(Stat), sweep.swept)
-
-        def compute(chunk: slice, batch: RowBatch, *_: Tensor | None) -> None:
-            statistics[:, chunk] = sweep.ops.statistics(batch)
-
-        sweep.run(compute)
-        return sweep.scatter(statistics)
+        head, no_gradient = Head.of(weight, bias, spec), NeedsGrad(False, False, False)
+        sweep = LinearSweep(hidden, head, targets, rows, spec.execution, no_gradient)
+        return sweep.scatter(sweep.run(lambda batch, *_: (sweep.ops.statistics(batch), None)), len(Stat))
 
 
 def recompute_sweep(
     hidden: Tensor,
-    head: Head,
+    weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     rows: Tensor,
     statistics: Tensor,
     slopes: Tensor,
-    execution: Execution,
-    wanted: Wanted,
-) -> Gradients:
-    """The recompute route's backward, 6F: gradients of Σ slopes · (logprob, logsumexp, entropy)."""
+    main_grad: Tensor | None,
+    spec: Spec,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The recompute route's backward, 6F: the gradients of Σ slopes · (logprob, logsumexp, entropy), returned as those
+    of `policy_sweep` are.
+    """
+    head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
     with exact_products():
-        sweep = LinearSweep(hidden, head, targets, rows, execution, wanted)
+        sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad)
         if sweep.index is not None:
             statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
 
-        def compute(chunk: slice, batch: RowBatch, dlogits: Tensor, _: None) -> Tensor | None:
-            return gradient_rows(sweep.ops, batch, head.vocab, statistics[:, chunk], slopes[:, chunk], dlogits)
+        def compute(batch: RowBatch, statistics: Tensor, slopes: Tensor, dlogits: Tensor, _: None):
+            return None, gradient_rows(sweep.ops, batch, head.vocab, statistics, slopes, dlogits)
 
-        sweep.run(compute, forward_rows=False)
+        sweep.run(compute, statistics, slopes, forward_rows=False)
         return sweep.gradients()

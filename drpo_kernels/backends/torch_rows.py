@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drpo_kernels.backends.entries import above, fewest, too_flat
 from drpo_kernels.backends.matmul import cast_rows
+from drpo_kernels.backends.row_loss import row_losses
 from drpo_kernels.backends.rows import (
     LEAST_OTHERS,
     GatheredSums,
@@ -25,7 +26,6 @@ from drpo_kernels.backends.rows import (
     Slope,
     Stat,
     Terms,
-    row_losses,
 )
 from drpo_kernels.softcap import tanh_slope
 

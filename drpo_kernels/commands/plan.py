@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from drpo_kernels.backends.devices import GIB, PRESETS, DeviceProperties, device_properties
-from drpo_kernels.backends.planning import Sizes, Storage, SweepPlan, Wanted, plan
+from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, SweepPlan, plan
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,13 +31,13 @@ def plan_for(device: DeviceProperties, options: argparse.Namespace) -> SweepPlan
     # a CPU's products upcast 16-bit operands; every GPU here multiplies them into float32
     operand = torch.float32 if device.type == "cpu" else dtype
     logits = torch.bfloat16 if options.bf16_logits else torch.float32
-    wanted = Wanted(hidden=True, weight=not options.frozen_head, bias=False)
+    needs_grad = NeedsGrad(hidden=True, weight=not options.frozen_head, bias=False)
     copied = 0 if dtype == operand else operand.itemsize
     return plan(
         device,
         Sizes(options.tokens, 0, options.hidden, options.vocab),
         Storage(logits, operand, torch.float32, dtype, copied),
-        wanted,
+        needs_grad,
         workspace=options.workspace,
         main_grad=options.main_grad,
         sparse=options.sparse_grad > 0,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from drpo_kernels.backends.rows import derivative
+from drpo_kernels.backends.row_loss import derivative
 from drpo_kernels.distributed import VocabShard
 from drpo_kernels.integrations import needs
 from drpo_kernels.logprobs import linear_token_logprobs

@@ -11,8 +11,7 @@ from drpo_kernels import autograd, backends
 from drpo_kernels.backends import planning
 from drpo_kernels.backends.devices import PRESETS, DeviceProperties
 from drpo_kernels.backends.rows import Transform
-from drpo_kernels.backends.sweep import Execution
-from drpo_kernels.ops import Spec
+from drpo_kernels.backends.spec import Execution, Spec
 from problems import SPECS, full_problem, relative
 
 pytest.importorskip("triton")

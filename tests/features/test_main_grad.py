@@ -5,9 +5,8 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from drpo_kernels import ops
 from drpo_kernels.backends.rows import Row, Terms, Transform
-from drpo_kernels.backends.sweep import Execution
+from drpo_kernels.backends.spec import Execution, Spec
 from problems import SMALL_WORKSPACE, SPECS, full_problem, random_problem, relative
 
 GRADIENTS = {torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}  # the contract's
@@ -195,7 +194,7 @@ def test_the_ops_say_what_they_write(given):
     hidden, weight, targets = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g), torch.arange(5)
     rows = 0.5 + torch.rand(len(Row), 5, generator=g)
     rows[Row.KIND], rows[Row.OLD_LOGPROB] = 2, -3
-    spec = ops.Spec(11, Transform(), Execution("torch", torch.float32), Terms(dk.DRPO()))
+    spec = Spec(11, Transform(), Execution("torch", torch.float32), Terms(dk.DRPO()))
     buffer = torch.ones(11, 8) if given else None
     words, numbers = spec.encode()
     encoded = words, torch.tensor(numbers, dtype=torch.float64)

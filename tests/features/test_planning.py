@@ -14,16 +14,17 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
-from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradient, plan
+from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient, plan
 from drpo_kernels.backends.rows import Row, RowKind, Transform
-from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
+from drpo_kernels.backends.spec import Execution
+from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.commands import plan as command
 from launcher import launch
 from problems import SPECS, full_problem, random_problem, relative
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-ALL, FROZEN = Wanted(True, True, False), Wanted(True, False, False)
+ALL, FROZEN = NeedsGrad(True, True, False), NeedsGrad(True, False, False)
 ON_A_GPU = Storage(FP32, BF16, FP32, BF16)
 STORED = [
     ON_A_GPU,
@@ -261,7 +262,7 @@ def test_ranks_on_other_gpus_cut_alike(monkeypatch):
     plans = {}
     for name, split in itertools.product(("h200", "b200"), (shard, None)):
         monkeypatch.setattr(sweep, "device_properties", lambda _, name=name: PRESETS[name])
-        execution = Execution("torch", BF16, every_row=True, workspace_bytes=GIB, shard=split)
+        execution = Execution("torch", BF16, every_row=True, workspace_bytes=GIB, vocab_shard=split)
         head = Head(weight, None, 151_936, Transform())
         plans[name, split] = LinearSweep(hidden, head, targets, rows, execution, ALL).plan.windows
     assert plans["h200", shard] == plans["b200", shard]

@@ -12,7 +12,8 @@ import drpo_kernels as dk
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Slope, Stat, Transform
 from drpo_kernels.backends.sharded import ShardedRows, combined
-from drpo_kernels.backends.sweep import Execution, Head, LinearSweep, Wanted
+from drpo_kernels.backends.spec import Execution
+from drpo_kernels.backends.sweep import Head, LinearSweep, NeedsGrad
 from drpo_kernels.distributed import VocabShard
 from problems import generator, relative
 
@@ -191,8 +192,9 @@ def test_every_rank_plans_the_same_chunks(retain):
     for rank, size in enumerate(sizes):
         place = Place(None, sizes, place=rank)
         head = Head(torch.zeros(size, hidden_size), None, place.real_rows(43), Transform())
-        execution = Execution("torch", torch.float32, workspace_bytes=2048, shard=place)
-        sweep = LinearSweep(torch.zeros(50, hidden_size), head, targets, rows, execution, Wanted(True, retain, False))
+        execution = Execution("torch", torch.float32, workspace_bytes=2048, vocab_shard=place)
+        needs_grad = NeedsGrad(True, retain, False)
+        sweep = LinearSweep(torch.zeros(50, hidden_size), head, targets, rows, execution, needs_grad)
         plans.add(sweep.plan)
     assert len(plans) == 1
     assert len(plans.pop().windows) > 1

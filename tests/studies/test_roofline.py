@@ -17,9 +17,10 @@ from benchmarks.roofline.ours import DTYPES, Design, held_bytes, linear, recompu
 from benchmarks.roofline.work import Problem, products
 from drpo_kernels.backends import sweep
 from drpo_kernels.backends.devices import PRESETS
-from drpo_kernels.backends.planning import Wanted
+from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.rows import Row, Transform
-from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
+from drpo_kernels.backends.spec import Execution
+from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.triton_support import HAS_TRITON
 
 GIB = 1 << 30
@@ -141,7 +142,7 @@ def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
         "torch", dtype, DTYPES[problem.logits_itemsize], workspace_bytes=problem.workspace, every_row=True
     )
     head = Head(weight, None, problem.vocab, Transform())
-    made = LinearSweep(hidden, head, targets, rows, execution, Wanted(True, problem.trainable_head, False))
+    made = LinearSweep(hidden, head, targets, rows, execution, NeedsGrad(True, problem.trainable_head, False))
     held = [made._logits, made._dlogits, *made._gradients]
     allocated = sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
     assert held_bytes(problem, sweep_plan(problem, problem.tokens)) == allocated

@@ -243,8 +243,8 @@ def found(case: Case, backend="torch", device="cpu", upstream=1.0, **extra) -> F
         outcomes.append(result[0].cpu().double())
         return result
 
-    sweep = ops.sparse_policy_sweep
-    with mock.patch.object(ops, "sparse_policy_sweep", spy):
+    sweep = ops.sparse_policy.function
+    with mock.patch.object(ops, "sparse_policy", ops.sparse_policy._replace(function=spy)):
         out, grads = problems.run(
             case.problem, problems.build(OBJECTIVES[case.objective][0]), backend, device, upstream,
             **{"sparse_grad": case.tau, **extra},

@@ -11,13 +11,14 @@ rows wait in coordinates, until there are as many as the plan has room for.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from drpo_kernels.backends.matmul import product
-from drpo_kernels.backends.planning import Wanted, entry_limit
+from drpo_kernels.backends.planning import NeedsGrad, entry_limit
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import (
     GatheredSums,
@@ -29,7 +30,8 @@ from drpo_kernels.backends.rows import (
     Terms,
     float16_scale,
 )
-from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep, exact_products
+from drpo_kernels.backends.spec import Spec
+from drpo_kernels.backends.sweep import Head, LinearSweep, exact_products
 
 
 class Entries(NamedTuple):
@@ -42,8 +44,8 @@ class Entries(NamedTuple):
     spread: Tensor  # what each row's dlogits leave to all V columns together, [n]
 
 
-def outcome_fields(sparse_grad: float) -> int:
-    return len(Outcome) + (len(Sparsity) if sparse_grad else 0)
+# fields that a row reports
+SPARSE_OUTCOME = len(Outcome) + len(Sparsity)
 
 
 class SparseSweep(LinearSweep):
@@ -54,7 +56,7 @@ class SparseSweep(LinearSweep):
         for chunk in self.plan.forward:
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
             batch = self._batch(rows, self._logits[: chunk.stop - chunk.start])
-            outcome[: len(Outcome), rows] = policy_rows(self.ops, batch, self.head.vocab, terms, None)[0]
+            outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, batch, None)[0]
         self._waiting = self._logits if self._dlogits is None else self._dlogits  # of dense rows, the first `_filled`
         self._dense: list[Tensor] = []  # their positions
         self._filled, self._products = 0, 0
@@ -105,21 +107,21 @@ class SparseSweep(LinearSweep):
         """Write the dense rows' dlogits behind those that wait."""
         out = self._waiting[self._filled : self._filled + len(dense)]
         batch = batch._replace(targets=batch.targets[dense], rows=batch.rows[:, dense], order=dense)
-        undo = gradient_rows(self.ops, batch, self.head.vocab, statistics[:, dense], slopes[:, dense], out)
+        unscale = gradient_rows(self.ops, batch, self.head.vocab, statistics[:, dense], slopes[:, dense], out)
         self._dense.append(start + dense)
         self._filled += len(dense)
-        if undo is not None:  # a float16 scale is of one chunk
-            self._flush(undo)
+        if unscale is not None:  # a float16 scale is of one chunk
+            self._flush(unscale)
 
     def _coordinates(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
         slope = slope * batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
         values = -slope[chosen.rows] * chosen.weights
         spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
-        if self.wanted.weight:
+        if self.needs_grad.weight:
             product(spread[None], self.hidden_rows(rows).to(spread.dtype), self._to_all, accumulate=True)
         return Entries(chosen.counts, rows.start + chosen.rows, chosen.columns, values, spread)
 
-    def _flush(self, undo: Tensor | None = None, last: bool = False) -> None:
+    def _flush(self, unscale: Tensor | None = None, last: bool = False) -> None:
         """dX, dW and db of the dense rows that wait. `last`, before entries are added: and what all columns get, as one
         more row of the window, so that dW is read and written once for both.
         """
@@ -129,20 +131,22 @@ class SparseSweep(LinearSweep):
             return
         rows = torch.cat([self._to_all.new_empty(0, dtype=torch.int64), *self._dense])
         dlogits, x, vocab = self._waiting[: self._filled], self.hidden_rows(rows), self.head.vocab
-        complete = self._add_hidden_gradient(rows, dlogits, undo) if self.wanted.hidden and self._filled else None
-        if self.wanted.bias and self._filled:
+        complete = None
+        if self.needs_grad.hidden and self._filled:
+            complete = self._add_hidden_gradient(rows, dlogits, unscale)
+        if self.needs_grad.bias and self._filled:
             bias = self._gradients.bias[:vocab]
-            self.matmul.add_bias_gradient(dlogits, bias, first=not self._products, undo=undo)
-        if self.wanted.weight:
+            self.matmul.add_bias_gradient(dlogits, bias, first=not self._products, unscale=unscale)
+        if self.needs_grad.weight:
             if last:
                 to_all = self._to_all / vocab
                 if x.dtype == torch.float16:  # nothing else waits: each of its chunks has been flushed
-                    scale, undo = float16_scale(to_all)
+                    scale, unscale = float16_scale(to_all)
                     to_all = to_all * scale
                 dlogits, x = self._waiting[: self._filled + 1], torch.cat([x, to_all.to(x.dtype)])
                 dlogits[-1] = 1
                 self._to_all.zero_()
-            self._add_weight_gradient(dlogits, x, undo, first=not self._products)
+            self._add_weight_gradient(dlogits, x, unscale, first=not self._products)
         if complete is not None:
             complete()
         self._dense, self._filled, self._products = [], 0, self._products + 1
@@ -151,9 +155,9 @@ class SparseSweep(LinearSweep):
         """The sparse rows whose entries wait."""
         entries = Entries(*(torch.cat(x) for x in zip(*self._entries, strict=True)))
         self._entries = []
-        if self.wanted.hidden:
+        if self.needs_grad.hidden:
             self._add_to_hidden(entries)
-        if self.wanted.weight or self.wanted.bias:
+        if self.needs_grad.weight or self.needs_grad.bias:
             self._add_to_head(entries)
         self._added += len(entries.counts)
 
@@ -175,13 +179,13 @@ class SparseSweep(LinearSweep):
         order = entries.columns.argsort(stable=True)  # by column, and within one by row
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
         values, offsets = entries.values[order], offsets_of(counts)
-        if self.wanted.weight:
+        if self.needs_grad.weight:
             table, rows = self._hidden_view, self._places(entries.rows[order])
             if table is None:
                 table, rows = self._selected(slice(0, self.active)), entries.rows[order]
             sums = GatheredSums(rows, values, offsets, columns)
             self.ops.gathered_sums(table, sums, self._weight_out, self.execution.compute_dtype)
-        if self.wanted.bias:
+        if self.needs_grad.bias:
             bias = self._gradients.bias[: self.head.vocab]
             bias += entries.spread.sum() / self.head.vocab
             bias[columns] += torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
@@ -197,11 +201,19 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 
 def sparse_policy_sweep(
-    hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, terms: Terms, execution: Execution, wanted: Wanted
-) -> tuple[Tensor, Gradients]:
-    """`policy_sweep` with `execution.sparse_grad` -> (outcome [len(Outcome) + len(Sparsity), N], gradients)."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    main_grad: Tensor | None,
+    spec: Spec,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`policy_sweep` with `sparse_grad` -> (outcome [len(Outcome) + len(Sparsity), N], gradients)."""
+    head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
     with exact_products():
-        sweep = SparseSweep(hidden, head, targets, rows, execution, wanted)
-        outcome = rows.new_zeros(outcome_fields(execution.sparse_grad), sweep.swept)
-        sweep.run_sparse(terms, outcome)
-        return sweep.scatter(outcome), sweep.gradients()
+        sweep = SparseSweep(hidden, head, targets, rows, spec.execution, needs_grad)
+        outcome = rows.new_zeros(SPARSE_OUTCOME, sweep.swept)
+        sweep.run_sparse(spec.terms, outcome)
+        return sweep.scatter([outcome], SPARSE_OUTCOME), *sweep.gradients()

@@ -135,12 +135,12 @@ class InvariantMatmul:
         tile = self._tile(self.operand_dtype, self.weight.dtype)
         self._product(dlogits, self.weight, out, self.operand_dtype, tile)
 
-    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, undo: None) -> None:
-        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `undo`."""
+    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: None) -> None:
+        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `unscale`."""
         tile = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True)
         self._product(dlogits.T, hidden, out, self.operand_dtype, tile, accumulate=not first)
 
-    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, undo: None) -> None:
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: None) -> None:
         """out [V] += Σ_rows dlogits [n, V], or = for the first chunk."""
         rows, columns = dlogits.shape
         with _on(dlogits.device):

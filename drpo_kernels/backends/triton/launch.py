@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
+from drpo_kernels.backends.row_loss import row_losses
 from drpo_kernels.backends.rows import (
     GatheredSums,
     Outcome,
@@ -16,7 +17,6 @@ from drpo_kernels.backends.rows import (
     Stat,
     Terms,
     most_entropy,
-    row_losses,
 )
 from drpo_kernels.backends.sparse import kernels as sparse
 from drpo_kernels.backends.triton import kernels

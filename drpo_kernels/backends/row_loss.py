@@ -1,0 +1,102 @@
+"""The loss of a row in PyTorch, written once: for the routes that autograd differentiates, and for a backend that needs
+the loss and its slopes as numbers.
+
+loss_t = c_t · ℓ_t + c_kl · KL_t + c_z · (log Σ exp z_t)² - c_entropy · H_t, the coefficients packed in `rows`.
+"""
+
+import torch
+from torch import Tensor
+
+from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms
+from drpo_kernels.graphs import own_graph
+from drpo_kernels.kl import kl_loss
+from drpo_kernels.objectives import Objective
+from drpo_kernels.token_losses import not_differentiable, token_losses
+from drpo_kernels.tokens import Sequences, Tokens
+
+
+def row_terms(
+    logprobs: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    rows: Tensor,
+    terms: Terms,
+    valid: Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """-> (ℓ [N] of the policy term without its coefficient, all other terms with theirs [N], or None where there are
+    none), differentiable in logprobs, logsumexp and entropy [N]. `valid` and `sequences` are those of `Tokens`.
+    """
+    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
+    policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=valid, sequences=sequences))
+    others = None
+    if terms.kl_estimator is not None:
+        # A row without a KL term may be infinitely far from the reference, and 0 · inf is no loss and no gradient.
+        reference = rows[Row.REF_LOGPROB]
+        compared = torch.where(rows[Row.KL] != 0, logprobs, reference)
+        kl = kl_loss(terms.kl_estimator, compared, old, reference, terms.kl_importance, terms.kl_cap)
+        others = rows[Row.KL] * kl
+    if terms.z_loss:
+        z_loss = rows[Row.Z_LOSS] * logsumexp.square()
+        others = z_loss if others is None else others + z_loss
+    if terms.entropy_bonus:
+        penalty = -rows[Row.ENTROPY] * entropy
+        others = penalty if others is None else others + penalty
+    return policy, others
+
+
+def row_loss(policy: Tensor, others: Tensor | None, rows: Tensor) -> Tensor:
+    """The terms of `row_terms` added up, [N]; 0 where the row is SKIPPED."""
+    loss = rows[Row.POLICY] * policy
+    loss = loss if others is None else loss + others
+    return torch.where(rows[Row.KIND] > RowKind.SKIPPED.value, loss, 0)
+
+
+def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """`RowOps.losses` by autograd: statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+    with own_graph():
+        rows = recordable(rows)
+        values = [recordable(statistics[stat]).detach() for stat in (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)]
+        leaves = [x.requires_grad_() for x in values[: 3 if terms.entropy_bonus else 1 + terms.z_loss]]
+        policy, others = row_terms(*values, rows, terms)
+        slope = derivative(policy, leaves[0], terms.objective)
+        loss = row_loss(policy, others, rows)
+        slopes = [rows[Row.POLICY] * slope, *(torch.zeros_like(slope) for _ in leaves[1:])]
+        if others is not None:
+            found = torch.autograd.grad(others.sum(), leaves, allow_unused=True)
+            slopes = [a if b is None else a + b for a, b in zip(slopes, found, strict=True)]
+    logprobs, logsumexp, entropy = values
+    return torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach(), torch.stack(slopes)
+
+
+def policy_slope(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    valid: Tensor | None,
+    sequences: Sequences | None,
+    objective: Objective,
+) -> Tensor:
+    """∂(Σ ℓ)/∂logπ of each token, [N], of a loss that the caller's autograd differentiates."""
+    with own_graph():
+        leaf = recordable(logprobs).detach().requires_grad_()
+        valid = None if valid is None else recordable(valid)
+        tokens = Tokens(
+            leaf, recordable(old_logprobs), recordable(advantages), valid=valid, sequences=sequences
+        )
+        return derivative(token_losses(objective, tokens), leaf, objective)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may record of one made in inference mode."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def derivative(losses: Tensor, logprobs: Tensor, objective: Objective) -> Tensor:
+    """∂(Σ losses)/∂logprobs, [N]. Raises ValueError where the objective's losses depend on something else alone."""
+    (slope,) = torch.autograd.grad(losses.sum(), logprobs, allow_unused=True)
+    if slope is None:
+        raise not_differentiable(objective)
+    return slope
