@@ -16,7 +16,8 @@ from torch import Tensor
 from drpo_kernels.backends.rows import Terms, Transform
 from drpo_kernels.collectives import VocabShard
 from drpo_kernels.graphs import traced
-from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
+from drpo_kernels.objective import decode_objective, encode_objective
+from drpo_kernels.objectives import PolicyGradient
 
 
 @dataclass(frozen=True)
