@@ -11,8 +11,8 @@ from typing import Any
 
 from drpo_kernels import metrics
 from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
-from drpo_kernels.backends.planning import entry_limit
 from drpo_kernels.backends.sparse import kernels as sparse
+from drpo_kernels.backends.sparse.plan import entry_limit
 from drpo_kernels.backends.triton import invariant, kernels
 from drpo_kernels.backends.triton.kernels import WRITE_FACTORED, WRITE_GRADIENT, WRITE_NOTHING
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK

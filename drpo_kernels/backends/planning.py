@@ -28,12 +28,6 @@ CHUNK_ROWS = 512
 # reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700 TFLOP/s on 132 processors)
 # that takes as long as H / 7400 waves
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
-# an entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense one takes 4H FLOP: by an
-# H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
-COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
-LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
-# an entry takes so much while it is sorted by column and added; a quarter of the workspace, and beside it, is theirs
-ENTRY_BYTES = 80
 # beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
 COPY_BYTES = 32 * MIB
 # on a CPU, measured: two blocks of logits in float32 (torch_rows.py) and, of a weight that is cast, one block of it
@@ -109,8 +103,6 @@ class SweepPlan:
     forward: ChunkPlan  # of the rows without
     retained: bool  # one window of all rows, in place of a float32 dW
     weight_gradient: WeightGradient
-    compacts: bool = False  # dense rows are moved together, which must not meet another row's reads
-    entries: int = 0  # of sparse rows, that wait to be added together
     on_cpu: bool = False
     processors: int = 0  # that take a tile of dX each, in waves; 0: nothing is known of them
     fitting: int | None = None  # rows of a window, where fewer fill the waves better
@@ -123,7 +115,7 @@ class SweepPlan:
         over float32 logits lands on another element, which another thread of the row's program may not have loaded yet,
         and nothing orders the two: then dlogits have a buffer of their own.
         """
-        return self.storage.logits == self.storage.dlogits and not self.compacts
+        return self.storage.logits == self.storage.dlogits
 
     @property
     def logits_rows(self) -> int:
@@ -172,18 +164,15 @@ class SweepPlan:
         """All that a call takes beyond its inputs and gradients. On a CPU, whose memory is counted as it is touched, a
         gradient cast from its accumulator takes the room that logits and scratch have left.
         """
-        before = self.buffer_bytes + self.entry_bytes + self.scratch_bytes
+        before = self.held_bytes
         cast = self.on_cpu and self.weight_gradient is WeightGradient.WIDE_SUM
         later = self.sizes.vocab * self.sizes.hidden * self.storage.weight.itemsize if cast else 0
         return self.accumulator_bytes + max(before - later, 0)
 
     @property
-    def entry_bytes(self) -> int:
-        return ENTRY_BYTES * self.entries
-
-    def sparse_chunk_rows(self, limit: int) -> int:
-        """Of a chunk whose rows may all have `limit` entries: unsorted, an entry takes half as much."""
-        return max(2 * self.entries // (limit + 1), 1)
+    def held_bytes(self) -> int:
+        """What the chunk loop holds beside the gradients."""
+        return self.buffer_bytes + self.scratch_bytes
 
     @property
     def accumulator_bytes(self) -> int:
@@ -196,14 +185,19 @@ class SweepPlan:
 
     def explain(self) -> str:
         """Every choice with its bytes and its reason, a line each."""
+        choices = self._choices()
+        sizes = ("" if size is None else _readable(size) for _, size, _ in choices)
+        return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(choices, sizes, strict=True))
+
+    def _choices(self) -> list[tuple[str, int | None, str]]:
+        """(name, bytes or None, the reason) of each."""
         logits, dlogits = (str(dtype).removeprefix("torch.") for dtype in (self.storage.logits, self.storage.dlogits))
         logits_bytes = self.logits_rows * self.sizes.vocab * self.storage.logits.itemsize
         place = "over the logits" if self.in_place else "beside the logits, over which another dtype would race"
         kept = "of all rows: with the logits no more than the workspace and a float32 dW, which becomes one product"
         products = "for dX" if self.weight_gradient is WeightGradient.NONE else "each for dX and dW"
         wait = " (float32 until the backward)" if self.storage.weight == torch.float16 else ""
-        entries = [("entries", self.entry_bytes, f"{self.entries} of sparse rows, before they are added")]
-        lines = [
+        return [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
             ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
             *([("", None, self._filled())] if self.fitting else []),
@@ -211,13 +205,10 @@ class SweepPlan:
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
             *([("", None, kept)] if self.retained else []),
             ("dW", self.accumulator_bytes, self.weight_gradient.value),
-            *(entries if self.entries else []),
             *([("scratch", self.scratch_bytes, "blocks of rows and of the weight, copies, the library's own")]
               if self.on_cpu else []),
             ("together", self.total_bytes, f"beyond inputs and gradients{wait}"),
         ]  # fmt: skip
-        sizes = ("" if size is None else _readable(size) for _, size, _ in lines)
-        return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(lines, sizes, strict=True))
 
     def _filled(self) -> str:
         shares = []
@@ -237,42 +228,48 @@ def plan(
     workspace: int | None = None,
     row_multiple: int = 1,
     main_grad: bool = False,
-    sparse: bool = False,
 ) -> SweepPlan:
-    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows.
-
-    `sparse`: of `sparse_grad`, whose windows are those of all rows being dense, and whose dW is always a sum.
-    """
+    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows."""
     # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
-    retains = needs_grad.weight and not main_grad and not sparse and storage.weight == storage.dlogits == torch.bfloat16
+    retains = needs_grad.weight and not main_grad and storage.weight == storage.dlogits == torch.bfloat16
     retained = retains and retain_dlogits(sizes.active, sizes.hidden)
-    compacts = sparse and device.type != "cpu"
-    in_place, logit_bytes = storage.logits == storage.dlogits and not compacts, storage.logits.itemsize
+    in_place, logit_bytes = storage.logits == storage.dlogits, storage.logits.itemsize
     beside = 0 if in_place or retained or not sizes.active else storage.dlogits.itemsize
     budget = workspace_bytes(device, sizes.vocab, logit_bytes + beside, workspace)
-    row, copied = sizes.vocab * logit_bytes, sizes.hidden * storage.copied
-    most = _fitting(budget, row + sizes.vocab * beside, copied, row_multiple)
-    windows = ChunkPlan(sizes.active, max(sizes.active, 1)) if retained else _equal(sizes.active, most, row_multiple)
-    chunk_rows = windows.chunk_rows
-    if retained and not in_place:
-        chunk_rows = _equal(sizes.active, most).chunk_rows
-    elif beside and storage.dlogits != torch.float16:  # a float16 scale is of one chunk
-        share = 2 if sparse else 4  # with `sparse_grad` few rows wait for a window, and every chunk waits for the host
-        most = min(most, max(CHUNK_ROWS, _up(budget // share // row, ROW_MULTIPLE)))
-        room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
-        windows = _equal(sizes.active, room, row_multiple)
-        chunk_rows = _equal(windows.largest, most).chunk_rows
-    forward = _equal(sizes.forward, most)
+    windows, chunk_rows, most = cut(sizes, storage, budget, beside, 4, row_multiple)
+    if retained:
+        windows = ChunkPlan(sizes.active, max(sizes.active, 1))
+        chunk_rows = windows.chunk_rows if in_place else equal_chunks(sizes.active, most).chunk_rows
+    forward = equal_chunks(sizes.forward, most)
     # AMD's library cuts a product otherwise, and so do the products of `batch_invariant` and float32
-    in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2 and not sparse
+    in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2
     made = SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
-        _weight_gradient(storage, windows, needs_grad.weight, main_grad, sparse), compacts,
-        budget // 4 // ENTRY_BYTES if sparse else 0, device.type == "cpu", device.multiprocessors if in_tiles else 0,
+        weight_gradient(storage, needs_grad.weight, main_grad, at_once=len(windows) <= 1),
+        device.type == "cpu", device.multiprocessors if in_tiles else 0,
     )  # fmt: skip
-    if len(windows) <= 1 or sparse:
+    if len(windows) <= 1:
         return made
     return (_in_one_window(made, most, budget) if retains else None) or _in_whole_waves(made)
+
+
+def cut(
+    sizes: Sizes, storage: Storage, budget: int, beside: int, share: int, row_multiple: int = 1
+) -> tuple[ChunkPlan, int, int]:
+    """-> (windows, rows of a chunk, the most rows of logits at a time) that `budget` bytes hold.
+
+    `beside` is the bytes of an element of dlogits that have a buffer of their own, or 0. The logits then take one part
+    in `share` of the budget, and the dlogits what is left.
+    """
+    row, copied = sizes.vocab * storage.logits.itemsize, sizes.hidden * storage.copied
+    most = _fitting(budget, row + sizes.vocab * beside, copied, row_multiple)
+    windows = equal_chunks(sizes.active, most, row_multiple)
+    if not beside or storage.dlogits == torch.float16:  # a float16 scale is of one chunk
+        return windows, windows.chunk_rows, most
+    most = min(most, max(CHUNK_ROWS, _up(budget // share // row, ROW_MULTIPLE)))
+    room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
+    windows = equal_chunks(sizes.active, room, row_multiple)
+    return windows, equal_chunks(windows.largest, most).chunk_rows, most
 
 
 def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
@@ -286,9 +283,9 @@ def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
         most = min(most, (made.total_bytes - dlogits) // row)
         if dlogits + CHUNK_ROWS * row > budget + made.accumulator_bytes or most < CHUNK_ROWS // 2:
             return None
-        chunk_rows = _equal(sizes.active, most).chunk_rows
+        chunk_rows = equal_chunks(sizes.active, most).chunk_rows
     found = replace(
-        made, windows=window, chunk_rows=chunk_rows, forward=_equal(sizes.forward, most), retained=True,
+        made, windows=window, chunk_rows=chunk_rows, forward=equal_chunks(sizes.forward, most), retained=True,
         weight_gradient=WeightGradient.PRODUCT,
     )  # fmt: skip
     return found if found.total_bytes <= made.total_bytes else None
@@ -300,7 +297,7 @@ def _in_whole_waves(made: SweepPlan) -> SweepPlan:
     rows = whole_waves(made.sizes.active, fitting, made.sizes.hidden, made.processors) if made.processors else fitting
     if rows == fitting:
         return made
-    chunk_rows = rows if made.chunk_rows == fitting else _equal(rows, made.chunk_rows).chunk_rows
+    chunk_rows = rows if made.chunk_rows == fitting else equal_chunks(rows, made.chunk_rows).chunk_rows
     return replace(made, windows=ChunkPlan(made.sizes.active, rows), chunk_rows=chunk_rows, fitting=fitting)
 
 
@@ -326,17 +323,16 @@ def dx_tiles(windows: ChunkPlan, hidden: int, processors: int) -> tuple[int, int
     return count * each + last, count * -(-each // processors) - (-last // processors)
 
 
-def _weight_gradient(
-    storage: Storage, windows: ChunkPlan, wanted: bool, main_grad: bool, sparse: bool
-) -> WeightGradient:
-    if not wanted:
+def weight_gradient(storage: Storage, needed: bool, main_grad: bool, at_once: bool) -> WeightGradient:
+    """`at_once`: one product may give all of dW."""
+    if not needed:
         return WeightGradient.NONE
     if main_grad:
         return WeightGradient.MAIN_GRAD
     if storage.weight == storage.accumulator:
         return WeightGradient.OWN_SUM
     # float16 waits in float32 for the upstream scale
-    rounds = len(windows) <= 1 and not sparse and storage.weight == storage.dlogits != torch.float16
+    rounds = at_once and storage.weight == storage.dlogits != torch.float16
     return WeightGradient.PRODUCT if rounds else WeightGradient.WIDE_SUM
 
 
@@ -346,7 +342,7 @@ def _fitting(room: int, row_bytes: int, copied_bytes: int, multiple: int = 1) ->
     return max(rows // multiple, 1) * multiple
 
 
-def _equal(rows: int, fitting: int, multiple: int = 1) -> ChunkPlan:
+def equal_chunks(rows: int, fitting: int, multiple: int = 1) -> ChunkPlan:
     """The fewest chunks of at most `fitting` rows, as equal as multiples of a GEMM tile allow."""
     even = _up(-(-rows // max(-(-rows // fitting), 1)), multiple)
     rounded = _up(even, ROW_MULTIPLE)
@@ -359,12 +355,6 @@ def _readable(size: int) -> str:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def entry_limit(vocab: int, device_type: str) -> int:
-    """The most vocabulary entries of a row of `sparse_grad`: beyond, its part of the products is cheaper."""
-    columns = CPU_COLUMNS_PER_ENTRY if device_type == "cpu" else COLUMNS_PER_ENTRY
-    return min(max(vocab // columns, LEAST_ENTRIES), MOST_ENTRIES)
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:

@@ -84,6 +84,9 @@ class LinearSweep:
         dX = v ⊙ (E W)    dW = Eᵀ (v ⊙ X)    db = Eᵀ v
     """
 
+    make_plan = staticmethod(plan)
+    writes_every_row = True  # of dX, those that have a gradient
+
     def __init__(
         self,
         hidden: Tensor,
@@ -145,7 +148,7 @@ class LinearSweep:
         copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` zeroes a copy
         if self._factored and device.type != "cpu" and not self._copies:  # a copy is scaled where it is
             copied += matmul.operand_dtype.itemsize
-        return plan(
+        return self.make_plan(
             device,
             Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),
             Storage(
@@ -159,7 +162,6 @@ class LinearSweep:
             workspace=self.execution.workspace_bytes,
             row_multiple=matmul.row_multiple,
             main_grad=self.head.main_grad is not None,
-            sparse=self.execution.sparse_grad > 0,
         )
 
     def _allocate(self) -> None:
@@ -178,7 +180,7 @@ class LinearSweep:
         hidden_dtype = stored_gradient_dtype(self.hidden.dtype)
         hidden_gradient = weight_gradient = bias_gradient = None
         if self.needs_grad.hidden:
-            written = self.active == self.count and not self.execution.sparse_grad  # no product writes a SKIPPED row
+            written = self.active == self.count and self.writes_every_row  # no product writes a SKIPPED row
             make = torch.empty_like if written else torch.zeros_like
             hidden_gradient = make(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
             hidden_gradient = hidden_gradient.view(-1, self.hidden.shape[-1])

@@ -10,6 +10,7 @@ import torch
 
 from drpo_kernels.backends.devices import GIB, PRESETS, DeviceProperties, device_properties
 from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, SweepPlan, plan
+from drpo_kernels.backends.sparse.plan import sparse_plan
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,14 +34,14 @@ def plan_for(device: DeviceProperties, options: argparse.Namespace) -> SweepPlan
     logits = torch.bfloat16 if options.bf16_logits else torch.float32
     needs_grad = NeedsGrad(hidden=True, weight=not options.frozen_head, bias=False)
     copied = 0 if dtype == operand else operand.itemsize
-    return plan(
+    make_plan = sparse_plan if options.sparse_grad > 0 else plan
+    return make_plan(
         device,
         Sizes(options.tokens, 0, options.hidden, options.vocab),
         Storage(logits, operand, torch.float32, dtype, copied),
         needs_grad,
         workspace=options.workspace,
         main_grad=options.main_grad,
-        sparse=options.sparse_grad > 0,
     )
 
 

@@ -14,8 +14,9 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
-from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient, plan
+from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient
 from drpo_kernels.backends.rows import Row, RowKind, Transform
+from drpo_kernels.backends.sparse.plan import entry_limit, sparse_plan
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.backends.torch_rows import TorchRows
@@ -24,6 +25,10 @@ from launcher import launch
 from problems import SPECS, full_problem, random_problem, relative
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+def plan(*sizes, sparse=False, **options):
+    return (sparse_plan if sparse else planning.plan)(*sizes, **options)
+
+
 ALL, FROZEN = NeedsGrad(True, True, False), NeedsGrad(True, False, False)
 ON_A_GPU = Storage(FP32, BF16, FP32, BF16)
 STORED = [
@@ -92,8 +97,8 @@ def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
 )
 def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
     """By what an entry costs beside a column; 16 at least, for small vocabularies to have sparse rows; 1024 at most."""
-    assert planning.entry_limit(vocab, "cpu") == on_cpu
-    assert planning.entry_limit(vocab, "cuda") == planning.entry_limit(vocab, "mps") == on_a_gpu
+    assert entry_limit(vocab, "cpu") == on_cpu
+    assert entry_limit(vocab, "cuda") == entry_limit(vocab, "mps") == on_a_gpu
 
 
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])

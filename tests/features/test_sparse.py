@@ -13,8 +13,8 @@ import torch
 import drpo_kernels as dk
 import problems
 from drpo_kernels.backends import entries, matmul, torch_rows
-from drpo_kernels.backends.planning import LEAST_ENTRIES, entry_limit
 from drpo_kernels.backends.rows import SHARE_ROUNDING
+from drpo_kernels.backends.sparse.plan import LEAST_ENTRIES, entry_limit
 from drpo_kernels.distributed import reduce_metrics
 from sparse_cases import (
     BF16,

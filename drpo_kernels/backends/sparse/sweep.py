@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.matmul import product
-from drpo_kernels.backends.planning import NeedsGrad, entry_limit
+from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import (
     GatheredSums,
@@ -30,6 +30,7 @@ from drpo_kernels.backends.rows import (
     Terms,
     float16_scale,
 )
+from drpo_kernels.backends.sparse.plan import entry_limit, sparse_plan
 from drpo_kernels.backends.spec import Spec
 from drpo_kernels.backends.sweep import Head, LinearSweep, exact_products
 
@@ -50,6 +51,9 @@ SPARSE_OUTCOME = len(Outcome) + len(Sparsity)
 
 class SparseSweep(LinearSweep):
     """The chunk loop in which only dense rows reach the products."""
+
+    make_plan = staticmethod(sparse_plan)
+    writes_every_row = False
 
     def run_sparse(self, terms: Terms, outcome: Tensor) -> None:
         """Fill `outcome` [len(Outcome) + len(Sparsity), swept] and the gradients."""
