@@ -114,6 +114,8 @@ class Tokens:
     advantages    A
     valid         bool, False for a token that must not count; None unless the objective is sequence-level
     sequences     how the tokens form sequences; None unless the objective is sequence-level
+    log_ratio     Δ = clamp(log π - log μ, ±20)
+    ratio         r = exp(Δ)
     """
 
     def __init__(
@@ -130,23 +132,17 @@ class Tokens:
         self.advantages = advantages
         self.valid = valid
         self.sequences = sequences
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """Δ = clamp(log π - log μ, ±20)."""
-        return (self.logprobs - self.old_logprobs).clamp(-log_ratio_limit(), log_ratio_limit())
-
-    @property
-    def ratio(self) -> Tensor:
-        """r = exp(Δ)."""
-        return self.log_ratio.exp()
+        self._difference = logprobs - old_logprobs
+        self.log_ratio = self._difference.clamp(-log_ratio_limit(), log_ratio_limit())
+        self.ratio = self.log_ratio.exp()
 
     @property
     def ratio_minus_one(self) -> Tensor:
         """r - 1 = expm1(Δ), which is exact even for r close to 1. Its derivative is r; autograd would compute it as
         expm1(Δ) + 1, which rounds a small r to 0.
         """
-        return _with_gradient_of(self.log_ratio.expm1(), self.ratio)
+        excess = self.log_ratio.expm1()
+        return excess.detach() + (self.ratio - self.ratio.detach()) if excess.requires_grad else excess
 
     @property
     def probs(self) -> Tensor:
@@ -161,22 +157,16 @@ class Tokens:
     @property
     def prob_shift(self) -> Tensor:
         """π - μ, from log π - log μ without the clamp. It does not cancel, and does not overflow if μ is tiny or 0."""
-        difference = self.logprobs - self.old_logprobs
-        larger = torch.where(difference > 0, self.probs, self.old_probs)
-        return _with_gradient_of(-larger * torch.expm1(-difference.abs()) * torch.sign(difference), self.probs)
+        probs, difference = self.logprobs.exp(), self._difference.detach()
+        larger = torch.where(difference > 0, probs.detach(), self.old_logprobs.exp())
+        shift = -larger * torch.expm1(-difference.abs()) * torch.sign(difference)
+        return shift + (probs - probs.detach()) if probs.requires_grad else shift
 
     @property
     def clamped_shift(self) -> Tensor:
         """μ (r - 1). It equals π - μ unless the clamp on Δ is active; there its gradient is 0."""
-        within = (self.logprobs - self.old_logprobs).abs() <= log_ratio_limit()
-        return torch.where(within, self.prob_shift, self.old_probs * self.ratio_minus_one)
-
-
-def _with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """`value`, exactly, with the derivative of `source`."""
-    if not source.requires_grad:
-        return value
-    return value.detach() + (source - source.detach())
+        within = self._difference == self.log_ratio  # the clamp has changed nothing
+        return torch.where(within, self.prob_shift, self.old_logprobs.exp() * self.ratio_minus_one)
 
 
 @jit
