@@ -89,6 +89,11 @@ def is_built_in(objective: Objective) -> bool:
     return type(objective).token_loss in _TWINS
 
 
+def built_in_objectives() -> list[type[Objective]]:
+    """The registered objectives whose formula belongs to this package."""
+    return [cls for cls in _REGISTRY.values() if cls.token_loss in _TWINS]
+
+
 def register_objective(cls: type[Objective]) -> type[Objective]:
     """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,9 @@ from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
 from drpo_kernels.backends.sparse import kernels as sparse
 from drpo_kernels.backends.sparse.plan import entry_limit
 from drpo_kernels.backends.triton import invariant, kernels
-from drpo_kernels.backends.triton.kernels import WRITE_FACTORED, WRITE_GRADIENT, WRITE_NOTHING
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK
 from drpo_kernels.backends.triton.tiles import (
     MatmulTile,
-    RowTile,
     entry_capacity,
     gather_tile,
     matmul_tile,
@@ -27,7 +26,8 @@ from drpo_kernels.backends.triton.tiles import (
 )
 from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
-from drpo_kernels.objectives import CISPO, DPPO, DRPO, PPO, SPO, PolicyGradient
+from drpo_kernels.objective import Objective, built_in_objectives
+from drpo_kernels.objectives import DPPO, DRPO
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import tl
 
@@ -66,10 +66,11 @@ class Expected:
 class KernelCase:
     """One kernel, specialised the way its launcher specialises it.
 
-    `signature` names every argument, in order. An argument of type "constexpr" has its value in `constexprs`: a number,
-    a `@triton.jit` objective, or None for an optional pointer that is absent. A tuple of run-time floats is a tuple of
-    type names, `("fp32", "fp32")`; without any, `()`. `divisible` lists the pointers, strides and sizes that the
-    launcher sees as multiples of 16, which is what lets the compiler vectorise.
+    `signature` gives the type of every argument, in order; of an argument that the kernel annotates with a NamedTuple,
+    the type of every field, as "argument.field". What has the type "constexpr" has its value in `constexprs`: a number,
+    a `@triton.jit` objective, or None for what is absent, be it a pointer or a whole NamedTuple. A tuple of run-time
+    floats is a tuple of type names, `("fp32", "fp32")`; without any, `()`. `divisible` lists the pointers, strides and
+    sizes that the launcher sees as multiples of 16, which is what lets the compiler vectorise.
     """
 
     name: str
@@ -84,8 +85,9 @@ class KernelCase:
     expected: Expected = Expected()
 
     def __post_init__(self) -> None:
-        if list(self.signature) != list(self.kernel.arg_names):
-            raise ValueError(f"{self.name}: signature {list(self.signature)} is not {list(self.kernel.arg_names)}")
+        names = list(places(self.kernel, self.constexprs))
+        if list(self.signature) != names:
+            raise ValueError(f"{self.name}: signature {list(self.signature)} is not {names}")
         constant = {name for name, kind in self.signature.items() if kind == "constexpr"}
         if constant != set(self.constexprs):
             raise ValueError(f"{self.name}: constexpr arguments {sorted(constant)}, values {sorted(self.constexprs)}")
@@ -97,12 +99,33 @@ class KernelCase:
         """The case as Triton's compiler takes it; the same call from Triton 3.4 to 3.9."""
         from triton.compiler import ASTSource
 
-        positions = {name: position for position, name in enumerate(self.signature)}
-        attributes = {(positions[name],): [["tt.divisibility", 16]] for name in self.divisible}
-        return ASTSource(self.kernel, dict(self.signature), constexprs=dict(self.constexprs), attrs=attributes)
+        at = places(self.kernel, self.constexprs)
+        signature: dict[str, ArgumentType] = {}
+        for name, parameter in inspect.signature(self.kernel.fn).parameters.items():
+            if name in at:
+                signature[name] = self.signature[name]
+            else:
+                fields = parameter.annotation._fields
+                signature[name] = parameter.annotation(*(self.signature[f"{name}.{part}"] for part in fields))
+        constexprs = {at[name]: value for name, value in self.constexprs.items()}
+        attributes = {at[name]: [["tt.divisibility", 16]] for name in self.divisible}
+        return ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attributes)
 
     def launch_options(self) -> dict[str, object]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
+
+def places(kernel: Any, constants: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The names in a kernel's signature, in order, with the place of each: (argument,), or (argument, field) within a
+    NamedTuple that is not itself one of the `constants`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for i, (name, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
+        fields = getattr(parameter.annotation, "_fields", ())
+        if fields and name not in constants:
+            found |= {f"{name}.{part}": (i, j) for j, part in enumerate(fields)}
+        else:
+            found[name] = (i,)
+    return found
 
 
 VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
@@ -112,10 +135,24 @@ ROW_DEVICES = {
     "gfx": PRESETS["mi300x"],
 }  # fmt: skip
 
-STRIDES = {"row_stride": "i64", "out_stride": "i64", "rows_stride": "i64", "outcome_stride": "i64"}
-STRIDES |= {"statistics_stride": "i64", "slopes_stride": "i64", "column_stride": "constexpr"}
 BYTES = {None: 0, "bf16": 2, "fp16": 2, "fp32": 4}
-PACKED = ("rows", "outcome", "statistics", "slopes", "factors")
+# types of what does not depend on the case, by name
+TYPES: dict[str, ArgumentType] = {
+    "targets": "*i64", "count": "i32", "logits.row_stride": "i64", "logits.vocab": "i32", "logits.scale": "fp32",
+    "logits.softcap": "fp32", "out.row_stride": "i64", "out.padded": "i32", "terms.kl_cap": "fp32",
+    "rows": "*fp32", "rows_stride": "i64", "outcome": "*fp32", "outcome_stride": "i64", "statistics": "*fp32",
+    "statistics_stride": "i64", "slopes": "*fp32", "slopes_stride": "i64", "factors": "*fp32",
+}  # fmt: skip
+# what the launcher sees as multiples of 16: of the row kernels where 16 divides the vocabulary, and of gathered rows
+DIVISIBLE = (
+    "logits.data", "logits.bias", "logits.row_stride", "logits.vocab", "out.data", "out.row_stride", "out.padded",
+)  # fmt: skip
+GATHERED = (
+    "table.data", "table.row_stride", "left.data", "left.row_stride", "right.data", "right.row_stride", "out",
+    "out_stride", "base", "width",
+)  # fmt: skip
+# settings of the objectives that have a twin for each of several
+OTHER_TWINS = {DPPO: ({"divergence": "tv"}, {"divergence": "kl"})}
 
 # Of the row kernels, by how a case's name begins, the first that fits: what they take at most under Triton 3.4 to 3.9,
 # instructions to the next half
@@ -150,97 +187,102 @@ def _row_cases(
     label: str,
     kernel: Any,
     logits: str,
-    out: str,
-    hyper: int = 0,
+    out: str | None = None,
     bias: str | None = None,
+    softcap: bool = False,
     even: bool = True,
+    factored: bool = False,
+    terms: Mapping[str, object] | None = None,
     **flags: object,
 ) -> Iterator[KernelCase]:
-    """A launch on contiguous rows, as launch.py types it: stride 1 and an absent bias are constants to the JIT."""
-    types = STRIDES | dict.fromkeys(PACKED, "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
-    types |= {"logits": f"*{logits}", "out": f"*{out}", "targets": "*i64", "vocab": "i32", "padded": "i32"}
-    types |= {"hyper": ("fp32",) * hyper, "kl_cap": "fp32", "bias": f"*{bias}" if bias else "constexpr"}
-    names = kernel.arg_names
-    divisible = ["logits", "out", "bias", "row_stride", "out_stride", "targets"]
-    divisible += ["vocab", "padded"] if even else []
+    """Launches on contiguous rows, whose stride of 1 and whose absent pointers are constants to the JIT.
+
+    `out` is the gradient's dtype, or None where none is written; `even` says that 16 divides the vocabulary.
+    """
+    name = f"{kernel.__name__.removesuffix('_kernel')}[{label}]"
+    values: dict[str, object] = {"logits.column_stride": 1, "order": None, **flags}
+    types = {**TYPES, "logits.data": f"*{logits}", "logits.bias": f"*{bias}", "out.data": f"*{out}"}
+    values |= {} if bias else {"logits.bias": None}
+    values |= {} if softcap else {"logits.softcap": None}
+    values |= {} if factored else {"factors": None}
+    values |= {} if out else {"out": None}
+    if terms is not None:
+        types["terms.hyper"] = ("fp32",) * len(terms["hyper"])
+        values |= {f"terms.{field}": value for field, value in terms.items() if field != "hyper"}
+    divisible = DIVISIBLE if even else tuple(x for x in DIVISIBLE if x not in ("logits.vocab", "out.padded"))
+    loaded = BYTES[logits] + BYTES[bias]
+    # a few values of the row wait while its loops run; none do where every call goes
+    local_bytes = 64 if softcap else 0 if even and factored else 16
     for vendor, device in ROW_DEVICES.items():
         tile = row_tile(VOCAB, BYTES[logits], device)
-        constexprs = {"column_stride": 1, "BLOCK": tile.block, "order": None, "HAS_ORDER": False, **flags}
-        constexprs |= {} if bias else {"bias": None}
-        constexprs |= {} if flags.get("WRITE") == WRITE_FACTORED else {"factors": None}
-        signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
         elements = tile.block // (tile.num_warps * device.warp_size)
-        loaded = BYTES[logits] + BYTES[bias]
-        stored = "out" in names and flags.get("WRITE", True)
         # on AMD each element of a tail may have a branch of its own, which looks like a loop
         tails = 0 if even else 1 if vendor.startswith("sm_") else 16
-        name = f"{kernel.__name__.removesuffix('_kernel')}[{label}]"
-        # a few values of the row, which wait while its loops run; none do where every call goes
-        one_read = even and flags.get("WRITE") == WRITE_FACTORED
-        local_bytes = 64 if flags["HAS_SOFTCAP"] else 0 if one_read else 16
-        yield KernelCase(
-            name=name,
-            kernel=kernel,
-            signature=signature,
-            constexprs={name: constexprs[name] for name in names if name in constexprs},
-            divisible=tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr"),
-            num_warps=tile.num_warps,
-            options=LAUNCH_OPTIONS | {k: v for k, v in tile.launch_options(bool(bias)).items() if k != "num_warps"},
-            targets=(vendor,),
-            expected=Expected(
-                128, 128 if stored else 0, elements * loaded, tails, local_bytes, element_bytes=loaded,
-                bounds=_bounds(name),
-            ),
+        expected = Expected(
+            128, 128 if out else 0, elements * loaded, tails, local_bytes, element_bytes=loaded, bounds=_bounds(name)
         )
+        launch = tile.launch_options(bias is not None)
+        yield _case(name, kernel, types, values | {"BLOCK": tile.block}, (vendor,), launch, divisible, expected)
+
+
+def twin_objectives() -> Iterator[Objective]:
+    """The built-in objectives with a Triton twin, once for each twin."""
+    for cls in built_in_objectives():
+        for settings in OTHER_TWINS.get(cls, ({},)):
+            if cls(**settings).twin is not None:
+                yield cls(**settings)
+
+
+def _terms(objective: Objective, kl: str | None = None, kl_importance: bool = False, entropy_bonus: bool = False,
+           z_loss: bool = False) -> dict[str, object]:  # fmt: skip
+    """The fields of `kernels.LossTerms` but for `kl_cap`."""
+    return {
+        "objective": objective.twin, "hyper": objective.hyper, "kl": kl and KL_ESTIMATORS[kl].twin,
+        "kl_importance": kl_importance, "entropy_bonus": entropy_bonus, "z_loss": z_loss,
+    }  # fmt: skip
 
 
 def kernel_cases() -> list[KernelCase]:
     """Every kernel of this backend, in the specialisations its launchers ask for."""
-    plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
-    full = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
-    objectives = [DRPO(), SPO(), PPO(), DPPO(), DPPO(divergence="kl"), CISPO(), PolicyGradient()]
-    bare = {"KL": None, "KL_IMPORTANCE": False, "HAS_ENTROPY": False, "HAS_Z_LOSS": False, "FROM_ROLLOUT": True}
-    bare |= {"WRITE": WRITE_GRADIENT}
-    cases = []
-    for objective in objectives:
-        flags = {"OBJECTIVE": objective.twin} | bare | plain | {"WRITE": WRITE_FACTORED}
+    row_cases = (*_policy_cases(), *_two_kernel_cases())
+    return [*row_cases, *_scale_cases(), *_token_cases(), *invariant_cases(), *sparse_cases()]
+
+
+def _policy_cases() -> Iterator[KernelCase]:
+    def cases(label: str, logits: str, out: str | None, terms: dict[str, object], **options) -> Iterator[KernelCase]:
+        yield from _row_cases(label, kernels.policy_kernel, logits, out, terms=terms, FROM_ROLLOUT=True, **options)
+
+    for objective in twin_objectives():
         label = f"{objective.twin.__name__} fp32>bf16"
-        cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", len(objective.hyper), **flags))
-    drpo = {"OBJECTIVE": DRPO().twin} | bare
+        yield from cases(label, "fp32", "bf16", _terms(objective), factored=True)
+    drpo, capped = DRPO(), {"bias": "bf16", "softcap": True}
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
-        cases.extend(_row_cases(f"drpo {logits}>{out}", kernels.policy_kernel, logits, out, 1, **drpo, **plain))
-    one_read = drpo | {"WRITE": WRITE_FACTORED}
-    cases.extend(
-        _row_cases("drpo odd vocabulary", kernels.policy_kernel, "fp32", "bf16", 1, even=False, **one_read, **plain)
-    )
-    label, flags = "drpo one read k3 bias softcap", one_read | full | {"KL": KL_ESTIMATORS["k3"].twin}
-    cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
-    cases.extend(
-        _row_cases("drpo forward", kernels.policy_kernel, "fp32", "fp32", 1, **drpo | plain | {"WRITE": WRITE_NOTHING})
-    )
-    for name, estimator in KL_ESTIMATORS.items():
-        flags = drpo | full | {"KL": estimator.twin, "KL_IMPORTANCE": True, "HAS_ENTROPY": True, "HAS_Z_LOSS": True}
-        label = f"drpo {name} entropy z-loss bias softcap"
-        cases.extend(_row_cases(label, kernels.policy_kernel, "fp32", "bf16", 1, bias="bf16", **flags))
+        yield from cases(f"drpo {logits}>{out}", logits, out, _terms(drpo))
+    yield from cases("drpo odd vocabulary", "fp32", "bf16", _terms(drpo), even=False, factored=True)
+    yield from cases("drpo one read k3 bias softcap", "fp32", "bf16", _terms(drpo, "k3"), factored=True, **capped)
+    yield from cases("drpo forward", "fp32", None, _terms(drpo))
+    for name in KL_ESTIMATORS:
+        terms = _terms(drpo, name, kl_importance=True, entropy_bonus=True, z_loss=True)
+        yield from cases(f"drpo {name} entropy z-loss bias softcap", "fp32", "bf16", terms, **capped)
     for logits, bias in (("fp32", "bf16"), ("bf16", "bf16"), ("bf16", None)):  # the last from logits that are ready
-        flags = drpo | full | {"HAS_BIAS": bias is not None, "KL": KL_ESTIMATORS["k3"].twin}
         label = f"drpo two reads {logits} {'bias ' if bias else ''}softcap"
-        cases.extend(_row_cases(label, kernels.policy_kernel, logits, "bf16", 1, bias=bias, **flags))
-    entropy = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
-    for z_loss in (False, True):
-        label = f"fp32>bf16, {'z-loss' if z_loss else 'log-probs'} alone"
-        alone = {"HAS_ENTROPY": False, "HAS_Z_LOSS": z_loss}
-        cases.extend(_row_cases(label, kernels.gradient_kernel, "fp32", "bf16", **alone, **plain))
-    for term, flag in (("z-loss", "HAS_Z_LOSS"), ("entropy bonus", "HAS_ENTROPY")):
-        cases.extend(
-            _row_cases(f"drpo {term}", kernels.policy_kernel, "fp32", "bf16", 1, **drpo | plain | {flag: True})
-        )
+        yield from cases(label, logits, "bf16", _terms(drpo, "k3"), bias=bias, softcap=True)
+    yield from cases("drpo z-loss", "fp32", "bf16", _terms(drpo, z_loss=True))
+    yield from cases("drpo entropy bonus", "fp32", "bf16", _terms(drpo, entropy_bonus=True))
+
+
+def _two_kernel_cases() -> Iterator[KernelCase]:
+    """Statistics, and the gradient from them."""
+    statistics, gradient = kernels.statistics_kernel, kernels.gradient_kernel
+    every = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
+    for label, z_loss in (("log-probs", False), ("z-loss", True)):
+        flags = {"HAS_ENTROPY": False, "HAS_Z_LOSS": z_loss}
+        yield from _row_cases(f"fp32>bf16, {label} alone", gradient, "fp32", "bf16", **flags)
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
-        cases.extend(_row_cases(logits, kernels.statistics_kernel, logits, out, **plain))
-        cases.extend(_row_cases(f"{logits}>{out}", kernels.gradient_kernel, logits, out, **entropy, **plain))
-    cases.extend(_row_cases("bias softcap", kernels.statistics_kernel, "fp32", "bf16", bias="bf16", **full))
-    cases.extend(_row_cases("bias softcap", kernels.gradient_kernel, "fp32", "bf16", bias="bf16", **entropy, **full))
-    return [*cases, *_scale_cases(), *_token_cases(), *invariant_cases(), *sparse_cases()]
+        yield from _row_cases(logits, statistics, logits)
+        yield from _row_cases(f"{logits}>{out}", gradient, logits, out, **every)
+    yield from _row_cases("bias softcap", statistics, "fp32", bias="bf16", softcap=True)
+    yield from _row_cases("bias softcap", gradient, "fp32", "bf16", bias="bf16", softcap=True, **every)
 
 
 def _scale_cases() -> Iterator[KernelCase]:
@@ -249,101 +291,91 @@ def _scale_cases() -> Iterator[KernelCase]:
         for vendor, device in ROW_DEVICES.items():
             tile = row_tile(VOCAB, BYTES[values], device)
             elements = tile.block // (tile.num_warps * device.warp_size)
-            yield KernelCase(
-                name=f"scale[{values}]",
-                kernel=kernels.scale_kernel,
-                signature={"values": f"*{values}", "count": "i64", "factor": "*fp32", "BLOCK": "constexpr"},
-                constexprs={"BLOCK": tile.block},
-                divisible=("values", "count", "factor"),
-                num_warps=tile.num_warps,
-                options=LAUNCH_OPTIONS,
-                targets=(vendor,),
-                expected=Expected(128, 128, elements * BYTES[values], element_bytes=BYTES[values]),
-            )
+            types = {"values": f"*{values}", "count": "i64", "factor": "*fp32"}
+            expected = Expected(128, 128, elements * BYTES[values], element_bytes=BYTES[values])
+            yield _case(
+                f"scale[{values}]", kernels.scale_kernel, types, {"BLOCK": tile.block}, (vendor,),
+                {"num_warps": tile.num_warps}, types, expected,
+            )  # fmt: skip
 
 
 def _token_cases() -> Iterator[KernelCase]:
     """The kernels of [N]: losses between two kernels, and a batch's metrics."""
-    types = STRIDES | dict.fromkeys((*PACKED, "values"), "*fp32")
-    types |= {"count": "i32", "hyper": ("fp32",), "kl_cap": "fp32"}
+    losses = _terms(DRPO(), "k3", kl_importance=True, entropy_bonus=True, z_loss=True)
+    types = {**TYPES, "terms.hyper": ("fp32",) * len(losses.pop("hyper")), "kl_cap": "fp32", "values": "*fp32"}
     types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
-    terms = {"OBJECTIVE": DRPO().twin, "KL": KL_ESTIMATORS["k3"].twin, "KL_IMPORTANCE": True}
-    terms |= {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
+    terms = {f"terms.{name}": value for name, value in losses.items()}
     clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
     clips |= {"FAR_BELOW_ONE": FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "VALUES": metrics.MEASURES + 1}
     clips |= {"KL": KL_ESTIMATORS["k3"].twin}
-    for vendor in ROW_DEVICES:
-        for label, kernel, values, block in (
-            ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, LOSSES_BLOCK),
-            ("policy_metrics", metrics.policy_metrics_kernel, clips, METRICS_BLOCK),
-        ):
-            tile = RowTile(block, block // 32)
-            yield _case(label, kernel, types, values | {"BLOCK": block}, vendor, tile, (), Expected())
+    for label, kernel, values, block in (
+        ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, LOSSES_BLOCK),
+        ("policy_metrics", metrics.policy_metrics_kernel, clips, METRICS_BLOCK),
+    ):
+        yield _case(label, kernel, types, values | {"BLOCK": block}, (), {"num_warps": block // 32})
 
 
-# --- sparse gradients -------------------------------------------------------------------------------------------------
+# --- some entries of a row --------------------------------------------------------------------------------------------
 
 
 def sparse_cases() -> Iterator[KernelCase]:
-    """The selection of a row's entries, and the sums of the rows they name."""
+    """The selection of a row's entries, the sums of the rows they name, and dot products of such rows."""
     limit = entry_limit(VOCAB, "cuda")
-    strides = {"row_stride": "i64", "column_stride": "constexpr", "rows_stride": "i64", "statistics_stride": "i64"}
     for logits, bias in (("fp32", None), ("bf16", None), ("fp32", "bf16")):
-        types = strides | dict.fromkeys(("rows", "statistics", "shares", "left_out"), "*fp32")
-        types |= {"logits": f"*{logits}", "bias": f"*{bias}" if bias else "constexpr", "vocab": "i32", "limit": "i32"}
-        types |= {"targets": "*i64", "columns": "*i32", "counts": "*i64"}
-        types |= dict.fromkeys(("scale", "softcap", "tolerance", "most_entropy"), "fp32")
+        types = {**TYPES, "logits.data": f"*{logits}", "logits.bias": f"*{bias}", "limit": "i32", "tolerance": "fp32"}
+        types |= {"most_entropy": "fp32", "out.columns": "*i32", "out.shares": "*fp32", "out.counts": "*i64"}
+        types |= {"out.left_out": "*fp32"}
         for vendor, device in ROW_DEVICES.items():
             tile, loaded = select_tile(VOCAB, BYTES[logits], device), BYTES[logits] + BYTES[bias]
-            values = {"column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}
-            values |= {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": bias is not None} | ({} if bias else {"bias": None})
+            values = {"logits.column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}
+            values |= {} if bias else {"logits.bias": None, "logits.softcap": None}
+            # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
+            expected = Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=16, element_bytes=loaded)
             yield _case(
-                f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, vendor, tile,
-                ("logits", "bias", "row_stride", "vocab"),
-                # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
-                Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=16, element_bytes=loaded),
+                f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, (vendor,),
+                {"num_warps": tile.num_warps}, DIVISIBLE, expected,
             )  # fmt: skip
-    types = dict.fromkeys(("index", "offsets", "places"), "*i64") | {"width": "i32", "column_stride": "constexpr"}
+    tile = gather_tile(4096)
+    launch = {"num_warps": tile.num_warps}
+    types = dict.fromkeys(("index", "offsets", "places", "left_index", "right_index"), "*i64") | {"width": "i32"}
     types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
-    types |= dict.fromkeys(("row_stride", "out_stride"), "i64")
+    types |= dict.fromkeys(("table.row_stride", "left.row_stride", "right.row_stride", "out_stride"), "i64")
+    unit = dict.fromkeys(("table.column_stride", "left.column_stride", "right.column_stride"), 1)
     for table, out, based in (("bf16", "bf16", True), ("bf16", "fp32", False), ("fp32", "fp32", False)):
-        for vendor in ROW_DEVICES:
-            tile = gather_tile(4096)
-            values = {"column_stride": 1, "ROUNDED": COMPUTE[table], "HAS_BASE": based, "ROWS": tile.rows}
-            values |= {"COLUMNS": tile.columns} | ({} if based else {"base": None, "base_factors": None})
-            yield _case(
-                f"gathered_sums[{table}>{out}{' base' if based else ''}]", sparse.gathered_sums_kernel,
-                types | {"table": f"*{table}", "out": f"*{out}"}, values, vendor, tile,
-                ("table", "out", "base", "row_stride", "out_stride", "width"), Expected(),
-            )  # fmt: skip
-    strides = ("left_stride", "right_stride")
-    types = {"width": "i32", "out": "*fp32"} | dict.fromkeys(strides, "i64")
-    types |= dict.fromkeys(("left_index", "right_index"), "*i64")
+        values = unit | {"ROUNDED": COMPUTE[table], "ROWS": tile.rows, "COLUMNS": tile.columns}
+        values |= {} if based else {"base": None, "base_factors": None}
+        tables = {"table.data": f"*{table}", "out": f"*{out}"}
+        label = f"gathered_sums[{table}>{out}{' base' if based else ''}]"
+        yield _case(label, sparse.gathered_sums_kernel, types | tables, values, (), launch, GATHERED)
     for table in ("bf16", "fp32"):
-        for vendor in ROW_DEVICES:
-            tile = gather_tile(4096)
-            values = {"left_column_stride": 1, "right_column_stride": 1, "ROUNDED": COMPUTE[table]}
-            yield _case(
-                f"gathered_dots[{table}]", sparse.gathered_dots_kernel,
-                types | {"left": f"*{table}", "right": f"*{table}"}, values | {"COLUMNS": tile.columns}, vendor, tile,
-                ("left", "right", *strides, "width"), Expected(),
-            )  # fmt: skip
+        values = unit | {"ROUNDED": COMPUTE[table], "COLUMNS": tile.columns}
+        tables = {"left.data": f"*{table}", "right.data": f"*{table}", "out": "*fp32"}
+        label = f"gathered_dots[{table}]"
+        yield _case(label, sparse.gathered_dots_kernel, types | tables, values, (), launch, GATHERED)
 
 
 def _case(
-    label: str, kernel: Any, types: dict, values: dict, vendor: str, tile: Any, divisible: tuple, expected: Expected
+    label: str,
+    kernel: Any,
+    types: Mapping[str, ArgumentType],
+    values: Mapping[str, object],
+    targets: tuple[str, ...],
+    launch: Mapping[str, int],
+    divisible: Collection[str] = (),
+    expected: Expected = Expected(),
 ) -> KernelCase:
-    """A launch whose constants are `values`."""
-    names = kernel.arg_names
+    """A launch whose constants are `values`. Of types, values and divisible names the kernel's own are taken."""
+    names = places(kernel, values)
     return KernelCase(
         name=label,
         kernel=kernel,
         signature={name: "constexpr" if name in values else types[name] for name in names},
         constexprs={name: values[name] for name in names if name in values},
-        divisible=tuple(name for name in divisible if name in names and name not in values),
-        num_warps=tile.num_warps,
-        options=LAUNCH_OPTIONS,
-        targets=(vendor,),
+        divisible=tuple(name for name in names if name in divisible and name not in values),
+        num_warps=launch["num_warps"],
+        num_stages=launch.get("num_stages", KernelCase.num_stages),
+        options=LAUNCH_OPTIONS | {name: launch[name] for name in launch if not name.startswith("num_")},
+        targets=targets,
         expected=expected,
     )
 
@@ -353,9 +385,9 @@ def _case(
 COMPUTE = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # by product: the strides that are 1
 UNIT_STRIDES = {
-    "logits": ("a_depth_stride", "b_depth_stride"),
-    "dX": ("a_depth_stride", "b_column_stride"),
-    "dW": ("a_row_stride", "b_column_stride"),
+    "logits": ("a.column_stride", "b.row_stride"),
+    "dX": ("a.column_stride", "b.column_stride"),
+    "dW": ("a.row_stride", "b.column_stride"),
 }
 
 
@@ -373,22 +405,13 @@ def invariant_cases() -> list[KernelCase]:
         *_products("dW", "bf16", "bf16", "fp32", accumulate=True),
         *_products("dW", "fp32", "fp32", "fp32", accumulate=True),
     ]
-    signature = {"x": "*bf16", "row_stride": "i64", "out": "*fp32", "rows": "i32", "columns": "i32"}
+    types = {"x": "*bf16", "row_stride": "i64", "out": "*fp32", "rows": "i32", "columns": "i32"}
     values = {"ACCUMULATE": True, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": invariant.COLUMN_BLOCK}
-    signature |= dict.fromkeys(values, "constexpr")
-    even = ("x", "row_stride", "out", "columns")
-    return [
-        *cases,
-        KernelCase(
-            "column_sum[db bf16, next chunk]",
-            invariant.column_sum_kernel,
-            signature,
-            values,
-            even,
-            options=LAUNCH_OPTIONS,
-            expected=Expected(load_bits=128),
-        ),
-    ]
+    column_sum = _case(
+        "column_sum[db bf16, next chunk]", invariant.column_sum_kernel, types, values, (), {"num_warps": 4},
+        ("x", "row_stride", "out", "columns"), Expected(load_bits=128),
+    )  # fmt: skip
+    return [*cases, column_sum]
 
 
 def _products(
@@ -400,30 +423,21 @@ def _products(
         tile = matmul_tile(BYTES[a], max(BYTES[a], BYTES[b]), device, accumulates=product == "dW")
         chosen = tile, device.warp_size
         tiles[chosen] = (*tiles.get(chosen, ()), target)
-    kernel = invariant.matmul_kernel
-    strides = [name for name in kernel.arg_names if name.endswith("_stride")]
-    types = {"a": f"*{a}", "b": f"*{b}", "out": f"*{out}"} | dict.fromkeys(strides, "i64")
+    strides = [f"{matrix}.{side}_stride" for matrix in ("a", "b") for side in ("row", "column")] + ["out.row_stride"]
+    types = {"a.data": f"*{a}", "b.data": f"*{b}", "out.data": f"*{out}"} | dict.fromkeys(strides, "i64")
     types |= dict.fromkeys(("rows", "columns", "padded", "depth"), "i32")
-    unit = UNIT_STRIDES[product]
-    divisible = tuple(name for name in ("a", "b", "out", "padded", *strides) if name not in unit)
+    divisible = ("a.data", "b.data", "out.data", "padded", *strides, *(["columns"] if even else []))
+    label = f"{product} {a}" if a == b else f"{product} {a}·{b}"
+    ending = f"{', next chunk' if accumulate else ''}{'' if even else ', odd vocabulary'}"
     for (tile, warp_size), targets in tiles.items():
         values = {"ROUNDED": COMPUTE[a], "COMPUTE": COMPUTE[a], "ACCUMULATE": accumulate, "GROUP": tile.group}
         values |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth}
-        values |= dict.fromkeys(unit, 1)
-        label = f"{product} {a}" if a == b else f"{product} {a}·{b}"
-        label += f">{out} {tile.rows}x{tile.columns}x{tile.depth}"
-        yield KernelCase(
-            name=f"matmul[{label}{', next chunk' if accumulate else ''}{'' if even else ', odd vocabulary'}]",
-            kernel=kernel,
-            signature={name: "constexpr" if name in values else types[name] for name in kernel.arg_names},
-            constexprs={name: values[name] for name in kernel.arg_names if name in values},
-            divisible=(*divisible, "columns") if even else divisible,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            options=LAUNCH_OPTIONS,
-            targets=targets,
-            expected=_expected_of(tile, warp_size, a, b, out, accumulate),
-        )
+        values |= dict.fromkeys((*UNIT_STRIDES[product], "out.column_stride"), 1)
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield _case(
+            f"matmul[{label}>{out} {tile.rows}x{tile.columns}x{tile.depth}{ending}]", invariant.matmul_kernel, types,
+            values, targets, launch, divisible, _expected_of(tile, warp_size, a, b, out, accumulate),
+        )  # fmt: skip
 
 
 def _expected_of(tile: MatmulTile, warp_size: int, a: str, b: str, out: str, accumulate: bool) -> Expected:

@@ -10,7 +10,7 @@ from torch import Tensor
 from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms
 from drpo_kernels.graphs import own_graph
 from drpo_kernels.kl import kl_loss
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from drpo_kernels.token_losses import not_differentiable, token_losses
 from drpo_kernels.tokens import Sequences, Tokens
 

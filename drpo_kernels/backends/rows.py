@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 
 # Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
 # levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget

@@ -2,11 +2,13 @@
 `kept_ids` those that were sampled from (backends/kept.py).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 
 from drpo_kernels.backends import rows as contract
-from drpo_kernels.backends.triton.kernels import row_jit
-from drpo_kernels.backends.triton.softmax import head_of, load_base
+from drpo_kernels.backends.triton.kernels import ACTIVE, INV_TEMPERATURE, KIND, row_jit
+from drpo_kernels.backends.triton.softmax import Logits, Matrix, load_base, load_softmax, row_of
 from drpo_kernels.triton_support import jit, tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -19,22 +21,30 @@ LEVELS_PER_OCTAVE = tl.constexpr(contract.LEVELS_PER_OCTAVE)
 STEPS = tl.constexpr(contract.LEVELS.bit_length() - 1)  # halvings that leave one level
 
 
+class Selected(NamedTuple):
+    """What `select_kernel` writes."""
+
+    columns: Any  # int32 [N, CAPACITY]
+    shares: Any  # fp32 [N, CAPACITY]
+    counts: Any  # int64 [N]
+    left_out: Any  # fp32 [N]
+
+
 @jit
 def select_block(
-    row, column_stride, vocab, bias, target, per_row, columns, shares, start, state,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row, weighing, columns, shares, start, state, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Append a block's candidates, p >= floor, behind those found; -> (found, mass of the rest)."""
-    inner_scale, factor2, reference, inv_others, floor = per_row
+    """Append a block's candidates, share >= floor, behind those found; -> (found, mass of the rest)."""
+    reference, inv_others, floor = weighing
     found, outside = state
     cols = start + tl.arange(0, BLOCK)
     inside = None
     if MASKED:
-        inside = cols < vocab
-    b, _ = load_base(row, column_stride, bias, inner_scale, start, inside, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-    share = tl.exp2((b - reference) * factor2) * inv_others
-    share = tl.where(cols == target, 0.0, share)
+        inside = cols < logits.vocab
+    b, _ = load_base(logits, row, start, inside, BLOCK)
+    share = tl.exp2((b - reference) * row.factor2) * inv_others
+    share = tl.where(cols == row.target.to(tl.int32), 0.0, share)
     candidate = share >= floor
     outside += tl.sum(tl.where(candidate, 0.0, share), 0)
     count = tl.sum(candidate.to(tl.int32), 0)
@@ -48,57 +58,53 @@ def select_block(
 
 @row_jit
 def select_kernel(
-    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride, tolerance, limit, most_entropy, columns, shares, counts, left_out,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
+    logits: Logits, targets, rows, rows_stride, statistics, statistics_stride, tolerance, limit, most_entropy,
+    out: Selected, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """logits [N, V], statistics [7, N] -> columns int32 and shares fp32 [N, CAPACITY], counts [N] int64, left_out [N].
+    """logits [N, V], statistics [7, N] -> `Selected`, all computed in fp32.
 
     The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
     ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
-    `limit`, 0 where the row is not ACTIVE. One read of the row, given up once it is seen to be dense, not begun where
-    its statistics tell; all in fp32.
+    `limit`, 0 where the row is not ACTIVE. The row is read once. The read is given up once the row is seen to be dense,
+    and is not begun where the statistics tell.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
-    statistics += t
-    columns += t * CAPACITY
-    shares += t * CAPACITY
-    active = tl.load(rows + 7 * rows_stride) >= 2
-    tl.store(left_out + t, 0.0)
-    tl.store(counts + t, tl.where(active, -1, 0))
+    columns = out.columns + t * CAPACITY
+    shares = out.shares + t * CAPACITY
+    active = tl.load(rows + rows_stride * KIND) >= ACTIVE
+    tl.store(out.left_out + t, 0.0)
+    tl.store(out.counts + t, tl.where(active, -1, 0))
     if active:
-        inner_scale, factor, _ = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        reference = tl.load(statistics + 2 * statistics_stride)
-        miss = tl.load(statistics + 4 * statistics_stride)
-        others = tl.load(statistics + 3 * statistics_stride) * miss
+        row = row_of(logits, t, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
+        known = load_softmax(statistics + t, statistics_stride)
+        miss = known.miss
         floor = tolerance / (2 * limit)
-        per_row = (inner_scale, factor / 0.6931471805599453, reference, 1 / tl.maximum(others, LEAST_OTHERS), floor)
-        row = logits + t * row_stride
-        target = tl.load(targets + t)
+        weighing = (known.reference, 1 / tl.maximum(known.others, LEAST_OTHERS), floor)
         # H(p_y), whose second term is miss, and no more, where 1 - miss would round
         hit = tl.maximum(1 - miss, LEAST_OTHERS)
         of_target = tl.where(miss < 0.01, miss, -hit * tl.log(hit)) - miss * tl.log(tl.maximum(miss, LEAST_OTHERS))
-        may_be = tl.load(statistics + statistics_stride) * TRUSTED_ENTROPY <= of_target + miss * most_entropy
-        may_be &= others >= LEAST_OTHERS
+        may_be = known.entropy * TRUSTED_ENTROPY <= of_target + miss * most_entropy
+        may_be &= known.others >= LEAST_OTHERS
         budget = tl.where(may_be, tolerance - ROUNDING, -1.0)  # a NaN among the statistics fails a comparison
         found = 0
         outside = 0.0
         start = 0
-        whole = vocab // BLOCK * BLOCK
+        whole = logits.vocab // BLOCK * BLOCK
         while (start < whole) & (found <= CAPACITY) & (outside <= budget):
             found, outside = select_block(
-                row, column_stride, vocab, bias, target, per_row, columns, shares, start, (found, outside),
-                HAS_BIAS, HAS_SOFTCAP, False, BLOCK, CAPACITY,
-            )  # fmt: skip
+                logits, row, weighing, columns, shares, start, (found, outside), False, BLOCK, CAPACITY
+            )
             start += BLOCK
-        if (whole < vocab) & (found <= CAPACITY) & (outside <= budget):
+        if (whole < logits.vocab) & (found <= CAPACITY) & (outside <= budget):
             found, outside = select_block(
-                row, column_stride, vocab, bias, target, per_row, columns, shares, whole, (found, outside),
-                HAS_BIAS, HAS_SOFTCAP, True, BLOCK, CAPACITY,
-            )  # fmt: skip
+                logits, row, weighing, columns, shares, whole, (found, outside), True, BLOCK, CAPACITY
+            )
         if (found <= CAPACITY) & (outside <= budget):
-            trim(columns, shares, target, found, outside, budget, floor, limit, counts + t, left_out + t, CAPACITY)
+            trim(
+                columns, shares, row.target, found, outside, budget, floor, limit, out.counts + t, out.left_out + t,
+                CAPACITY,
+            )  # fmt: skip
 
 
 @jit
@@ -133,8 +139,8 @@ def trim(
 
 @jit(do_not_specialize_on_alignment=["index", "factors", "offsets", "places"])
 def gathered_sums_kernel(
-    table, row_stride, column_stride, index, factors, offsets, places, out, out_stride, width, base, base_factors,
-    ROUNDED: tl.constexpr, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    table: Matrix, index, factors, offsets, places, out, out_stride, width, base, base_factors,
+    ROUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[places[g]] += Σ_i factors[i] · table[index[i]], offsets[g] <= i < offsets[g + 1]; with a base [width] fp32
     out[places[g]] = base_factors[g] · base + that sum.
@@ -146,7 +152,7 @@ def gathered_sums_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     out += tl.load(places + g) * out_stride + column
-    if HAS_BASE:
+    if base is not None:
         total = tl.load(base_factors + g) * tl.load(base + column, mask=inside, other=0.0)
     else:
         total = tl.load(out, mask=inside, other=0.0).to(tl.float32)
@@ -156,31 +162,29 @@ def gathered_sums_kernel(
         there = term < stop
         row = tl.load(index + term, mask=there, other=0).to(tl.int64)
         factor = tl.load(factors + term, mask=there, other=0.0)
-        place = table + row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
-        values = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(ROUNDED).to(tl.float32)
-        total += tl.sum(factor[:, None] * values, 0)
+        place = table.data + row[:, None] * table.row_stride + column[None, :].to(tl.int64) * table.column_stride
+        entries = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(ROUNDED).to(tl.float32)
+        total += tl.sum(factor[:, None] * entries, 0)
     tl.store(out, total.to(out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize_on_alignment=["left_index", "right_index"])
 def gathered_dots_kernel(
-    left, left_stride, left_column_stride, left_index, right, right_stride, right_column_stride, right_index, out,
-    width,
-    ROUNDED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    left: Matrix, left_index, right: Matrix, right_index, out, width, ROUNDED: tl.constexpr, COLUMNS: tl.constexpr
+):
     """out[i] = Σ_h left[left_index[i], h] · right[right_index[i], h], fp32 [M].
 
     left and right [., width] of any float dtype and strides, rounded to ROUNDED; products and sums in fp32. One program
     per result.
     """
     i = tl.program_id(0).to(tl.int64)
-    left += tl.load(left_index + i) * left_stride
-    right += tl.load(right_index + i) * right_stride
+    x_row = left.data + tl.load(left_index + i) * left.row_stride
+    y_row = right.data + tl.load(right_index + i) * right.row_stride
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS).to(tl.int64)
         inside = column < width
-        x = tl.load(left + column * left_column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
-        y = tl.load(right + column * right_column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
+        x = tl.load(x_row + column * left.column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
+        y = tl.load(y_row + column * right.column_stride, mask=inside, other=0.0).to(ROUNDED).to(tl.float32)
         total += x * y
     tl.store(out + i, tl.sum(total, 0))

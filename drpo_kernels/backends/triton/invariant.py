@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
+from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile
 from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
 
@@ -44,16 +45,17 @@ def readable(index, size):
 
 @triton.jit(do_not_specialize=["rows", "depth"])  # one binary for every number of rows
 def matmul_kernel(
-    a, a_row_stride, a_depth_stride, b, b_depth_stride, b_column_stride, out, out_row_stride,
-    rows, columns, padded, depth, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    a: Matrix, b: Matrix, out: Matrix, rows, columns, padded, depth, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = a [rows, depth] @ b [depth, columns], or += with ACCUMULATE (fp32 `out`).
 
-    a and b fp32, bf16 or fp16 with any strides; b is rounded to ROUNDED, and both are multiplied in COMPUTE. One fp32
-    total per element, added to in ascending order of depth, BLOCK_DEPTH at a time, and rounded to out's dtype at the
-    end. Continuing from an fp32 `out` after a multiple of BLOCK_DEPTH gives the bits of one pass. Columns [columns,
-    padded) of `out` get anything. One program per tile; GROUP tiles of rows share a tile of columns while it is in L2.
+    a and b are fp32, bf16 or fp16 with any strides, and out is contiguous along a row. b is rounded to ROUNDED, and
+    both are multiplied in COMPUTE. An element has one fp32 total, which is added to in ascending order of depth,
+    BLOCK_DEPTH at a time, and rounded to out's dtype at the end. Continuing from an fp32 `out` after a multiple of
+    BLOCK_DEPTH gives the bits of one pass. Columns [columns, padded) of `out` get anything. One program computes one
+    tile; GROUP tiles of rows share a tile of columns while it is in L2.
     """
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
     group = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
@@ -63,25 +65,25 @@ def matmul_kernel(
     row = (first + within % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = within // height * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     k = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
-    a += readable(row, rows)[:, None] * a_row_stride + k[None, :] * a_depth_stride
-    b += k[:, None] * b_depth_stride + readable(column, columns)[None, :] * b_column_stride
+    a_block = a.data + readable(row, rows)[:, None] * a.row_stride + k[None, :] * a.column_stride
+    b_block = b.data + k[:, None] * b.row_stride + readable(column, columns)[None, :] * b.column_stride
     step = tl.full((), BLOCK_DEPTH, tl.int64)  # strides may be int32 where BLOCK_DEPTH times them is not
-    out += row.to(tl.int64)[:, None] * out_row_stride + column[None, :]
+    out_block = out.data + row.to(tl.int64)[:, None] * out.row_stride + column[None, :]
     stored = (row < rows)[:, None] & (column < padded)[None, :]
     if ACCUMULATE:
-        total = tl.load(out, mask=stored, other=0.0)
+        total = tl.load(out_block, mask=stored, other=0.0)
     else:
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     whole = depth // BLOCK_DEPTH * BLOCK_DEPTH  # unmasked, so that loads are wide for any depth
     for _ in range(0, whole, BLOCK_DEPTH):
-        total = multiply_add(tl.load(a), tl.load(b), total, ROUNDED, COMPUTE)
-        a += step * a_depth_stride
-        b += step * b_depth_stride
+        total = multiply_add(tl.load(a_block), tl.load(b_block), total, ROUNDED, COMPUTE)
+        a_block += step * a.column_stride
+        b_block += step * b.row_stride
     if whole < depth:
         inside = k < depth - whole
-        tail = tl.load(a, mask=inside[None, :], other=0.0)
-        total = multiply_add(tail, tl.load(b, mask=inside[:, None], other=0.0), total, ROUNDED, COMPUTE)
-    tl.store(out, total.to(out.dtype.element_ty), mask=stored)
+        tail = tl.load(a_block, mask=inside[None, :], other=0.0)
+        total = multiply_add(tail, tl.load(b_block, mask=inside[:, None], other=0.0), total, ROUNDED, COMPUTE)
+    tl.store(out_block, total.to(out.data.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -166,10 +168,10 @@ class InvariantMatmul:
         padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0)) if rows > 1 else columns
         with _on(a.device):
             matmul_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
-                a, *a.stride(), b, *b.stride(), out, out.stride(0), rows, columns, padded, depth,
-                ROUNDED=TRITON_TYPES[self.compute_dtype], COMPUTE=TRITON_TYPES[compute], ACCUMULATE=accumulate,
-                BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, GROUP=tile.group,
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH_OPTIONS,
+                Matrix(a, *a.stride()), Matrix(b, *b.stride()), Matrix(out, out.stride(0), 1), rows, columns, padded,
+                depth, ROUNDED=TRITON_TYPES[self.compute_dtype], COMPUTE=TRITON_TYPES[compute],
+                ACCUMULATE=accumulate, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+                GROUP=tile.group, num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return out
 

@@ -1,22 +1,38 @@
 """Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it. The
-mathematics is that of softmax.py; the packed per-row layouts (indices 0 to 8) are `Row`, `Stat` and `Outcome` of
+mathematics is that of softmax.py; the packed per-row layouts are `Row`, `Stat`, `Outcome` and `Slope` of
 backends/rows.py.
 """
 
 import inspect
+from typing import Any, NamedTuple
 
-from drpo_kernels.backends.triton.softmax import head_of, reduce_row, write_gradient, write_zeros
+from drpo_kernels.backends import rows as contract
+from drpo_kernels.backends.triton.softmax import (
+    Logits,
+    load_softmax,
+    load_target,
+    reduce_row,
+    row_of,
+    write_gradient,
+    write_zeros,
+)
 from drpo_kernels.kl import clamped, importance_weighted
 from drpo_kernels.softcap import tanh_slope_twin
 from drpo_kernels.triton_support import jit, tl
 
 # What a kernel is given of a batch beside its logits. Triton would compile a kernel of its own where such a stride is 1
 # or a multiple of 16, or such a pointer 16-byte aligned, and another binary may fuse a · b + c · d the other way: a
-# row's last bit would depend on how many rows are beside it, and each new count might compile again
+# row's last bit would depend on how many rows are beside it, and each new count might compile again. A NamedTuple may
+# hold none of them: Triton specialises the fields of a tuple whatever `do_not_specialize` says
 VARYING = (
     "targets", "rows", "rows_stride", "statistics", "statistics_stride", "slopes", "slopes_stride", "order", "outcome",
     "outcome_stride", "factors", "count",
 )  # fmt: skip
+
+OLD_LOGPROB, ADVANTAGE, POLICY_COEF, KL_COEF, ENTROPY_COEF, REF_LOGPROB, INV_TEMPERATURE, KIND, Z_LOSS_COEF = (
+    tl.constexpr(int(field)) for field in contract.Row
+)
+FORWARD, ACTIVE = tl.constexpr(int(contract.RowKind.FORWARD)), tl.constexpr(int(contract.RowKind.ACTIVE))
 
 
 def row_jit(function):
@@ -25,140 +41,130 @@ def row_jit(function):
     return jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
 
 
+class Output(NamedTuple):
+    """Where the gradient of a row's logits goes: [N, padded] of fp32, bf16 or fp16, contiguous along a row."""
+
+    data: Any
+    row_stride: Any
+    padded: Any  # columns that are written, the vocabulary and zeros behind it
+
+
+class LossTerms(NamedTuple):
+    """What a row's loss is made of (`Terms`). Its functions and flags are constants, for which Triton compiles."""
+
+    objective: Any  # twin (logp, old, advantage, hyper) -> (ℓ, dℓ/dlogπ)
+    hyper: Any  # its hyper-parameters, a tuple of fp32
+    kl: Any  # twin (logp - ref) -> (kl, dkl/dlogπ, their sum), or None
+    kl_cap: Any
+    kl_importance: Any  # whether the KL is multiplied by the ratio
+    entropy_bonus: Any
+    z_loss: Any
+
+
 @row_jit
-def statistics_kernel(
-    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def statistics_kernel(logits: Logits, targets, rows, rows_stride, statistics, statistics_stride, BLOCK: tl.constexpr):
     """logits [N, V] -> statistics [7, N] fp32 (`Stat`); a SKIPPED row is not read and reports zeros."""
     t = tl.program_id(0).to(tl.int64)
     rows += t
     statistics += t
-    if tl.load(rows + 7 * rows_stride) < 1:
-        for field in tl.static_range(7):
-            tl.store(statistics + field * statistics_stride, 0.0)
+    if tl.load(rows + rows_stride * KIND) < FORWARD:
+        for stat in tl.static_range(7):
+            tl.store(statistics + stat * statistics_stride, 0.0)
     else:
-        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        logp, entropy, reference, total, others, mean, lse, _ = reduce_row(
-            logits + t * row_stride, column_stride, vocab, bias, tl.load(targets + t), 0.0, head, None,
-            HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
-        )  # fmt: skip
-        tl.store(statistics, logp)
-        tl.store(statistics + statistics_stride, entropy)
-        tl.store(statistics + 2 * statistics_stride, reference)
-        tl.store(statistics + 3 * statistics_stride, total)
-        tl.store(statistics + 4 * statistics_stride, others / total)
-        tl.store(statistics + 5 * statistics_stride, mean)
-        tl.store(statistics + 6 * statistics_stride, lse)
+        row = row_of(logits, t, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
+        known = reduce_row(logits, row, 0.0, None, False, False, BLOCK)
+        for stat in tl.static_range(7):
+            tl.store(statistics + stat * statistics_stride, known[stat])
 
 
 @row_jit
 def gradient_kernel(
-    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    statistics, statistics_stride, slopes, slopes_stride, out, out_stride, padded, order,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
-    HAS_ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    logits: Logits, targets, rows, rows_stride, statistics, statistics_stride, slopes, slopes_stride, out: Output,
+    order, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """logits [., V], statistics [7, N], slopes [1 to 3, N] -> out [N, padded]; zeros where a row is not ACTIVE.
 
-    With `order` [N] int64 the logits of row t are those at order[t], and `out` is not where they are.
+    With `order` [N] int64, which may be None, the logits of row t are those at order[t], and `out` is not where they
+    are.
     """
     t = tl.program_id(0).to(tl.int64)
-    source = t
-    if HAS_ORDER:
-        source = tl.load(order + t)
+    place = t
+    if order is not None:
+        place = tl.load(order + t)
     rows += t
-    if tl.load(rows + 7 * rows_stride) < 2:
-        write_zeros(out + t * out_stride, padded, BLOCK)
+    written = out.data + t * out.row_stride
+    if tl.load(rows + rows_stride * KIND) < ACTIVE:
+        write_zeros(written, out.padded, BLOCK)
     else:
-        statistics += t
-        known = (
-            tl.load(statistics), tl.load(statistics + 2 * statistics_stride),
-            tl.load(statistics + 3 * statistics_stride), tl.load(statistics + 4 * statistics_stride),
-            tl.load(statistics + 5 * statistics_stride),
-        )  # fmt: skip
+        row = row_of(logits, place, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
+        known = load_softmax(statistics + t, statistics_stride)
         z_slope = 0.0
         if HAS_Z_LOSS:
             z_slope = tl.load(slopes + slopes_stride + t)
         entropy_slope = 0.0
         if HAS_ENTROPY:
             entropy_slope = tl.load(slopes + 2 * slopes_stride + t)
-        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        write_gradient(
-            logits + source * row_stride, column_stride, vocab, bias, tl.load(targets + t), head, known,
-            (tl.load(slopes + t), z_slope, entropy_slope), out + t * out_stride, padded,
-            HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
-        )  # fmt: skip
+        row_slopes = (tl.load(slopes + t), z_slope, entropy_slope)
+        write_gradient(logits, row, known, row_slopes, written, out.padded, HAS_ENTROPY, HAS_Z_LOSS, BLOCK)
 
 
 @jit
-def row_loss(
-    rows, rows_stride, inside, logp, entropy, lse, hyper, kl_cap,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-):  # fmt: skip
+def row_loss(rows, rows_stride, inside, logp, entropy, lse, terms):
     """The loss of one row, or of a block of rows where `inside` is not None -> (loss, its slopes in logp, lse and H,
-    dℓ/dlogπ of the policy term alone without its coefficient).
-
-    OBJECTIVE (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ) and KL (logp - ref) -> (kl, dkl/dlogπ, their sum) are the twins;
-    KL may be None, and KL_IMPORTANCE multiplies it by the ratio.
+    dℓ/dlogπ of the policy term alone without its coefficient). `terms` are `LossTerms`.
     """
     other = None
     if inside is not None:
         other = 0.0
-    old = tl.load(rows, mask=inside, other=other)
+    old = tl.load(rows + rows_stride * OLD_LOGPROB, mask=inside, other=other)
     old = tl.where(old != old, logp, old)  # NaN: on-policy
-    advantage = tl.load(rows + rows_stride, mask=inside, other=other)
-    coefficient = tl.load(rows + 2 * rows_stride, mask=inside, other=other)
-    policy_loss, policy_slope = OBJECTIVE(logp, old, advantage, hyper)
+    advantage = tl.load(rows + rows_stride * ADVANTAGE, mask=inside, other=other)
+    coefficient = tl.load(rows + rows_stride * POLICY_COEF, mask=inside, other=other)
+    policy_loss, policy_slope = terms.objective(logp, old, advantage, terms.hyper)
     # tl.minimum and tl.maximum drop a NaN; a bad row must not look like a good one
     known = (logp == logp) & (advantage == advantage)
     policy_loss = tl.where(known, policy_loss, float("nan"))
     policy_slope = tl.where(known, policy_slope, float("nan"))
     loss = coefficient * policy_loss
     slope = coefficient * policy_slope
-    if KL is not None:
-        kl_coefficient = tl.load(rows + 3 * rows_stride, mask=inside, other=other)
-        d, far = clamped(logp - tl.load(rows + 5 * rows_stride, mask=inside, other=other), kl_cap)
-        kl, kl_slope, kl_total = KL(d)
+    if terms.kl is not None:
+        kl_coefficient = tl.load(rows + rows_stride * KL_COEF, mask=inside, other=other)
+        reference = tl.load(rows + rows_stride * REF_LOGPROB, mask=inside, other=other)
+        d, far = clamped(logp - reference, terms.kl_cap)
+        kl, kl_slope, kl_total = terms.kl(d)
         kl_slope = tl.where(far, 0.0, kl_slope)
         kl_total = tl.where(far, kl, kl_total)
-        if KL_IMPORTANCE:
+        if terms.kl_importance:
             kl, kl_slope = importance_weighted(kl, kl_slope, kl_total, logp, old)
         loss += tl.where(kl_coefficient != 0, kl_coefficient * kl, 0.0)
         slope += tl.where(kl_coefficient != 0, kl_coefficient * kl_slope, 0.0)
     z_slope = 0.0
-    if HAS_Z_LOSS:
-        z_coefficient = tl.load(rows + 8 * rows_stride, mask=inside, other=other)
+    if terms.z_loss:
+        z_coefficient = tl.load(rows + rows_stride * Z_LOSS_COEF, mask=inside, other=other)
         loss += z_coefficient * lse * lse
         z_slope = 2 * z_coefficient * lse
     entropy_slope = 0.0
-    if HAS_ENTROPY:
-        entropy_slope = -tl.load(rows + 4 * rows_stride, mask=inside, other=other)
+    if terms.entropy_bonus:
+        entropy_slope = -tl.load(rows + rows_stride * ENTROPY_COEF, mask=inside, other=other)
         loss += entropy_slope * entropy
     return loss, (slope, z_slope, entropy_slope), policy_slope
 
 
 @row_jit
 def losses_kernel(
-    statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count, hyper,
-    kl_cap, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count,
+    terms: LossTerms, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """statistics [7, N], rows [9, N] -> outcome [5, N] and slopes [1 to 3, N] of their losses, zeros where a row is
-    SKIPPED: the middle of `policy_kernel`, for those that need it between two kernels.
+    """statistics [7, N], rows [9, N] -> outcome [5, N] and slopes [1 to 3, N] of their losses, all fp32; zeros where a
+    row is SKIPPED. It is the middle of `policy_kernel`, for calls that need the loss between two kernels.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < count
-    computed = inside & (tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) >= 1)
+    computed = inside & (tl.load(rows + rows_stride * KIND + t, mask=inside, other=0.0) >= FORWARD)
     logp = tl.load(statistics + t, mask=computed, other=0.0)
     entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
     lse = tl.load(statistics + 6 * statistics_stride + t, mask=computed, other=0.0)
-    loss, row_slopes, policy_slope = row_loss(
-        rows + t, rows_stride, computed, logp, entropy, lse, hyper, kl_cap,
-        OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY, HAS_Z_LOSS,
-    )  # fmt: skip
+    loss, row_slopes, policy_slope = row_loss(rows + t, rows_stride, computed, logp, entropy, lse, terms)
     slope, z_slope, entropy_slope = row_slopes
     tl.store(outcome + t, logp, mask=inside)
     tl.store(outcome + outcome_stride + t, entropy, mask=inside)
@@ -166,82 +172,68 @@ def losses_kernel(
     tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
     tl.store(outcome + 4 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
     tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
-    if HAS_Z_LOSS or HAS_ENTROPY:
+    if terms.z_loss or terms.entropy_bonus:
         tl.store(slopes + slopes_stride + t, tl.where(computed, z_slope, 0.0), mask=inside)
-    if HAS_ENTROPY:
+    if terms.entropy_bonus:
         tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
-
-
-# what `policy_kernel` writes of a row beside its outcome
-WRITE_NOTHING, WRITE_GRADIENT, WRITE_FACTORED = 0, 1, 2
 
 
 @row_jit
 def policy_kernel(
-    logits, row_stride, column_stride, vocab, bias, scale, softcap, targets, rows, rows_stride,
-    outcome, outcome_stride, out, out_stride, padded, factors, hyper, kl_cap,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_IMPORTANCE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_Z_LOSS: tl.constexpr, FROM_ROLLOUT: tl.constexpr,
-    WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    logits: Logits, targets, rows, rows_stride, outcome, outcome_stride, out: Output, factors, terms: LossTerms,
+    FROM_ROLLOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] (`Outcome`).
+    """The whole loss of a row in one launch: logits [N, V] -> outcome [5, N] fp32 (`Outcome`).
 
-    WRITE_GRADIENT: the gradient, out [N, padded], by a second read. WRITE_FACTORED, by the first read, without an
-    entropy bonus or a z-loss and not over the logits: out [N, V] and factors [N] fp32, whose product the gradient is.
-    A row that is not ACTIVE gets zeros. Without FROM_ROLLOUT, or with an entropy bonus, the reference is that of
-    `statistics_kernel`. OBJECTIVE, KL and KL_IMPORTANCE are those of `row_loss`.
+    With `out`, a second read writes the gradient. With `factors` [N] fp32 as well, the first read does, without an
+    entropy bonus or a z-loss and not over the logits: the product of factors and out is the gradient. Either may be
+    None. A row that is not ACTIVE gets zeros. Without FROM_ROLLOUT, or with an entropy bonus, the reference is that of
+    `statistics_kernel`.
     """
-    FACTORED: tl.constexpr = WRITE == 2  # WRITE_FACTORED
+    FACTORED: tl.constexpr = factors is not None
+    HAS_OLD: tl.constexpr = FROM_ROLLOUT and not terms.entropy_bonus
     t = tl.program_id(0).to(tl.int64)
     rows += t
     outcome += t
-    kind = tl.load(rows + 7 * rows_stride)
-    out += t * out_stride
-    if kind < 1:
+    kind = tl.load(rows + rows_stride * KIND)
+    written = None
+    padded = 0
+    if out is not None:
+        written = out.data + t * out.row_stride
+        padded = out.padded
+    if kind < FORWARD:
         for field in tl.static_range(5):
             tl.store(outcome + field * outcome_stride, 0.0)
         if FACTORED:
             tl.store(factors + t, 0.0)
-        if WRITE:
-            write_zeros(out, padded, BLOCK)
+        if out is not None:
+            write_zeros(written, padded, BLOCK)
     else:
-        target = tl.load(targets + t)
-        head = head_of(scale, softcap, tl.load(rows + 6 * rows_stride), HAS_SOFTCAP)
-        row = logits + t * row_stride
-        logp, entropy, reference, total, others, mean, lse, v_y = reduce_row(
-            row, column_stride, vocab, bias, target, tl.load(rows), head, out,
-            HAS_BIAS, HAS_SOFTCAP, FROM_ROLLOUT and not HAS_ENTROPY, FACTORED, BLOCK,
-        )  # fmt: skip
-        loss, slopes, policy_slope = row_loss(
-            rows, rows_stride, None, logp, entropy, lse, hyper, kl_cap,
-            OBJECTIVE, KL, KL_IMPORTANCE, HAS_ENTROPY, HAS_Z_LOSS,
-        )  # fmt: skip
-        tl.store(outcome, logp)
-        tl.store(outcome + outcome_stride, entropy)
-        tl.store(outcome + 2 * outcome_stride, lse)
+        row = row_of(logits, t, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
+        known = reduce_row(logits, row, tl.load(rows + rows_stride * OLD_LOGPROB), written, HAS_OLD, FACTORED, BLOCK)
+        loss, slopes, policy_slope = row_loss(rows, rows_stride, None, known.logp, known.entropy, known.lse, terms)
+        tl.store(outcome, known.logp)
+        tl.store(outcome + outcome_stride, known.entropy)
+        tl.store(outcome + 2 * outcome_stride, known.lse)
         tl.store(outcome + 3 * outcome_stride, loss)
         tl.store(outcome + 4 * outcome_stride, policy_slope)
         if FACTORED:
-            _, _, chain = head
             slope, _, _ = slopes
-            tl.store(factors + t, tl.where(kind < 2, 0.0, -slope * chain / total))
+            tl.store(factors + t, tl.where(kind < ACTIVE, 0.0, -slope * row.chain / known.total))
             tl.debug_barrier()  # E is stored
-            if kind < 2:
-                write_zeros(out, padded, BLOCK)
+            if kind < ACTIVE:
+                write_zeros(written, padded, BLOCK)
             else:
-                at_target = -others
-                if HAS_SOFTCAP:
+                at_target = -known.others
+                if logits.softcap is not None:
+                    _, v_y = load_target(logits, row)
                     at_target *= tanh_slope_twin(v_y)
-                tl.store(out + target, at_target.to(out.dtype.element_ty), mask=(target >= 0) & (target < vocab))
-        elif WRITE:
-            if kind < 2:
-                write_zeros(out, padded, BLOCK)
+                tl.store(written + row.target, at_target.to(written.dtype.element_ty), mask=row.has_target)
+        elif out is not None:
+            if kind < ACTIVE:
+                write_zeros(written, padded, BLOCK)
             else:
-                write_gradient(
-                    row, column_stride, vocab, bias, target, head,
-                    (logp, reference, total, others / total, mean), slopes, out, padded,
-                    HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_Z_LOSS, BLOCK,
-                )  # fmt: skip
+                write_gradient(logits, row, known, slopes, written, padded, terms.entropy_bonus, terms.z_loss, BLOCK)
 
 
 @jit

@@ -20,13 +20,14 @@ from drpo_kernels.backends.rows import (
 )
 from drpo_kernels.backends.sparse import kernels as sparse
 from drpo_kernels.backends.triton import kernels
+from drpo_kernels.backends.triton.softmax import Logits, Matrix
 from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from drpo_kernels.tokens import LEAST_LOGPROB
-from drpo_kernels.triton_support import INTERPRETING
+from drpo_kernels.triton_support import INTERPRETING, tl
 
 # fused multiply-adds, whatever the default of the installed Triton
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -65,7 +66,7 @@ class TritonRows:
         counts = torch.empty(count, dtype=torch.int64, device=device)
         self._launch(
             sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit,
-            most_entropy(batch.logits.shape[1], tolerance, limit), columns, shares, counts, left_out,
+            most_entropy(batch.logits.shape[1], tolerance, limit), sparse.Selected(columns, shares, counts, left_out),
             CAPACITY=capacity, choose=select_tile,
         )  # fmt: skip
         is_dense = counts < 0
@@ -99,9 +100,9 @@ class TritonRows:
         row, factors = base or (None, None)
         with _on(out):
             sparse.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
-                table, *table.stride(), sums.index, sums.factors, sums.offsets, sums.places, out, out.stride(0),
-                width, row, factors, ROUNDED=sparse.TYPES[dtype], HAS_BASE=base is not None, ROWS=tile.rows,
-                COLUMNS=tile.columns, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+                Matrix(table, *table.stride()), sums.index, sums.factors, sums.offsets, sums.places, out, out.stride(0),
+                width, row, factors, ROUNDED=sparse.TYPES[dtype], ROWS=tile.rows, COLUMNS=tile.columns,
+                num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
 
     def gathered_dots(
@@ -112,16 +113,16 @@ class TritonRows:
             left, right, tile = _rounded(left, dtype), _rounded(right, dtype), gather_tile(left.shape[1])
             with _on(out):
                 sparse.gathered_dots_kernel[(len(out),)](
-                    left, *left.stride(), left_index, right, *right.stride(), right_index, out, left.shape[1],
-                    ROUNDED=sparse.TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+                    Matrix(left, *left.stride()), left_index, Matrix(right, *right.stride()), right_index, out,
+                    left.shape[1], ROUNDED=sparse.TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps,
+                    **LAUNCH_OPTIONS,
                 )  # fmt: skip
         return out
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         self._launch(
-            kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0),
-            out, out.stride(0), out.shape[1], batch.order, HAS_ENTROPY=len(slopes) > Slope.ENTROPY,
-            HAS_Z_LOSS=len(slopes) > Slope.LOGSUMEXP, HAS_ORDER=batch.order is not None,
+            kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0), _output(out),
+            batch.order, HAS_ENTROPY=len(slopes) > Slope.ENTROPY, HAS_Z_LOSS=len(slopes) > Slope.LOGSUMEXP,
         )  # fmt: skip
 
     def fuses(self, terms: Terms) -> bool:
@@ -137,8 +138,8 @@ class TritonRows:
             with _on(rows):
                 kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
                     statistics, statistics.stride(0), rows, rows.stride(0), outcome, outcome.stride(0), slopes,
-                    slopes.stride(0), count, terms.objective.hyper, terms.kl_cap, **_twins(terms), BLOCK=LOSSES_BLOCK,
-                    num_warps=LOSSES_BLOCK // 32, **LAUNCH_OPTIONS,
+                    slopes.stride(0), count, _loss_terms(terms), BLOCK=LOSSES_BLOCK, num_warps=LOSSES_BLOCK // 32,
+                    **LAUNCH_OPTIONS,
                 )  # fmt: skip
         return outcome, slopes
 
@@ -148,13 +149,10 @@ class TritonRows:
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
-        written = outcome if out is None else out  # without `out` nothing is written, and logits may have any strides
-        write = kernels.WRITE_NOTHING if out is None else kernels.WRITE_GRADIENT
         self._launch(
-            kernels.policy_kernel, batch, outcome, outcome.stride(0), written, written.stride(0), written.shape[1],
-            factors, terms.objective.hyper, terms.kl_cap, **_twins(terms), FROM_ROLLOUT=self.from_rollout,
-            WRITE=write if factors is None else kernels.WRITE_FACTORED,
-        )  # fmt: skip
+            kernels.policy_kernel, batch, outcome, outcome.stride(0), _output(out), factors, _loss_terms(terms),
+            FROM_ROLLOUT=self.from_rollout,
+        )
         return outcome
 
     def metrics(
@@ -196,23 +194,35 @@ class TritonRows:
 
     def _launch(self, kernel, batch: RowBatch, *arguments, choose: Callable = row_tile, **flags) -> None:
         """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
-        logits, targets, rows, transform, bias = batch[:5]
-        count, vocab = rows.shape[1], logits.shape[1]
+        count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         if not count:
             return
-        tensors = [x for x in (targets, rows, *arguments) if isinstance(x, Tensor)]
+        tensors = [batch.targets, batch.rows]
+        for argument in arguments:
+            fields = argument if isinstance(argument, tuple) else (argument,)
+            tensors += [x for x in fields if isinstance(x, Tensor)]
         if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
             raise ValueError(
                 "the kernels take logits of any strides; everything else must be contiguous along its last axis"
             )
-        tile = self.tile or choose(vocab, logits.element_size(), device_properties(logits.device))
-        with _on(logits):
+        tile = self.tile or choose(vocab, batch.logits.element_size(), device_properties(batch.logits.device))
+        with _on(batch.logits):
             kernel[(count,)](
-                logits, *logits.stride(), vocab, bias, float(transform.logit_scale), float(transform.softcap or 1.0),
-                targets, rows, rows.stride(0), *arguments, **flags, HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=transform.softcap is not None, BLOCK=tile.block, **tile.launch_options(bias is not None),
-                **LAUNCH_OPTIONS,
+                _logits(batch), batch.targets, batch.rows, batch.rows.stride(0), *arguments, **flags, BLOCK=tile.block,
+                **tile.launch_options(batch.bias is not None), **LAUNCH_OPTIONS,
             )  # fmt: skip
+
+
+def _logits(batch: RowBatch) -> Logits:
+    """The first argument of a row kernel."""
+    transform = batch.transform
+    softcap = None if transform.softcap is None else float(transform.softcap)
+    scale = float(transform.logit_scale)
+    return Logits(batch.logits, *batch.logits.stride(), batch.logits.shape[1], batch.bias, scale, softcap)
+
+
+def _output(out: Tensor | None) -> kernels.Output | None:
+    return None if out is None else kernels.Output(out, out.stride(0), out.shape[1])
 
 
 def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,15 +230,10 @@ def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
     return table.to(dtype) if INTERPRETING and dtype == torch.bfloat16 else table
 
 
-def _twins(terms: Terms) -> dict[str, object]:
-    """What `row_loss` is compiled for."""
-    return {
-        "OBJECTIVE": terms.objective.twin,
-        "KL": _kl_twin(terms.kl_estimator),
-        "KL_IMPORTANCE": terms.kl_importance,
-        "HAS_ENTROPY": terms.entropy_bonus,
-        "HAS_Z_LOSS": terms.z_loss,
-    }
+def _loss_terms(terms: Terms) -> kernels.LossTerms:
+    objective, kl = terms.objective, _kl_twin(terms.kl_estimator)
+    flags = (tl.constexpr(flag) for flag in (terms.kl_importance, terms.entropy_bonus, terms.z_loss))
+    return kernels.LossTerms(objective.twin, objective.hyper, kl, terms.kl_cap, *flags)
 
 
 def _kl_twin(estimator: str | None) -> Callable | None:
