@@ -367,7 +367,7 @@ def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
         plans.append(plan(*arguments, **options))
         return plans[-1]
 
-    monkeypatch.setattr(sweep, "plan", recorded)
+    monkeypatch.setattr(sweep.LinearSweep, "make_plan", staticmethod(recorded))
     small_chunks(monkeypatch)
     monkeypatch.setattr("drpo_kernels.backends.triton.invariant.matmul_tile", small_tile)
     for retained, workspace in ((True, None), (True, 37 * 4 * 5), (False, 37 * (4 * 2 + 2 * 4))):
