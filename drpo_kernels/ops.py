@@ -15,7 +15,8 @@ from drpo_kernels.backends import kept_logits as kept
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.ready import gradient_rows, policy_rows, statistics_rows
 from drpo_kernels.backends.rows import Outcome, RowBatch, Stat, Terms, Transform, derivative, recordable
-from drpo_kernels.backends.sparse.sweep import outcome_fields, sparse_policy_sweep
+from drpo_kernels.backends.sparse.contract import outcome_fields
+from drpo_kernels.backends.sparse.sweep import sparse_policy_sweep
 from drpo_kernels.backends.sweep import (
     Execution,
     Gradients,

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.planning import Wanted
-from drpo_kernels.backends.rows import GatheredSums
+from drpo_kernels.backends.sparse.contract import GatheredSums, entry_ops
 from drpo_kernels.backends.sparse.sweep import offsets_of
 from drpo_kernels.backends.sweep import Execution, Gradients
 from drpo_kernels.collectives import summed
@@ -44,7 +43,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, exe
     """
     entries, rows = _entries(ids, weight, execution), hidden.reshape(-1, hidden.shape[-1])
     operands = rows, entries.rows, weight, entries.columns
-    values = row_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
+    values = entry_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
     if bias is not None:
         values += bias[entries.columns]
     found = values.new_zeros(ids.shape).index_put_(entries.places, values)
@@ -61,7 +60,7 @@ def gradients(
     wanted: Wanted,
 ) -> Gradients:
     """`slopes` [N, K] of the logits -> gradients in the dtypes of what they are of, each rounded once."""
-    entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
+    entries, ops = _entries(ids, weight, execution), entry_ops(execution.backend)
     values = slopes[entries.places]
     with_gradient = values != 0  # not those of rows that were left out
     entries, values = entries.where(with_gradient), values[with_gradient]

@@ -28,10 +28,6 @@ CHUNK_ROWS = 512
 # reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700 TFLOP/s on 132 processors)
 # that takes as long as H / 7400 waves
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
-# an entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense one takes 4H FLOP: by an
-# H200's rates the one is worth 250 of the other; on two CPU cores, measured, 64
-COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
-LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
 # an entry takes so much while it is sorted by column and added; a quarter of the workspace, and beside it, is theirs
 ENTRY_BYTES = 80
 # beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
@@ -359,12 +355,6 @@ def _readable(size: int) -> str:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def entry_limit(vocab: int, device_type: str) -> int:
-    """The most vocabulary entries of a row of `sparse_grad`: beyond, its part of the products is cheaper."""
-    columns = CPU_COLUMNS_PER_ENTRY if device_type == "cpu" else COLUMNS_PER_ENTRY
-    return min(max(vocab // columns, LEAST_ENTRIES), MOST_ENTRIES)
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:

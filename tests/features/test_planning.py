@@ -16,6 +16,7 @@ from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
 from drpo_kernels.backends.planning import Sizes, Storage, Wanted, WeightGradient, plan
 from drpo_kernels.backends.rows import Row, RowKind, Transform
+from drpo_kernels.backends.sparse.contract import entry_limit
 from drpo_kernels.backends.sweep import Execution, Head, LinearSweep
 from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.commands import plan as command
@@ -91,8 +92,8 @@ def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
 )
 def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
     """By what an entry costs beside a column; 16 at least, for small vocabularies to have sparse rows; 1024 at most."""
-    assert planning.entry_limit(vocab, "cpu") == on_cpu
-    assert planning.entry_limit(vocab, "cuda") == planning.entry_limit(vocab, "mps") == on_a_gpu
+    assert entry_limit(vocab, "cpu") == on_cpu
+    assert entry_limit(vocab, "cuda") == entry_limit(vocab, "mps") == on_a_gpu
 
 
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])

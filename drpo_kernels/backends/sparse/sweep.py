@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.matmul import product
-from drpo_kernels.backends.planning import Wanted, entry_limit
+from drpo_kernels.backends.planning import Wanted
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import (
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, Terms, float16_scale
+from drpo_kernels.backends.sparse.contract import (
+    EntryOps,
     GatheredSums,
-    Outcome,
-    Row,
-    RowBatch,
     Selection,
     Sparsity,
-    Terms,
-    float16_scale,
+    entry_limit,
+    entry_ops,
+    outcome_fields,
 )
 from drpo_kernels.backends.sweep import Execution, Gradients, Head, LinearSweep, exact_products
 
@@ -42,12 +42,14 @@ class Entries(NamedTuple):
     spread: Tensor  # what each row's dlogits leave to all V columns together, [n]
 
 
-def outcome_fields(sparse_grad: float) -> int:
-    return len(Outcome) + (len(Sparsity) if sparse_grad else 0)
-
-
 class SparseSweep(LinearSweep):
     """The chunk loop in which only dense rows reach the products."""
+
+    ops: EntryOps
+
+    def __init__(self, hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution, wanted: Wanted):
+        super().__init__(hidden, head, targets, rows, execution, wanted)
+        self.ops = entry_ops(execution.backend)
 
     def run_sparse(self, terms: Terms, outcome: Tensor) -> None:
         """Fill `outcome` [len(Outcome) + len(Sparsity), swept] and the gradients."""
