@@ -17,7 +17,8 @@ from drpo_kernels.backends.ready import ready_policy as _ready_policy
 from drpo_kernels.backends.ready import ready_statistics as _ready_statistics
 from drpo_kernels.backends.row_loss import policy_slope
 from drpo_kernels.backends.rows import Outcome, Stat
-from drpo_kernels.backends.sparse.sweep import SPARSE_OUTCOME, sparse_policy_sweep
+from drpo_kernels.backends.sparse.contract import SPARSE_OUTCOME
+from drpo_kernels.backends.sparse.sweep import sparse_policy_sweep
 from drpo_kernels.backends.spec import Spec, op_spec
 from drpo_kernels.backends.sweep import policy_sweep, recompute_sweep, statistics_sweep, stored_gradient_dtype
 from drpo_kernels.graphs import traced

@@ -8,7 +8,8 @@ from torch import Tensor
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.row_loss import row_loss, row_terms
-from drpo_kernels.backends.rows import Outcome, Row, RowKind, Sparsity
+from drpo_kernels.backends.rows import Outcome, Row, RowKind
+from drpo_kernels.backends.sparse.contract import Sparsity
 from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.graphs import positions, traced
 from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource, Source, policy_inputs

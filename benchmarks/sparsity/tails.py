@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness.method import OBJECTIVE
 from benchmarks.harness.workloads import Inputs
 from drpo_kernels import Tokens
-from drpo_kernels.backends.sparse.plan import entry_limit
+from drpo_kernels.backends.sparse.contract import entry_limit
 
 DRAWS = 4  # of the sampled way
 CCE_BLOCK, CCE_EPSILON = 128, 2**-12  # cut-cross-entropy's, of bf16: a block whose dlogits are all below is skipped

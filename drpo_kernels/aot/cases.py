@@ -13,17 +13,11 @@ from typing import Any
 from drpo_kernels import metrics
 from drpo_kernels.backends.devices import ARCHITECTURES, PRESETS
 from drpo_kernels.backends.sparse import kernels as sparse
-from drpo_kernels.backends.sparse.plan import entry_limit
+from drpo_kernels.backends.sparse.contract import entry_limit
+from drpo_kernels.backends.sparse.triton_ops import entry_capacity, gather_tile, select_tile
 from drpo_kernels.backends.triton import invariant, kernels
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK
-from drpo_kernels.backends.triton.tiles import (
-    MatmulTile,
-    entry_capacity,
-    gather_tile,
-    matmul_tile,
-    row_tile,
-    select_tile,
-)
+from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile, row_tile
 from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objective import Objective, built_in_objectives

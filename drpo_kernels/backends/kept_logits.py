@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.planning import NeedsGrad
-from drpo_kernels.backends.rows import GatheredSums
+from drpo_kernels.backends.sparse.contract import GatheredSums, entry_ops
 from drpo_kernels.backends.sparse.sweep import offsets_of
 from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.backends.sweep import Gradients
@@ -47,7 +46,7 @@ def kept_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
     execution = spec.execution
     entries, rows = _entries(ids, weight, execution), hidden.reshape(-1, hidden.shape[-1])
     operands = rows, entries.rows, weight, entries.columns
-    values = row_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
+    values = entry_ops(execution.backend).gathered_dots(*operands, execution.compute_dtype)
     if bias is not None:
         values += bias[entries.columns]
     found = values.new_zeros(ids.shape).index_put_(entries.places, values)
@@ -67,7 +66,7 @@ def kept_gradients(
     empty tensor for one that is not needed.
     """
     execution, needs_grad = spec.execution, NeedsGrad(*needs_grad)
-    entries, ops = _entries(ids, weight, execution), row_ops(execution.backend)
+    entries, ops = _entries(ids, weight, execution), entry_ops(execution.backend)
     values = slopes[entries.places]
     with_gradient = values != 0  # not those of rows that were left out
     entries, values = entries.where(with_gradient), values[with_gradient]

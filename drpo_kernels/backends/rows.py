@@ -14,15 +14,6 @@ from torch import Tensor
 
 from drpo_kernels.objective import Objective
 
-# Of `RowOps.select`: what float32 may have rounded of a sum of shares of 1 - p_y, and how those shares are sorted: in
-# levels of 1/LEVELS_PER_OCTAVE octave up from the least that counts, the last of which is beyond any budget
-SHARE_ROUNDING, LEVELS, LEVELS_PER_OCTAVE = 4e-6, 128, 8
-# Where Σ exp(q) of the other tokens is less, those that matter may be no normal float32: rounded to few digits,
-# or to 0 on a device that flushes them. Shares of it mean nothing
-LEAST_OTHERS = 2.0**-100
-# relative, more than float32 rounds of an entropy
-ENTROPY_ROUNDING = 1e-4
-
 
 class Row(IntEnum):
     """Inputs, packed [len(Row), N] in the statistics dtype."""
@@ -77,13 +68,6 @@ class Slope(IntEnum):
     ENTROPY = 2
 
 
-class Sparsity(IntEnum):
-    """What follows `Outcome` in a row's report where `sparse_grad` is used."""
-
-    ENTRIES = 5  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
-    LEFT_OUT = 6  # probability mass of the others, which have no gradient
-
-
 @dataclass(frozen=True)
 class Transform:
     """How raw logits x become z = factor · b.
@@ -122,27 +106,6 @@ class RowBatch(NamedTuple):
     bias: Tensor | None = None  # [V]
     sharded: bool = False  # a target outside [0, V) belongs to another shard: no bad one, in no column here
     order: Tensor | None = None  # [N] int64, ascending: whose logits targets and rows are of; None: row for row
-    exponentials: bool = False  # the logits hold 2^q of `TorchRows` by now
-
-
-class Selection(NamedTuple):
-    """Which rows of a chunk are dense, and the entries of the others: their targets and their largest probabilities."""
-
-    dense: Tensor  # positions, ascending, [D] int64
-    counts: Tensor  # entries of a row, [n] int64; 0 where it is dense, or not ACTIVE
-    rows: Tensor  # of each entry, ascending, [M] int64
-    columns: Tensor  # [M] int64
-    weights: Tensor  # p, or p - 1 < 0 at the target, [M]
-    left_out: Tensor  # mass of the entries that are not there, [n]; 0 where counts are
-
-
-class GatheredSums(NamedTuple):
-    """G sums of rows of a table [R, H], each of consecutive factor · row, to be put at a place of its own."""
-
-    index: Tensor  # [M] int64, rows of the table
-    factors: Tensor  # [M], in the accumulator's dtype
-    offsets: Tensor  # [G + 1] int64
-    places: Tensor  # [G] int64, rows of the output; no two are the same
 
 
 class RowOps(Protocol):
@@ -158,31 +121,6 @@ class RowOps(Protocol):
 
     def statistics(self, batch: RowBatch) -> Tensor:
         """-> [len(Stat), N]; zeros where the row is SKIPPED."""
-
-    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        """Statistics of logits that nobody but `select` and `write_gradient` will read, and the batch to hand them."""
-
-    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        """Of each ACTIVE row the fewest entries beside its target that leave out at most tolerance · (1 - p_y); more
-        than `limit` make it dense, and so may a row of which more than three times as many weigh enough to matter, or
-        one of LEAST_OTHERS. Its entropy alone may tell that it is: H = H(p_y) + (1 - p_y) · that of its other tokens.
-        """
-
-    def gathered_sums(
-        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """out[places] += sums, or with `base` (a row [H], factors [G]) out[places] = sums + factors · row.
-
-        Rows of the table are rounded to `dtype`, sums are added in the order given in the accumulator's precision, and
-        rounded once to that of `out` [., H].
-        """
-
-    def gathered_dots(
-        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """left[left_index[i]] · right[right_index[i]], [M] in the accumulator's precision, from tables [., H] of any
-        strides whose rows are rounded to `dtype`; indices [M] int64.
-        """
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
@@ -209,15 +147,6 @@ class RowOps(Protocol):
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
 
 
-def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
-    """The largest entropy of a row's other tokens, in nats, of which `limit` hold all but `tolerance`: flat over those,
-    and over the rest. What no row has where so many always do.
-    """
-    rest = vocab - 1 - limit
-    if limit >= (1 - tolerance) * (limit + rest):
-        return float(vocab)
-    kept, left = 1 - tolerance, tolerance
-    return kept * math.log(limit / kept) + left * math.log(rest / left)
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:

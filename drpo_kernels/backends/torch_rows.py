@@ -5,28 +5,14 @@ cheapest exponential, and subtracting before scaling keeps q exact for logits fa
 of p, a logit is read once and its 2^q is kept, in its place if it may be.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.entries import above, fewest, too_flat
-from drpo_kernels.backends.matmul import cast_rows
 from drpo_kernels.backends.row_loss import row_losses
-from drpo_kernels.backends.rows import (
-    LEAST_OTHERS,
-    GatheredSums,
-    Row,
-    RowBatch,
-    RowKind,
-    Selection,
-    Slope,
-    Stat,
-    Terms,
-)
+from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Slope, Stat, Terms
 from drpo_kernels.softcap import tanh_slope
 
 LOG2E = 1 / math.log(2)
@@ -35,8 +21,6 @@ LOWEST_SHIFT = -1e5
 # logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
 CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
-# rows whose entries are chosen together: their sums by level take a KiB each, several times
-SELECTED_ROWS = 4096
 # elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
 SCALE_BLOCK = 1 << 24
 
@@ -53,8 +37,8 @@ class TorchRows:
         """
         capped = batch.transform.softcap is not None
         in_place = kept is not None and kept.dtype == batch.rows.dtype and not capped
-        scratch = _Scratch(batch)
-        index, outside = _safe(batch)
+        scratch = Scratch(batch)
+        index, outside = safe_targets(batch)
         factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
         sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
@@ -67,82 +51,10 @@ class TorchRows:
         statistics = _from_sums(*sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
 
-    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        kept = (
-            batch.transform.softcap is None
-            and batch.logits.dtype == batch.rows.dtype
-            and batch.logits.device.type == "cpu"
-            and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
-        )
-        statistics = self._statistics(batch, batch.logits if kept else None)
-        return statistics, batch._replace(exponentials=kept, bias=None if kept else batch.bias)
-
-    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        scratch, miss, total = _Scratch(batch), statistics[Stat.MISS], statistics[Stat.SUM]
-        index, _ = _safe(batch)
-        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
-        others = miss * total
-        active = batch.rows[Row.KIND] == RowKind.ACTIVE
-        dense = ~active | ~(others >= LEAST_OTHERS) | too_flat(statistics, batch.logits.shape[1], tolerance, limit)
-        others = others.masked_fill(dense, torch.nan)  # than which nothing is larger
-        candidates = (~dense).nonzero()[:, 0]
-        if 2 * len(candidates) > len(dense):  # cheaper to look at all than to copy some
-            candidates = torch.arange(len(dense), device=dense.device)
-        counts, left_out = torch.zeros_like(batch.targets), torch.zeros_like(others)
-        parts = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
-        for block in candidates.split(min(scratch.block, SELECTED_ROWS)):
-            following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
-            e = scratch.exponentials(following, statistics[Stat.REFERENCE], factor, index)
-            rows, columns, values = above(e, others[block], tolerance, limit)
-            kept, entries, mass = fewest(rows, values / others[block][rows], len(block), tolerance, limit)
-            sparse = (entries <= limit) & (mass <= tolerance)
-            kept &= sparse[rows]
-            chosen, rows, at = block[sparse], block[rows[kept]], sparse.nonzero()[:, 0]
-            counts[chosen], left_out[chosen] = entries[at] + 1, mass[at].to(others.dtype) * miss[chosen]
-            weights = torch.cat([-miss[chosen], values[kept] / total[rows]])
-            rows, columns = torch.cat([chosen, rows]), torch.cat([batch.targets[chosen], columns[kept]])
-            order = rows.argsort(stable=True)
-            parts.append((rows[order], columns[order], weights[order]))
-        rows, columns, weights = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Selection((active & (counts == 0)).nonzero()[:, 0], counts, rows, columns, weights, left_out)
-
-    def gathered_sums(
-        self,
-        table: Tensor,
-        sums: GatheredSums,
-        out: Tensor,
-        dtype: torch.dtype,
-        base: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        for groups, index, rows in _gathered(table, sums, dtype):
-            start, stop = (int(sums.offsets[edge]) for edge in (groups.start, groups.stop))
-            total = torch.nn.functional.embedding_bag(
-                index, rows, sums.offsets[groups] - start, mode="sum", per_sample_weights=sums.factors[start:stop]
-            )
-            places = sums.places[groups]
-            if base is None:
-                out[places] += total
-            else:
-                out[places] = total.addcmul_(base[1][groups, None], base[0]).to(out.dtype)
-
-    def gathered_dots(
-        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        out = left.new_empty(len(left_index), dtype=wide)
-        step = cast_rows(left, 3 * wide.itemsize)
-        for block in (slice(start, start + step) for start in range(0, len(out), step)):
-            rows = left[left_index[block]].to(dtype).to(wide)
-            out[block] = rows.mul_(right[right_index[block]].to(dtype)).sum(1)
-        return out
-
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        if batch.exponentials:
-            self._scale_exponentials(batch, statistics, slopes, out)
-            return
         vocab = batch.logits.shape[1]
-        scratch = _Scratch(batch)
-        per_row = _GradientRows.of(batch, statistics, slopes)
+        scratch = Scratch(batch)
+        per_row = GradientRows.of(batch, statistics, slopes)
         for block in scratch.blocks(RowKind.ACTIVE):
             base, buffers = scratch.base(block)
             gradient = _block_gradient(base, buffers, per_row.at(block))
@@ -153,19 +65,6 @@ class TorchRows:
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
         if not scratch.on_cpu or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
-
-    def _scale_exponentials(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        """slope · (onehot - p) from the 2^q that are there: in order, so that `out` may be an earlier part of them."""
-        per_row = _GradientRows.of(batch, statistics, slopes)
-        count, vocab = batch.rows.shape[1], batch.logits.shape[1]
-        together = batch.order is None or len(batch.order) == len(batch.logits)
-        step = max(CPU_BLOCK // max(vocab, 1), 1)
-        for block in (slice(start, min(start + step, count)) for start in range(0, count, step)):
-            e = batch.logits[block] if together else batch.logits[batch.order[block]]
-            gradient = torch.mul(e, per_row.scale[block], out=out[block] if together else e)
-            gradient.scatter_(1, per_row.index[block], per_row.at_target[block])
-            if not together:
-                out[block] = gradient
 
     def fuses(self, terms: Terms) -> bool:
         return not terms.entropy_bonus
@@ -200,8 +99,8 @@ class TorchRows:
         return outcome
 
     def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
-        index, _ = _safe(batch)
-        scale = 1 if batch.transform.softcap is None else _Scratch(batch).cap_slope_at(index)
+        index, _ = safe_targets(batch)
+        scale = 1 if batch.transform.softcap is None else Scratch(batch).cap_slope_at(index)
         statistics = self._statistics(batch, out)
         outcome, slopes = self.losses(statistics, batch.rows, terms)
         others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
@@ -215,7 +114,7 @@ class TorchRows:
         return outcome
 
 
-class _Scratch:
+class Scratch:
     """Two reused buffers of one block each: allocating per block would cost more in page faults than the arithmetic."""
 
     def __init__(self, batch: RowBatch):
@@ -270,37 +169,7 @@ class _Scratch:
             x = torch.mul(x, scale, out=out)
         return x
 
-    def exponentials(
-        self, block: slice | Tensor, reference: Tensor, factor: Tensor, index: Tensor
-    ) -> Tensor:
-        """2^q of the block [n, V], 0 at the target."""
-        if self.batch.exponentials:
-            return self.batch.logits[block]
-        base, buffers = self.base(block)
-        q = torch.sub(base, reference[block, None], out=buffers[0]).mul_(factor[block, None])
-        return q.exp2_().scatter_(1, index[block], 0)
-
-
-def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(range of groups, their index into a table, that table in the accumulator's dtype), a few groups at a time: their
-    sums, twice more on the way to their places, and the gathered rows of a table of another dtype are temporaries.
-    """
-    wide, groups, stops = sums.factors.dtype, len(sums.places), sums.offsets[1:]
-    step = cast_rows(table, 3 * wide.itemsize)
-    if table.dtype == wide == dtype:
-        edges = list(range(0, groups, step))
-    else:
-        edges = torch.searchsorted(stops, torch.arange(0, len(sums.index), step, device=stops.device), right=True)
-        edges = edges.tolist()
-    for first, last in itertools.pairwise(sorted({0, groups, *edges})):
-        index = sums.index[int(sums.offsets[first]) : int(sums.offsets[last])]
-        if table.dtype == wide == dtype:
-            yield slice(first, last), index, table
-        else:
-            yield slice(first, last), torch.arange(len(index), device=index.device), table[index].to(dtype).to(wide)
-
-
-def _safe(batch: RowBatch) -> tuple[Tensor, Tensor]:
+def safe_targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
     """Targets as a gather index [N, 1] that is never out of bounds, and which of them were."""
     index, vocab = batch.targets[:, None], batch.logits.shape[1]
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
@@ -342,7 +211,7 @@ def _from_sums(
     return torch.stack([target / LOG2E - log_total, entropy, reference, total, others / total, mean, logsumexp])
 
 
-class _GradientRows(NamedTuple):
+class GradientRows(NamedTuple):
     """What a row's gradient needs, [N, 1] each.
 
     dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term; at the target -slope · 2^q · scale
@@ -360,8 +229,8 @@ class _GradientRows(NamedTuple):
     elsewhere: Tensor | None  # bool, the target is in another shard and its index is of some other token; None: nowhere
 
     @staticmethod
-    def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "_GradientRows":
-        index, outside = _safe(batch)
+    def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "GradientRows":
+        index, outside = safe_targets(batch)
         logprob, _, reference, total, miss, mean, _ = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
@@ -377,13 +246,13 @@ class _GradientRows(NamedTuple):
         factor = transform.factor(inv_temperature) * LOG2E
         elsewhere = outside if batch.sharded else None
         at_target = at_target if batch.sharded else at_target.masked_fill(outside, torch.nan)
-        return _GradientRows(reference, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
+        return GradientRows(reference, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
 
-    def at(self, block: slice | Tensor) -> "_GradientRows":
-        return _GradientRows(*(None if x is None else x[block] for x in self))
+    def at(self, block: slice | Tensor) -> "GradientRows":
+        return GradientRows(*(None if x is None else x[block] for x in self))
 
 
-def _block_gradient(base: Tensor, buffers: Tensor, row: _GradientRows) -> Tensor:
+def _block_gradient(base: Tensor, buffers: Tensor, row: GradientRows) -> Tensor:
     """slope · (onehot - p) + logsumexp slope · p - entropy slope · p (log p + H) of a block, times dz/dx, [n, V] in a
     buffer.
     """

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import drpo_kernels as dk
-from drpo_kernels.backends.torch_rows import TorchRows
+from drpo_kernels.backends.sparse.torch_ops import TorchEntries
 from problems import BACKENDS, SPECS, build, random_problem, relative, replace
 
 V, K = 37, 9
@@ -105,8 +105,8 @@ def test_dtypes(backend, dtype):
 def test_rows_without_a_gradient_have_no_entries(monkeypatch):
     problem, ids = problem_with_ids()
     out, _ = call(problem, "linear", "torch", kept_ids=ids, compact="active", logits_dtype=torch.float32)
-    summed, gathered_sums = [], TorchRows.gathered_sums
-    monkeypatch.setattr(TorchRows, "gathered_sums", lambda *a: summed.append(a[2]) or gathered_sums(*a))
+    summed, gathered_sums = [], TorchEntries.gathered_sums
+    monkeypatch.setattr(TorchEntries, "gathered_sums", lambda *a: summed.append(a[2]) or gathered_sums(*a))
     call(problem, "linear", "torch", kept_ids=ids, compact="active")
     places = (out.computed[..., None] & (ids >= 0)).sum()
     assert len(summed) == 2 and all(0 < len(sums.index) <= places for sums in summed)

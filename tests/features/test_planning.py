@@ -16,7 +16,8 @@ from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
 from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient
 from drpo_kernels.backends.rows import Row, RowKind, Transform
-from drpo_kernels.backends.sparse.plan import entry_limit, sparse_plan
+from drpo_kernels.backends.sparse.contract import entry_limit
+from drpo_kernels.backends.sparse.plan import sparse_plan
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.backends.torch_rows import TorchRows

@@ -12,9 +12,9 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from drpo_kernels.backends import entries, matmul, torch_rows
-from drpo_kernels.backends.rows import SHARE_ROUNDING
-from drpo_kernels.backends.sparse.plan import LEAST_ENTRIES, entry_limit
+from drpo_kernels.backends import matmul, torch_rows
+from drpo_kernels.backends.sparse import selection
+from drpo_kernels.backends.sparse.contract import LEAST_ENTRIES, SHARE_ROUNDING, entry_limit
 from drpo_kernels.distributed import reduce_metrics
 from sparse_cases import (
     BF16,
@@ -116,14 +116,14 @@ def test_rows_that_are_given_up_are_dense(spread, vocab, device):
     e /= e.amax(1, keepdim=True)
     total = e.sum(1)
     left_out = 1 - e.topk(limit, dim=1).values.sum(1) / total
-    least = entries.hopeless(e, e[:, : vocab // 64 * 64].unflatten(1, (-1, 64)).amax(2), limit) / total
+    least = selection.hopeless(e, e[:, : vocab // 64 * 64].unflatten(1, (-1, 64)).amax(2), limit) / total
     assert_below(least, left_out + 1e-5, "what is left out at least")
     assert (least > tau).sum() >= 0.85 * (left_out > tau).sum()
     for miss in (1e-6, 0.3, 1 - 1e-6):  # a target that weighs as much
         p = (e / total[:, None] * miss).double()
         entropy = -torch.special.xlogy(p, p).sum(1) - (1 - miss) * math.log1p(-miss)
         statistics = torch.stack([entropy * 0, entropy, entropy * 0, entropy * 0 + 1, entropy * 0 + miss]).float()
-        flat = entries.too_flat(statistics, vocab, tau, limit)
+        flat = selection.too_flat(statistics, vocab, tau, limit)
         assert (left_out[flat] > tau).all()
         assert flat.all() if spread == 1 else not flat.all()
 

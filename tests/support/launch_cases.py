@@ -13,7 +13,8 @@ from torch import Tensor
 
 import drpo_kernels as dk
 import problems
-from drpo_kernels.backends.rows import GatheredSums
+from drpo_kernels.backends.sparse import triton_ops
+from drpo_kernels.backends.sparse.contract import GatheredSums
 from drpo_kernels.backends.triton import launch
 from drpo_kernels.kl import KL_ESTIMATORS
 
@@ -174,4 +175,5 @@ def kept_ids() -> Calls:
 
 def gathered_sums(dtype: torch.dtype, out: torch.dtype, base: tuple[Tensor, Tensor] | None) -> None:
     sums = GatheredSums(torch.arange(32), torch.ones(32), torch.arange(0, 33, 4), torch.arange(8))
-    launch.TritonRows().gathered_sums(torch.ones(32, 64, dtype=dtype), sums, torch.zeros(8, 64, dtype=out), dtype, base)
+    table, sum_of_rows = torch.ones(32, 64, dtype=dtype), torch.zeros(8, 64, dtype=out)
+    triton_ops.TritonEntries().gathered_sums(table, sums, sum_of_rows, dtype, base)

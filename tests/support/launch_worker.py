@@ -16,6 +16,8 @@ from triton.runtime.jit import JITFunction
 import launch_cases
 from drpo_kernels import autograd, backends
 from drpo_kernels.backends import devices, fp8_head, matmul, sweep
+from drpo_kernels.backends.sparse import triton_ops
+from drpo_kernels.backends.sparse.torch_ops import TorchEntries
 from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.backends.triton import invariant, launch
 
@@ -39,9 +41,11 @@ class LaunchedRows(launch.TritonRows):
         super().statistics(batch)
         return TorchRows().statistics(batch)
 
+
+class LaunchedEntries(LaunchedRows, triton_ops.TritonEntries):
     def select(self, batch, statistics, tolerance, limit):
         super().select(batch, statistics, tolerance, limit)
-        return TorchRows().select(batch, statistics, tolerance, limit)
+        return TorchEntries().select(batch, statistics, tolerance, limit)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -59,7 +63,7 @@ def pretend() -> None:
         module.device_properties = lambda device: devices.PRESETS["h100"]
     matmul.float32_outputs = fp8_head.float32_outputs = lambda device, dtype: (True, True)
     matmul.product = fp8_head.product = product
-    launch.TritonRows = LaunchedRows
+    launch.TritonRows, triton_ops.TritonEntries = LaunchedRows, LaunchedEntries
     autograd.row_ops = lambda name: LaunchedRows()
     # a launch writes nothing here, and counts are read back
     torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros

@@ -17,8 +17,7 @@ from torch import Tensor
 import drpo_kernels as dk
 import problems
 from drpo_kernels import ops
-from drpo_kernels.backends.rows import LEVELS_PER_OCTAVE, SHARE_ROUNDING, Sparsity
-from drpo_kernels.backends.sparse.plan import entry_limit
+from drpo_kernels.backends.sparse.contract import LEVELS_PER_OCTAVE, SHARE_ROUNDING, Sparsity, entry_limit
 from problems import SPECS, Problem, generator
 
 ULP = 2.0**-24

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from drpo_kernels.backends import rows as contract
+from drpo_kernels.backends.sparse import contract
 from drpo_kernels.backends.triton.kernels import ACTIVE, INV_TEMPERATURE, KIND, row_jit
 from drpo_kernels.backends.triton.softmax import Logits, Matrix, load_base, load_softmax, row_of
 from drpo_kernels.triton_support import jit, tl

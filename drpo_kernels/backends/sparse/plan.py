@@ -14,18 +14,8 @@ from drpo_kernels.backends.planning import (
     workspace_bytes,
 )
 
-# An entry of a sparse row is gathered from two tables, 4H bytes. A column of a dense row takes 4H FLOP. By the rates of
-# an H200 one entry is worth 250 columns; on two CPU cores 64 were measured.
-COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
-LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
 # the bytes that an entry takes while it is sorted by column and added
 ENTRY_BYTES = 80
-
-
-def entry_limit(vocab: int, device_type: str) -> int:
-    """The most vocabulary entries of a sparse row: with more, its part of the products is cheaper."""
-    columns = CPU_COLUMNS_PER_ENTRY if device_type == "cpu" else COLUMNS_PER_ENTRY
-    return min(max(vocab // columns, LEAST_ENTRIES), MOST_ENTRIES)
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from torch import Tensor
 from drpo_kernels.backends.matmul import product
 from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import (
+from drpo_kernels.backends.rows import Outcome, Row, RowBatch, Terms, float16_scale
+from drpo_kernels.backends.sparse.contract import (
+    SPARSE_OUTCOME,
+    EntryOps,
     GatheredSums,
-    Outcome,
-    Row,
-    RowBatch,
     Selection,
     Sparsity,
-    Terms,
-    float16_scale,
+    entry_limit,
+    entry_ops,
 )
-from drpo_kernels.backends.sparse.plan import entry_limit, sparse_plan
-from drpo_kernels.backends.spec import Spec
+from drpo_kernels.backends.sparse.plan import sparse_plan
+from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.backends.sweep import Head, LinearSweep, exact_products
 
 
@@ -45,15 +45,18 @@ class Entries(NamedTuple):
     spread: Tensor  # what each row's dlogits leave to all V columns together, [n]
 
 
-# fields that a row reports
-SPARSE_OUTCOME = len(Outcome) + len(Sparsity)
-
-
 class SparseSweep(LinearSweep):
     """The chunk loop in which only dense rows reach the products."""
 
+    ops: EntryOps
     make_plan = staticmethod(sparse_plan)
     writes_every_row = False
+
+    def __init__(
+        self, hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, execution: Execution, needs_grad: NeedsGrad
+    ):
+        super().__init__(hidden, head, targets, rows, execution, needs_grad)
+        self.ops = entry_ops(execution.backend)
 
     def run_sparse(self, terms: Terms, outcome: Tensor) -> None:
         """Fill `outcome` [len(Outcome) + len(Sparsity), swept] and the gradients."""

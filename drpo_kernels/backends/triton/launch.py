@@ -8,26 +8,16 @@ from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.row_loss import row_losses
-from drpo_kernels.backends.rows import (
-    GatheredSums,
-    Outcome,
-    RowBatch,
-    Selection,
-    Slope,
-    Stat,
-    Terms,
-    most_entropy,
-)
-from drpo_kernels.backends.sparse import kernels as sparse
+from drpo_kernels.backends.rows import Outcome, RowBatch, Slope, Stat, Terms
 from drpo_kernels.backends.triton import kernels
-from drpo_kernels.backends.triton.softmax import Logits, Matrix
-from drpo_kernels.backends.triton.tiles import RowTile, entry_capacity, gather_tile, row_tile, select_tile
+from drpo_kernels.backends.triton.softmax import Logits
+from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
 from drpo_kernels.objective import Objective
 from drpo_kernels.tokens import LEAST_LOGPROB
-from drpo_kernels.triton_support import INTERPRETING, tl
+from drpo_kernels.triton_support import tl
 
 # fused multiply-adds, whatever the default of the installed Triton
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -52,75 +42,11 @@ class TritonRows:
 
     def statistics(self, batch: RowBatch) -> Tensor:
         statistics = batch.rows.new_empty(len(Stat), batch.rows.shape[1])
-        self._launch(kernels.statistics_kernel, batch, statistics, statistics.stride(0))
+        self.launch(kernels.statistics_kernel, batch, statistics, statistics.stride(0))
         return statistics
 
-    def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        return self.statistics(batch), batch
-
-    def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        count, device = batch.rows.shape[1], batch.logits.device
-        capacity = entry_capacity(limit)
-        columns = torch.empty(count, capacity, dtype=torch.int32, device=device)
-        shares, left_out = batch.rows.new_empty(count, capacity), batch.rows.new_empty(count)
-        counts = torch.empty(count, dtype=torch.int64, device=device)
-        self._launch(
-            sparse.select_kernel, batch, statistics, statistics.stride(0), float(tolerance), limit,
-            most_entropy(batch.logits.shape[1], tolerance, limit), sparse.Selected(columns, shares, counts, left_out),
-            CAPACITY=capacity, choose=select_tile,
-        )  # fmt: skip
-        is_dense = counts < 0
-        counts.clamp_(min=0)
-        dense, entries = torch.stack([is_dense.sum(), counts.sum()]).tolist()  # the one synchronisation
-        rows = torch.arange(count, device=device).repeat_interleave(counts, output_size=entries)
-        place = torch.arange(entries, device=device) - (counts.cumsum(0) - counts)[rows]
-        miss = statistics[Stat.MISS]
-        return Selection(
-            is_dense.to(torch.int8).argsort(descending=True, stable=True)[:dense], counts, rows,
-            columns[rows, place].to(torch.int64), shares[rows, place] * miss[rows],
-            torch.where(counts > 0, left_out * miss, 0),
-        )  # fmt: skip
-
-    def gathered_sums(
-        self,
-        table: Tensor,
-        sums: GatheredSums,
-        out: Tensor,
-        dtype: torch.dtype,
-        base: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        if not len(sums.places):
-            return
-        if INTERPRETING and out.dtype == torch.bfloat16:  # to which the interpreter truncates
-            wide = out.float()
-            self.gathered_sums(table, sums, wide, dtype, base)
-            out.copy_(wide)
-            return
-        table, width, tile = _rounded(table, dtype), out.shape[1], gather_tile(out.shape[1])
-        row, factors = base or (None, None)
-        with _on(out):
-            sparse.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
-                Matrix(table, *table.stride()), sums.index, sums.factors, sums.offsets, sums.places, out, out.stride(0),
-                width, row, factors, ROUNDED=sparse.TYPES[dtype], ROWS=tile.rows, COLUMNS=tile.columns,
-                num_warps=tile.num_warps, **LAUNCH_OPTIONS,
-            )  # fmt: skip
-
-    def gathered_dots(
-        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        out = torch.empty(len(left_index), dtype=torch.float32, device=left.device)
-        if len(out):
-            left, right, tile = _rounded(left, dtype), _rounded(right, dtype), gather_tile(left.shape[1])
-            with _on(out):
-                sparse.gathered_dots_kernel[(len(out),)](
-                    Matrix(left, *left.stride()), left_index, Matrix(right, *right.stride()), right_index, out,
-                    left.shape[1], ROUNDED=sparse.TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps,
-                    **LAUNCH_OPTIONS,
-                )  # fmt: skip
-        return out
-
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
-        self._launch(
+        self.launch(
             kernels.gradient_kernel, batch, statistics, statistics.stride(0), slopes, slopes.stride(0), _output(out),
             batch.order, HAS_ENTROPY=len(slopes) > Slope.ENTROPY, HAS_Z_LOSS=len(slopes) > Slope.LOGSUMEXP,
         )  # fmt: skip
@@ -135,7 +61,7 @@ class TritonRows:
         outcome = rows.new_empty(len(Outcome), count)
         slopes = rows.new_empty(len(Slope) if terms.entropy_bonus else 1 + terms.z_loss, count)
         if count:
-            with _on(rows):
+            with on_device(rows):
                 kernels.losses_kernel[(-(-count // LOSSES_BLOCK),)](
                     statistics, statistics.stride(0), rows, rows.stride(0), outcome, outcome.stride(0), slopes,
                     slopes.stride(0), count, _loss_terms(terms), BLOCK=LOSSES_BLOCK, num_warps=LOSSES_BLOCK // 32,
@@ -149,7 +75,7 @@ class TritonRows:
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
-        self._launch(
+        self.launch(
             kernels.policy_kernel, batch, outcome, outcome.stride(0), _output(out), factors, _loss_terms(terms),
             FROM_ROLLOUT=self.from_rollout,
         )
@@ -173,7 +99,7 @@ class TritonRows:
         flags = (flag.contiguous().view(torch.uint8) for flag in (valid, unscorable))
         values = rows.new_empty(MEASURES + 1 + len(EVIDENCE_METRICS))
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
-        with _on(rows):
+        with on_device(rows):
             policy_metrics_kernel[(2,)](
                 rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1], kl_cap,
                 CLIPS=clips_of(objective), KL=_kl_twin(ref_kl), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
@@ -187,12 +113,12 @@ class TritonRows:
         tile = self.tile or row_tile(values.numel(), values.element_size(), device)
         programs = min(-(-values.numel() // tile.block), PROGRAMS * max(device.multiprocessors, 1))
         if programs:
-            with _on(values):
+            with on_device(values):
                 kernels.scale_kernel[(programs,)](
                     values, values.numel(), factor, BLOCK=tile.block, num_warps=tile.num_warps, **LAUNCH_OPTIONS
                 )
 
-    def _launch(self, kernel, batch: RowBatch, *arguments, choose: Callable = row_tile, **flags) -> None:
+    def launch(self, kernel, batch: RowBatch, *arguments, choose: Callable = row_tile, **flags) -> None:
         """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
         count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         if not count:
@@ -206,7 +132,7 @@ class TritonRows:
                 "the kernels take logits of any strides; everything else must be contiguous along its last axis"
             )
         tile = self.tile or choose(vocab, batch.logits.element_size(), device_properties(batch.logits.device))
-        with _on(batch.logits):
+        with on_device(batch.logits):
             kernel[(count,)](
                 _logits(batch), batch.targets, batch.rows, batch.rows.stride(0), *arguments, **flags, BLOCK=tile.block,
                 **tile.launch_options(batch.bias is not None), **LAUNCH_OPTIONS,
@@ -225,11 +151,6 @@ def _output(out: Tensor | None) -> kernels.Output | None:
     return None if out is None else kernels.Output(out, out.stride(0), out.shape[1])
 
 
-def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to bf16 before the launch where the kernel would truncate, which is in the interpreter."""
-    return table.to(dtype) if INTERPRETING and dtype == torch.bfloat16 else table
-
-
 def _loss_terms(terms: Terms) -> kernels.LossTerms:
     objective, kl = terms.objective, _kl_twin(terms.kl_estimator)
     flags = (tl.constexpr(flag) for flag in (terms.kl_importance, terms.entropy_bonus, terms.z_loss))
@@ -240,7 +161,7 @@ def _kl_twin(estimator: str | None) -> Callable | None:
     return None if estimator is None else KL_ESTIMATORS[estimator].twin
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's, where it is another."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

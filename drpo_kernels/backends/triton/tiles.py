@@ -1,6 +1,6 @@
 """Tile choice: pure functions of the row's width, the element sizes and the device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from drpo_kernels.backends.devices import DeviceProperties
 
@@ -41,33 +41,6 @@ def row_tile(
     elements = bytes_per_thread // itemsize
     block = max(16, min(1 << (max(vocab, 1) - 1).bit_length(), threads * elements))
     return RowTile(block, max(1, block // (elements * device.warp_size)), 64 if hopper and itemsize == 2 else None)
-
-
-def select_tile(vocab: int, itemsize: int, device: DeviceProperties) -> RowTile:
-    """One 16-byte load to a thread: a scan over the block takes the registers of the second."""
-    return replace(row_tile(vocab, itemsize, device, bytes_per_thread=16), registers=None)
-
-
-def entry_capacity(limit: int) -> int:
-    """Candidates that a row of at most `limit` entries may have, three times as many: a power of two, for one block."""
-    return 1 << (3 * limit).bit_length()
-
-
-@dataclass(frozen=True)
-class GatherTile:
-    """`rows` gathered at a time, `columns` of each, by one program: that many loads are in flight."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
-
-def gather_tile(width: int) -> GatherTile:
-    """A warp to 256 columns, 16 bytes a thread of 16-bit rows, in two loads of fp32 ones, so that all rows of a column
-    are one thread's: with several warps to as many columns, each sum would cross them.
-    """
-    columns = max(16, min(1 << (max(width, 1) - 1).bit_length(), 1024))
-    return GatherTile(8, columns, max(columns // 256, 1))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""Which entries of its rows' gradients the PyTorch backend keeps for `sparse_grad`; see `RowOps.select`."""
+"""Which entries of its rows' gradients the PyTorch backend keeps for `sparse_grad`; see `EntryOps.select`."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import (
+from drpo_kernels.backends.rows import Stat
+from drpo_kernels.backends.sparse.contract import (
     ENTROPY_ROUNDING,
     LEVELS,
     LEVELS_PER_OCTAVE,
     SHARE_ROUNDING,
-    Stat,
     most_entropy,
 )
 
