@@ -45,10 +45,10 @@ def append(path: Path, record: Record) -> None:
         file.write((b"\n" if broken else b"") + line(record).encode() + b"\n")
 
 
-def replace_part(path: Path, part: str, records: Sequence[Record]) -> None:
-    """Put the records in the place of those whose "part" is this one, or at the end where there is none."""
+def replace_part(path: Path, part: str, records: Sequence[Record], order: Sequence[str] | None = None) -> None:
+    """Put the records at the end, in the place of those whose "part" is this one; `order` then sorts all by part."""
     old = read(path)
     kept = [record for record in old if record["part"] != part]
     if records or len(kept) < len(old):
-        place = next((i for i, record in enumerate(old) if record["part"] == part), len(old))
-        write(path, [*kept[:place], *records, *kept[place:]])
+        found = [*kept, *records]
+        write(path, found if order is None else sorted(found, key=lambda record: order.index(record["part"])))

@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for record in PARTS[part](options):
             records.append(record | {"benchmark": "sparsity", "part": part} | source)
             if out is not None:
-                replace_part(out, part, records)
+                replace_part(out, part, records, list(PARTS))
         count += len(records)
     print(f"{count} records" + ("" if out is None else f" in {out.name}; tables: python -m benchmarks.report"))
     return 0

@@ -9,6 +9,7 @@ from benchmarks.device.summary import summary
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.workloads import MODELS
 from drpo_kernels.backends.planning import workspace_bytes
+from pages import unpadded
 
 LOSS, FROZEN = "linear_policy_loss", "linear_policy_loss_frozen_head"
 SPARSE, LOGPROBS = "linear_policy_loss_sparse", "linear_token_logprobs"
@@ -178,6 +179,6 @@ def test_bars_name_methods_and_parts_that_exist():
 
 def test_a_summary_puts_bars_first():
     failed = run_of_tests("scale", failed=["tests/test_a.py::test_one"]) | {"skipped": 0, "exit": 1}
-    text = summary({SPEED: [], DEVICE: [failed], INVARIANCE: [], PRECISION: []}, short=True)
+    text = unpadded(summary({SPEED: [], DEVICE: [failed], INVARIANCE: [], PRECISION: []}, short=True))
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Bars", "## Tests"]
     assert "| GPU tests that fail | ≤ 0 | 1 | MISS | 10 passed |" in text and "`tests/test_a.py::test_one`" in text

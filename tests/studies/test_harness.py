@@ -1,6 +1,7 @@
 """What the studies share: records on disk, tables, blocks of pages, command lines."""
 
 import importlib.util
+import re
 
 import pytest
 
@@ -20,9 +21,9 @@ def test_a_table_is_aligned_and_its_cells_stay_text():
     ]
 
 
-@pytest.mark.parametrize(("left", "dashes"), [(0, "|-----:|-----:|"), (1, "|:-----|-----:|"), (2, "|:-----|:-----|")])
+@pytest.mark.parametrize(("left", "dashes"), [(0, "|--:|--:|"), (1, "|:--|--:|"), (2, "|:--|:--|")])
 def test_the_first_columns_are_left(left, dashes):
-    assert table(("aaaa", "bbbb"), [("1", "2")], left).splitlines()[1] == dashes
+    assert re.sub("-+", "--", table(("a", "b"), [("1", "2")], left).splitlines()[1]) == dashes
 
 
 def test_numbers():
@@ -31,16 +32,17 @@ def test_numbers():
     assert [size(count) for count in (None, 3 << 20, 10 << 30)] == ["–", "3 MiB", "10.0 GiB"]
 
 
-def test_one_part_is_replaced_in_its_place(tmp_path):
+def test_one_part_is_replaced(tmp_path):
     path = tmp_path / "lines.jsonl"
     records.replace_part(path, "a", [])
     assert not path.exists()
-    records.write(path, [{"part": "a", "n": 1}, {"part": "b", "n": 2}, {"part": "a", "n": 3}, {"part": "c", "n": 4}])
-    records.replace_part(path, "a", [{"part": "a", "n": 5}])
-    assert [record["n"] for record in records.read(path)] == [5, 2, 4]
-    records.replace_part(path, "d", [{"part": "d", "n": 6}])
+    records.write(path, [{"part": "a", "n": 1}, {"part": "b", "n": 2}, {"part": "a", "n": 3}])
+    records.replace_part(path, "a", [{"part": "a", "n": 4}])
+    assert [record["n"] for record in records.read(path)] == [2, 4]
+    records.replace_part(path, "c", [{"part": "c", "n": 5}, {"part": "c", "n": 6}], order="cab")
+    assert [record["n"] for record in records.read(path)] == [5, 6, 4, 2]
     records.replace_part(path, "b", [])
-    assert [record["n"] for record in records.read(path)] == [5, 4, 6]
+    assert [record["n"] for record in records.read(path)] == [5, 6, 4]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -148,7 +148,7 @@ def quick(tmp_path_factory):
 def test_quick_run(quick):
     folder, records = quick
     run, *rest = records
-    assert run["command"] == "python -m benchmarks.precision --quick --regimes moderate softcap"
+    assert run["command"] == "python -m benchmarks.precision --regimes moderate softcap --quick"
     assert {"device", "versions", "commit", "dirty", "date"} <= set(run)
     assert str(folder) not in json.dumps(records)
     assert {record["kind"] for record in rest} == {"regime", "errors", "mismatch", "bar", "sweep"}
@@ -179,14 +179,14 @@ def test_pictures(quick):
 def test_page_and_blocks(quick, block, capsys, tmp_path):
     """Each table renders from the records, and the page has its markers; a quick run does not reach a page."""
     folder, records = quick
-    assert "| ---" in block.render(records)
+    assert "|:---" in block.render(records)
     text = (ROOT / block.page).read_text(encoding="utf-8")
     assert all(marker in text for marker in block.markers)
     page = tmp_path / "page.md"
     page.write_text("\n".join(block.markers))
     assert report.main(["--block", block.name, "--results", str(folder / precision.NAME), "--page", str(page)]) == 0
     assert page.read_text() == "\n".join(block.markers)
-    assert "| ---" in capsys.readouterr().out
+    assert "|:---" in capsys.readouterr().out
 
 
 def test_the_page_shows_the_results_that_are_there():

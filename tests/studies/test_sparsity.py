@@ -17,6 +17,7 @@ from benchmarks.sparsity import tables as sparsity_tables
 from benchmarks.sparsity import tails
 from benchmarks.sparsity.tails import WAYS, Rows, cce_filter, compare, with_common_mean
 from drpo_kernels import DRPO, linear_policy_loss
+from pages import unpadded
 
 SHAPE = Shape(24, 16, 1000)
 
@@ -119,15 +120,15 @@ def test_parts_are_kept_in_order(records):
     assert list(dict.fromkeys(record["part"] for record in found)) == ["speed", "ways", "regimes"]
     assert all(record["benchmark"] == "sparsity" and record["commit"] for record in found)
     commands = {record["part"]: record["command"] for record in found}
-    assert commands["ways"].startswith("python -m benchmarks.sparsity --parts ways regimes")
+    assert "python -m benchmarks.sparsity" in commands["ways"] and "--parts ways regimes" in commands["ways"]
 
 
 def test_tables(records):
     found = read(records)
-    speed = sparsity_tables.render_speed(found)
+    speed = unpadded(sparsity_tables.render_speed(found))
     assert "| mixed entropies | 0.064, 0.96 | 0.01 |" in speed and "random inputs" in speed
     assert "spread evenly (this package)" in sparsity_tables.render_part("ways", sparsity_tables.ways, found)
-    over_tolerance = sparsity_tables.render_part("regimes", sparsity_tables.regimes, found)
+    over_tolerance = unpadded(sparsity_tables.render_part("regimes", sparsity_tables.regimes, found))
     assert over_tolerance.count("| trained-looking, large logits |") == 2
     assert sparsity_tables.render_part("demo", sparsity_tables.demo, found) == NOT_YET
     assert sparsity_tables.render_speed([]) == NOT_YET
@@ -153,7 +154,7 @@ def test_the_trained_demo(tmp_path):
     assert sparsity.main(["--quick", "--parts", "demo", "--out", str(out)]) == 0
     (record,) = read(out)
     assert record["shape"]["vocab"] == 14 and set(record["over_tolerance"]) == {str(t) for t in sparsity.TOLERANCES}
-    text = sparsity_tables.render_part("demo", sparsity_tables.demo, [record])
+    text = unpadded(sparsity_tables.render_part("demo", sparsity_tables.demo, [record]))
     assert text.startswith("T=") and "| 0.01 | " in text
 
 
@@ -164,7 +165,7 @@ def test_paired_rewards():
         for tolerance, rewards in ((0.0, exact), (0.01, sparse))
         for seed in range(3)
     ]
-    lines = list(sparsity_tables.learning(records))
+    lines = unpadded("\n".join(sparsity_tables.learning(records))).splitlines()
     assert lines[2] == "| sampled, 3 seeds | 80.0 % | 81.0 % | +1.0 ± 1.2 |"
     assert lines[3] == "| greedy, 3 seeds | 100.0 % | 100.0 % | +0.0 ± 0.0 |"
 
