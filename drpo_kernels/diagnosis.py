@@ -12,7 +12,7 @@ from drpo_kernels.metrics import FAR_BELOW, METRICS
 from drpo_kernels.mismatch import MANY_TOKENS, Values
 from drpo_kernels.objectives import Objective
 from drpo_kernels.reductions import PREFIX
-from drpo_kernels.validation import POSITIVE_LOGPROB
+from drpo_kernels.value_checks import POSITIVE_LOGPROB
 
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1

@@ -1,4 +1,4 @@
-"""The graphs around a call: one that is being made of it, and one of its own that nobody else may see."""
+"""The graph that `torch.compile` makes of a call, and an autograd graph of our own that the caller does not see."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,8 +13,17 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
+def check_not_exported() -> None:
+    """Raises NotImplementedError inside `torch.export`."""
+    if torch.compiler._is_exporting_flag:  # before torch 2.12, is_exporting() is always True inside a graph
+        # The import stands here because torch.compiler.disable loads all of torch._dynamo.
+        from drpo_kernels.uncompiled import refuse_export
+
+        refuse_export()
+
+
 def positions(wanted: Tensor) -> Tensor:
-    """Where a mask [N] is True; every place of a fake one, of which nobody knows it."""
+    """Where a mask [N] is True; every place of a fake mask, which has no values."""
     if traced(wanted) and not torch.compiler.is_compiling():
         return torch.arange(len(wanted), device=wanted.device)
     return wanted.nonzero()[:, 0]

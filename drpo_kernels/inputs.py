@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drpo_kernels import validation
+from drpo_kernels import validation, value_checks
 from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
 from drpo_kernels.autograd import KeptLogits, LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform, recordable
 from drpo_kernels.backends.sweep import Execution
-from drpo_kernels.graphs import positions
+from drpo_kernels.graphs import check_not_exported, positions
 from drpo_kernels.ops import Spec, op_spec
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
@@ -121,7 +121,7 @@ class Problem:
 
     @staticmethod
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
-        validation.check_not_exported()
+        check_not_exported()
         shard = options.vocab_shard
         if shard is not None:
             validation.check_vocab_shard(shard, source.weight, options.backend)
@@ -140,16 +140,16 @@ class Problem:
 
     @property
     def wants_values(self) -> bool:
-        return validation.wants_values(self.options, self.targets)
+        return value_checks.wants_values(self.options, self.targets)
 
     def check_values(self, valid: Tensor) -> None:
         """Of all but the policy's own inputs, where `valid` [shaped like targets]."""
-        validation.check_mask_values(self.mask)
+        value_checks.check_mask_values(self.mask)
         cu_seqlens = getattr(self.options, "cu_seqlens", None)
         if cu_seqlens is not None:
-            validation.check_packing_values(cu_seqlens, valid)
+            value_checks.check_packing_values(cu_seqlens, valid)
         from_logits = isinstance(self.source, ReadySource)
-        validation.check_logprob_values(self.targets, self.temperature, valid, self.vocab, from_logits)
+        value_checks.check_logprob_values(self.targets, self.temperature, valid, self.vocab, from_logits)
 
     @property
     def temperature(self) -> Tensor | None:
@@ -226,14 +226,14 @@ class PolicyInputs:
 def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
     """Check, flatten and pack: targets' shape -> rows [len(Row), N]."""
     options: PolicyOptions = problem.options
-    validation.check_policy_options(options, problem.targets, old_logprobs, advantages, problem.mask)
+    validation.check_policy_options(options, problem.targets, old_logprobs, advantages)
     sequences, unmasked, on_policy = problem.sequences, problem.unmasked, old_logprobs is None
     valid = unmasked if on_policy else unmasked & scorable(old_logprobs)
     advantages = _per_token(advantages, problem.targets.shape, sequences)
     if problem.wants_values:
         problem.check_values(valid)
-        validation.check_policy_values(options, old_logprobs, valid)
-        validation.check_advantage_values(advantages, valid)
+        value_checks.check_policy_values(options, old_logprobs, valid)
+        value_checks.check_advantage_values(advantages, valid)
     valid, unscorable = valid.reshape(-1), (unmasked ^ valid).reshape(-1)
     given = None if on_policy else old_logprobs.detach().reshape(-1)
     zeros = problem.constant(valid, 0.0)

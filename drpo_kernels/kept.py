@@ -9,7 +9,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from drpo_kernels import validation
+from drpo_kernels import validation, value_checks
 from drpo_kernels.inputs import Problem, ReadySource, Source
 from drpo_kernels.options import LogprobOptions
 from drpo_kernels.softcap import softcapped
@@ -36,8 +36,8 @@ def on_kept_ids(
         valid = valid & scorable(old_logprobs)  # else the second call refuses it
     if problem.wants_values:
         from_logits = isinstance(source, ReadySource)
-        validation.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab, from_logits)
-        validation.check_kept_values(options.kept_ids, problem.targets, valid, problem.vocab)
+        value_checks.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab, from_logits)
+        value_checks.check_kept_values(options.kept_ids, problem.targets, valid, problem.vocab)
     ids, place, without_target = _sorted_ids(problem, valid.reshape(-1))
     z = softcapped(source.kept_logits(ids, problem.spec()) * options.logit_scale, options.softcap)
     z = z.masked_fill(ids < 0, -torch.inf).masked_fill(without_target[:, None], torch.nan)

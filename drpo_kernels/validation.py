@@ -1,7 +1,7 @@
-"""Every argument check, in one place and one voice: "<argument> must ..., got ...".
+"""The checks of types, shapes, dtypes, devices and plain numbers, which always run.
 
-Shape and type checks always run. Value checks read the data, so they run on the CPU by default and elsewhere only with
-`validate=True`.
+Every message names the argument: "<argument> must ..., got ...". Checks that read the data of a tensor are in
+value_checks.py.
 """
 
 import math
@@ -13,33 +13,18 @@ from torch import Tensor
 from drpo_kernels.aggregation import REDUCTIONS, TokenCoefficients
 from drpo_kernels.backends.quantize import FORMATS
 from drpo_kernels.collectives import VocabShard, group_rank, group_size
-from drpo_kernels.graphs import traced
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objectives import Objective
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 
-COMPACT = ("active", "mask", "none")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# what rounding to bf16 may add to a log-prob of 0
-POSITIVE_LOGPROB = 1e-2
-# A reference may all but ban a token, so its log-probs may be much lower than a sampler's; -9999 stands for none
-LEAST_REFERENCE = -1000.0
-# A (r - 1)² / (2 ε) with r = e^20 stays finite in float32; what is larger was never normalised, or never initialised
-LARGEST_ADVANTAGE = 1e12
-# no fp32 computation of a softmax loses a scale in this range
+# A temperature, logit scale or soft-cap in this range neither overflows nor vanishes in a float32 softmax.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6
+EMPTY_BATCH = ": a batch without a single valid token counts as 1, as in drpo_kernels.distributed.global_normalizer"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
-
-
-def check_not_exported() -> None:
-    if torch.compiler._is_exporting_flag:  # before torch 2.12 a graph takes is_exporting() for True
-        # imported here: torch.compiler.disable loads all of torch._dynamo
-        from drpo_kernels.uncompiled import refuse_export
-
-        refuse_export()
 
 
 def check_tensor(name: str, value: object, *, floating: bool | None = None) -> None:
@@ -47,7 +32,7 @@ def check_tensor(name: str, value: object, *, floating: bool | None = None) -> N
         of_head = isinstance(value, torch.nn.Module) and name in ("weight", "bias")
         hint = f": pass lm_head.{name} of a module lm_head" if of_head else ""
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
-    if hasattr(value, "device_mesh"):  # without importing torch.distributed.tensor, which takes a second
+    if hasattr(value, "device_mesh"):  # a DTensor; importing its class would take a second
         raise TypeError(
             f"{name} must be a plain tensor, got {type(value).__name__}: call inside the wrapped module's forward, "
             "where its parameters are gathered (drpo_kernels.integrations.transformers.add_fused_head does), or hand "
@@ -78,7 +63,7 @@ def _check_integer(name: str, value: object) -> None:
 
 
 def _check_real(name: str, value: Tensor) -> None:
-    """Of a tensor that enters the loss as a constant."""
+    """Check a tensor of numbers that enters the loss as a constant."""
     check_tensor(name, value)
     _check_constant(name, value)
     if value.dtype.is_complex or (value.dtype.is_floating_point and value.dtype not in FLOATS):
@@ -86,7 +71,7 @@ def _check_real(name: str, value: Tensor) -> None:
 
 
 def comparable(values: Tensor) -> Tensor:
-    """The values in a dtype that PyTorch compares: bool and the unsigned ones are short of operations."""
+    """The values in a dtype that PyTorch can compare: it lacks operations on bool and on unsigned integers."""
     return values if values.dtype in FLOATS or values.dtype == torch.int64 else values.to(torch.int64)
 
 
@@ -98,7 +83,7 @@ def _check_like_targets(name: str, value: Tensor, targets: Tensor) -> None:
 
 
 def _check_constant(name: str, value: Tensor) -> None:
-    """A gradient for such a tensor, where one is asked for, would be missing without a word."""
+    """Refuse a tensor that requires grad, because its gradient would silently be missing."""
     if value.requires_grad and torch.is_grad_enabled():
         learnt = "; to learn it, divide hidden or logits by it before the call" if name == "temperature" else ""
         raise ValueError(
@@ -120,6 +105,16 @@ def _check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
 
 
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_not_reference(backend: str | None, option: str) -> None:
+    if backend == "reference":
+        raise ValueError(f"backend must be None, 'triton' or 'torch' with {option}, got 'reference'")
+
+
 def _check_choice(name: str, value: object, choices) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -131,9 +126,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: to
     _check_not_meta("hidden", hidden)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., H] with at least one leading dimension, got shape {_shape(hidden)}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [V, H], got shape {_shape(weight)}")
-    if weight.shape[0] < 1 or weight.shape[1] < 1:
+    if weight.dim() != 2 or not all(weight.shape):
         raise ValueError(f"weight must be [V, H] with V and H at least 1, got shape {_shape(weight)}")
     if hidden.shape[-1] != weight.shape[1]:
         hint = ": pass weight.T where it is [H, V]; where hidden are logits, call policy_loss or token_logprobs"
@@ -157,7 +150,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: to
 def check_main_grad(
     main_grad: Tensor | None, loss_scale: float, weight: Tensor, compute_dtype: torch.dtype, wanted: bool
 ) -> None:
-    """`wanted`: whether this call computes the gradient of `weight`, which has been checked."""
+    """Check the buffer against `weight`, which has been checked; `wanted` says whether weight gets a gradient."""
     check_number("loss_scale", loss_scale)
     if main_grad is None:
         return
@@ -193,8 +186,8 @@ def check_logits(logits: Tensor) -> None:
 def check_logprob_options(
     options: LogprobOptions, targets: Tensor, lead: torch.Size, source: Tensor, vocab: int
 ) -> None:
-    """Everything about targets, which are integers, and `LogprobOptions`; `source` is hidden or logits, `vocab` its
-    full V.
+    """Check integer targets and every field of `LogprobOptions`. `source` is hidden or logits; `vocab` is the V of the
+    whole head.
     """
     if targets.shape != lead:
         raise ValueError(
@@ -224,13 +217,17 @@ def check_logprob_options(
         check_number("workspace_bytes", options.workspace_bytes)
     if options.logits_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be None, torch.float32 or torch.bfloat16, got {options.logits_dtype}")
-    if options.logits_dtype is not None and source.dtype == torch.float64:
-        raise ValueError(f"logits_dtype must be None for float64 inputs, got {options.logits_dtype}")
     if options.head_dtype is not None:
-        _check_head_dtype(options, source)
-    _check_batch_invariant(options, source)
-    if options.main_grad is not None and options.backend == "reference":
-        raise ValueError("backend must be None, 'triton' or 'torch' with main_grad, got 'reference'")
+        _check_choice("head_dtype", options.head_dtype, FORMATS)
+    _check_bool("batch_invariant", options.batch_invariant)
+    _check_batch_invariant(options)
+    if source.dtype == torch.float64:
+        for name, off in (("logits_dtype", None), ("head_dtype", None), ("batch_invariant", False)):
+            if getattr(options, name) != off:
+                raise ValueError(f"{name} must be {off} for float64 inputs, got {getattr(options, name)!r}")
+    for name in ("head_dtype", "main_grad"):
+        if getattr(options, name) is not None:
+            _check_not_reference(options.backend, name)
     _check_kept_ids(options, targets)
     if options.validate not in (None, True, False):
         raise TypeError(f"validate must be None, True or False, got {options.validate!r}")
@@ -256,21 +253,9 @@ def _check_kept_ids(options: LogprobOptions, targets: Tensor) -> None:
             raise ValueError(f"{name} must be {allowed[0]!r} with kept_ids, got {value!r}")
 
 
-def _check_head_dtype(options: LogprobOptions, source: Tensor) -> None:
-    _check_choice("head_dtype", options.head_dtype, FORMATS)
-    if source.dtype == torch.float64:
-        raise ValueError(f"head_dtype must be None for float64 inputs, got {options.head_dtype!r}")
-    if options.backend == "reference":
-        raise ValueError("backend must be None, 'triton' or 'torch' with head_dtype, got 'reference'")
-
-
-def _check_batch_invariant(options: LogprobOptions, source: Tensor) -> None:
-    if not isinstance(options.batch_invariant, bool):
-        raise TypeError(f"batch_invariant must be True or False, got {options.batch_invariant!r}")
+def _check_batch_invariant(options: LogprobOptions) -> None:
     if not options.batch_invariant:
         return
-    if source.dtype == torch.float64:
-        raise ValueError("batch_invariant must be False for float64 inputs, got True")
     if options.backend not in (None, "triton"):
         raise ValueError(f"backend must be None or 'triton' with batch_invariant, got {options.backend!r}")
     if options.head_dtype is not None:
@@ -282,11 +267,10 @@ def _check_batch_invariant(options: LogprobOptions, source: Tensor) -> None:
 
 
 def check_vocab_shard(shard: VocabShard, weight: Tensor, backend: str | None) -> None:
-    """`weight` holds this rank's rows."""
+    """Check the split of the head against `weight`, which holds this rank's rows of it."""
     if not isinstance(shard, VocabShard):
         raise TypeError(f"vocab_shard must be a drpo_kernels.distributed.VocabShard, got {type(shard).__name__}")
-    if backend == "reference":
-        raise ValueError("backend must be None, 'triton' or 'torch' with vocab_shard, got 'reference'")
+    _check_not_reference(backend, "vocab_shard")
     rank = group_rank(shard.group)
     if rank < 0:
         raise ValueError("vocab_shard.group must contain this process, got one of which it is not a member")
@@ -306,30 +290,32 @@ def check_mask(mask: Tensor | None, targets: Tensor) -> None:
 
 
 def check_policy_options(
-    options: PolicyOptions, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor | None
+    options: PolicyOptions, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor
 ) -> None:
-    """Everything about `PolicyOptions` and the per-token inputs that needs no data."""
+    """Check the per-token inputs and every field of `PolicyOptions`, without reading the data of a tensor."""
     if not isinstance(options.objective, Objective):
         raise TypeError(f"objective must be an Objective such as DRPO(delta=0.2), got {options.objective!r}")
-    check_mask(mask, targets)
     for name, value in (("old_logprobs", old_logprobs), ("ref_logprobs", options.ref_logprobs)):
         if value is not None:
             check_tensor(name, value, floating=True)
             _check_like_targets(name, value, targets)
     if options.token_weights is not None:
         _check_like_targets("token_weights", options.token_weights, targets)
-    _check_sequences(options, targets)
+    by_sequence = isinstance(options.reduction, str) and options.reduction.startswith("seq-")
+    if options.cu_seqlens is None and targets.dim() < 2 and (by_sequence or options.objective.sequence_level):
+        name = "reduction" if by_sequence else "objective"
+        needs = f"{name} {getattr(options, name)!r}"
+        raise ValueError(f"cu_seqlens must be given with {needs} and targets of shape {_shape(targets)}")
     _check_spread("advantages", advantages, targets, options.cu_seqlens)
     _check_reduction(options, targets)
     check_number("kl_coef", options.kl_coef, positive=False)
     check_number("entropy_coef", options.entropy_coef, positive=False)
     check_number("z_loss_coef", options.z_loss_coef, positive=False)
     _check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
-    if not isinstance(options.kl_importance, bool):
-        raise TypeError(f"kl_importance must be True or False, got {options.kl_importance!r}")
+    _check_bool("kl_importance", options.kl_importance)
     if options.kl_cap is not None:
         _check_scale("kl_cap", options.kl_cap)
-    _check_choice("compact", options.compact, COMPACT)
+    _check_choice("compact", options.compact, ("active", "mask", "none"))
     if options.kl_coef and options.ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given with kl_coef = {options.kl_coef}, got None")
     _check_sparse_grad(options)
@@ -343,9 +329,11 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
         return
     shard = options.vocab_shard
     for name, clash in (
-        ("entropy_coef", options.entropy_coef != 0),  # its gradient is not bounded by the mass left out
-        ("z_loss_coef", options.z_loss_coef != 0),  # nor is that of the log-sum-exp
-        ("softcap", options.softcap is not None),  # nor is that of a tanh, which may be flat at the target alone
+        # The probability that is left out does not bound the gradients of these three. A soft-cap may be flat at the
+        # target alone.
+        ("entropy_coef", options.entropy_coef != 0),
+        ("z_loss_coef", options.z_loss_coef != 0),
+        ("softcap", options.softcap is not None),
         ("vocab_shard", shard is not None and len(shard.sizes) > 1),
         ("batch_invariant", options.batch_invariant),
         ("backend", options.backend == "reference"),
@@ -358,7 +346,7 @@ def _check_sparse_grad(options: PolicyOptions) -> None:
 
 
 def _check_spread(name: str, value: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> None:
-    """One value per token or one per sequence."""
+    """Check a tensor of one value per token or one per sequence."""
     _check_real(name, value)
     _check_device(name, value, targets.device)
     shapes = [_shape(targets)]
@@ -371,24 +359,13 @@ def _check_spread(name: str, value: Tensor, targets: Tensor, cu_seqlens: Tensor 
 
 
 def check_packing(cu_seqlens: Tensor, name: str, tokens: Tensor) -> None:
-    """`tokens`, called `name`, is shaped like the targets."""
+    """Check the offsets of a packed batch. `tokens` is shaped like targets, and `name` is what messages call it."""
     check_tensor("cu_seqlens", cu_seqlens, floating=False)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [S + 1] offsets of at least one sequence, got shape {_shape(cu_seqlens)}")
     if tokens.shape[:-1].numel() != 1:
         raise ValueError(f"cu_seqlens must come with packed {name} [T] or [1, T], got {name} {_shape(tokens)}")
     _check_device("cu_seqlens", cu_seqlens, tokens.device)
-
-
-def _check_sequences(options: PolicyOptions, targets: Tensor) -> None:
-    if options.cu_seqlens is None and targets.dim() < 2:
-        by_sequence = isinstance(options.reduction, str) and options.reduction.startswith("seq-")
-        for name, needed in (("reduction", by_sequence), ("objective", options.objective.sequence_level)):
-            if needed:
-                value = getattr(options, name)
-                raise ValueError(
-                    f"cu_seqlens must be given with {name} {value!r} and targets of shape {_shape(targets)}"
-                )
 
 
 def check_named_reduction(reduction: object) -> None:
@@ -416,97 +393,7 @@ def _check_reduction(options: PolicyOptions, targets: Tensor) -> None:
     check_horizon(options.horizon, options.reduction)
     if isinstance(options.normalizer, Tensor):
         _check_real("normalizer", options.normalizer)
-        if options.normalizer.numel() != 1 or options.normalizer.dim() > 0:
+        if options.normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {_shape(options.normalizer)}")
     elif options.normalizer is not None:
-        check_number("normalizer", options.normalizer, hint=_EMPTY)
-
-
-def wants_values(options: LogprobOptions, targets: Tensor) -> bool:
-    """Whether to read the data: by default only where that does not synchronise; never where there is none."""
-    if traced(targets):
-        return False
-    return targets.device.type == "cpu" if options.validate is None else options.validate
-
-
-def _require(name: str, requirement: str, values: Tensor, good: Tensor, hint: str = "") -> None:
-    if not good.all():
-        index = tuple((~good).nonzero()[0].tolist())
-        where = f" at index {index}" if index else ""
-        raise ValueError(f"{name} must be {requirement}, got {values[index].item()}{where}{hint}")
-
-
-def check_mask_values(mask: Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
-        mask = comparable(mask)
-        _require("mask", "bool or 0 and 1 (use token_weights for other factors)", mask, (mask == 0) | (mask == 1))
-
-
-def check_logprob_values(
-    targets: Tensor, temperature: Tensor | None, valid: Tensor, vocab: int, from_logits: bool
-) -> None:
-    """All shaped like targets; where not `valid`, masked or unscorable, they may carry anything."""
-    wanted = f"in [0, {vocab}), or masked (mask=targets != -100 where -100 stands for none)"
-    hint = ": where logits are hidden states, call linear_policy_loss or linear_token_logprobs" if from_logits else ""
-    _require("targets", wanted, targets, ~valid | (targets < vocab), hint)
-    _require("targets", wanted, targets, ~valid | (targets >= 0))
-    if temperature is not None:
-        inside = (temperature >= SMALLEST_SCALE) & (temperature <= LARGEST_SCALE)
-        _require("temperature", f"in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}]", temperature, ~valid | inside)
-
-
-def check_kept_values(kept_ids: Tensor, targets: Tensor, valid: Tensor, vocab: int) -> None:
-    """kept_ids [..., K]; targets and valid [...]."""
-    ids = comparable(kept_ids)
-    inside = ~valid[..., None] | (ids < vocab)
-    _require("kept_ids", f"below {vocab}, the vocabulary, or negative where there are no more", ids, inside)
-    wanted = "among the kept_ids of its own token: do they belong to the next or the previous token?"
-    _require("targets", wanted, targets, ~valid | (ids == targets[..., None]).any(-1))
-
-
-_LOGPROBS = f"log-probabilities of at most {POSITIVE_LOGPROB:g}, 0 and what rounding adds"
-_NO_LOGPROBS = ": are these probabilities, or negated? Pass their logarithms, or their negatives"
-_EMPTY = ": a batch without a single valid token counts as 1, as in drpo_kernels.distributed.global_normalizer"
-
-
-def check_policy_values(options: PolicyOptions, old_logprobs: Tensor | None, valid: Tensor) -> None:
-    """`valid`, shaped like targets: in the mask, and not without an old log-prob, which is treated as masked."""
-    if old_logprobs is not None:
-        good = ~(old_logprobs > POSITIVE_LOGPROB)
-        _require("old_logprobs", _LOGPROBS, old_logprobs, ~valid | good, _NO_LOGPROBS)
-    if options.token_weights is not None:
-        weights = comparable(options.token_weights)
-        _require("token_weights", "finite", weights, ~valid | weights.isfinite())
-    ref = options.ref_logprobs
-    if ref is not None:
-        good = (ref > LEAST_REFERENCE) & (ref <= POSITIVE_LOGPROB)
-        wanted = f"{_LOGPROBS}, and above {LEAST_REFERENCE:g}, which stands for a missing one"
-        _require("ref_logprobs", wanted, ref, ~valid | good, _NO_LOGPROBS)
-    if isinstance(options.reduction, TokenCoefficients):
-        for field, value in options.reduction._asdict().items():
-            if value is not None:
-                value = comparable(value)
-                _require(f"reduction.{field}", "finite", value, ~valid | value.isfinite())
-    if isinstance(options.normalizer, Tensor):
-        normalizer = comparable(options.normalizer)
-        good = (normalizer > 0) & normalizer.isfinite()
-        _require("normalizer", "positive and finite", normalizer, good, _EMPTY)
-
-
-def check_packing_values(cu_seqlens: Tensor, valid: Tensor) -> None:
-    """`valid` is shaped like targets. What is masked may lie beyond the last sequence: padding."""
-    offsets, count = cu_seqlens.to(torch.int64), valid.numel()  # a difference of unsigned ones would wrap
-    last = int(offsets[-1])
-    if offsets[0] != 0 or last > count or (offsets.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to at most the {count} tokens, got {offsets.tolist()}")
-    beyond = valid.reshape(-1)[last:].nonzero()
-    if len(beyond):
-        stray = last + int(beyond[0])
-        raise ValueError(f"cu_seqlens must cover every token in the mask, got its end {last} and a token at {stray}")
-
-
-def check_advantage_values(advantages: Tensor, valid: Tensor) -> None:
-    """Both shaped like targets."""
-    advantages = comparable(advantages)
-    good = advantages.isfinite() & (advantages.abs() <= LARGEST_ADVANTAGE)  # in float16 the bound itself is inf
-    _require("advantages", f"finite and at most {LARGEST_ADVANTAGE:g} in size", advantages, ~valid | good)
+        check_number("normalizer", options.normalizer, hint=EMPTY_BATCH)

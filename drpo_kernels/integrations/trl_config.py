@@ -165,7 +165,7 @@ class ObjectiveOptions:
         )  # fmt: skip
         one = torch.ones(1, 1)
         check_logprob_options(options, one.long(), one.shape, one, vocab=1)
-        check_policy_options(options, one.long(), None, one, None)
+        check_policy_options(options, one.long(), None, one)
 
     def head_options(self) -> dict[str, Any]:
         """Keywords of `linear_policy_loss` that `linear_token_logprobs` takes too."""
