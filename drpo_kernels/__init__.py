@@ -8,17 +8,8 @@ with needs("torch", "torch>=2.8"):  # `pip install` brings it; a clone on the pa
 from drpo_kernels.aggregation import TokenCoefficients
 from drpo_kernels.diagnosis import diagnose
 from drpo_kernels.logprobs import linear_token_logprobs, token_logprobs
-from drpo_kernels.objectives import (
-    CISPO,
-    DPPO,
-    DRPO,
-    GSPO,
-    PPO,
-    SPO,
-    Objective,
-    PolicyGradient,
-    register_objective,
-)
+from drpo_kernels.objective import Objective, register_objective
+from drpo_kernels.objectives import CISPO, DPPO, DRPO, GSPO, PPO, SPO, PolicyGradient
 from drpo_kernels.policy_loss import PolicyLossOutput, drpo_loss, linear_drpo_loss, linear_policy_loss, policy_loss
 from drpo_kernels.tokens import Tokens
 from drpo_kernels.version import __version__

@@ -10,7 +10,7 @@ from drpo_kernels import mismatch
 from drpo_kernels.evidence import EVIDENCE, EVIDENCE_METRICS, FAR_BELOW_ONE
 from drpo_kernels.metrics import FAR_BELOW, METRICS
 from drpo_kernels.mismatch import MANY_TOKENS, Values
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from drpo_kernels.reductions import PREFIX
 from drpo_kernels.value_checks import POSITIVE_LOGPROB
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE, evidence
 from drpo_kernels.kl import clamped
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest, mean, reduced
 from drpo_kernels.tokens import Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl

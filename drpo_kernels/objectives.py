@@ -1,153 +1,20 @@
-"""The policy objectives, each once: the formula in PyTorch and, beside it, its Triton twin returning (ℓ, dℓ/dlogπ).
+"""The formula of every policy loss: once in PyTorch and, beside it, once as a Triton function returning (ℓ, dℓ/dlogπ).
 
-Notation: μ = exp(old_logprobs), π = exp(logprobs), r = exp(clamp(log π - log μ, ±20)), A the advantage, sg =
-stop-gradient. A new objective is a frozen dataclass with a `token_loss`; the twin is optional, without one the same 6F
-route runs through PyTorch's autograd on [N].
+Notation: μ = exp(old_logprobs), π = exp(logprobs), r = exp(clamp(log π - log μ, ±20)), A is the advantage and sg the
+stop-gradient. A new objective is a frozen dataclass with a `token_loss`. Its Triton twin is optional: without one,
+PyTorch's autograd differentiates the formula on the [N] tokens of a chunk, and the matrix products cost the same.
 """
 
-import ast
-import dataclasses
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.keywords import with_known_keywords
+from drpo_kernels.objective import Objective, built_in, register_objective
 from drpo_kernels.tokens import Tokens, between, clamped_shift, expm1, prob_shift, ratio_terms
 from drpo_kernels.triton_support import jit, tl
-
-_REGISTRY: dict[str, type["Objective"]] = {}
-# of each `token_loss` of this module: how an objective's settings choose the Triton twin of it, or None without one
-_TWINS: dict[Callable, Callable | None] = {}
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A per-token loss. Subclass as a frozen dataclass and write `token_loss`; that is all a new objective needs.
-
-    It gives one loss per token, of that token alone unless `sequence_level`, for any number of tokens, and keeps no
-    state: at its first use with these settings it is tried on made-up tokens and on some of the call's own, together
-    and in parts, which reads a few results back from the device (`drpo_kernels.token_losses`). Where numbers among
-    the settings change from call to call, the first values are tried. Only log π gets a gradient; other tensors in it
-    are constants.
-
-    zero_if_no_advantage  True where A = 0 makes loss and gradient exactly 0, so such rows need not be computed. A
-                          subclass that overrides `token_loss` sets this again, and its `twin`: neither is inherited.
-    sequence_level        True where a token's loss needs other tokens' log-probs (`tokens.sequences`): the 8F recompute
-                          route.
-    clips                 True where tokens lose their gradient by clipping or masking (reported as `drpo/clip_share`).
-    """
-
-    zero_if_no_advantage: ClassVar[bool] = False
-    sequence_level: ClassVar[bool] = False
-    clips: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
-        order = cls.__mro__
-        down_to_formula = order[: 1 + next(i for i, base in enumerate(order) if "token_loss" in vars(base))]
-        for name in ("twin", "zero_if_no_advantage"):
-            # what a parent says of its formula is not said of another one, from wherever that is inherited
-            if not any(name in vars(base) for base in down_to_formula):
-                setattr(cls, name, vars(Objective)[name])
-
-    def token_loss(self, tokens: Tokens) -> Tensor:
-        """ℓ of each token, [N], differentiable in `tokens.logprobs`."""
-        raise NotImplementedError(f"{type(self).__name__} must implement token_loss(tokens)")
-
-    @property
-    def remark(self) -> str | None:
-        """What someone who chose these hyper-parameters should know (`drpo_kernels.diagnose`), or None."""
-        return None
-
-    @property
-    def twin(self):
-        """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None. That of a built-in objective
-        belongs to its `token_loss`, and not to another function in the place of that.
-        """
-        choose = _TWINS.get(type(self).token_loss)
-        return None if choose is None else choose(self)
-
-    @property
-    def hyper(self) -> tuple[float, ...]:
-        """The hyper-parameters a twin reads at run time; None is passed as +inf ("no bound")."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
-
-
-def built_in(twin_of: Callable[[Objective], Callable] | None = None) -> Callable[[Callable], Callable]:
-    """Decorator of a `token_loss` of this module, which is known to keep the contract of `Objective` and is not tried;
-    `twin_of` gives its Triton twin by the objective's settings.
-    """
-
-    def enter(token_loss: Callable) -> Callable:
-        _TWINS[token_loss] = twin_of
-        return token_loss
-
-    return enter
-
-
-def is_built_in(objective: Objective) -> bool:
-    """Whether its formula is one of this module."""
-    return type(objective).token_loss in _TWINS
-
-
-def register_objective(cls: type[Objective]) -> type[Objective]:
-    """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
-
-    The class must be a frozen dataclass whose fields are numbers, bools, None or strings. A float may change from call
-    to call in one graph. A keyword that it does not have is then a TypeError that says which ones it has. Raises
-    ValueError if the name is taken.
-    """
-    if _REGISTRY.setdefault(cls.__name__, cls) is not cls:
-        raise ValueError(f"an objective named {cls.__name__!r} is already registered")
-    _, *parameters = inspect.signature(cls.__init__).parameters.values()
-    if "__init__" in vars(cls) and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-        names = tuple(parameter.name for parameter in parameters)
-        cls.__init__ = with_known_keywords(cls.__init__, cls.__name__, names)
-    return cls
-
-
-def encode_objective(objective: Objective) -> tuple[str, list[float]]:
-    """An objective as a custom op's schema can carry it: its name with the other fields, and the floats."""
-    words, numbers = [type(objective).__name__], []
-    for field in dataclasses.fields(objective):
-        value = getattr(objective, field.name)
-        if isinstance(value, str):
-            value = str(value)  # of an enumeration's member its value
-            if not value.isidentifier():
-                raise ValueError(f"{words[0]}.{field.name} must be an identifier inside a graph, got {value!r}")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = int(value)
-        if value is None or isinstance(value, (str, int)):  # no union of types, which a graph of PyTorch 2.8 lacks
-            words.append(f"{field.name}={value!r}")
-        else:
-            numbers.append(float(value))
-    return " ".join(words), numbers
-
-
-def decode_objective(words: str, numbers: list[float]) -> Objective:
-    """The inverse of `encode_objective`, for registered objectives."""
-    name, *pairs = words.split(" ")
-    cls = _REGISTRY[name]
-    values = {key: ast.literal_eval(value) for key, value in (pair.split("=") for pair in pairs)}
-    rest = iter(numbers)
-    return cls(**{f.name: values[f.name] if f.name in values else next(rest) for f in dataclasses.fields(cls)})
-
-
-def registered_objective(name: str) -> type[Objective]:
-    """The objective class registered under this name. Raises ValueError, listing the known ones, if there is none."""
-    if name not in _REGISTRY:
-        raise ValueError(f"no objective is registered as {name!r}; there are {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]
-
-
-def is_registered(objective: Objective) -> bool:
-    return _REGISTRY.get(type(objective).__name__) is type(objective)
 
 
 def _require_positive(objective: Objective, *names: str, optional: bool = False) -> None:
@@ -278,14 +145,14 @@ class PPO(Objective):
 @register_objective
 @dataclass(frozen=True)
 class GSPO(Objective):
-    """PPO on the sequence ratio s = exp(mean_t Δ_t), the gradient flowing through the mean  (arXiv 2507.18071).
+    """PPO on the sequence ratio s = exp(mean_t Δ_t); the gradient flows through the mean  (arXiv 2507.18071).
 
-    token_level  True: the paper's GSPO-token (section 4.3), which verl computes. The loss is the same, but each
-                 token's ratio is s_t = sg(s / r_t) · r_t, so that a token's advantage and weight act on the gradient of
-                 that token alone. Without it they act on that of the whole sequence, as the gradient of the loss does.
-                 Where all tokens of a sequence have the same advantage and weight, the gradients are the same.
+    token_level  False: a token's advantage and weight act on the gradient of its whole sequence. True: the paper's
+                 GSPO-token (section 4.3), which verl computes. The loss is the same, but each token's ratio is
+                 s_t = sg(s / r_t) · r_t, so that its advantage and weight act on the gradient of that token alone.
+                 If all tokens of a sequence have the same advantage and weight, the gradients are the same.
 
-    The importance ratio of `kl_importance` stays the token's own r_t, while that of TRL and Liger is s here.
+    `kl_importance` multiplies by the token's own ratio r_t, where TRL and Liger multiply by s.
     """
 
     clip_low: float = 3e-4
@@ -310,17 +177,16 @@ class GSPO(Objective):
         return clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high)
 
 
-# --- score-function forms -A · sg(c) · logπ: DPPO, CISPO, PolicyGradient
-# ------------------------------------------------
+# --- score-function forms -A · sg(c) · logπ: DPPO, CISPO, PolicyGradient ----------------------------------------------
 
 
 @jit
 def _score(logp, dlogp):
-    return tl.where(dlogp == 0, 0.0, dlogp * logp), dlogp  # 0 · -inf, a banned target, is 0
+    return tl.where(dlogp == 0, 0.0, dlogp * logp), dlogp  # a banned target has logp = -inf, and 0 · -inf is NaN
 
 
 def score(coefficient: Tensor, logprobs: Tensor) -> Tensor:
-    """sg(coefficient) · logπ, 0 where the coefficient is 0 even for a banned target (logπ = -inf)."""
+    """sg(coefficient) · logπ. It is 0 where the coefficient is 0, even for a banned target (logπ = -inf)."""
     coefficient = coefficient.detach()
     return torch.where(coefficient == 0, 0, coefficient * logprobs)
 
@@ -338,7 +204,7 @@ def dppo_tv(logp, old, adv, hyper):
 
 
 def binary_kl(tokens: Tokens) -> Tensor:
-    """KL(μ‖π) of "this token or another", with 1e-8 inside both logarithms of 1 - p."""
+    """KL(μ‖π) between the binary distributions "this token or another", with 1e-8 inside both logarithms of 1 - p."""
     mu, miss = tokens.old_probs, -tokens.old_logprobs.clamp(max=0).expm1()  # rounding may put μ above 1
     hit_term = torch.where(mu > 0, mu * (tokens.old_logprobs - tokens.logprobs), 0)
     return hit_term + miss * ((miss + 1e-8).log() - (1e-8 - tokens.logprobs.expm1()).log())
@@ -397,8 +263,9 @@ def capped_score(tokens: Tokens, cap: float, floor: float = 0.0) -> Tensor:
 @register_objective
 @dataclass(frozen=True)
 class CISPO(Objective):
-    """ℓ = -sg(clip(r, c, C)) A logπ: C = `ratio_cap` and c = `ratio_floor`, 1 + ε_high and 1 - ε_low of the paper,
-    bound the weight, and no token loses its gradient  (arXiv 2506.13585, which sets no lower bound either).
+    """ℓ = -sg(clip(r, c, C)) A logπ, so the weight is bounded and no token loses its gradient  (arXiv 2506.13585).
+
+    C = `ratio_cap` is the paper's 1 + ε_high and c = `ratio_floor` its 1 - ε_low. The paper sets no lower bound either.
     """
 
     ratio_cap: float = 5.0
@@ -433,7 +300,7 @@ def policy_gradient(logp, old, adv, hyper):
 @register_objective
 @dataclass(frozen=True)
 class PolicyGradient(Objective):
-    """ℓ = -A r, the unregularised surrogate; with `ratio_cap` C: -A · sg(min(r, C)) · logπ."""
+    """ℓ = -A r, the unregularised surrogate. With `ratio_cap` C it is ℓ = -A · sg(min(r, C)) · logπ."""
 
     ratio_cap: float | None = None
     zero_if_no_advantage: ClassVar[bool] = True

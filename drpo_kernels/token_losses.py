@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.graphs import own_graph, traced
-from drpo_kernels.objectives import Objective, is_built_in
+from drpo_kernels.objective import Objective, is_built_in
 from drpo_kernels.tokens import Tokens
 
 # An objective is tried on MADE_UP made-up tokens, and on at most OWN of a call's own

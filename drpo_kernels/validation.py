@@ -14,7 +14,7 @@ from drpo_kernels.aggregation import REDUCTIONS, TokenCoefficients
 from drpo_kernels.backends.quantize import FORMATS
 from drpo_kernels.collectives import VocabShard, group_rank, group_size
 from drpo_kernels.kl import KL_ESTIMATORS
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

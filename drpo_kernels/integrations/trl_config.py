@@ -12,7 +12,7 @@ import torch
 
 from drpo_kernels import CISPO, DPPO, DRPO, GSPO, PPO, SPO, Objective, PolicyGradient
 from drpo_kernels.integrations import needs
-from drpo_kernels.objectives import registered_objective
+from drpo_kernels.objective import registered_objective
 from drpo_kernels.options import PolicyOptions
 from drpo_kernels.validation import check_logprob_options, check_policy_options
 

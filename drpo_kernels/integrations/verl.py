@@ -18,7 +18,8 @@ from drpo_kernels.distributed import VocabShard
 from drpo_kernels.integrations import needs
 from drpo_kernels.logprobs import linear_token_logprobs
 from drpo_kernels.metrics import policy_metrics
-from drpo_kernels.objectives import DRPO, SPO, Objective
+from drpo_kernels.objective import Objective
+from drpo_kernels.objectives import DRPO, SPO
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Tokens, scorable
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import drpo_kernels as dk
 import problems
-from drpo_kernels.objectives import Objective
+from drpo_kernels.objective import Objective
 from problems import BACKENDS, SMALL_WORKSPACE, SPECS, Problem, full_problem, random_problem, relative
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
