@@ -27,7 +27,8 @@ from drpo_kernels.backends.sweep import (
     stored_gradient_dtype,
 )
 from drpo_kernels.graphs import own_graph, traced
-from drpo_kernels.objectives import PolicyGradient, decode_objective, encode_objective
+from drpo_kernels.objective import decode_objective, encode_objective
+from drpo_kernels.objectives import PolicyGradient
 from drpo_kernels.token_losses import token_losses
 from drpo_kernels.tokens import Sequences, Tokens
 

@@ -14,7 +14,8 @@ from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_loss, kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
-from drpo_kernels.objectives import DRPO, is_registered
+from drpo_kernels.objective import is_registered
+from drpo_kernels.objectives import DRPO
 from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
 from drpo_kernels.token_losses import check_objective, token_losses
 from drpo_kernels.tokens import Tokens
