@@ -90,22 +90,23 @@ def linear_policy_loss(
     Mask such tokens. A row with a NaN or +inf logit, or with every token banned, has no log π: it reports NaN and makes
     the loss NaN, never a number.
 
-    Log-probs and entropy: against float64 on the same inputs, with the backends torch and triton,
-    |Δlogprob| <= max(1e-4, ε), |Δlogsumexp| <= max(1e-4, ε) and |Δentropy| <= 3 max(1e-4, ε) with
-    ε = 3 (H + 10) 2⁻²⁴ S / temperature, the smallest temperature. S is the largest sum of absolute products of a logit,
-    logit_scale · (Σ |hidden · weight| + |bias|); from ready logits H = 0 and S is logit_scale · max|logit|. That is
-    the worst case, in which all roundings of a sum have the same sign; in any usual one √H takes the place of H.
+    Log-probs and entropy: against float64 on the same inputs, with the backends torch and triton, |Δlogprob| <=
+    max(1e-4, ε), |Δlogsumexp| <= max(1e-4, ε) and |Δentropy| <= 3 max(1e-4, ε) with ε = 3 (H + 10) 2⁻²⁴ S / temperature
+    for the smallest temperature. S is the largest value over the logits of logit_scale · (Σ |hidden · weight| +
+    |bias|); from ready logits, H = 0 and S = logit_scale · max|logit|. This is the worst case, in which all roundings
+    of a sum have the same sign; usually √H takes the place of H.
 
-    Gradients: within (5e-5 + 4 ε) G in norm for ε <= 1, plus up to 0.4 % for each rounding to bf16 (0.05 % to
-    fp16, above its subnormal numbers). G is the norm of the gradient's sums of absolute products,
-    |dlogits| · |weight| for dX and |dlogits|ᵀ · |hidden| for dW; from ready logits it is the gradient's own norm.
-    An entropy bonus counts there with p (|log p| + entropy), and in ε a soft-cap below the temperature takes its
-    place. The roundings are that of the finished gradient; on tensor cores, relative to G, that of dlogits, and of
-    dW also that of hidden times the factors of its rows; and one in the backward of a gradient that waits for it in 16
-    bits (bf16, and policy_loss on fp16 logits), if the loss was multiplied by a factor that is not a power of two, such
-    as 1/3 for gradient accumulation. reduction, normalizer, token_weights and loss_scale act before any rounding. Where
-    an objective's slope depends on log π more steeply than the ratio does, at a clip or near weight 0, it also moves by
-    what max(1e-4, ε) of log π changes there, and a z-loss's slope, 2 logsumexp, by that of logsumexp.
+    Gradients: within (5e-5 + 4 ε) G in norm for ε <= 1, plus up to 0.4 % for each rounding to bf16, or 0.05 % for each
+    rounding to fp16 above its subnormal numbers. dX and dW are the gradients of hidden and weight. G is the norm of
+    |dlogits| · |weight| for dX and of |dlogits|ᵀ · |hidden| for dW; from ready logits it is the gradient's own norm. An
+    entropy bonus counts in |dlogits| with p (|log p| + entropy). A soft-cap below the temperature takes its place in ε.
+    These roundings happen: the finished gradient; on tensor cores dlogits, relative to G, and for dW also hidden times
+    the factors of its rows; and, in the backward, a gradient that waits for it in 16 bits (bf16, and policy_loss on
+    fp16 logits), if the loss was multiplied by a factor that is not a power of two, such as 1/3 for gradient
+    accumulation. reduction, normalizer, token_weights and loss_scale act before any rounding. At a clip or near weight
+    0, an objective's slope may depend on log π more steeply than the ratio does. The gradient then also moves by as
+    much as the slope changes within max(1e-4, ε) of log π. The slope of a z-loss, 2 logsumexp, likewise moves with the
+    error of logsumexp.
 
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
