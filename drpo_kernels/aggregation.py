@@ -1,4 +1,4 @@
-"""Aggregations are coefficients: loss = Σ_t c_t ℓ_t with c_t known from the mask before the forward pass."""
+"""Reductions of the loss as coefficients: loss = Σ_t c_t ℓ_t, with every c_t known from the mask before the forward."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,12 @@ REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-
 
 
 class TokenCoefficients(NamedTuple):
-    """Per-token coefficients of the terms, each shaped like targets, for callers with their own aggregation.
+    """A reduction of your own: one coefficient per token for each term of the loss, each shaped like targets.
 
     loss = Σ_t [policy_t · token_weight_t · ℓ_t + kl_coef · kl_t · KL_t - entropy_coef · entropy_t · H_t
-                + z_loss_coef · z_loss_t · (log Σ exp z_t)²]. A field that is None takes the values of `policy`. Masked
-    tokens do not count whatever their coefficient.
+                + z_loss_coef · z_loss_t · (log Σ exp z_t)²]
+
+    A field that is None takes the values of `policy`. Masked tokens do not count, whatever their coefficient.
     """
 
     policy: Tensor
@@ -32,10 +33,10 @@ def reduction_coefficients(
     horizon: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """c [N] of a named reduction or "none"; `valid` is bool [N]. Empty sequences do not count; with no valid token all
-    c are 0.
+    """The coefficients c [N] of a named reduction or of "none"; `valid` is bool [N].
 
-    `normalizer` replaces the count (of tokens, or of non-empty sequences); "token-sum" is divided by it.
+    `normalizer` replaces the count of tokens or of non-empty sequences; it also divides a "token-sum". Without a valid
+    token every c is 0.
     """
     ones = valid.to(dtype)
     if reduction == "token-mean":
@@ -50,5 +51,5 @@ def reduction_coefficients(
 
 
 def _count(flags: Tensor, dtype: torch.dtype) -> Tensor:
-    # counted in integers: exact beyond 2^24 tokens, and the same on every device
+    # A sum of integers is exact beyond 2^24 tokens and the same on every device.
     return flags.sum().clamp(min=1).to(dtype)

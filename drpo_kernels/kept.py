@@ -1,7 +1,7 @@
 """`kept_ids`: a policy that is a softmax over the ids that top-p or top-k sampling kept.
 
-A call with `kept_ids` [..., K] is the same call on ready logits [..., K], those of the kept ids alone: the loss, its
-gradient, the entropy and every metric follow. Source: "Keep Sampling Mask", arXiv 2512.02556, section 3.1.
+A call with `kept_ids` [..., K] becomes a call on ready logits [..., K], one for each kept id. The loss, its gradient, the
+entropy and every metric follow from that. Source: "Keep Sampling Mask", arXiv 2512.02556, section 3.1.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from drpo_kernels.options import LogprobOptions
 from drpo_kernels.softcap import softcapped
 from drpo_kernels.tokens import scorable
 
-# options that the first call has applied to the logits, at the values that change nothing in the second
+# The logits of the kept ids already contain these options, so the call on them gets the values that change nothing.
 APPLIED = {"kept_ids": None, "logit_scale": 1.0, "softcap": None, "vocab_size": None, "vocab_shard": None}
 NO_ID = torch.iinfo(torch.int64).max  # sorts behind every id
 
@@ -23,17 +23,17 @@ NO_ID = torch.iinfo(torch.int64).max  # sorts behind every id
 def on_kept_ids(
     source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions, old_logprobs: Tensor | None = None
 ) -> tuple[Source, Tensor, LogprobOptions]:
-    """The arguments of a call as they came -> (source, targets, options) of the call on the kept ids' logits.
+    """The arguments of a call -> (source, targets, options) of the call on the logits of its kept ids.
 
-    Raises TypeError or ValueError for malformed arguments and, where values are checked, for a token that is not among
-    its own kept ids; where they are not, such a token's log-prob is NaN.
+    Raises TypeError or ValueError for malformed arguments. A target that is not among its own kept ids is a ValueError
+    if values are checked (see `validate`); otherwise its log-prob is NaN.
     """
     if options.kept_ids is None:
         return source, targets, options
     problem = Problem.checked(source, targets, mask, options)
     valid = problem.unmasked
     if isinstance(old_logprobs, Tensor) and old_logprobs.is_floating_point() and old_logprobs.shape == valid.shape:
-        valid = valid & scorable(old_logprobs)  # else the second call refuses it
+        valid = valid & scorable(old_logprobs)  # the call on the kept ids refuses any other old_logprobs
     if problem.wants_values:
         from_logits = isinstance(source, ReadySource)
         value_checks.check_logprob_values(problem.targets, problem.temperature, valid, problem.vocab, from_logits)
@@ -46,8 +46,10 @@ def on_kept_ids(
 
 
 def _sorted_ids(problem: Problem, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's kept ids [N, K] int64, ascending and without repetitions, -1 where there is none; where the target is
-    among them [N]; and which valid rows lack it, or have an id outside the vocabulary [N].
+    """-> (ids [N, K] int64, places [N], bad [N]).
+
+    ids are each row's kept ids in ascending order without repetitions; -1 fills the other places. A target lies at
+    ids[n, places[n]]. A valid row is bad if its target is missing, or if an id lies outside the vocabulary.
     """
     given = problem.options.kept_ids
     given = validation.comparable(given).to(torch.int64).reshape(len(valid), given.shape[-1])

@@ -1,10 +1,10 @@
-"""What to say of a keyword that a function or an objective does not take."""
+"""Error messages for keywords that a function or an objective does not take."""
 
 import difflib
 import functools
 from collections.abc import Callable
 
-# Names that other libraries (TRL, verl, Liger, transformers) use and that are unlike ours: what to write here
+# What to write here in place of a name that other libraries (TRL, verl, Liger, transformers) use.
 _ELSEWHERE = {
     written: ours
     for ours, names in {
@@ -33,8 +33,10 @@ _ELSEWHERE = {
 def with_known_keywords(
     function: Callable, called: str, known: tuple[str, ...], hint: Callable[[str], str | None] = lambda name: None
 ) -> Callable:
-    """`function`, which users call by the name `called`, with a TypeError for keywords that are not `known`. It says
-    what to write instead: the `hint` for that keyword, what another library's name of it is here, or the most alike.
+    """Make `function`, which users call by the name `called`, raise a TypeError for a keyword that is not `known`.
+
+    The message says what to write instead: the `hint` for that keyword, our name for what another library calls so, or
+    the most similar known name.
     """
 
     @functools.wraps(function)

@@ -1,9 +1,9 @@
-"""Estimators of KL(π‖π_ref) from one sampled token: PyTorch and, beside it, the Triton twin.
+"""Estimators of KL(π‖π_ref) from one sampled token: in PyTorch and, beside it, as a Triton twin.
 
-d = log π - log π_ref;  k1 = d,  k2 = d²/2,  k3 = exp(-d) + d - 1. Each gives (kl, dkl/dlogπ, kl + dkl/dlogπ): the sum,
-written out, is the slope of r·kl over r, in which the exponentials of k3 would cancel. A cap clamps d to ±cap, beyond
-which kl has no slope.
-Source: J. Schulman, "Approximating KL divergence", 2020; r·kl: DeepSeek-V3.2, arXiv 2512.02556.
+With d = log π - log π_ref the estimators are k1 = d, k2 = d²/2 and k3 = exp(-d) + d - 1. Each function returns
+(kl, dkl/dlogπ, kl + dkl/dlogπ). The third is the derivative of r·kl divided by r. It is written out, because in the sum
+of the first two the exponentials of k3 would cancel. A cap clamps d to ±cap; beyond it kl has no slope.
+Sources: J. Schulman, "Approximating KL divergence", 2020; for r·kl, DeepSeek-V3.2, arXiv 2512.02556.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def k3_twin(d):
 
 
 def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Further below the reference it keeps its value and its slope: r · exp(60) <= exp(80) is finite in fp32, also after
-    # weighting. Literals for the reason that `log_ratio_limit` gives
+    # Below this bound value and slope stay what they are at the bound: r · exp(60) <= exp(80) is finite in fp32, also
+    # after weighting. The bounds are literals for the reason that `log_ratio_limit` gives.
     d = d.clamp(min=-60.0 if d.dtype == torch.float32 else -680.0)
     excess = d.neg().expm1()
     return excess + d, -excess, d
@@ -51,14 +51,14 @@ def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @jit
 def clamped(d, cap):
-    """-> (d within ±cap, whether it was beyond); a NaN stays one, which tl.minimum would drop."""
+    """-> (d clamped to ±cap, whether the clamp changed it). It keeps a NaN, which tl.minimum would drop."""
     far = tl.abs(d) > cap
     return tl.where(far, tl.where(d > 0, cap, -cap), d), far
 
 
 @jit
 def importance_weighted(kl, slope, total, logp, old):
-    """-> (r·kl, d(r·kl)/dlogπ); the derivative of r is 0 beyond its clamp."""
+    """-> (r·kl, d(r·kl)/dlogπ). The derivative of r is 0 beyond the clamp on Δ."""
     ratio, _, ratio_slope = ratio_terms(logp, old)
     return ratio * kl, ratio * tl.where(ratio_slope > 0, total, slope)
 
@@ -77,7 +77,7 @@ KL_ESTIMATORS = {"k1": KLEstimator(k1, k1_twin), "k2": KLEstimator(k2, k2_twin),
 def kl_term(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(kl, dkl/dlogπ), or of r·kl with `importance`, [N] each; `cap` may be inf."""
+    """-> (kl, dkl/dlogπ), [N] each. With `importance` r·kl takes the place of kl. `cap` may be inf."""
     d = logprobs - ref_logprobs
     far = d.abs() > cap
     kl, slope, total = KL_ESTIMATORS[estimator].terms(between(d, -cap, cap))
@@ -105,6 +105,6 @@ class _KLLoss(torch.autograd.Function):
 def kl_loss(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float
 ) -> Tensor:
-    """The same as a loss [N] that autograd differentiates, as often as asked, with the slope above."""
-    cap = logprobs.new_ones(()) * cap  # a tensor, because a graph's function cannot keep a number that changes
+    """`kl_term` as a loss [N] for autograd, whose backward may run more than once."""
+    cap = logprobs.new_ones(()) * cap  # a tensor, because the function of a graph cannot keep a number that changes
     return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, cap, estimator, importance)

@@ -1,4 +1,7 @@
-"""How metrics are formed over the rows of a batch, in PyTorch and, beside it, by Triton lanes."""
+"""Means, extremes and counts over the rows of a batch: in PyTorch and, beside it, in Triton.
+
+In the Triton functions, each lane of a program keeps a partial result of its own until the last block has been read.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,8 +15,10 @@ PREFIX = "drpo/"
 
 
 class Metric(NamedTuple):
-    """How a metric is formed over rows, and from the same metric of several batches: by a function of REDUCE over the
-    rows (or the batches) that `count`, itself a metric, counts.
+    """How a metric is formed over rows, and how the same metric of several batches is combined.
+
+    how    key of REDUCE
+    count  the metric that counts the rows (or, for several batches, weighs the batches) that this one is formed over
     """
 
     how: str
@@ -35,7 +40,8 @@ def _extreme(values: Tensor, counts: Tensor, largest: bool) -> Tensor:
     return bound.masked_fill(nothing.all(-1), 0)
 
 
-# (values [..., M], how many rows each stands for [M], or bool) -> [...]; what stands for no row may be anything
+# (values [..., M], counts [M]) -> [...]. A count says how many rows a value stands for; a bool says whether it is a row
+# that counts. A value with a count of 0 may be anything.
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,
     "max": lambda values, counts: _extreme(values, counts, largest=True),
@@ -47,7 +53,9 @@ REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def reduced(
     metrics: Mapping[str, Metric], values: Mapping[str, Tensor], flags: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Values and flags, of one shape, under the metrics' names -> 0-d: one reduction for all that are formed alike."""
+    """Reduce values to 0-d metrics. Values and flags share one shape and are named like the metrics. Metrics that are
+    formed in the same way are stacked and reduced together.
+    """
     alike: dict[tuple[str, str], list[str]] = {}
     for name, (how, count) in metrics.items():
         alike.setdefault((how, "" if how == "sum" else count), []).append(name)
@@ -55,7 +63,7 @@ def reduced(
     for (how, count), names in alike.items():
         counted = flags[count].flatten() if count else None
         results = REDUCE[how](torch.stack([values[name] for name in names]).flatten(1), counted)
-        # each of its own: a trainer may change one in place, and autograd does not take it for a view of the others
+        # Each metric gets memory of its own, because a trainer may change one of them in place.
         found |= dict(zip(names, torch.unbind_copy(results), strict=True))
     return {PREFIX + name: found[name] for name in metrics}
 
@@ -67,18 +75,18 @@ def add(total, flag, value):
 
 @jit
 def mean(total, count):
-    """Of all lanes, rounded as IEEE's division is: n times 1 over n is 1."""
+    """The sum over all lanes, divided by count. The division rounds as IEEE's does, so that n / n is exactly 1."""
     return tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1.0))
 
 
 @jit
 def larger(most, flag, value):
-    """The larger of the two where the flag is set; a NaN, once seen, stays."""
+    """The larger of `most` and `value` where the flag is set, else `most`. A NaN stays once it has been seen."""
     return tl.where(flag & ((value > most) | (value != value)), value, most)
 
 
 @jit
 def largest(most, count):
-    """Of all lanes, 0 where nothing was counted; a NaN in one is the result."""
+    """The largest value of all lanes: NaN if one lane has a NaN, 0 if nothing was counted."""
     found = tl.where(tl.sum((most != most).to(tl.int32), 0) > 0, float("nan"), tl.max(most, 0))
     return tl.where(count > 0, found, 0.0)

@@ -1,4 +1,4 @@
-"""The oracle: naive autograd over full logits, in any dtype up to float64. Optimised code never imports this module."""
+"""The reference backend: plain autograd over all logits, in any dtype up to float64. Optimised code never imports it."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from drpo_kernels.backends.rows import Transform
 
 
 def transformed(logits: Tensor, transform: Transform, inv_temperature: Tensor) -> Tensor:
-    """z = softcap(logit_scale · x) / temperature, [n, V]; at least float32."""
+    """z = softcap(logit_scale · x) / temperature, [n, V], in the dtype of inv_temperature [n] (float32 or float64)."""
     z = logits.to(inv_temperature.dtype) * transform.logit_scale
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
@@ -26,12 +26,12 @@ class _Rounded(torch.autograd.Function):
 
 
 def rounded(x: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
-    """x rounded to `narrow`, in `wide`. Its gradient is not: a float16 one could overflow or vanish."""
+    """x rounded to `narrow`, in `wide`. Its gradient is not rounded: in float16 it could overflow or vanish."""
     return _Rounded.apply(x, narrow, wide)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """hidden [n, H] @ weight.T + bias in `dtype`: the inputs' values, none of their rounding."""
+    """hidden [n, H] @ weight.T + bias, computed in `dtype` from the exact values of the inputs."""
     logits = hidden.to(dtype) @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
 
@@ -39,9 +39,9 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torc
 def reference_logprobs(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z [n, V], targets [n] -> (logprobs, logsumexp, entropy), all differentiable."""
     logp = torch.log_softmax(z, dim=-1)
-    # p log p is 0 for a banned token, and so is its gradient
+    # For a banned token p log p and its gradient are 0.
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
     logprobs = logp.gather(1, targets[:, None])[:, 0]
-    # a row without log-probs (a logit of +inf, every token banned) has no log-sum-exp either
+    # A row without a log-prob (a logit of +inf, or every token banned) reports no log-sum-exp either.
     logsumexp = torch.logsumexp(z, dim=-1).masked_fill(logprobs.isnan(), torch.nan)
     return logprobs, logsumexp, entropy

@@ -1,7 +1,7 @@
-"""What an objective sees of a batch of tokens, and the numerically careful quantities every objective is made of.
+"""What an objective sees of a batch of tokens: the ratio π/μ, the difference π - μ, and how tokens form sequences.
 
-Each quantity is written once in PyTorch (`Tokens`) and once, beside it, as its Triton twin. Source: DESIGN of the
-family, arXiv 2606.09821.
+Each quantity is written once in PyTorch (`Tokens`) and once, further down, as its Triton twin; both avoid cancellation
+and overflow. Source of the definitions: arXiv 2606.09821.
 """
 
 import torch
@@ -9,26 +9,28 @@ from torch import Tensor
 
 from drpo_kernels.triton_support import jit, tl
 
-# No sampled token has a log-prob as low as this. Random numbers of 32 bits choose a token at most 23 nats below the
-# likeliest, at the temperature τ of the sampling, and that one is within log V <= 13 of 0: log μ > -23 τ - 13, above
-# -100 for every τ up to 3. Engines write -9999 or -1e9 for a log-prob that they do not have, since JSON has no -inf.
+# No sampled token has a log-prob as low as this. A sampler with 32 random bits and temperature τ chooses tokens at most
+# 23 τ nats below the likeliest one, which itself is at most log V <= 13 nats below 0. So log μ > -23 τ - 13, which is
+# above -100 for every τ up to 3. Engines write -9999 or -1e9 for a log-prob that they do not have: JSON has no -inf.
 LEAST_LOGPROB = -100.0
 
 
 def scorable(old_logprobs: Tensor) -> Tensor:
-    """False where the rollout engine has no log-prob: NaN, or what no token that was sampled can have."""
+    """True where the rollout engine gave a log-prob: not NaN, and not so low that no sampled token can have it."""
     return old_logprobs > LEAST_LOGPROB
 
 
 def log_ratio_limit() -> float:
-    """The largest |Δ|. Not a constant of the module: `torch.compile(dynamic=True)` takes those for numbers that change,
-    and cannot hand such a number to the backward of an autograd function.
+    """The largest |Δ|. This is a function because `torch.compile(dynamic=True)` takes a constant of a module for a
+    number that may change, and cannot hand such a number to the backward of an autograd function.
     """
     return 20.0
 
 
 def between(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """x clamped to [low, high]; inside a graph by tensors, because it would be compiled again for each new number."""
+    """x clamped to [low, high]. Inside a graph the bounds become tensors, because a graph that is compiled with numbers
+    would be compiled again for every new value.
+    """
     if torch.compiler.is_compiling():
         one = x.new_ones(())
         low, high = one * low, one * high
@@ -36,11 +38,11 @@ def between(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 class Sequences:
-    """How the N flattened tokens of a batch group into S sequences.
+    """How the N flattened tokens of a batch form S sequences.
 
-    Built from a leading shape [..., L] (each last-axis run is a sequence) or from `cu_seqlens` [S + 1] of a packed
-    batch, whose tokens beyond the last offset are in no sequence. Offsets that nobody has validated lead to no other
-    token's memory: they are brought into [0, N] and into order first.
+    With a shape [..., L] alone, each sequence is L consecutive tokens. With `cu_seqlens` [S + 1], sequence s is the
+    tokens from offset s to offset s + 1, and tokens beyond the last offset are in no sequence. Offsets are first clamped
+    to [0, N] and sorted, so that bad ones never lead to memory outside the batch.
     """
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
@@ -52,26 +54,26 @@ class Sequences:
 
     @property
     def ids(self) -> Tensor:
-        """The sequence of each packed token, [N] int64; S where it is in none."""
+        """The sequence of each packed token, [N] int64; S for a token that is in no sequence."""
         positions = torch.arange(self._tokens, device=self.offsets.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum per sequence, [N] -> [S], in a fixed order (differentiable)."""
+        """The sum over each sequence, [N] -> [S], added in a fixed order (differentiable)."""
         if self.offsets is None:
             return values.reshape(self.count, self.length).sum(1)
         return _SegmentSum.apply(values, self)
 
     def expand(self, values: Tensor) -> Tensor:
-        """Each sequence's value at each of its tokens, [S] -> [N] (differentiable); NaN, or the integer 0, where a
-        token is in none.
+        """Each token's value of its sequence, [S] -> [N] (differentiable). A token that is in no sequence gets NaN, or 0
+        if the values are integers.
         """
         if self.offsets is None:
             return values[:, None].expand(self.count, self.length).reshape(-1)
         return _SegmentExpand.apply(values, self)
 
     def _segment_sum(self, values: Tensor) -> Tensor:
-        # segment_reduce adds in order; index_add would use atomics on a GPU
+        # segment_reduce adds in order. index_add would use atomics on a GPU, which for integers changes nothing.
         if values.dtype in (torch.float32, torch.float64):
             offsets = torch.cat([self.offsets, self.offsets.new_full((1,), self._tokens)])
             return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)[:-1]
@@ -105,13 +107,13 @@ class _SegmentExpand(torch.autograd.Function):
 
 
 class Tokens:
-    """Per-token inputs of an objective and the quantities derived from them; all [N], float32 or float64, flattened.
+    """The inputs of an objective, one entry per token, and the quantities derived from them: [N], float32 or float64.
 
-    logprobs      log π of the sampled token under the current policy (carries the gradient)
-    old_logprobs  log μ under the behaviour policy, a constant
+    logprobs      log π of the sampled token under the current policy; it carries the gradient
+    old_logprobs  log μ of the sampled token under the policy that sampled it, a constant
     advantages    A
-    valid         bool, False where a token must not count (only set for sequence-level objectives)
-    sequences     how the tokens group into sequences (only set for sequence-level objectives)
+    valid         bool, False for a token that must not count; None unless the objective is sequence-level
+    sequences     how the tokens form sequences; None unless the objective is sequence-level
     """
 
     def __init__(
@@ -141,8 +143,8 @@ class Tokens:
 
     @property
     def ratio_minus_one(self) -> Tensor:
-        """r - 1 = expm1(Δ), exact where r is close to 1; its derivative is r (autograd's own, expm1 + 1, loses a small
-        r).
+        """r - 1 = expm1(Δ), which is exact even for r close to 1. Its derivative is r; autograd would compute it as
+        expm1(Δ) + 1, which rounds a small r to 0.
         """
         return _with_gradient_of(self.log_ratio.expm1(), self.ratio)
 
@@ -158,14 +160,14 @@ class Tokens:
 
     @property
     def prob_shift(self) -> Tensor:
-        """π - μ from the unclamped difference, without cancellation and without overflow where μ is tiny or 0."""
+        """π - μ, from log π - log μ without the clamp. It does not cancel, and does not overflow if μ is tiny or 0."""
         difference = self.logprobs - self.old_logprobs
         larger = torch.where(difference > 0, self.probs, self.old_probs)
         return _with_gradient_of(-larger * torch.expm1(-difference.abs()) * torch.sign(difference), self.probs)
 
     @property
     def clamped_shift(self) -> Tensor:
-        """μ (r - 1), which is π - μ where the clamp on Δ changes nothing and has no gradient where it does."""
+        """μ (r - 1). It equals π - μ unless the clamp on Δ is active; there its gradient is 0."""
         within = (self.logprobs - self.old_logprobs).abs() <= log_ratio_limit()
         return torch.where(within, self.prob_shift, self.old_probs * self.ratio_minus_one)
 
@@ -179,28 +181,28 @@ def _with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
 
 @jit
 def expm1(x):
-    """exp(x) - 1 to fp32 accuracy: a series near 0, where exp(x) - 1 would cancel."""
+    """exp(x) - 1 to fp32 accuracy. A series takes over near 0, where the subtraction would cancel."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
     return tl.where(tl.abs(x) < 0.4, series, tl.exp(x) - 1)
 
 
 @jit
 def log1p(x):
-    """log(1 + x) to fp32 accuracy for x >= 0 (Kahan's correction of the rounding of 1 + x)."""
+    """log(1 + x) to fp32 accuracy for x >= 0, with Kahan's correction for the rounding of 1 + x."""
     y = 1 + x
     return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
 
 
 @jit
 def clamped_log_ratio(logp, old):
-    """Δ, the twin of `Tokens.log_ratio`; a NaN stays one, which tl.minimum would drop."""
+    """Δ, the twin of `Tokens.log_ratio`. It keeps a NaN, which tl.minimum would drop."""
     difference = logp - old
     return tl.where(difference == difference, tl.minimum(tl.maximum(difference, -20.0), 20.0), difference)
 
 
 @jit
 def ratio_terms(logp, old):
-    """-> (r, r - 1, dr/dlogπ): the derivative is 0 beyond the clamp."""
+    """-> (r, r - 1, dr/dlogπ), the twins of `Tokens.ratio` and `ratio_minus_one`. The derivative is 0 beyond the clamp."""
     difference = logp - old
     log_ratio = tl.minimum(tl.maximum(difference, -20.0), 20.0)
     ratio = tl.exp(log_ratio)
