@@ -1,7 +1,7 @@
 """`kept_ids`: a policy that is a softmax over the ids that top-p or top-k sampling kept.
 
-A call with `kept_ids` [..., K] becomes a call on ready logits [..., K], one for each kept id. The loss, its gradient, the
-entropy and every metric follow from that. Source: "Keep Sampling Mask", arXiv 2512.02556, section 3.1.
+A call with `kept_ids` [..., K] becomes a call on ready logits [..., K], one for each kept id. The loss, its gradient,
+the entropy and every metric follow from that. Source: "Keep Sampling Mask", arXiv 2512.02556, section 3.1.
 """
 
 import dataclasses

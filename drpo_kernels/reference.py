@@ -1,4 +1,4 @@
-"""The reference backend: plain autograd over all logits, in any dtype up to float64. Optimised code never imports it."""
+"""The reference backend: plain autograd over all logits, in dtypes up to float64. Optimised code never imports it."""
 
 import torch
 from torch import Tensor

@@ -41,8 +41,8 @@ class Sequences:
     """How the N flattened tokens of a batch form S sequences.
 
     With a shape [..., L] alone, each sequence is L consecutive tokens. With `cu_seqlens` [S + 1], sequence s is the
-    tokens from offset s to offset s + 1, and tokens beyond the last offset are in no sequence. Offsets are first clamped
-    to [0, N] and sorted, so that bad ones never lead to memory outside the batch.
+    tokens from offset s to offset s + 1, and tokens beyond the last offset are in no sequence. Offsets are clamped to
+    [0, N] and made non-decreasing, so that unchecked ones never lead to memory outside the batch.
     """
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
@@ -65,8 +65,8 @@ class Sequences:
         return _SegmentSum.apply(values, self)
 
     def expand(self, values: Tensor) -> Tensor:
-        """Each token's value of its sequence, [S] -> [N] (differentiable). A token that is in no sequence gets NaN, or 0
-        if the values are integers.
+        """The value of each token's sequence, [S] -> [N] (differentiable). A token that is in no sequence gets NaN, or
+        0 if the values are integers.
         """
         if self.offsets is None:
             return values[:, None].expand(self.count, self.length).reshape(-1)
@@ -202,7 +202,7 @@ def clamped_log_ratio(logp, old):
 
 @jit
 def ratio_terms(logp, old):
-    """-> (r, r - 1, dr/dlogπ), the twins of `Tokens.ratio` and `ratio_minus_one`. The derivative is 0 beyond the clamp."""
+    """-> (r, r - 1, dr/dlogπ), the twin of `Tokens.ratio` and `ratio_minus_one`; dr/dlogπ is 0 beyond the clamp."""
     difference = logp - old
     log_ratio = tl.minimum(tl.maximum(difference, -20.0), 20.0)
     ratio = tl.exp(log_ratio)
