@@ -1,4 +1,4 @@
-"""What the metrics of a batch say about it, in sentences a person can act on: likely cause first, then what to do."""
+"""What the metrics of a batch say about it, as sentences that name the likely cause and what to do about it."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -17,14 +17,19 @@ from drpo_kernels.value_checks import POSITIVE_LOGPROB
 LARGEST_RATIO = 1e3
 COLLAPSED_ENTROPY = 0.01  # nats per token; a trained model samples at 0.1 to 1
 UNSCORABLE_SHARE = 0.05
-# what every source of metrics has; verl's has no entropy
+# Every source of metrics has these; verl's has neither of the other two.
 REQUIRED = METRICS.keys() - {"entropy_mean", "active_share"}
-FEW_TOKENS = 12  # of fewer, their spread says nothing, and neither does a sentence that is judged by it
+FEW_TOKENS = 12  # the spread of fewer tokens says nothing, so no condition that `judges` is tried on them
 
 
 class Condition(NamedTuple):
-    """A sentence, formatted with the metrics, and when it is true; `hides` names what it explains already. `judges`: it
-    is about a sample's statistics, for which metrics need the evidence of `evidence_metrics`.
+    """A sentence about a batch, and when it is true.
+
+    kind      the name of the condition
+    holds     whether the sentence is true of these metrics
+    sentence  a format string for the metrics
+    hides     kinds that need not be said if this one is
+    judges    True if the sentence follows from statistics of the tokens, which need `evidence_metrics`
     """
 
     kind: str
@@ -34,9 +39,9 @@ class Condition(NamedTuple):
     judges: bool = False
 
 
-# what any cause of a mismatch explains
+# Kinds that follow from any cause of a mismatch.
 MISMATCHES = ("mismatch", "shift", "explosion", "collapse")
-# and what makes old log-probs none
+# Kinds that follow if what was passed as old log-probs is something else.
 NOT_OLD_LOGPROBS = (
     "repeated", "cumulative", "shifted", "base", "filtered", "unfiltered", "temperature", "raw", "placeholder",
     "not sampled", "sharper", "hotter", "unrelated", "overtrained", "unsynchronised", *MISMATCHES,
@@ -285,26 +290,26 @@ def diagnose(
     loss: Tensor | float | None = None,
     seen: set[str] | None = None,
 ) -> list[str]:
-    """Plain sentences about what is wrong with a batch, from `out.metrics`; none for a healthy one.
+    """Plain sentences about what is wrong with a batch, from `out.metrics`; an empty list for a healthy one.
 
     metrics    `out.metrics`, or `reduce_metrics` of several: 0-d tensors or floats. Tensors on a GPU are read in one
                synchronisation, so call this where you log
-    objective  adds its own remark, such as that with δ >= 1 DRPO's boundary is never reached
-    loss       `out.loss`: says so where only the coefficients made it infinite
-    seen       what was said already: those sentences are left out, and new kinds are added to the set. Keep one per run
-               to be told each thing once
+    objective  adds its own remark, such as that DRPO's boundary is never reached with δ >= 1
+    loss       `out.loss`; if only the coefficients made it infinite, a sentence says so
+    seen       the kinds that were reported before. Their sentences are left out, and new kinds are added to the set.
+               Keep one set per run to be told each thing once
 
-    The likeliest cause comes first, and hides what follows from it. Covers: another temperature than the engine's, with
-    an estimate of it; old log-probs that are shifted by one, of other tokens, in another base, after top-p or top-k,
-    sequence means or running sums, positive, placeholders or missing; targets not aligned with the logits; logits that
-    are probabilities or log-probs; weights not synchronised; an empty mask, advantages all 0, values that are not
-    finite, a normalizer of 0, exploding ratios and collapsed entropy.
+    The likeliest cause comes first and hides what follows from it. These are covered: another temperature than the
+    engine's, with an estimate of it; old log-probs that are shifted by one, of other tokens, in another base, after
+    top-p or top-k, sequence means or running sums, positive, placeholders or missing; targets not aligned with the
+    logits; logits that are probabilities or log-probs; weights not synchronised; an empty mask, advantages all 0,
+    values that are not finite, a normalizer of 0, exploding ratios and collapsed entropy.
 
-    Most are told apart by the metrics under "drpo/evidence/" (`drpo_kernels.evidence.evidence_metrics`); without those,
-    as in an old log, a mismatch has one sentence with all its causes. Bf16 and fp8 engines and policies some steps
-    ahead of their samples are healthy; so is a mismatch of temperatures below a tenth. How many tokens a cause needs
-    depends on how much they tell: 256 at a mean entropy of 0.2 nat, more where there was hardly anything to choose.
-    What is said of fewer than 256 says so, and of fewer than 12 no such cause is named.
+    Most causes are told apart by the metrics under "drpo/evidence/" (`drpo_kernels.evidence.evidence_metrics`). Without
+    them, as in an old log, one sentence names all causes of a mismatch. Bf16 and fp8 engines and policies some steps
+    ahead of their samples count as healthy, and so do temperatures that differ by less than a tenth. To see a cause
+    takes about 256 tokens at a mean entropy of 0.2 nat, and more at a lower entropy. A sentence from fewer than 256
+    tokens says so, and from fewer than 12 no such cause is named.
     Raises TypeError or ValueError for metrics that are not `out.metrics`.
     """
     if not isinstance(metrics, Mapping):

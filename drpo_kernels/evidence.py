@@ -1,5 +1,6 @@
-"""What tells the causes of a mismatch between engine and trainer apart: means over the rows of a batch, in PyTorch and,
-beside it, in Triton. `mismatch` says what they mean together.
+"""Metrics that tell apart why the log-probs of engine and trainer differ: in PyTorch and, beside it, as a Triton twin.
+
+`mismatch.py` says what they mean together.
 """
 
 import torch
@@ -9,9 +10,10 @@ from drpo_kernels.reductions import Metric, add, larger, largest, mean, reduced
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import jit, tl
 
-# nats: a token whose old log-prob is exactly 0, so that nothing else could be sampled, is not this far below 0 now
+# If a token's old log-prob is truly 0, nothing else could be sampled, and its log-prob now is less than this many nats
+# below 0.
 FAR_BELOW_ONE = 0.05
-# for `diagnose` alone: no numbers to look at, so dashboards leave them out
+# These metrics are for `diagnose`. People cannot read them, so dashboards leave them out.
 EVIDENCE = "evidence/"
 EVIDENCE_METRICS = {
     EVIDENCE + name: Metric("mean", "computed")
@@ -34,26 +36,29 @@ def evidence_metrics(
     computed: Tensor,
     valid: Tensor,
 ) -> dict[str, Tensor]:
-    """What tells the causes of a mismatch apart, all inputs [N] in the order of the text; means over computed rows, 0
-    where there are none.
+    """Means over computed rows, 0 if there are none. All inputs are [N], the rows in the order of the text.
 
-    With p = log π and m = log μ, neither taken below -100, d = p - m, H the entropy, and the *centred* log-prob
-    c = p + H, whose mean is 0 on tokens that π sampled.
-    logprob, log_ratio_mean  p, d; logprob_square, log_ratio_square, logprob_log_ratio, centred_square  p², d², p d, c²
-    fit_cc to fit_rr     products of two of c, e = H / (1 + H) and r = d, over max(1, c²), so that no token decides:
-                         the least-squares fit of d by c and e. To second order the log-prob at T times the temperature
-                         is p + (1/T - 1) c - (1/T - 1)² v / 2, with v the variance of log π in the row, of which e
-                         takes the place: the slope over c is 1 - 1/T, whatever the entropies of the rows are
-    misfit               min(|d|, 1), so that a few tokens do not decide; misfit_above counts d > 0 alone
-    misfit_previous, misfit_next  the same with m of the row before or after, where that row is valid, else as misfit,
-                         so also at either end of a batch: small where the old log-probs are shifted by one
-    misfit_cumulative    the same with m minus that of the row before: small where old log-probs are running sums
-    misfit_zero          the same, counted where m is exactly 0 alone
-    unsure_share         rows with p < -0.05: the others hardly bear on a mean
-    repeated_share       those whose m is that of the row before, and not 0
-    advantage_sign, toward_advantage  the sign of A; that times d within ±1: together, whether d follows A, as it does
-                         where the policy has learnt from these very tokens
-    logsumexp_min, logsumexp_max  log Σ exp z of a row: 0 on all of them where the logits are log-probs
+    p = log π and m = log μ, both raised to -100 if they are lower; d = p - m; H is the entropy; c = p + H is the
+    *centred* log-prob, whose mean is 0 on tokens that π sampled.
+    logprob, log_ratio_mean  p and d
+    logprob_square, log_ratio_square, logprob_log_ratio, centred_square  p², d², p d and c²
+    fit_cc to fit_rr     products of two of c, e = H / (1 + H) and r = d, divided by max(1, c²) so that no single token
+                         decides. They are the sums of the least-squares fit of d by c and e. To second order the
+                         log-prob at T times the temperature is p + (1/T - 1) c - (1/T - 1)² v / 2, where v is the
+                         variance of log π in the row. e stands in for v, so the slope over c is 1 - 1/T whatever the
+                         entropies of the rows are
+    misfit               min(|d|, 1), bounded so that a few tokens do not decide
+    misfit_above         the same where d > 0, else 0
+    misfit_previous, misfit_next  the misfit with m of the row before or after, or `misfit` if that row is not valid or
+                         does not exist; small if the old log-probs are shifted by one
+    misfit_cumulative    the misfit with m minus the m of the row before; small if old log-probs are running sums
+    misfit_zero          the misfit where m is exactly 0, else 0
+    unsure_share         share of rows with p < -0.05; the other rows hardly change a mean
+    repeated_share       share of rows with p < -0.05 whose m is not 0 and equals the m of the row before
+    advantage_sign       the sign of A
+    toward_advantage     the sign of A times d clamped to ±1. With advantage_sign it shows whether d follows A, as it
+                         does after the policy has learnt from these tokens
+    logsumexp_min, logsumexp_max  log Σ exp z of a row, which is 0 on all rows if the logits are log-probs
     """
     p, m = (torch.where(x < LEAST_LOGPROB, LEAST_LOGPROB, x) for x in (logprobs, old_logprobs))
     log_ratio = p - m
@@ -96,7 +101,7 @@ def evidence_metrics(
 
 @jit
 def bounded(difference):
-    """min(|difference|, 1), the twin of what a misfit is; a NaN stays one."""
+    """min(|difference|, 1), the size of a misfit. It keeps a NaN."""
     size = tl.abs(difference)
     return tl.where(size > 1, 1.0, size)
 
@@ -108,7 +113,7 @@ def floored(logp, LEAST: tl.constexpr):
 
 @jit
 def neighbour(rows, outcome, valid, t, count, LEAST: tl.constexpr):
-    """-> (old log-prob of row t, whether it is a valid row)"""
+    """-> (old log-prob of row t, whether that row is valid)"""
     inside = (t >= 0) & (t < count)
     old = tl.load(rows + t, mask=inside, other=0.0)
     old = tl.where(old == old, old, tl.load(outcome + t, mask=inside, other=0.0))  # on-policy
@@ -120,8 +125,9 @@ def evidence(
     rows, rows_stride, outcome, outcome_stride, valid, values, count, FAR_BELOW_ONE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The twin of `evidence_metrics`: values fp32 [24], in the order of EVIDENCE_METRICS; sums in fp32. For its
-    arguments see `policy_metrics_kernel`.
+    """The twin of `evidence_metrics` -> values fp32 [24] in the order of EVIDENCE_METRICS, added in fp32.
+
+    `policy_metrics_kernel` describes the arguments.
     """
     nothing = tl.zeros([BLOCK], tl.float32)
     none = tl.full([BLOCK], float("-inf"), tl.float32)

@@ -1,8 +1,7 @@
-"""What a dashboard needs to see trouble coming: 0-d detached tensors computed from the per-row outcome, for any
-objective.
+"""The metrics of a batch for any objective, as 0-d detached tensors: in PyTorch and, beside it, as a Triton twin.
 
-The gradient weight is w = (dℓ/dlogπ) / (-A r): 1 for an unregularised surrogate, 0 where a loss drops a token, negative
-where it pushes back.
+The weight of a token is w = (dℓ/dlogπ) / (-A r): 1 for an unregularised surrogate, 0 where the loss drops the token,
+and negative where the loss pushes the ratio back.
 """
 
 from collections.abc import Mapping
@@ -17,9 +16,9 @@ from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest
 from drpo_kernels.tokens import Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl
 
-# w of a token that an objective left alone differs from 1 by rounding only
+# The weight of a token that was not clipped differs from 1 by rounding only.
 UNCLIPPED = 1 - 1e-5
-# nats: a token this far below its old log-prob was hardly scored on the text it was sampled from
+# A token whose log-prob is this many nats below its old one was hardly scored on the text that it was sampled from.
 FAR_BELOW = 5.0
 METRICS = {
     "ratio_mean": Metric("mean", "computed"),
@@ -46,12 +45,12 @@ METRICS = {
     "computed": Metric("sum", "computed"),
     "weighted": Metric("sum", "weighted"),
 }
-# the counts come last, and are integers
+# The counts are the last entries of METRICS, and are integers.
 COUNTS = sum(metric.how == "sum" for metric in METRICS.values())
 MEASURES = len(METRICS) - COUNTS
-# what log-probs of a reference add to them
+# A call with log-probs of a reference has this metric too.
 REFERENCE_METRICS = {"ref_kl": Metric("mean", "computed")}
-# and what `sparse_grad` does
+# A call with `sparse_grad` has these metrics too.
 SPARSITY_METRICS = {
     "sparse_share": Metric("mean", "with_gradient"),
     "sparse_entries": Metric("mean", "sparse_rows"),
@@ -76,22 +75,23 @@ def policy_metrics(
     sentinels: Tensor,
     ref_kl: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Means and extremes over computed rows, all inputs [N]; 0 where no row qualifies.
+    """Means and extremes over computed rows; all inputs are [N]. A metric over no row is 0.
 
-    Weights are over computed rows with A ≠ 0, under a sequence-level objective relative to the token's own ratio.
-    beyond_trust_region  their share with w <= 0 that moved in the harmful direction: up with A > 0, down with A < 0
-    clip_share           their share whose gradient a clipping objective cut; 0 for other objectives
-    active_share         computed rows over valid ones
-    logprob_mean, old_logprob_max  log π of the tokens; log μ above 0 is not a log-prob
-    far_below_share      computed rows with log π < log μ - 5: near 1 where targets are not aligned
-    zero_old_share       computed rows with log μ = 0 exactly and log π < -0.05: placeholders for log-probs
-    ref_kl               KL(π‖π_ref) by the estimator of the loss, without `kl_importance`; only with log-probs of a
-                         reference
-    unscorable           tokens in the mask whose old log-prob was NaN, -inf, or -100 and below, treated as masked
-    sentinels            those among them that were finite: -9999 and the like
+    Metrics of weights are over computed rows with A ≠ 0. Under a sequence-level objective the weight is relative to the
+    token's own ratio.
+    beyond_trust_region  share of those rows with w <= 0 that moved in the harmful direction: up if A > 0, down if A < 0
+    clip_share           share of those rows whose gradient a clipping objective cut; 0 for other objectives
+    active_share         computed rows divided by valid tokens
+    logprob_mean         mean of log π
+    old_logprob_max      largest log μ; above 0 it is not a log-prob
+    far_below_share      share of computed rows with log π < log μ - 5; near 1 if targets are not aligned
+    zero_old_share       share of computed rows with log μ exactly 0 and log π < -0.05, which are placeholders
+    ref_kl               KL(π‖π_ref) by the estimator of the loss, without `kl_importance`; absent without a reference
+    unscorable           tokens in the mask whose old log-prob was NaN, -inf, or -100 and below; treated as masked
+    sentinels            unscorable tokens whose old log-prob was finite, such as -9999
     nonfinite            computed rows whose log-prob or slope is NaN or infinite
-    tokens, computed, weighted  counts: valid tokens, computed rows, those with A ≠ 0. `METRICS` names the one that each
-                         mean and extreme is over, so that batches and ranks combine (`distributed.reduce_metrics`)
+    tokens, computed, weighted  counts of valid tokens, of computed rows, and of computed rows with A ≠ 0. `METRICS`
+                         says which count each mean and extreme is over; `distributed.reduce_metrics` needs it
     """
     tokens = Tokens(logprobs, old_logprobs, advantages)
     log_ratio, shift = tokens.log_ratio, tokens.prob_shift.abs()
@@ -101,7 +101,7 @@ def policy_metrics(
     beyond = (weight <= 0) & (advantages * log_ratio > 0)
     clipped = torch.zeros_like(weighted)
     if objective.clips:
-        # a sequence's ratio is not its tokens', so only a gradient of exactly 0 tells
+        # The weight is relative to the token's ratio, not the sequence's, so only a slope of exactly 0 shows clipping.
         clipped = slope == 0 if objective.sequence_level else weight < UNCLIPPED
     nonfinite = computed & ~(logprobs.isfinite() & slope.isfinite())
     flags = {"tokens": valid, "computed": computed, "weighted": weighted, "nonfinite": nonfinite}
@@ -129,7 +129,7 @@ def policy_metrics(
     return metrics if ref_kl is None else metrics | reduced(REFERENCE_METRICS, {"ref_kl": ref_kl}, flags)
 
 
-# how an objective's clipping shows: not at all, in the weight, or in a slope of 0
+# Clipping by an objective shows not at all, in the weight, or in a slope of 0.
 NO_CLIPS, WEIGHT_CLIPS, SLOPE_CLIPS = 0, 1, 2
 
 
@@ -145,7 +145,7 @@ def metrics_of_rows(
     CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
     FAR_BELOW_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The twin of `policy_metrics`; see `policy_metrics_kernel`."""
+    """The twin of `policy_metrics`; `policy_metrics_kernel` describes the arguments."""
     nothing = tl.zeros([BLOCK], tl.float32)
     none = tl.full([BLOCK], float("-inf"), tl.float32)
     ratio_sum, k1_sum, k3_sum, shift_sum, weight_sum = nothing, nothing, nothing, nothing, nothing
@@ -238,10 +238,13 @@ def policy_metrics_kernel(
     CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
     FAR_BELOW_ONE: tl.constexpr, LEAST: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The twins of `policy_metrics` and `evidence_metrics`, a program each: rows [9, N] (`Row`), outcome [5, N]
-    (`Outcome`), valid and unscorable uint8 [N], old log-probs as given [N] of any float dtype or None -> values fp32
-    [42], counts int64 [6], in the order of `METRICS` and `EVIDENCE_METRICS`, `ref_kl`, the last of VALUES, between the
-    two; KL is the twin of its estimator or None. Sums are in fp32, in which counts are exact up to 2^24 tokens.
+    """The twins of `policy_metrics` and `evidence_metrics`, one program each.
+
+    rows [9, N] (`Row`), outcome [5, N] (`Outcome`), valid and unscorable uint8 [N], given (the old log-probs as the
+    caller gave them, [N] of any float dtype, or None) -> values fp32 [42], counts int64 [6].
+    values holds the means and extremes of `METRICS`, then `ref_kl` (VALUES numbers so far), then `EVIDENCE_METRICS`;
+    counts holds the counts of `METRICS`. KL is the twin of the KL estimator, or None. Sums are in fp32, in which counts
+    are exact up to 2^24 tokens.
     """
     if tl.program_id(0) == 0:
         metrics_of_rows(
@@ -255,12 +258,13 @@ def policy_metrics_kernel(
 
 
 def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
-    """What `sparse_grad` did, all inputs [N]; 0 where no row qualifies.
+    """What `sparse_grad` did; all inputs are [N]. A metric over no row is 0.
 
-    sparse_share     rows whose gradient is sparse over rows with a gradient
-    sparse_entries   their mean number of vocabulary entries with a gradient of their own, the target among them
-    left_out_mean    their mean probability mass without one; left_out_share_max the largest over 1 - p_y, at most τ
-    with_gradient, sparse_rows  counts
+    sparse_share        rows with a sparse gradient, divided by rows with a gradient
+    sparse_entries      mean number of entries with a gradient in a sparse row, its target among them
+    left_out_mean       mean probability of the entries without a gradient in a sparse row
+    left_out_share_max  the largest such probability divided by 1 - p_y; at most τ
+    with_gradient, sparse_rows  counts of rows with a gradient, and of sparse ones
     """
     sparse = active & (entries > 0)
     miss = -torch.expm1(logprobs)
@@ -275,8 +279,9 @@ def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active
 
 
 def named_metrics(values: Tensor, counts: Tensor, with_reference: bool) -> dict[str, Tensor]:
-    """What the kernel has written, as `policy_metrics` and `evidence_metrics` return it. `data`: a trainer may change
-    one in place, and autograd does not take it for a view of the others.
+    """The output of `policy_metrics_kernel`, as `policy_metrics` and `evidence_metrics` return it.
+
+    Each metric is taken by `.data`: a trainer may change one in place, which autograd would refuse for a view.
     """
     measures, (ref_kl, *evidence) = values[:MEASURES].unbind(), values[MEASURES:].unbind()
     named = dict(zip(METRICS, (*measures, *counts.unbind()), strict=True))
@@ -286,7 +291,7 @@ def named_metrics(values: Tensor, counts: Tensor, with_reference: bool) -> dict[
 
 
 def combined_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The metrics of M batches, [M] under each name, as those of their union, 0-d."""
+    """The metrics of M batches, [M] under each name -> the metrics of their union, 0-d."""
     return {
         PREFIX + name: REDUCE[how](metrics[PREFIX + name], metrics[PREFIX + count])
         for name, (how, count) in EVERY_METRIC.items()
