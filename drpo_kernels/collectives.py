@@ -1,6 +1,6 @@
-"""What the package asks of torch.distributed: a rank, a size, a gather and a sum; and how a head's vocabulary is split.
+"""The calls of torch.distributed that the package makes, and how the vocabulary of a head is split over ranks.
 
-The same calls serve gloo and NCCL. In a group of one, and where torch.distributed was not built or not initialised, no
+They serve gloo and NCCL alike. In a group of one, or if torch.distributed was not built or not initialised, no
 collective is called.
 """
 
@@ -24,7 +24,7 @@ def _initialized() -> bool:
 
 
 def group_size(group: ProcessGroup | None) -> int:
-    """Processes in `group`, where None is all of them; 1 without an initialised process group."""
+    """The number of processes in `group` (None: of all processes); 1 without an initialised process group."""
     size = dist.get_world_size(group) if _initialized() else 1
     if size < 1:
         raise ValueError("group must contain this process, got one of which it is not a member")
@@ -32,7 +32,7 @@ def group_size(group: ProcessGroup | None) -> int:
 
 
 def group_rank(group: ProcessGroup | None) -> int:
-    """This process's place in `group`, -1 where it is not a member; 0 without an initialised process group."""
+    """This process's place in `group`, -1 if it is not a member; 0 without an initialised process group."""
     return dist.get_rank(group) if _initialized() else 0
 
 
@@ -42,21 +42,21 @@ def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if size == 1:
         return tensor[None]
     gathered = tensor.new_empty(size, *tensor.shape)
-    # PyTorch 2.13 renamed it
+    # PyTorch 2.13 renamed this function.
     into_one = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     into_one(gathered.view(-1), tensor.contiguous().view(-1), group=group)
     return gathered
 
 
 def start_sum(tensor: Tensor, group: ProcessGroup | None) -> Callable[[], object]:
-    """Begin to sum a contiguous tensor over the group, in place; call the result before the tensor is used."""
+    """Start to sum a contiguous tensor over the group, in place. Call the returned function before using the tensor."""
     if group_size(group) == 1:
         return lambda: None
     return dist.all_reduce(tensor, group=group, async_op=True).wait
 
 
 def summed(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Σ over the group, in place."""
+    """The tensor, summed over the group in place."""
     start_sum(tensor, group)()
     return tensor
 
@@ -66,12 +66,13 @@ class VocabShard:
     """How the rows of an output head [V, H] are split over the ranks of a group (Megatron's vocabulary-parallel head).
 
     group  process group of the ranks that hold one head together; None: all processes
-    sizes  rows that each of them holds, in rank order, padding included: uneven is fine, 0 is not
-    partial_hidden_gradient  True: the gradient of hidden stays this rank's share of it, for a hidden that was gathered
-           by a function whose backward adds the ranks (Megatron's gather from its sequence-parallel region)
+    sizes  number of rows on each rank, in rank order, padding included. They may differ, but none may be 0
+    partial_hidden_gradient  True: the gradient of hidden is only this rank's part of the sum over the ranks. Use it if
+           hidden was gathered by a function whose backward adds the ranks (Megatron's gather from its sequence-parallel
+           region)
 
-    Rank r holds the rows [Σ sizes[:r], Σ sizes[:r + 1]) of the head. Raises TypeError or ValueError for sizes that are
-    not a tuple of ints >= 1. A group of one, or no process group at all, is a head that is not split.
+    Rank r holds the rows [Σ sizes[:r], Σ sizes[:r + 1]) of the head. In a group of one, or without a process group, the
+    head is not split. Raises TypeError or ValueError for sizes that are not a tuple of ints >= 1.
     """
 
     group: ProcessGroup | None
@@ -88,9 +89,8 @@ class VocabShard:
     def gather(
         cls, weight: Tensor, group: ProcessGroup | None = None, *, partial_hidden_gradient: bool = False
     ) -> VocabShard:
-        """The split of which this rank holds `weight` [V/n, H], by one collective: call it once, at set-up, everywhere.
-
-        The weight's device must be one the group's backend serves (CUDA for NCCL).
+        """The split of the head of which this rank holds `weight` [V/n, H]. It takes one collective, so call it once at
+        set-up, on every rank. The group's backend must serve the device of the weight (CUDA for NCCL).
         """
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
@@ -124,10 +124,10 @@ class VocabShard:
         return max(self.sizes)
 
     def real_rows(self, vocab: int) -> int:
-        """How many of this rank's rows are real entries of a vocabulary of `vocab`; 0 where it holds only padding."""
+        """The number of this rank's rows that are real entries of a vocabulary of `vocab`, not padding."""
         return min(max(vocab - self.start, 0), self.sizes[self.rank])
 
     def owner(self, targets: Tensor) -> Tensor:
-        """The rank that holds each target's row, [N] int64; some rank for a target that none holds."""
-        # scalars in the comparisons: a tensor of boundaries would have to be copied to the device
+        """The rank that holds the row of each target, [N] int64. A target outside the vocabulary gets any rank."""
+        # The comparisons take Python numbers, because a tensor of boundaries would have to be copied to the device.
         return sum((targets >= start).to(torch.int64) for start in self.starts[1:]) + torch.zeros_like(targets)

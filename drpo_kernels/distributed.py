@@ -5,12 +5,12 @@
     context parallel           `sequence_coefficients`, the `reduction` keyword of the policy losses
     logging                    `reduce_loss`, `reduce_metrics`
 
-In all of them `group` holds the ranks with *different* tokens, whose gradients are combined: the data-parallel group,
-times the context-parallel one where sequences are split. Ranks that share a split head hold the same tokens and must
-not be in it together. Without torch.distributed, or before it is initialised, a group is this process alone.
+`group` always holds the ranks with *different* tokens, whose gradients are combined: the data-parallel group, or data
+and context parallel together if sequences are split. It must not hold two ranks that share a split head, because those
+have the same tokens. Without torch.distributed, or before it is initialised, a group is this process alone.
 
-A rank may have no micro-batch, and a micro-batch no valid token. All functions return tensors, without waiting for the
-device.
+A rank may have no micro-batch, and a micro-batch may have no valid token. All functions return tensors without waiting
+for the device.
 """
 
 from __future__ import annotations
@@ -46,23 +46,24 @@ def global_normalizer(
     loss_divisor: float = 1,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The `normalizer` with which the gradient of one optimizer step is that of its whole batch, however it is split.
+    """The `normalizer` that gives one optimizer step the gradient of its whole batch, however the batch is split.
 
     masks         [...] bool or 0/1, this rank's micro-batches of the step: one mask, or a list that may be empty
-    reduction     the one given to the loss with this normalizer
-    cu_seqlens    of packed micro-batches, for a "seq-..." reduction
-    old_logprobs  shaped like the masks where some may be NaN, or -100 and below, on valid tokens: the loss takes those
-                  as masked
+    reduction     the reduction that the loss takes together with this normalizer
+    cu_seqlens    the offsets of packed micro-batches, needed for a "seq-..." reduction
+    old_logprobs  shaped like the masks; needed if some may be NaN, or -100 and below, because the loss then treats the
+                  token as masked
     group         ranks that hold different tokens; None: all processes
-    gradients     what the wrapper does with the ranks' gradients: "mean" (DDP, FSDP and ZeRO divide by the number of
-                  ranks) or "sum". Accumulation over micro-batches adds
-    loss_divisor  what the trainer divides each micro-batch's loss by before its backward: the accumulation steps under
-                  DeepSpeed, Accelerate and the HF Trainer; 1 where it does not
-    device        where this rank's tensors live, of use only where `masks` may be empty
+    gradients     how the wrapper combines the gradients of the ranks: "mean" (DDP, FSDP and ZeRO divide by the number
+                  of ranks) or "sum". Gradients of micro-batches are always added
+    loss_divisor  the number by which the trainer divides each micro-batch's loss before its backward: the accumulation
+                  steps under DeepSpeed, Accelerate and the HF Trainer; 1 if the trainer does not divide
+    device        the device of this rank's tensors; only needed if `masks` may be empty
 
     -> 0-d float64 (float32 on MPS): N / (ranks · loss_divisor) with "mean", N / loss_divisor with "sum". N is the
-    number of valid tokens for "token-mean", of non-empty sequences for the "seq-..." reductions, over all ranks and
-    micro-batches and at least 1; 1 for "token-sum". One collective, which every rank of the group must join.
+    number of valid tokens for "token-mean" and of non-empty sequences for the "seq-..." reductions, over all ranks and
+    micro-batches and at least 1; it is 1 for "token-sum". This is one collective, which every rank of the group must
+    join.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -98,20 +99,23 @@ def sequence_coefficients(
     loss_divisor: float = 1,
     device: torch.device | str | None = None,
 ) -> TokenCoefficients | list[TokenCoefficients]:
-    """The `reduction` to pass where every rank of a context-parallel group holds a slice of each sequence.
+    """The `reduction` to pass if every rank of a context-parallel group holds a slice of each sequence.
 
-    masks            [B, L / n] bool or 0/1, this rank's slices: one mask, or a list of the step's micro-batches, of
-                     which the ranks of `context_group` hold slices in the same order
-    reduction        "token-mean", "token-sum", "seq-mean-token-mean", ...: what the whole sequences are reduced by
+    masks            [B, L / n] bool or 0/1, this rank's slices: one mask, or a list of the step's micro-batches in the
+                     same order on all ranks of `context_group`
+    reduction        the named reduction of the whole sequences: "token-mean", "token-sum", "seq-mean-token-mean", ...
     context_group    the ranks that hold slices of the same sequences
     group            as in `global_normalizer`: all ranks whose gradients are combined, every context group included
-    sequence_ids     where slices are not rows (packed, striped): integer, shaped like the masks, each token's sequence
-    sequence_counts  with `sequence_ids`: the number of sequences of each micro-batch, the same on the context group
+    sequence_ids     integer, shaped like the masks: the sequence of each token, if slices are packed or striped. By
+                     default each row of a mask is a slice of one sequence
+    sequence_counts  with `sequence_ids`: the number of sequences of each micro-batch, the same on all ranks of
+                     `context_group`
     horizon          as in the loss, for "seq-mean-token-sum-norm"; the other arguments are those of `global_normalizer`
 
-    -> for each mask (a list for a list) `TokenCoefficients` shaped like it: c_t = 1 / N, 1 / (length of t's sequence ·
-    N), ... with lengths over `context_group`, N over `group`, and the factor of `gradients` and `loss_divisor`. Two
-    collectives. An objective on the ratio of whole sequences (GSPO) has no such form: gather its sequences first.
+    -> `TokenCoefficients` shaped like each mask (a list for a list): c_t = 1 / N, or 1 / (length of t's sequence · N),
+    ... Lengths are over `context_group` and N is over `group`; both factors of `global_normalizer` are applied. This
+    takes two collectives. An objective on the ratio of whole sequences (GSPO) has no such form: gather its sequences
+    first.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -126,7 +130,7 @@ def sequence_coefficients(
     for of_batch, v, i in zip(flat.split(counts), valid, ids, strict=True):
         of_batch.index_add_(0, i, v.reshape(-1).to(torch.int64))
     flat = summed(flat, context_group) if flat.numel() else flat
-    # every context group counts its sequences, or its tokens, once on each of its ranks
+    # Every rank of a context group has counted all sequences, or all tokens, of the group.
     count = summed(flat.sum() if reduction == "token-mean" else (flat > 0).sum(), group)
     size = group_size(context_group)
     normalizer = _wide((count // size).clamp(min=1)) if reduction != "token-sum" else 1
@@ -150,11 +154,11 @@ def reduce_loss(
     loss_divisor: float = 1,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The loss of the whole batch, for a log: 0-d, detached, float64 (float32 on MPS). One collective.
+    """The loss of the whole batch, for a log: 0-d, detached, float64 (float32 on MPS). It takes one collective.
 
-    losses        0-d, `out.loss` of this rank's micro-batches, or a list of them that may be empty: computed with
-                  `global_normalizer` or `sequence_coefficients`, before the trainer divides them
-    The other arguments are the ones given there.
+    losses  `out.loss` of this rank's micro-batches, 0-d: one or a list that may be empty. They were computed with
+            `global_normalizer` or `sequence_coefficients`, and are not yet divided by the trainer
+    The other arguments are the ones that were given to that function.
     """
     losses = _batches("losses", losses)
     nothing = _wide(torch.zeros((), device=_device(losses, device)))
@@ -168,14 +172,14 @@ def reduce_metrics(
     *,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """`out.metrics` of this rank's micro-batches, one or a list that may be empty, as those of the whole batch.
+    """The metrics of the whole batch, from `out.metrics` of this rank's micro-batches: one or a list that may be empty.
 
-    Means are weighted by the rows they are over, extremes are extremes over the ranks that have any, counts are summed
-    (`drpo_kernels.metrics` says which is which). -> the same keys, 0-d float64 (float32 on MPS), NaN where a rank's is;
-    those of `sparse_grad` and of a reference where this rank has them (NaN where some batches lack the reference's).
-    One collective.
+    Means are weighted by the number of their rows, extremes are taken over the ranks that have any rows, and counts are
+    added (`drpo_kernels.metrics` says which is which). -> the same keys, 0-d float64 (float32 on MPS). A metric is NaN
+    if it is NaN on a rank. The keys of `sparse_grad` and of a reference are returned if this rank has them; the
+    reference's are NaN if some batches lack them. This takes one collective.
 
-    Raises TypeError for what is not `out.metrics`, ValueError for one with missing or additional keys.
+    Raises TypeError for metrics that are not `out.metrics`, and ValueError for missing or additional keys.
     """
     records = [metrics] if isinstance(metrics, Mapping) else list(metrics)
     tables = METRICS | EVIDENCE_METRICS, SPARSITY_METRICS, EVERY_METRIC
@@ -191,9 +195,10 @@ def reduce_metrics(
         found |= expected
     keys = [key for key in every if key in found]
     device = _device([record[keys[0]] for record in records], device)
-    # a batch of no rows: neutral, and what a rank without micro-batches reports. All ranks send all that there may be
+    # All ranks send all metrics that can exist. A batch of no rows changes nothing; a rank without micro-batches sends
+    # only that.
     nothing = torch.zeros(len(every), device=device)
-    # a mean that some lack is that of no batch; of sparse gradients the counts tell
+    # NaN marks a reference metric that a batch lacks. Metrics of sparse gradients need no mark: their counts are 0.
     absent = {PREFIX + name: nothing[0] + torch.nan for name in REFERENCE_METRICS}
     rows = [torch.stack([_wide(record.get(k, absent.get(k, nothing[0]))) for k in every]) for record in records]
     stacked = torch.stack([_wide(nothing), *rows])
@@ -210,7 +215,7 @@ def _batches(name: str, values: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _aligned(name: str, values: Tensor | Sequence[Tensor] | None, masks: list[Tensor]) -> list[Tensor | None]:
-    """One per micro-batch."""
+    """The values as a list with one entry per mask. Raises ValueError if their number differs."""
     values = [None] * len(masks) if values is None else _batches(name, values)
     if len(values) != len(masks):
         raise ValueError(f"{name} must be given for each of the {len(masks)} masks, got {len(values)}")
@@ -218,7 +223,7 @@ def _aligned(name: str, values: Tensor | Sequence[Tensor] | None, masks: list[Te
 
 
 def _valid(mask: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """bool, shaped like the mask: what the losses take as valid."""
+    """The tokens that the losses treat as valid: bool, shaped like the mask."""
     valid = (mask != 0) & (mask == mask)
     if old_logprobs is None:
         return valid
@@ -230,7 +235,10 @@ def _valid(mask: Tensor, old_logprobs: Tensor | None) -> Tensor:
 
 
 def _sequences_of(masks: list[Tensor], sequence_ids, sequence_counts) -> tuple[list[Tensor], list[int]]:
-    """(each token's sequence [N] int64, number of sequences) of every micro-batch; by rows where no ids are given."""
+    """-> (the sequence of each token [N] int64, the number of sequences), a list each with one entry per micro-batch.
+
+    Without sequence_ids, each row of a mask is a sequence.
+    """
     if (sequence_ids is None) != (sequence_counts is None):
         raise ValueError("sequence_ids and sequence_counts must be given together, got one of them")
     if sequence_ids is None:
@@ -263,7 +271,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _excess(group: ProcessGroup | None, gradients: str, loss_divisor: float) -> float:
-    """What the wrapper and the trainer divide by, so that the loss need not."""
+    """The number by which the wrapper and the trainer together divide the gradient later."""
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
     validation.check_number("loss_divisor", loss_divisor)

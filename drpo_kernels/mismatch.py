@@ -2,7 +2,7 @@
 
 `statistics` combines them. Each predicate tells whether a batch shows one cause; `diagnosis.py` has the sentences. A
 predicate takes the metrics without their prefixes, and the statistics. Its thresholds lie between the values of healthy
-batches (`tests/support/diagnosis_batches.py`, and entropies of 0.05 to 4 nats) and the values of batches with the cause.
+batches (`tests/support/diagnosis_batches.py`, and entropies of 0.05 to 4 nats) and those of batches with the cause.
 """
 
 import math
@@ -49,8 +49,9 @@ def statistics(read: Values) -> dict[str, float]:
     rr, slope = m["fit_rr"] - r_by_e * m["fit_er"], over(cr, cc)
     factor = over(pd, p_square)
     base = next((b for b, expected in BASES.items() if abs(factor - expected) < BASE_SLACK), 0)
-    # The tilt is E c divided by the value it would have if the tokens had been sampled with log μ. It is 0 if the policy
-    # sampled them. If the engine did, it is about 1, or about 1/T² for normal logits at T > 1 times the temperature.
+    # The tilt is E c divided by the value it would have if the tokens had been sampled with log μ. It is 0 if the
+    # policy sampled them. If the engine did, it is about 1, or about 1/T² for normal logits at T > 1 times the
+    # temperature.
     tilt = over(centred, -slope * m["centred_square"])
     tilt_error = over(math.sqrt(max(m["centred_square"] - centred**2, 0.0) / n), abs(slope) * m["centred_square"])
     engine_tilt = min(1.0, (1 - slope) ** 2)

@@ -1,7 +1,7 @@
-"""`token_losses`: an objective's `token_loss`, held to its contract of one loss per token, from that token alone.
+"""`token_losses`: an objective's `token_loss`, checked to return one loss per token from that token alone.
 
-What breaks it would be silent: a mean makes every gradient N times too small, a detached loss trains on nothing, and a
-loss that mixes tokens depends on how many of them fit into a chunk.
+Without the checks these mistakes would be silent: a mean makes every gradient N times too small, a detached loss trains
+on nothing, and a loss that mixes tokens depends on how many of them fit into a chunk.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from drpo_kernels.graphs import own_graph, traced
 from drpo_kernels.objective import Objective, is_built_in
 from drpo_kernels.tokens import Tokens
 
-# An objective is tried on MADE_UP made-up tokens, and on at most OWN of a call's own
+# An objective is tried on MADE_UP made-up tokens, and on at most OWN tokens of a call.
 MADE_UP, OWN = 64, 1024
-# A token's loss and slope may differ so much, relative to themselves and to 1 + |A| (1 + r), between two calls with
-# other tokens beside it: vectorised functions round in float32 according to a token's place
+# The loss and slope of a token may differ by this much between two calls with other tokens beside it, relative to
+# themselves and to 1 + |A| (1 + r): in float32, vectorised functions round according to a token's place.
 TOLERANCE = 1e-4
-# At most MOST_TRIED kinds of settings are remembered. Settings of one kind differ in their numbers alone, as those of
-# an annealed objective do in every step: the first MOST_VALUES of them are tried
+# At most MOST_TRIED kinds of settings are remembered. Settings of one kind differ only in their numbers, as those of an
+# annealed objective do in every step; the first MOST_VALUES settings of a kind are tried.
 MOST_TRIED, MOST_VALUES = 1000, 16
 _tried: dict[tuple, set[tuple[float, ...]]] = {}
 
 
 def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
-    """ℓ of each token [N] in the dtype of its log-prob, differentiable in `tokens.logprobs` where those require grad.
+    """ℓ of each token, [N] in the dtype of the log-probs, differentiable in `tokens.logprobs` if they require grad.
 
-    The first time that an objective of this class and these settings is met, it is also tried on a few tokens, together
-    and in parts. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss
-    per token, or that mixes tokens without `sequence_level`.
+    At the first use of an objective of this class with these settings, it is also tried on a few tokens, together and
+    in parts. Raises TypeError or ValueError, naming the objective, for a result that is not one differentiable loss per
+    token, or that mixes tokens without `sequence_level`.
     """
-    if traced(tokens.logprobs):  # a graph cannot ask `is_built_in`, nor read what was tried
+    if traced(tokens.logprobs):  # a graph can neither ask `is_built_in` nor read which settings were tried
         tokens = _copied(tokens)
     elif not is_built_in(objective):
         tokens = _copied(tokens)
@@ -55,7 +55,7 @@ def token_losses(objective: Objective, tokens: Tokens) -> Tensor:
 
 
 def _copied(tokens: Tokens) -> Tokens:
-    """For an objective that writes to what it is given: the KL term and the metrics read it too."""
+    """Tokens with copies of the constants, because an objective may write to them and the KL term reads them too."""
     old, advantages = tokens.old_logprobs.clone(), tokens.advantages.clone()
     return Tokens(tokens.logprobs, old, advantages, valid=tokens.valid, sequences=tokens.sequences)
 
@@ -75,11 +75,11 @@ def _name(objective: Objective) -> str:
 
 
 def check_objective(objective: Objective, like: Tensor, alone: bool) -> None:
-    """Try an objective on made-up tokens, in the dtype and on the device of `like`, once for its settings. `alone`:
-    nothing but log π will get a gradient, where one is asked for.
+    """Try an objective once for its settings, on made-up tokens in the dtype and on the device of `like`. `alone` says
+    that only log π will get a gradient.
 
-    Raises ValueError, naming the objective, where it mixes tokens without `sequence_level`, where
-    `zero_if_no_advantage` is not true of it, or where it would leave a tensor that requires grad without a gradient.
+    Raises ValueError, naming the objective, if it mixes tokens without `sequence_level`, if its `zero_if_no_advantage`
+    is not true, or if it would leave a tensor that requires grad without a gradient.
     """
     if traced(like) or is_built_in(objective) or objective.sequence_level:
         return
@@ -95,7 +95,7 @@ def check_objective(objective: Objective, like: Tensor, alone: bool) -> None:
 
 
 def _try_on_own(objective: Objective, tokens: Tokens) -> None:
-    """On some of a call's own tokens: a guard or a rare branch of it may not have met made-up ones."""
+    """Try the objective on some tokens of the call, which may reach branches that made-up tokens do not reach."""
     if objective.sequence_level:
         return
     check_objective(objective, tokens.logprobs, alone=False)
@@ -106,7 +106,7 @@ def _try_on_own(objective: Objective, tokens: Tokens) -> None:
 
 def _made_up(like: Tensor) -> Tensor:
     """(log π, log μ, A, coefficient of the loss), [4, MADE_UP]: ratios of 0.1 to 10 and advantages of both signs."""
-    # multiples of irrational numbers, modulo 1: even, and alike in no two parts
+    # Multiples of an irrational number modulo 1 spread evenly and never repeat.
     steps = torch.tensor([0.618034, 0.754878, 0.569840, 0.414214], dtype=torch.float64)
     even = (torch.arange(1, MADE_UP + 1, dtype=torch.float64) * steps[:, None]) % 1
     old = -0.01 - 8 * even[0].square()
@@ -116,7 +116,7 @@ def _made_up(like: Tensor) -> Tensor:
 
 
 def _own(tokens: Tokens) -> Tensor:
-    """The same of the first tokens of a call."""
+    """(log π, log μ, A, coefficient of the loss) of the first tokens of a call, [4, at most OWN]."""
     fields = [x.detach()[:OWN] for x in (tokens.logprobs, tokens.old_logprobs, tokens.advantages)]
     coefficients = 0.5 + torch.arange(len(fields[0]), device=fields[0].device) * 0.414214 % 1
     return torch.stack([*fields, coefficients.to(fields[0].dtype)])
@@ -127,9 +127,9 @@ def _require_no_mixing(objective: Objective, fields: Tensor) -> None:
     try:
         together, again = (_losses_and_slopes(objective, fields) for _ in range(2))
     except Exception:
-        return  # it may ask of tokens what made-up ones do not have; what fails for a call's own raises there
+        return  # it may need what made-up tokens do not have; if it fails on the call's own tokens, the call raises
     if count < 2 or not torch.equal(together.nan_to_num(), again.nan_to_num()):
-        return  # of random numbers nothing can be told
+        return  # nothing can be told about an objective that draws random numbers
     parts = [slice(0, None, 2), slice(1, None, 2), slice(count - 1, None)]
     try:
         apart = [_losses_and_slopes(objective, fields[:, part]) for part in parts]
@@ -171,12 +171,12 @@ def _require_nothing_without_advantage(objective: Objective, fields: Tensor) -> 
 
 
 def _require_no_other_gradient(objective: Objective, fields: Tensor) -> None:
-    """Looks at autograd's graph of the losses."""
+    """Search autograd's graph of the losses for another tensor that requires grad."""
     with own_graph():
         logprobs, old, advantages, coefficients = (row.clone() for row in fields)
         try:
             losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
-            torch.autograd.grad(losses, logprobs, coefficients)  # which frees what the graph has saved
+            torch.autograd.grad(losses, logprobs, coefficients)  # this frees what the graph has saved
         except Exception:
             return
     pending, seen = [losses.grad_fn], set()
@@ -195,7 +195,7 @@ def _require_no_other_gradient(objective: Objective, fields: Tensor) -> None:
 
 
 def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
-    """[2, n] of tokens [4, n]; raises whatever the objective raises, or for what is no loss per token."""
+    """-> losses and slopes [2, n] of tokens [4, n]. Raises what the objective raises, or if the losses are not [n]."""
     with own_graph():
         logprobs, old, advantages, coefficients = (row.clone() for row in fields)
         losses = objective.token_loss(Tokens(logprobs.requires_grad_(), old, advantages))
@@ -208,8 +208,8 @@ def _losses_and_slopes(objective: Objective, fields: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _once(objective: Objective, device: torch.device, *of: object) -> Iterator[bool]:
-    """Yields True where the body shall try the objective: its settings are new, and fewer than MOST_VALUES of their
-    kind have been tried. A body that raises is run again the next time. The run's random numbers stay what they are.
+    """Yields True if the body shall try the objective: its settings are new, and fewer than MOST_VALUES settings of
+    their kind have been tried. A body that raises runs again the next time. The caller's random state stays as it is.
     """
     numbers: list[float] = []
     kind = (*of, _Same(type(objective).token_loss), *_settings(objective, numbers))
@@ -226,14 +226,14 @@ def _once(objective: Objective, device: torch.device, *of: object) -> Iterator[b
 
 
 class _Same:
-    """Equal only to another of the same living object."""
+    """A key that equals only another key of the same living object."""
 
     def __init__(self, value: object):
         self._hash = hash((type(value), id(value)))
         try:
             self._get = weakref.ref(value)
         except TypeError:
-            self._get = lambda: value  # which then stays alive, and its id its own
+            self._get = lambda: value  # this keeps the value alive, so no other object gets its id
 
     def __hash__(self) -> int:
         return self._hash
@@ -244,8 +244,8 @@ class _Same:
 
 
 def _settings(value: object, numbers: list[float]) -> tuple:
-    """The class and attributes of an objective, as far as they can be compared. What may be annealed is appended to
-    `numbers` instead: floats, and how often a tensor was written to.
+    """The class and attributes of an objective, as far as they can be compared. Settings that may change in every step
+    are appended to `numbers` instead: floats, and how often a tensor was written to.
     """
     return (type(value), *((name, _setting(attribute, numbers)) for name, attribute in _attributes(value)))
 
