@@ -1,8 +1,8 @@
-"""Fused kernels for LLM RL: DRPO and the losses it is measured against, in 6F without the logits."""
+"""Fused policy losses for LLM reinforcement learning: DRPO and others in 6·T·V·H FLOP, chunk by chunk."""
 
 from drpo_kernels.integrations import needs
 
-with needs("torch", "torch>=2.8"):  # `pip install` brings it; a clone on the path of a script does not
+with needs("torch", "torch>=2.8"):  # PyTorch may be missing if a script runs from a clone that is not installed
     import torch as _torch  # noqa: F401
 
 from drpo_kernels.aggregation import TokenCoefficients

@@ -30,10 +30,10 @@ def positions(wanted: Tensor) -> Tensor:
 
 
 def own_graph() -> contextlib.AbstractContextManager:
-    """Autograd for a graph that ends where it begins, whatever mode the caller is in. In C, unlike `torch.enable_grad`,
-    so that no Ctrl-C leaves autograd off.
+    """A context with autograd on for a graph of our own, whatever mode the caller is in. It is written in C, unlike
+    `torch.enable_grad`, so that a Ctrl-C cannot leave the caller's mode changed.
 
-    The caller's hooks on saved tensors do not see the graph: those of activation checkpointing would run the
+    The caller's hooks on saved tensors do not see the graph, because those of activation checkpointing would run the
     checkpointed model again for it.
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

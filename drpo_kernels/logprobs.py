@@ -1,5 +1,6 @@
-"""Differentiable per-token log-probs and entropy, for trainers whose loss is their own: 2F forward, 6F backward, no [T,
-V] logits.
+"""Differentiable log-probs and entropy of tokens, for trainers with a loss of their own.
+
+They take 2·T·V·H FLOP forward and 6·T·V·H backward, and never hold the logits [T, V].
 """
 
 import torch
@@ -23,16 +24,16 @@ def linear_token_logprobs(
     return_logsumexp: bool = False,
     **options,
 ) -> tuple[Tensor, ...]:
-    """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable; with
-    `return_logsumexp` (logprobs, entropy, logsumexp), the last one log Σ exp z for a z-loss.
+    """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable. With
+    `return_logsumexp` it returns (logprobs, entropy, logsumexp), where logsumexp is log Σ exp z, for a z-loss.
 
     hidden [..., H], weight [V, H], bias [V] or None, targets [...] integer and aligned with hidden. Masked positions
-    (mask 0) may carry anything, are not computed, and report 0. The logits of a chunk are recomputed in the backward,
-    which may run more than once. `linear_policy_loss` says how far from exact results and gradients may be; no gradient
-    waits for a factor here. hidden, weight and bias get gradients; a mask or temperature that requires one is an error.
+    (mask 0) may carry anything, are not computed, and report 0. The backward recomputes the logits of each chunk and
+    may run more than once. The bounds on errors are those of `linear_policy_loss`; no gradient waits in 16 bits here.
+    hidden, weight and bias get gradients; a mask or temperature that requires grad is an error.
 
-    Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
-    run.
+    Raises TypeError or ValueError, naming the argument, for anything malformed, and RuntimeError for a backend that
+    cannot run.
     """
     options = LogprobOptions(**options)
     source = LinearSource(hidden, weight, bias, options.main_grad)
@@ -43,7 +44,7 @@ def linear_token_logprobs(
 def token_logprobs(
     logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, return_logsumexp: bool = False, **options
 ) -> tuple[Tensor, ...]:
-    """The same from logits [..., V] of any float dtype and any strides."""
+    """`linear_token_logprobs` from logits [..., V] of any float dtype and any strides that exist already."""
     return _token_logprobs(ReadySource(logits), targets, mask, return_logsumexp, LogprobOptions(**options))
 
 

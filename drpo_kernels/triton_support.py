@@ -1,7 +1,7 @@
-"""Triton, where the platform has it.
+"""Triton if the platform has it, and stand-ins for its decorators if not.
 
 Objectives keep their Triton twin beside their PyTorch formula, so `objectives.py` must import on machines without
-Triton too (macOS, Windows). There `jit` leaves the function as it is: it is never called, because the Triton backend
+Triton too (macOS, Windows). There `jit` returns the function unchanged. Nothing calls it, because the Triton backend
 refuses to run.
 """
 
@@ -15,7 +15,7 @@ try:
     HAS_TRITON = True
     jit = triton.jit
 except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=object)  # which annotates a kernel's arguments
+    triton, tl = None, SimpleNamespace(constexpr=object)  # kernels annotate their arguments with tl.constexpr
     HAS_TRITON = False
 
     def jit(function=None, **_):

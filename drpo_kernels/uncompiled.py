@@ -1,4 +1,4 @@
-"""What must not be traced. Only imported while a graph is being compiled."""
+"""Functions that `torch.compile` must not trace. This module is only imported while a graph is being compiled."""
 
 import torch
 
@@ -14,13 +14,13 @@ UNREGISTERED = (
 
 @torch.compiler.disable(reason=UNREGISTERED)
 def outside_graph(function, *args):
-    """Call `function` outside the graph: an unregistered objective (see `register_objective`) and the process group of
-    a vocabulary shard cannot travel through an op's schema, and a model's head is exchanged while it is probed.
+    """Call `function` outside the graph. The schema of an op can carry neither an unregistered objective (see
+    `register_objective`) nor the process group of a vocabulary shard, and a probed model has its head exchanged.
     """
     return function(*args)
 
 
 @torch.compiler.disable(reason=NOT_EXPORTED)
 def refuse_export() -> None:
-    """Outside the graph too: from inside, PyTorch 2.8 would not pass the message on."""
+    """Raise NotImplementedError outside the graph, because PyTorch 2.8 would not pass on a message from inside."""
     raise NotImplementedError(NOT_EXPORTED)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.method import sparsity_of
+from benchmarks.harness.quantization import dequantized, per_block, per_tensor
 from benchmarks.precision.regimes import OBJECTIVE, Case, Operands, Result
 from drpo_kernels import PolicyGradient, Tokens, linear_policy_loss, policy_loss
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.quantize import FORMATS, dequantized, per_block, per_row, per_tensor
+from drpo_kernels.backends.quantize import FORMATS, per_row
 from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, Terms, Transform
 from drpo_kernels.objectives import Objective
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from drpo_kernels.backends.quantize import FORMATS, dequantized, per_row
+from benchmarks.harness.quantization import dequantized
+from drpo_kernels.backends.quantize import FORMATS, per_row
 
 FORMAT = FORMATS["fp8_e4m3"]
 PRECISIONS = ("float32", "bf16", "fp8")

@@ -1,4 +1,4 @@
-"""Backends: who runs the row operations, and why."""
+"""The choice of the backend that runs the row operations."""
 
 from dataclasses import dataclass
 
@@ -38,11 +38,11 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose_backend(
     requested: str | None, device: torch.device, dtype: torch.dtype, batch_invariant: bool = False
 ) -> BackendChoice:
-    """The backend for tensors on `device` of compute dtype `dtype`.
+    """The backend for tensors on `device` with the compute dtype `dtype`.
 
-    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere; with `batch_invariant`, which only Triton has,
-    Triton everywhere. An explicit request is honoured or refused, never replaced. Raises ValueError for an unknown name
-    and RuntimeError for a backend that cannot run here.
+    None chooses Triton on CUDA and ROCm and chunked PyTorch elsewhere. `batch_invariant` exists only on Triton and
+    chooses it everywhere. An explicit request is honoured or refused, never replaced. Raises ValueError for an unknown
+    name and RuntimeError for a backend that cannot run here.
     """
     device = torch.device(device)
     if batch_invariant:

@@ -1,4 +1,4 @@
-"""What a choice of tiles, chunks and buffers may depend on: a device's properties, read once or taken from a preset."""
+"""Properties of a device that the choice of tiles, chunks and buffers depends on: read once, or taken from a preset."""
 
 import functools
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 
 MIB, GIB = 1 << 20, 1 << 30
-LEAST_SHARED_MEMORY = 64 * 1024  # gfx942's; every GPU has as much
+LEAST_SHARED_MEMORY = 64 * 1024  # every GPU has at least this much, which is what gfx942 has
 
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """One device. The bytes are of the whole device, but shared memory's are what one block may ask for."""
+    """One device, its name and its `torch.device.type`."""
 
     name: str
-    type: str  # of its torch.device: "cpu", "cuda" (ROCm too), "mps", ...
+    type: str  # "cpu", "cuda" (ROCm too), "mps", ...
     multiprocessors: int = 0
     warp_size: int = 32
-    shared_memory_bytes: int = LEAST_SHARED_MEMORY
+    shared_memory_bytes: int = LEAST_SHARED_MEMORY  # the most that one thread block may ask for
     l2_bytes: int = 0
     memory_bytes: int = 0
 
@@ -26,17 +26,17 @@ def _nvidia(name: str, multiprocessors: int, shared: int, l2: int, memory: int) 
     return DeviceProperties(f"NVIDIA {name}", "cuda", multiprocessors, 32, shared, l2 * MIB, memory * GIB)
 
 
-# as their drivers report them, memory rounded to what is sold
+# The properties are as drivers report them; memory is rounded to the size that is sold.
 PRESETS = {
     "cpu": DeviceProperties("a CPU", "cpu"),
     "a100": _nvidia("A100", 108, 166_912, 40, 80),
     "h100": _nvidia("H100", 132, 232_448, 50, 80),
     "h200": _nvidia("H200", 132, 232_448, 60, 141),
     "b200": _nvidia("B200", 148, 232_448, 126, 180),
-    # an L2 for each of eight dies, a 256 MiB cache behind them
+    # Each of its eight dies has an L2; a cache of 256 MiB lies behind them.
     "mi300x": DeviceProperties("AMD MI300X", "cuda", 304, 64, LEAST_SHARED_MEMORY, 4 * MIB, 192 * GIB),
 }
-# by the vendor's name of the architecture: what kernels are compiled for where there is no device
+# The device that kernels are compiled for ahead of time, by the vendor's name of the architecture.
 ARCHITECTURES = {
     "sm_80": PRESETS["a100"],
     "sm_90": PRESETS["h100"],
@@ -50,7 +50,7 @@ ARCHITECTURES |= {
 
 @functools.cache
 def device_properties(device: torch.device) -> DeviceProperties:
-    """Of a device that is there."""
+    """The properties of a device of this machine."""
     if device.type != "cuda":
         return DeviceProperties(device.type, device.type)
     found = torch.cuda.get_device_properties(device)

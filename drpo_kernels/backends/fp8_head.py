@@ -2,9 +2,9 @@
 
     logits = (Q(hidden) @ Q(weight).T) · s_hidden · s_weight        in float32, the product accumulated in float32
 
-with a scale per row of hidden and per output channel (row of weight), see quantize.py. Every route below computes this;
-they differ in the order of the additions. The gradient takes the quantisation as the identity (straight-through): its
-products are those of the unquantised operands, in `HeadMatmul`.
+Each row of hidden and each row of weight (output channel) has a scale of its own, see quantize.py. Every route below
+computes this formula; the routes differ in the order of the additions. The gradient treats the quantisation as the
+identity (straight-through), so its products in `HeadMatmul` take the unquantised operands.
 """
 
 import functools
@@ -15,14 +15,16 @@ from torch import Tensor
 from drpo_kernels.backends.matmul import HeadMatmul, cast_rows, float32_outputs, product
 from drpo_kernels.backends.quantize import FORMATS, Quantized, per_row
 
-# fp8 GEMMs want both sides of the weight in multiples of this
+# fp8 GEMMs want V and H in multiples of this.
 MULTIPLE = 16
 
 
 @functools.cache
 def scaled_mm_route(device: torch.device, form: torch.dtype) -> str | None:
-    """How `torch._scaled_mm` multiplies this format into float32 here: with "rowwise" scales (cuBLAS >= 12.9 on sm_90),
-    with "unit" scales that are then applied by hand (sm_89 and later), or None: not at all.
+    """How `torch._scaled_mm` multiplies this format into float32 on this device.
+
+    "rowwise" takes the scales of the rows (cuBLAS >= 12.9 on sm_90). "unit" takes scales of 1, and we multiply by the
+    true ones afterwards (sm_89 and later). None means that it does not multiply this format.
     """
     if device.type != "cuda":
         return None
@@ -59,7 +61,7 @@ def _padded(b: Quantized) -> Quantized:
 def quantized_product(a: Quantized, b: Quantized, out: Tensor) -> None:
     """out [n, m] = (a.values [n, H] @ b.values [m, H].T) · a.scales · b.scales.T, rounded to out's dtype at the end.
 
-    Where the tensor cores do not multiply the format, its values are multiplied in a wider one, which holds them and
+    If the tensor cores do not multiply the format, the values are multiplied in a wider format, which holds them and
     their products exactly.
     """
     device, columns = out.device, b.values.shape[0]
@@ -78,8 +80,8 @@ def quantized_product(a: Quantized, b: Quantized, out: Tensor) -> None:
 class Fp8Logits:
     """The logits of a head quantised to `head_dtype`, a name in `FORMATS`.
 
-    On a CPU the weight is quantised block by block for every chunk. Elsewhere it is quantised once per sweep and kept:
-    V·H bytes, half of a bf16 weight.
+    On a CPU the weight is quantised block by block for every chunk. Elsewhere it is quantised once per sweep and kept,
+    which takes V·H bytes, half of a bf16 weight.
     """
 
     def __init__(self, matmul: HeadMatmul, head_dtype: str):
@@ -94,7 +96,7 @@ class Fp8Logits:
         return per_row(self.matmul.operand(x), self.form)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out [n, V] from operands hidden [n, H], as `HeadMatmul.logits`."""
+        """out [n, V] = the quantised product of hidden [n, H], an operand of `HeadMatmul`, and the weight."""
         rows = self._quantized(hidden)
         for i, block in enumerate(self.blocks):
             weight = self._quantized(self.matmul.weight[block]) if self.kept is None else self.kept[i]

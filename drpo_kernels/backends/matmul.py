@@ -1,7 +1,7 @@
-"""The three matrix products of the head, with float32 accumulation and without ever copying the whole weight.
+"""The three matrix products of the head. They accumulate in float32 and never copy the whole weight.
 
-On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsewhere 16-bit operands are upcast one
-block of the vocabulary at a time, as are float32 master weights under autocast.
+On CUDA and ROCm the tensor cores take 16-bit operands and return float32. Elsewhere 16-bit operands are upcast, one
+block of the vocabulary at a time. Float32 master weights under autocast are cast in the same way.
 """
 
 import collections
@@ -18,16 +18,17 @@ from torch import Tensor
 
 from drpo_kernels.backends.devices import MIB
 
-# of a temporary: enough for a full GEMM, and little beside the workspace
+# The size of a temporary for casts: enough for an efficient GEMM, and little beside the workspace.
 CPU_CAST_BYTES, DEVICE_CAST_BYTES = 8 * MIB, 64 * MIB
-# the sides of the tiles that are multiplied in float64: at most four of them, 8 MiB, exist at a time
+# The side of the tiles that are multiplied in float64. At most four tiles, 8 MiB, exist at a time.
 DOUBLE_TILE = 512
-# PyTorch's defaults let a 16-bit product add its partial sums in 16 bits
+# By default PyTorch lets a 16-bit product add its partial sums in 16 bits.
 NARROW_SUMS = (
     "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
 )  # fmt: skip
-PER_BACKEND = hasattr(torch._C, "_get_fp32_precision_getter")  # torch >= 2.9: a precision for each backend, and parents
-# held while a setting of the process is changed; a fork waits for it: its child inherits no change, and no held lock
+PER_BACKEND = hasattr(torch._C, "_get_fp32_precision_getter")  # torch >= 2.9 has a precision for each backend
+# This lock is held while a setting of the process is changed. A fork waits for it, so that a child process inherits
+# neither a changed setting nor a held lock.
 _changing = threading.RLock()
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_changing.release)
@@ -40,15 +41,15 @@ _cpu_precision: Callable[[], str] = (
 
 
 class Setting(NamedTuple):
-    """A setting of the process, by PyTorch's own functions in C."""
+    """A setting of the process, read and written by PyTorch's own functions in C."""
 
     read: Callable[[], object]
     write: Callable[..., None]
     exact: object  # the value that makes products exact
-    paired: bool = False  # `read` gives, and `write` takes, a second value, which stays as it is
+    paired: bool = False  # True if `read` returns and `write` takes a second value, which stays as it is
 
     def steps(self) -> tuple[list[Iterator], Iterator]:
-        """Iterators of C: two that read and change it, and one that writes back what was read."""
+        """-> (two iterators that read and change the setting, one that writes back what was read), all of them in C."""
         found: list = []
         read = map(found.append, itertools.starmap(self.read, [()]))
         if self.paired:
@@ -63,8 +64,8 @@ def _sums(name: str) -> Setting:
 
 
 def _float32_settings() -> tuple[Setting, ...]:
-    """Those that allow TF32 on CUDA. A level without a precision of its own reads as its parent's, so the parents are
-    changed first: what is then read is the level's own, and can be written back.
+    """The settings that allow TF32 on CUDA, parents first. A level without a precision of its own reads as its parent.
+    Once the parent is changed, the value that is read is the level's own and can be written back.
     """
     if not PER_BACKEND:
         return (Setting(torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision, "highest"),)
@@ -74,12 +75,12 @@ def _float32_settings() -> tuple[Setting, ...]:
 
 
 _BF16_SUMS, *_FP16_SUMS = map(_sums, NARROW_SUMS)
-# by the dtypes of operands and result: what a product on CUDA or ROCm depends on
+# The settings that a product on CUDA or ROCm depends on, by the dtypes of operands and result.
 CUDA_SETTINGS: dict[tuple[torch.dtype, torch.dtype], tuple[Setting, ...]] = {
     (torch.float32, torch.float32): _float32_settings(),
     (torch.bfloat16, torch.bfloat16): (_BF16_SUMS,),
     (torch.float16, torch.float16): tuple(_FP16_SUMS),
-    (torch.float16, torch.float32): tuple(_FP16_SUMS[1:]),  # an error where sums in float16 are allowed
+    (torch.float16, torch.float32): tuple(_FP16_SUMS[1:]),  # PyTorch refuses the product if float16 sums are allowed
 }
 
 
@@ -89,19 +90,20 @@ def settings_of(device: torch.device, operand: torch.dtype, result: torch.dtype)
 
 
 def exactly(settings: tuple[Setting, ...], multiply: Callable[[], object]) -> None:
-    """Call `multiply`, a function of C, with the settings exact, and leave them as they were. Raises what it raises.
+    """Call `multiply`, a function in C, with the settings exact, then restore them. Raises what `multiply` raises.
 
-    Python raises a Ctrl-C between two of its own steps, never inside a call of a C function that runs none. So one call
-    of `deque` takes the lock, changes the settings, multiplies and restores: it consumes iterators, all of C too, which
-    do their step when asked for an element. After an error, the first call of the handler does what is left.
+    No Ctrl-C may leave the settings changed. Python raises KeyboardInterrupt between two steps of Python code, never
+    inside a call of a C function that runs no Python. So a single call of `deque` takes the lock, changes the settings,
+    multiplies and restores: it consumes iterators written in C, each of which does one step when it is asked for an
+    element. After an error, the `deque` in the handler does the steps that are left.
 
-    Threads of ours wait for each other. What another thread sets while `multiply` runs is lost, and its products are
-    exact for as long: on a GPU that is the time of a launch.
+    Our threads wait for each other. If another thread changes such a setting while `multiply` runs, its change is lost
+    and its products are exact until `multiply` returns: on a GPU, the time of a launch.
     """
     if not settings:
         multiply()
         return
-    locked: list[bool] = []  # True once it is
+    locked: list[bool] = []  # [True] once the lock is held
     change = [map(locked.append, itertools.starmap(_changing.acquire, [()]))]
     restore = [map(_changing.__exit__, locked)]
     for setting in settings:
@@ -117,14 +119,14 @@ def exactly(settings: tuple[Setting, ...], multiply: Callable[[], object]) -> No
 
 @functools.cache
 def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether mm and addmm multiply this 16-bit dtype into float32 here: not in every build, nor on a CPU."""
+    """Whether mm and addmm multiply this 16-bit dtype into float32 on this device. Some builds and all CPUs do not."""
     operand, out = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (dtype, torch.float32))
 
     def works(function: Callable, *operands: Tensor) -> bool:
         multiply = functools.partial(function, *operands, out_dtype=torch.float32, out=out)
         try:
             exactly(settings_of(device, dtype, torch.float32), multiply)
-        except (RuntimeError, TypeError):  # the latter of tensors without storage in PyTorch 2.11
+        except (RuntimeError, TypeError):  # PyTorch 2.11 raises TypeError for tensors without storage
             return False
         return True
 
@@ -132,25 +134,25 @@ def float32_outputs(device: torch.device, dtype: torch.dtype) -> tuple[bool, boo
 
 
 def cpu_rounds_float32() -> bool:
-    """Whether oneDNN may round float32 operands here to bf16 or TF32, as the process is set at the moment."""
+    """Whether oneDNN may round float32 operands to bf16 or TF32 under the current settings of the process."""
     precision = _cpu_precision()
-    if precision in ("tf32", "high"):  # of CPUs, only those with Intel's matrix instructions for float16 have it
+    if precision in ("tf32", "high"):  # only CPUs with Intel's matrix instructions for float16 have TF32
         return getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)()
     return precision in ("bf16", "medium")
 
 
 def cast_rows(matrix: Tensor, itemsize: int = 4, width: int = 0) -> int:
-    """How many rows of a matrix to hold in a temporary of that many bytes per element, of at least `width` columns."""
+    """How many rows of a matrix fit into a temporary with `itemsize` bytes per element and at least `width` columns."""
     most = CPU_CAST_BYTES if matrix.device.type == "cpu" else DEVICE_CAST_BYTES
     return max(most // max(max(matrix.shape[1], width) * itemsize, 1), 1)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, whatever the process has set: float32 operands are not rounded, and 16-bit operands
-    add in float32, which a float32 `out` receives as it is.
+    """out = a @ b, or out += a @ b, under any settings of the process. Float32 operands are not rounded. Products of
+    16-bit operands are added in float32, and a float32 `out` receives that sum unrounded.
     """
     if not out.numel():
-        return  # a shard of nothing but padding
+        return  # this shard holds only padding
     if a.dtype == torch.float32 and a.device.type == "cpu" and cpu_rounds_float32():
         _product_in_float64(a, b, out, accumulate)
         return
@@ -170,8 +172,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
 
 
 def _product_in_float64(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """`product` of float32 operands, tile by tile. Float64 depends on no setting, so none is changed: a product lasts
-    long on a CPU, and another thread may change one meanwhile. It takes two to three times as long as in float32.
+    """`product` of float32 operands in float64, tile by tile. It takes two to three times as long as in float32, but
+    depends on no setting, which another thread might change during a long product on a CPU.
     """
     for rows, left in zip(out.split(DOUBLE_TILE), a.split(DOUBLE_TILE), strict=True):
         for tile, right in zip(rows.split(DOUBLE_TILE, 1), b.split(DOUBLE_TILE, 1), strict=True):
@@ -183,12 +185,13 @@ def _product_in_float64(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> 
 
 
 class HeadProducts(Protocol):
-    """What a sweep asks of the head's weight [V, H]: `HeadMatmul`, or `InvariantMatmul` of the Triton backend.
+    """The products with the head's weight [V, H] that a sweep needs: `HeadMatmul`, or the Triton backend's
+    `InvariantMatmul`.
 
-    accumulator    float32, or float64 for float64 inputs
-    operand_dtype  of dlogits
-    row_multiple   of which a window must hold a multiple, but for the last
-    hidden_gradient_dtypes  that dX may be written in
+    accumulator             float32, or float64 for float64 inputs
+    operand_dtype           the dtype in which dlogits must be given
+    row_multiple            every window but the last must hold a multiple of this many rows
+    hidden_gradient_dtypes  the dtypes in which dX may be written
     """
 
     accumulator: torch.dtype
@@ -197,13 +200,13 @@ class HeadProducts(Protocol):
     hidden_gradient_dtypes: tuple[torch.dtype, ...]
 
     def operand(self, x: Tensor) -> Tensor:
-        """Hidden states [n, H] as the products below take them."""
+        """Hidden states [n, H], cast to what the products below take."""
 
     def cast_bytes(self, dtype: torch.dtype) -> int:
-        """What `operand` allocates per element of an x of that dtype, copies on the way included."""
+        """How many bytes `operand` allocates for each element of an x of that dtype, intermediate copies included."""
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out [n, V] = hidden [n, H] @ weight.T; `out` is the accumulator's dtype, or a narrower one on request."""
+        """out [n, V] = hidden [n, H] @ weight.T. `out` has the accumulator's dtype, or a narrower one on request."""
 
     def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
         """out [n, H] = dlogits [n, V] @ weight, added up in the accumulator's precision and rounded once."""
@@ -220,8 +223,8 @@ class HeadProducts(Protocol):
 class HeadMatmul:
     """`HeadProducts` by PyTorch's GEMMs.
 
-    compute_dtype  what the operands are rounded to (autocast's dtype, or the inputs' own)
-    operand_dtype  what is multiplied: `compute_dtype` where the hardware accumulates it in float32, else float32
+    compute_dtype  the dtype that operands are rounded to (autocast's, or the inputs' own)
+    operand_dtype  the dtype that is multiplied: `compute_dtype` if the hardware accumulates it in float32, else float32
     """
 
     row_multiple = 1
@@ -232,7 +235,7 @@ class HeadMatmul:
         self.accumulator = torch.float64 if compute_dtype == torch.float64 else torch.float32
         narrow = compute_dtype.itemsize < 4 and float32_outputs(weight.device, compute_dtype)[0]
         self.operand_dtype = compute_dtype if narrow else self.accumulator
-        # blocks of a weight that must be cast add up in `out`
+        # If the weight must be cast, the products of its blocks are added in `out`, which must then be wide.
         self.hidden_gradient_dtypes = (self.accumulator,) if self.casts else (self.accumulator, self.operand_dtype)
 
     @property
@@ -247,9 +250,10 @@ class HeadMatmul:
         return sum(after.itemsize for before, after in itertools.pairwise(steps) if before != after)
 
     def _blocks(self, always: bool = False, width: int = 0) -> Iterator[slice]:
-        """Vocabulary blocks small enough for a temporary; one whole block where no temporary is needed.
+        """Blocks of the vocabulary that are small enough for a temporary, or one block if none is needed.
 
-        `always`: each makes one in the accumulator's dtype, of `width` elements per entry where that is more than H.
+        With `always` each block needs a temporary in the accumulator's dtype, with the larger of H and `width` elements
+        for every entry of the vocabulary.
         """
         vocab = self.weight.shape[0]
         widest = self.accumulator if always else self.operand_dtype
@@ -268,7 +272,7 @@ class HeadMatmul:
 
     def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
         if not self.weight.shape[0]:
-            out.zero_()  # a shard of nothing but padding
+            out.zero_()  # this shard holds only padding
         for i, block in enumerate(self._blocks()):
             product(dlogits[:, block], self.operand(self.weight[block]), out, accumulate=i > 0)
 

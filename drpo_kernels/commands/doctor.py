@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def environment() -> Iterator[str]:
-    """Versions and devices, a line each."""
+    """The versions and devices of this machine, one line each."""
     versions, builds = torch.version, []
     builds += [f"CUDA {versions.cuda}"] if versions.cuda else []
     builds += [f"ROCm {versions.hip}"] if versions.hip else []
@@ -62,7 +62,7 @@ def devices() -> list[torch.device]:
 
 
 def _version(module: str) -> str:
-    """Asked of the module, because builds of PyTorch bring Triton under several distribution names."""
+    """The version that the module states, because builds of PyTorch bring Triton under several distribution names."""
     return importlib.import_module(module).__version__ if importlib.util.find_spec(module) else "not installed"
 
 
@@ -94,7 +94,7 @@ def self_check(backends: Iterable[str]) -> bool:
     table = TextTable(("device", "backend", "objective", "dtype", *MEASURES, ""), widths, left=4)
     print(table.header())
     runnable = [(b, d) for d in devices() for b in backends if not _obstacle(b, d)]
-    results = [_check_one(table, backend, device) for backend, device in runnable]  # all of them, also after a failure
+    results = [_check_one(table, backend, device) for backend, device in runnable]  # a list, to run all after a failure
     for dtype, budget in BUDGETS.items():
         print(table.row(("budget", "", "", _short(dtype), *map("{:.1e}".format, budget), "")))
     return all(results)
@@ -107,7 +107,7 @@ def _check_one(table: TextTable, backend: str, device: torch.device) -> bool:
             cells = (device, backend, check.objective, _short(check.dtype), *map("{:.1e}".format, check.errors))
             print(table.row((*cells, "ok" if check.passed else "FAIL")), flush=True)
             healthy &= check.passed
-    except Exception:  # a compiler or driver that fails is a finding; the other backends are still examined
+    except Exception:  # the failure of a compiler or driver is reported, and the other backends are still checked
         traceback.print_exc(file=sys.stdout)
         return False
     return healthy
@@ -127,7 +127,7 @@ def _triton_needs_interpreter() -> bool:
 
 
 def _check_interpreted() -> bool:
-    """Triton chooses its interpreter when a kernel is decorated, so checking it here takes another process."""
+    """Check Triton's interpreter in another process, because Triton chooses it when a kernel is decorated."""
     if importlib.util.find_spec("numpy") is None:
         print("\nTriton not checked: its interpreter needs NumPy")
         return True

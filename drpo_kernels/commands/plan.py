@@ -1,4 +1,4 @@
-"""`python -m drpo_kernels plan`: the chunks and buffers of a problem on a device, which need not be there, and why."""
+"""`python -m drpo_kernels plan`: the chunks and buffers of a call on a device, and why. The device may be elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_for(device: DeviceProperties, options: argparse.Namespace) -> SweepPlan:
     dtype = getattr(torch, options.dtype)
-    # a CPU's products upcast 16-bit operands; every GPU here multiplies them into float32
+    # Products on a CPU upcast 16-bit operands; every GPU among the presets multiplies them into float32.
     operand = torch.float32 if device.type == "cpu" else dtype
     logits = torch.bfloat16 if options.bf16_logits else torch.float32
     needs_grad = NeedsGrad(hidden=True, weight=not options.frozen_head, bias=False)
@@ -57,7 +57,7 @@ def size(text: str) -> int:
 
 
 def gibibytes(text: str) -> int:
-    """As bytes."""
+    """A number of GiB as bytes."""
     count = float(text) * GIB
     if not 1 <= count < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
@@ -73,7 +73,7 @@ def tolerance(text: str) -> float:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m drpo_kernels plan", description=__doc__)
-    parser.add_argument("--tokens", type=size, required=True, metavar="T", help="rows with a gradient")
+    parser.add_argument("--tokens", type=size, required=True, metavar="T", help="tokens with a gradient")
     parser.add_argument("--hidden", type=size, required=True, metavar="H", help="hidden size")
     parser.add_argument("--vocab", type=size, required=True, metavar="V", help="vocabulary, or this rank's share of it")
     parser.add_argument(

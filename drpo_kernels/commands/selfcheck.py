@@ -1,4 +1,4 @@
-"""A few seconds of comparison: a backend against the fp64 reference on a small problem with every kind of row."""
+"""A check that takes seconds: a backend against the fp64 reference on a small problem with every kind of row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from drpo_kernels import CISPO, DPPO, DRPO, PPO, linear_policy_loss
 
 MEASURES = ("loss", "logprob", "dhidden", "dweight")
-# Loss: relative, or absolute below 1. Log-probabilities: largest error. Gradients: norm of the error over the norm.
+# The error of the loss is relative, or absolute below 1. The error of log-probs is the largest one. The error of a
+# gradient is the norm of the difference over the norm.
 BUDGETS = {torch.float32: (1e-4, 1e-4, 5e-5, 5e-5), torch.bfloat16: (1e-4, 1e-4, 4e-3, 4e-3)}
-CASES = {  # hyper-parameters that put rows of the problem on both sides of every branch
+CASES = {  # with these hyper-parameters the problem has rows on both sides of every branch
     "DRPO": (DRPO(delta=0.2), {}),
     "DRPO+KL+entropy": (DRPO(), {"kl_coef": 0.05, "entropy_coef": 0.01}),
     "DPPO": (DPPO(delta_low=0.05, delta_high=0.05), {}),
     "PPO": (PPO(), {}),
     "CISPO": (CISPO(ratio_cap=1.2), {}),
 }
-BATCH, LENGTH, HIDDEN, VOCAB = 3, 5, 48, 777  # a vocabulary that no block size divides
+BATCH, LENGTH, HIDDEN, VOCAB = 3, 5, 48, 777  # no block size divides this vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Check:
 
 
 def run_checks(backend: str, device: torch.device) -> Iterator[Check]:
-    """Every case in every dtype, each compared with the reference on an fp64 copy of the same inputs."""
+    """Compare every case in every dtype with the reference on an fp64 copy of the same inputs."""
     for dtype in BUDGETS:
         inputs = _problem(dtype, device)
         for name, (objective, options) in CASES.items():

@@ -1,4 +1,4 @@
-"""Plain-text tables that can be pasted into a bug report; the core has no dependency to draw them with."""
+"""Plain-text tables that can be pasted into a bug report, without a dependency."""
 
 from __future__ import annotations
 

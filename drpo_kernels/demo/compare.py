@@ -1,4 +1,4 @@
-"""The fused loss beside the eager one on the same batch: the same numbers, in what time and memory."""
+"""The fused and the eager loss on the same batch: whether they agree, and their time and memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from drpo_kernels.demo.model import completion_hidden
 from drpo_kernels.demo.rollout import Rollout
 from drpo_kernels.demo.task import ALPHABET, PROMPT_LENGTH
 
-# float32 rounding over a few thousand additions; the losses are the same function
+# Both losses are the same function; float32 rounding over a few thousand additions stays below this.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a policy loss: hidden [B, L, H], weight [V, H], the rest [B, L]; all float32 but targets and mask."""
+    """Inputs of a policy loss: hidden [B, L, H] and weight [V, H]; all others are [B, L]. Floats are float32."""
 
     title: str
     hidden: Tensor
@@ -39,11 +39,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Eager beside fused on one batch.
+    """How the eager and the fused loss differ on one batch.
 
     loss                              |fused - eager|, absolute: a loss of centred advantages may be close to 0
     hidden_gradient, weight_gradient  |fused - eager| / |eager|, in norm
-    seconds, peak_bytes               (eager, fused)
+    seconds, peak_bytes               (eager, fused), for forward and backward
     """
 
     batch: Batch
@@ -112,7 +112,7 @@ def fused_loss(batch: Batch, hidden: Tensor, weight: Tensor, objective: Objectiv
 
 
 def compare(batch: Batch, objective: Objective, repeats: int) -> Comparison:
-    """Loss and gradients, then the peak extra memory and, now that all is warm, the time of forward and backward."""
+    """Compare loss and gradients, then peak extra memory, then the time of forward and backward once all is warm."""
     eager, fused = (_forward_backward(batch, loss, objective) for loss in (eager_loss, fused_loss))
     (loss, *gradients), (expected, *expected_gradients) = fused(), eager()
     differences = [_relative(*pair) for pair in zip(gradients, expected_gradients, strict=True)]

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def median_times(functions: Sequence[Callable], device: torch.device, repeats: int) -> tuple[float, ...]:
-    """Median seconds of each function, warm already, over `repeats` interleaved calls."""
+    """The median seconds of each function over `repeats` interleaved calls. The functions must be warm."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, times in zip(functions, seconds, strict=True):
@@ -26,7 +26,7 @@ def median_times(functions: Sequence[Callable], device: torch.device, repeats: i
 
 
 def peak_extra_bytes(function: Callable, device: torch.device) -> int:
-    """The most memory PyTorch held at any time during a call beyond what it held before; results included."""
+    """The most memory that PyTorch held during a call beyond what it held before the call; results are included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -38,11 +38,11 @@ def peak_extra_bytes(function: Callable, device: torch.device) -> int:
 
 
 def _held_bytes(function: Callable) -> list[int]:
-    """Bytes held after each allocation and release by PyTorch's CPU allocator during a call, from the profiler's trace.
+    """Bytes held by PyTorch's CPU allocator after each allocation and release during a call, from the profiler's trace.
 
-    Unlike the process's resident size it knows nothing of malloc's caching, and is the same in every run.
+    Unlike the resident size of the process, they do not depend on malloc's caching and are the same in every run.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     with tempfile.TemporaryDirectory() as folder:

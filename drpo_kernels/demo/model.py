@@ -1,4 +1,4 @@
-"""The policy: a Qwen3 architecture from `transformers`, a few hundred thousand random weights, no download."""
+"""The policy: the Qwen3 architecture of `transformers` with a few hundred thousand random weights and no download."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from drpo_kernels.demo.task import ALPHABET, COMPLETION_LENGTH, END_ID, PAD_ID, 
 
 
 def build_model(settings: Settings, device: torch.device) -> PreTrainedModel:
-    """A seeded, randomly initialised policy. The same weights on every device: they are drawn on the CPU."""
+    """A randomly initialised policy. Its weights are drawn on the CPU, so they are the same on every device."""
     return small_qwen3(
         settings.seed,
         hidden_size=settings.hidden_size,
@@ -23,7 +23,7 @@ def build_model(settings: Settings, device: torch.device) -> PreTrainedModel:
 
 
 def small_qwen3(seed: int, *, hidden_size: int, num_attention_heads: int, **config) -> PreTrainedModel:
-    """A Qwen3 with seeded random weights on the CPU, its head untied; `config` overrides, as in Qwen3Config."""
+    """A Qwen3 with seeded random weights on the CPU and an untied head; `config` overrides fields of Qwen3Config."""
     torch.manual_seed(seed)
     sizes = dict(
         hidden_size=hidden_size,
@@ -39,8 +39,8 @@ def small_qwen3(seed: int, *, hidden_size: int, num_attention_heads: int, **conf
 
 
 def completion_hidden(model: PreTrainedModel, tokens: Tensor, prompt_length: int) -> Tensor:
-    """Backbone states that predict the completion: tokens [N, P + C] -> [N, C, H].
+    """The hidden states that predict the completion: tokens [N, P + C] -> [N, C, H].
 
-    Completions are padded on the right and attention is causal: no real token sees the padding, so no mask is needed.
+    Completions are padded on the right and attention is causal, so no real token sees the padding: no mask is needed.
     """
     return model.model(tokens, use_cache=False).last_hidden_state[:, prompt_length - 1 : -1]

@@ -1,4 +1,4 @@
-"""The demo's two figures: the run, and the gradient weight of each objective."""
+"""The demo's two figures: the run, and the weight w of each objective."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ DPI = 150
 
 
 def plot_run(history: list[dict[str, float]], evaluations: tuple[dict, dict], title: str, path: Path) -> None:
-    """Reward, entropy and |π - μ| over the steps of a run; `evaluations` are those before and after it."""
+    """Reward, entropy and |π - μ| over the steps of a run; `evaluations` were made before and after it."""
     figure = Figure(figsize=(12, 3.9), dpi=DPI, layout="constrained")
     reward, entropy, shift = figure.subplots(1, 3)
     steps = np.arange(1, len(history) + 1)
@@ -47,7 +47,7 @@ def plot_run(history: list[dict[str, float]], evaluations: tuple[dict, dict], ti
 
 
 def gradient_weight(objective: Objective, probs: Tensor, old_prob: float, advantage: float) -> Tensor:
-    """w = (dℓ/dlogπ) / (-A r) at each π, [N] float64, by autograd through the objective's own formula."""
+    """w = (dℓ/dlogπ) / (-A r) at each π, [N] float64, by autograd through the objective's formula."""
     logprobs = probs.double().log().requires_grad_()
     old_logprobs = torch.full_like(logprobs, old_prob).log()
     advantages = torch.full_like(logprobs, advantage)
@@ -57,7 +57,7 @@ def gradient_weight(objective: Objective, probs: Tensor, old_prob: float, advant
 
 
 def plot_weights(path: Path) -> None:
-    """The gradient weight of each objective as a function of π for several μ, for A > 0 and A < 0."""
+    """The weight w of each objective as a function of π for several μ, for A > 0 and A < 0."""
     ppo, spo, dppo, drpo = (OBJECTIVES[name] for name in ("ppo", "spo", "dppo", "drpo"))
     shown = {
         f"PPO (ε = {ppo.clip_high})": ppo,
@@ -92,7 +92,7 @@ def plot_weights(path: Path) -> None:
 
 
 def _trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
-    """The values, faint, under their centred moving average."""
+    """Plot the values in a faint colour under their centred moving average."""
     width = max(1, len(values) // 12)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)

@@ -1,4 +1,4 @@
-"""Rollouts: sampled completions, the log-probabilities they were sampled with, rewards and group advantages."""
+"""Rollouts: sampled completions, the log-probs that they were sampled with, rewards and group advantages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,9 +14,9 @@ from drpo_kernels.demo.task import COMPLETION_LENGTH, END_ID, PROMPT_LENGTH, Pro
 class Completions:
     """N sampled completions of up to C tokens.
 
-    tokens    [N, C] the sampled ids; what follows the end of a completion is noise
-    logprobs  [N, C] log μ, recorded while sampling: the behaviour policy that the loss is later told about
-    entropy   [N, C] of the distribution each token was drawn from
+    tokens    [N, C] the sampled ids; ids after the end of a completion mean nothing
+    logprobs  [N, C] log μ, recorded while sampling; the loss takes them as old_logprobs
+    entropy   [N, C] the entropy of the distribution that each token was drawn from
     mask      [N, C] bool, True up to and including the end
     """
 
@@ -28,7 +28,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the updates need of N = prompts x group completions; every field's first axis is N.
+    """N = prompts x group completions with what the updates need; the first axis of every field is N.
 
     tokens [N, P + C], targets [N, C], old_logprobs [N, C], mask [N, C], advantages [N]
     """
@@ -52,7 +52,7 @@ def sample(
     generator: torch.Generator | None = None,
     end_id: int = END_ID,
 ) -> Completions:
-    """Draw one completion per prompt [N, P], with a key-value cache; temperature 0 takes the most probable token."""
+    """Draw one completion per prompt [N, P] with a key-value cache. Temperature 0 takes the most probable token."""
     tokens, logprobs, entropies = [], [], []
     inputs, cache = prompts, None
     for _ in range(length):
@@ -73,18 +73,21 @@ def sample(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One index per row of [N, V], [N, 1], by inversion: `torch.multinomial` draws V exponentials per row."""
+    """One index for each row of probabilities [N, V] -> [N, 1], by inverting the cumulative distribution.
+
+    That takes one random number per row, where `torch.multinomial` draws V.
+    """
     cumulative = probabilities.double().cumsum(-1)
     point = cumulative[:, -1:] * torch.rand(
         len(probabilities), 1, dtype=torch.float64, generator=generator, device=probabilities.device
     )
-    return torch.searchsorted(cumulative, point, right=True)  # the first that exceeds it: never one of p = 0
+    return torch.searchsorted(cumulative, point, right=True)  # never an index with p = 0
 
 
 def group_advantages(reward: Tensor, group: int) -> Tensor:
     """GRPO: (reward - mean) / standard deviation within each group of completions of one prompt, [N] -> [N].
 
-    A group whose rewards are all equal teaches nothing: its advantages are exactly 0, and the loss drops its rows.
+    If all rewards of a group are equal, its advantages are exactly 0 and the loss drops its rows.
     """
     grouped = reward.reshape(-1, group)
     centred = grouped - grouped.mean(1, keepdim=True)
@@ -94,7 +97,7 @@ def group_advantages(reward: Tensor, group: int) -> Tensor:
 def roll_out(
     model: PreTrainedModel, problems: Sequence[Problem], group: int, temperature: float, generator: torch.Generator
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample `group` completions per problem and grade them -> (rollout, {"reward", "entropy"} averaged over it)."""
+    """Sample `group` completions per problem and grade them -> (rollout, its mean {"reward", "entropy"})."""
     repeated = [problem for problem in problems for _ in range(group)]
     prompts = encode([problem.prompt for problem in repeated], PROMPT_LENGTH).to(generator.device)
     drawn = sample(model, prompts, temperature=temperature, generator=generator)

@@ -23,11 +23,11 @@ from drpo_kernels.demo.settings import OBJECTIVES, Settings
 from drpo_kernels.demo.task import ALPHABET, split_problems
 from drpo_kernels.demo.train import History, train
 
-LATE = 20  # steps at the end over which the metrics of `sparse_grad` are averaged
+LATE = 20  # the metrics of `sparse_grad` are averaged over this many steps at the end
 
 
 def trained_batch(settings: Settings, device: torch.device) -> Batch:
-    """The last batch of a whole run under its final weights, for benchmarks: a minute on a CPU core."""
+    """The last batch of a whole run under its final weights, for benchmarks. The run takes a minute on a CPU core."""
     model = build_model(settings, device)
     generator = torch.Generator(device).manual_seed(settings.seed)
     result = train(model, *split_problems(settings.seed, settings.held_out), settings, generator)
@@ -89,7 +89,7 @@ def _sparsity(history: History, settings: Settings) -> str:
 
 
 def _verdict(gain: float, comparisons: list[Comparison], settings: Settings) -> int:
-    """0 if the demo showed what it should, else 1 with the reasons on stderr."""
+    """0 if the reward rose and the losses agree; else 1, with the reasons on stderr."""
     failures = []
     if gain < settings.min_gain:
         failures.append(

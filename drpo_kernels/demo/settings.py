@@ -1,16 +1,16 @@
-"""The demo's numbers, in one place."""
+"""The settings of the demo."""
 
 from dataclasses import dataclass
 
 from drpo_kernels import DPPO, DRPO, PPO, SPO
 
-# DRPO's default δ is the paper's 12.5, which never reaches a boundary; 0.2 does (DPPO's is 0.15).
+# With its default δ of 12.5, the paper's, DRPO never reaches its boundary. With 0.2 it does, as DPPO with 0.15.
 OBJECTIVES = {"drpo": DRPO(delta=0.2), "ppo": PPO(), "spo": SPO(), "dppo": DPPO()}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on besides the device: equal settings on one machine give equal runs."""
+    """Everything that a run depends on besides the device. Equal settings on one machine give equal runs."""
 
     seed: int = 0
     objective: str = "drpo"
@@ -35,7 +35,7 @@ class Settings:
     lr: float = 8e-4
     grad_clip: float = 1.0
     temperature: float = 1.0
-    sparse_grad: float = 0.0  # of `linear_policy_loss`; 0: exact gradients
+    sparse_grad: float = 0.0  # the option of `linear_policy_loss`; 0 gives exact gradients
     min_gain: float = 0.1  # the run fails unless the sampled reward on held-out problems rises by this
 
     large_head: tuple[int, ...] = (16, 128, 256, 32768)  # sequences, length, width, vocabulary of the comparison
@@ -43,6 +43,6 @@ class Settings:
 
     @classmethod
     def quick(cls, **changes) -> "Settings":
-        """A run of seconds, for tests: the same code on so little that nothing is learnt, and no gain is asked for."""
+        """A run of seconds, for tests: too short to learn anything, so no gain is asked for."""
         size = dict(hidden_size=32, layers=1, held_out=100, warmup_steps=30, warmup_batch=64, steps=5, prompts=8)
         return cls(**(size | dict(min_gain=-1.0, large_head=(4, 32, 64, 2048)) | changes))

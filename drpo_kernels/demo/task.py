@@ -1,7 +1,7 @@
 """The task: two-digit additions as text, a character tokenizer, and the rule that rewards a completion.
 
-Answers are written units first ("58+67=521."), so that each digit follows from two digits and a carry: a small model
-learns that much sooner.
+Answers are written units first ("58+67=521."). Each digit then follows from two digits and a carry, which a small model
+learns much sooner.
 """
 
 import random
@@ -22,19 +22,19 @@ COMPLETION_LENGTH = len("891" + END)
 
 @dataclass(frozen=True)
 class Problem:
-    """left + right = ?, both in [0, 100)."""
+    """The question left + right = ?, with both numbers in [0, 100)."""
 
     left: int
     right: int
 
     @property
     def prompt(self) -> str:
-        """Always PROMPT_LENGTH characters, so that a batch of prompts needs no padding."""
+        """The question in PROMPT_LENGTH characters, so that a batch of prompts needs no padding."""
         return f"{self.left:02d}+{self.right:02d}="
 
     @property
     def answer(self) -> str:
-        """The only completion that is rewarded; its length varies, and END closes it."""
+        """The only completion that is rewarded. END closes it."""
         return str(self.left + self.right)[::-1] + END
 
 
@@ -51,13 +51,13 @@ def encode(texts: Sequence[str], length: int) -> Tensor:
 
 
 def decode(ids: Tensor) -> list[str]:
-    """Ids [N, L] -> the texts up to and including their first END (all of it where there is none)."""
+    """Ids [N, L] -> the texts up to and including their first END, or whole texts without one."""
     texts = ("".join(ALPHABET[index] for index in row) for row in ids.tolist())
     return [text[: text.find(END) + 1] or text for text in texts]
 
 
 def until_end(ids: Tensor, end_id: int = END_ID) -> Tensor:
-    """Which of the sampled tokens [N, L] belong to the completion: all up to and including the first END; bool."""
+    """bool [N, L]: which of the sampled tokens belong to the completion, that is, up to and including the first END."""
     ended = (ids == end_id).long()
     return ended.cumsum(-1) - ended == 0
 

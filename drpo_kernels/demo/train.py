@@ -1,4 +1,4 @@
-"""The two training phases, supervised warm-up and reinforcement learning, and the evaluation around them."""
+"""The two phases of training, supervised warm-up and reinforcement learning, and the evaluations around them."""
 
 import contextlib
 import random
@@ -19,7 +19,7 @@ History = list[dict[str, float]]
 
 
 class Training(NamedTuple):
-    """What a run's training leaves behind, beside the trained model; `before` and `after` are evaluations."""
+    """The results of training besides the model; `before` and `after` are evaluations around reinforcement learning."""
 
     history: History
     rollout: Rollout
@@ -29,7 +29,7 @@ class Training(NamedTuple):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A model this small gains nothing from a second thread, and on a busy machine waits for it at every operation."""
+    """Use one thread: so small a model gains nothing from a second one, and on a busy machine would wait for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -53,7 +53,7 @@ def train(
 
 
 def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Settings) -> None:
-    """Supervised training until the model is right now and then, so that groups hold both successes and failures."""
+    """Supervised training until the model is sometimes right, so that groups hold both successes and failures."""
     rng = random.Random(settings.seed)
     optimizer, schedule = _optimizer(model, settings.warmup_lr)
     recent: list[float] = []
@@ -73,7 +73,7 @@ def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Setti
         optimizer.step()
         schedule.step()
 
-        # the probability of the whole right answer is what sampling would be rewarded on average
+        # The probability of the whole right answer is the mean reward that sampling would get.
         recent = [*recent[-4:], (logprobs.detach() * mask).sum(1).exp().mean().item()]
         progress.set_postfix_str(f"loss {loss.item():.3f}, p(right answer) {recent[-1]:.2f}")
         if sum(recent) / 5 >= settings.warmup_target:
@@ -82,9 +82,10 @@ def warm_up(model: PreTrainedModel, problems: Sequence[Problem], settings: Setti
 
 
 def _optimizer(model: PreTrainedModel, lr: float, steps: int | None = None):
-    """AdamW with its learning rate schedule: a linear start, then constant, or falling linearly to 0 at `steps`.
+    """AdamW with a learning rate that rises linearly, then stays constant, or falls linearly to 0 at `steps`.
 
-    Adam's first steps are of full size whatever the gradient: without the slow start they undo what the model knows.
+    Adam's first steps have full size whatever the gradient is. Without the slow start they would undo what the model
+    knows.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
 
@@ -97,7 +98,7 @@ def _optimizer(model: PreTrainedModel, lr: float, steps: int | None = None):
 def update(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Rollout, settings: Settings
 ) -> PolicyLossOutput:
-    """One step of the optimizer on a minibatch: the lines a trainer needs to use the fused loss."""
+    """One step of the optimizer on a minibatch. These are the lines that a trainer needs for the fused loss."""
     out = linear_policy_loss(
         completion_hidden(model, batch.tokens, PROMPT_LENGTH),
         model.lm_head.weight,
@@ -144,7 +145,7 @@ def reinforce(
 
 
 def _summarise(metrics: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """The metrics of one rollout's updates as numbers: extremes of extremes, means of the rest."""
+    """The metrics of the updates on one rollout as numbers: extremes of extremes, and means of all other metrics."""
     summary = {}
     for name in metrics[0]:
         values = torch.stack([metric[name].float() for metric in metrics])
@@ -163,7 +164,7 @@ def _describe(statistics: dict[str, float]) -> str:
 def evaluate(
     model: PreTrainedModel, problems: Sequence[Problem], settings: Settings, generator: torch.Generator
 ) -> dict[str, float]:
-    """Mean reward: {"sampled": at the training temperature, "greedy": taking the most probable tokens}."""
+    """The mean reward, "sampled" at the training temperature and "greedy" with the most probable tokens."""
     prompts = encode([problem.prompt for problem in problems], PROMPT_LENGTH).to(generator.device)
     repeated = prompts.repeat(settings.eval_samples, 1)
     drawn = sample(model, repeated, temperature=settings.temperature, generator=generator)

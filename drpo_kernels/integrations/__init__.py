@@ -1,4 +1,4 @@
-"""Thin adapters to trainers; nothing here is imported until asked for."""
+"""Adapters to trainers. The package imports none of them; a user imports the one that is needed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needs(package: str, requirement: str) -> Iterator[None]:
-    """Around imports of a package that may not be installed. Raises ImportError that says what to install."""
+    """Wrap imports of a package that may not be installed. Raises an ImportError that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:

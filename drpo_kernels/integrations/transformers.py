@@ -1,9 +1,9 @@
 """A fused head inside a causal language model: its forward returns the loss, and never makes the logits.
 
-The loss is computed inside the model's own wrapped forward and inside its head module's call, which is where DDP, FSDP
-and ZeRO-3 have gathered the weight and where their hooks expect the gradients. The model's forward runs unchanged, with
-a small probe standing in for the logits: whatever it does before the head (padding, packing, images, routers) it still
-does, and what it does to logits after the head is read off the probe instead of being guessed from its configuration.
+The loss is computed inside the model's own wrapped forward, and there inside the call of the head module: DDP, FSDP and
+ZeRO-3 have gathered the weight by then, and their hooks expect the gradients there. The model's forward runs unchanged
+with a small probe in place of the head. So all that it does before the head (padding, packing, images, routers) still
+happens, and what it does to the logits is measured with the probe, not guessed from its configuration.
 """
 
 import copy
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from drpo_kernels.collectives import VocabShard
 from drpo_kernels.integrations.probing import Probe, standing_in, transform_of
 
-_STATE, _WATCHES = "_drpo_fused_head", "_drpo_fused_head_watches"  # attributes of the model
-_TENSOR_PARALLEL = "tp"  # the mesh dimension of a head split over its vocabulary; FSDP's shards look the same otherwise
+_STATE, _WATCHES = "_drpo_fused_head", "_drpo_fused_head_watches"  # attributes that are set on the model
+_TENSOR_PARALLEL = "tp"  # the mesh dimension of a head split over its vocabulary, which tells it from FSDP's shards
 
 
 class WithAuxiliaryLoss(NamedTuple):
@@ -36,9 +36,9 @@ class _State:
 
     def __init__(self, float32: bool, forward: Callable, previous: Callable | None, older: "_State | None"):
         self.float32 = float32
-        self.forward = forward  # the function on the instance now, and what somebody had set there before
-        self.previous = previous
-        self.older = older  # of an add_fused_head before somebody replaced the forward
+        self.forward = forward  # the function that is the instance's forward now
+        self.previous = previous  # the forward that had been set on the instance before, if any
+        self.older = older  # the state of an earlier add_fused_head whose forward has been replaced
 
     def __deepcopy__(self, memo: dict) -> "_State":
         copied = _State.__new__(_State)
@@ -46,18 +46,18 @@ class _State:
         return copied
 
     def __reduce__(self):
-        return type(None), ()  # pickle leaves the instance's forward behind: what it restores has no fused head
+        return type(None), ()  # pickle drops the instance's forward, so a restored model has no fused head
 
 
 def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     """Let a causal language model of `transformers` compute a loss from its hidden states. -> the same model.
 
     Afterwards `model(..., fused_head=function)` runs the backbone and returns
-    `function(hidden [B, L, H], weight [V, H], bias=..., logit_scale=..., softcap=...)`, with the logit scale and the
-    soft-cap that this model applies (and vocab_size=..., where it cuts its logits); without `fused_head` the forward is
-    the model's own, and so is `generate`. Adding it twice changes nothing. A deep copy keeps it; after something else
-    replaced the model's forward, and after pickling (`torch.save`), `fused_head=` is an error until it is added again.
-    `functools.partial` of `linear_policy_loss` or `linear_token_logprobs` is such a function:
+    `function(hidden [B, L, H], weight [V, H], bias=..., logit_scale=..., softcap=...)` with the logit scale and the
+    soft-cap that this model applies. A model that cuts its logits adds vocab_size=... Without `fused_head` the forward
+    and `generate` are the model's own. Adding a fused head twice changes nothing. A deep copy keeps it. After something
+    else has replaced the model's forward, and after pickling (`torch.save`), `fused_head=` is an error until the head
+    is added again. A `functools.partial` of `linear_policy_loss` or `linear_token_logprobs` is such a function:
 
         out = model(input_ids=ids[:, :-1], attention_mask=attention_mask[:, :-1], fused_head=partial(
             linear_policy_loss, targets=ids[:, 1:], old_logprobs=old_logprobs, advantages=advantages, mask=mask[:, 1:]))
@@ -66,19 +66,20 @@ def add_fused_head(model: nn.Module, *, float32: bool = False) -> nn.Module:
     Nothing is shifted: hidden[:, i] predicts token i + 1. `logits_to_keep` selects the last positions, as in the
     model's forward. A model that returns a router's load-balancing loss gives `WithAuxiliaryLoss(result, aux_loss)`.
 
-    Call it before wrapping the model with PEFT, DDP, FSDP or DeepSpeed, and hand everything to the wrapped model's
-    call. Tensors inside a `partial` stay as they are, where FSDP would round bare arguments to the compute dtype.
-    What the function returns must be a tensor, or (named) tuples, lists and dicts of them: their hooks look no further.
-    A head that tensor parallelism splits over its vocabulary, on a mesh dimension named "tp", goes to the function as
-    this rank's rows, with vocab_shard=... beside them.
+    Call it before wrapping the model with PEFT, DDP, FSDP or DeepSpeed, and pass everything to the call of the wrapped
+    model. FSDP rounds tensors among the arguments to its compute dtype, but leaves tensors inside a `partial` as they
+    are. The function must return tensors, or (named) tuples, lists and dicts of them, because the wrappers' hooks find
+    no others. If tensor parallelism splits the head over its vocabulary, on a mesh dimension named "tp", the function
+    gets this rank's rows together with vocab_shard=...
 
-    Under `torch.compile` of the whole model a fused call runs uncompiled; compile the decoder (`model.model`) instead.
+    If the whole model is under `torch.compile`, a fused call runs uncompiled; compile the decoder (`model.model`)
+    instead.
 
     float32       True: the head's product runs in float32, outside autocast
 
-    Raises TypeError for a model whose head is not a plain `nn.Linear`, PEFT's `modules_to_save` around one included
-    (LoRA on the head, quantised, a forward of its own), then or at a fused call, and ValueError, at a fused call, where
-    what follows the head is not a scale and a soft-cap.
+    Raises TypeError, here or at a fused call, if the head is not a plain `nn.Linear` (LoRA on the head, a quantised
+    head, a forward of its own); PEFT's `modules_to_save` around one is allowed. Raises ValueError at a fused call if
+    the model does more to the logits than a scale and a soft-cap.
     """
     model = _causal_lm(given := model)
     head = _head_of(model)
@@ -127,7 +128,7 @@ def _forward_of(original: Callable) -> Callable:
 
     @functools.wraps(original)  # `generate` checks its arguments against this signature
     def forward(self, *args, fused_head: Callable | None = None, **kwargs):
-        _refuse_lost(self, args, kwargs)  # also where PEFT calls it past the hooks
+        _refuse_lost(self, args, kwargs)  # PEFT calls this forward without the hooks
         state = self.__dict__[_STATE]
         while state.forward is not forward:
             state = state.older
@@ -135,7 +136,7 @@ def _forward_of(original: Callable) -> Callable:
         if fused_head is None:
             return plain(*args, **kwargs)
         if torch.compiler.is_compiling():
-            # imported here: torch.compiler.disable loads all of torch._dynamo
+            # The import stands here because torch.compiler.disable loads all of torch._dynamo.
             from drpo_kernels.uncompiled import outside_graph
 
             return outside_graph(_fused_call, self, plain, fused_head, args, kwargs)
@@ -145,8 +146,8 @@ def _forward_of(original: Callable) -> Callable:
 
 
 def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of the model and of its backbone: a function in an argument that the model's own forward would
-    swallow in its **kwargs. Picklable, so that a model keeps it when it loses its fused head.
+    """Forward pre-hook of the model and of its backbone. It raises if an argument holds a function that the model's own
+    forward would silently take into its **kwargs. It can be pickled, so a model that loses its fused head keeps it.
     """
     state, backbone = module.__dict__.get(_STATE), _WATCHES not in module.__dict__
     fused = state is not None and _calls(module.forward, state.forward)
@@ -166,7 +167,7 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _calls(forward: Callable, function: Callable) -> bool:
-    """Whether the function is this forward, or one that it says to wrap, as Accelerate's autocast does."""
+    """Whether this forward is the function or wraps it, as Accelerate's autocast does."""
     while forward is not None:
         if getattr(forward, "__func__", forward) is function:
             return True
@@ -197,7 +198,7 @@ def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: t
 
 
 def _takes_use_cache(model: nn.Module) -> bool:
-    """By name, or through **kwargs where the configuration knows a cache."""
+    """Whether the forward takes use_cache: by name, or through **kwargs if the configuration has a use_cache."""
     parameters = inspect.signature(type(model).forward).parameters.values()
     if any(parameter.name == "use_cache" for parameter in parameters):
         return True
@@ -207,7 +208,7 @@ def _takes_use_cache(model: nn.Module) -> bool:
 
 
 def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: dict):
-    """The model's outputs, with the probe's in place of the logits."""
+    """The model's outputs, in which the probe's values have taken the place of the logits."""
     refused = f"{type(model).__name__} cannot have a fused head: "
     try:
         outputs = plain(*args, **kwargs)
@@ -225,7 +226,7 @@ def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: d
 
 
 def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: bool):
-    """`function(hidden, weight, bias=...)` as the head's forward, inside the hooks by which wrappers gather it."""
+    """Call `function(hidden, weight, bias=...)` as the head's forward, inside the hooks that gather its weight."""
     layers = _layers(head)
     linear = layers[-1]
 
@@ -234,12 +235,12 @@ def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: boo
         if not float32:
             return function(hidden, weight, bias=bias, **shard)
         with torch.autocast(hidden.device.type, enabled=False):
-            # FSDP may have gathered the weight in its compute dtype
+            # FSDP may have gathered the weight in its compute dtype.
             return function(hidden.float(), weight.float(), bias=None if bias is None else bias.float(), **shard)
 
     if _mesh_of(linear.weight) == (_TENSOR_PARALLEL,):
-        return forward(hidden)  # its hooks would take the result for logits
-    # TRL's float32 head is the forward of PEFT's wrapper, where there is one
+        return forward(hidden)  # the hooks of tensor parallelism would take the result for logits
+    # If PEFT wraps the head, TRL's float32 head is the forward of that wrapper.
     layer = next((layer for layer in layers if "forward" in layer.__dict__), linear)
     previous = layer.__dict__.get("forward")
     layer.forward = forward
@@ -252,12 +253,12 @@ def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: boo
 
 
 def _mesh_of(weight: Tensor) -> tuple[str, ...]:
-    """The named dimensions of a DTensor's mesh."""
+    """The names of the dimensions of a DTensor's mesh; () for any other tensor."""
     return getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
 
 
 def _whole_or_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, dict]:
-    """(weight, bias, keywords of the function) where the head runs."""
+    """-> (weight, bias, further keywords of the function), once wrappers have gathered the head."""
     if type(weight) in (Tensor, nn.Parameter):
         return weight, bias, {}
     if _mesh_of(weight) == (_TENSOR_PARALLEL,) and weight.placements[0].is_shard(0):
@@ -272,7 +273,7 @@ def _whole_or_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model itself, also from inside PEFT's wrapper."""
+    """The transformers model itself, taken out of PEFT's wrapper if there is one."""
     for name in ("module", "_orig_mod"):
         if isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(
@@ -294,14 +295,14 @@ def _head_of(model: nn.Module) -> nn.Module:
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
-    """The head, and what is inside of FSDP1's and PEFT's wrappers: the last one multiplies."""
+    """The head, then what FSDP1's and PEFT's wrappers hold inside. The last one is the linear layer."""
     inner = _wrapped_by(head)
     return [head] if inner is None else [head, *_layers(inner)]
 
 
 def _wrapped_by(layer: nn.Module) -> nn.Module | None:
     if not _is_from_peft(layer, "ModulesToSaveWrapper"):
-        return getattr(layer, "module", None)  # FSDP1 wraps the head where its policy says so
+        return getattr(layer, "module", None)  # FSDP1 wraps the head if its policy says so
     active = layer.active_adapters
     if layer.disable_adapters or not active or active[0] not in layer.modules_to_save:
         return layer.original_module
@@ -309,7 +310,7 @@ def _wrapped_by(layer: nn.Module) -> nn.Module | None:
 
 
 def _is_from_peft(layer: nn.Module, name: str) -> bool:
-    peft = sys.modules.get("peft.utils.other")  # who has such a layer has imported it
+    peft = sys.modules.get("peft.utils.other")  # a model with such a layer has imported this module
     return peft is not None and isinstance(layer, getattr(peft, name))
 
 
@@ -318,8 +319,8 @@ def _kind(value: object) -> str:
 
 
 def _require_plain(head: nn.Module, float32: bool) -> None:
-    """The fused head multiplies with the weight of a plain linear layer: anything else in the head would silently be
-    left out.
+    """Raise TypeError unless the head is a plain linear layer. The fused head multiplies with its weight, and would
+    silently leave out anything else.
     """
     advice = (
         "take the head out of PEFT's target_modules (modules_to_save trains it whole), do not quantise it, load "
@@ -333,7 +334,7 @@ def _require_plain(head: nn.Module, float32: bool) -> None:
     *wrappers, linear = _layers(head)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise TypeError(f"the head must be a plain nn.Linear, got {_kind(linear)}: {advice}")
-    # TRL's float32 head and tensor parallelism set a forward, for which this one stands in
+    # TRL's float32 head and tensor parallelism set a forward on the head, which the fused head may replace.
     replaced = any("forward" in layer.__dict__ for layer in (*wrappers, linear))
     if replaced and not float32 and _TENSOR_PARALLEL not in _mesh_of(linear.weight):
         raise TypeError(f"the head must be a plain nn.Linear, got one whose forward was replaced: {advice}")

@@ -2,8 +2,8 @@
 
 Everything but the loss is TRL's: generation, rewards, advantages, masks, metrics. TRL scores a batch through one call,
 `model(**inputs, labels=labels, fused_lm_head=True)`, which here goes to the head of
-`drpo_kernels.integrations.transformers`; during a training step that call also computes the loss, in 6F, and TRL's own
-formula runs on the resulting log-probs for its metrics alone.
+`drpo_kernels.integrations.transformers`. During a training step that call also computes the loss, in 6·T·V·H FLOP.
+TRL's own formula then runs on the resulting log-probs, but only for its metrics.
 """
 
 import inspect
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 class _FusedLoss(NamedTuple):
     out: PolicyLossOutput
-    mean_entropy: Tensor  # what the entropy bonus is a coefficient of, 0-d and detached
+    mean_entropy: Tensor  # the entropy that entropy_coef multiplies, 0-d and detached
 
 
 class _LossHead:
     """A function for the model's head: the loss of the last K tokens of a batch, all tensors [B, K].
 
-    No dataclass: FSDP1 would look into one and round its tensors to the compute dtype.
+    It is no dataclass, because FSDP1 would round the tensors of a dataclass to its compute dtype.
     """
 
     def __init__(
@@ -84,17 +84,16 @@ class _LossHead:
 
 
 class DRPOTrainer(ObjectiveTrainer, SampledBatches):
-    """TRL's `GRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
+    """TRL's `GRPOTrainer` with `args.objective` as its policy loss, from the hidden states and in 6·T·V·H FLOP.
 
-    Takes what `GRPOTrainer` takes, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning;
-    `out.metrics` of `linear_policy_loss`, without the evidence that only `diagnose` reads, are logged beside them under
-    "drpo/", of each optimizer step's tokens on all processes, and what `diagnose` says of them is a warning, once each
-    in training and in evaluation.
-    `off_policy_mask_threshold` and `top_entropy_quantile` need every token's log-prob or entropy first and cost one
-    more forward of the head (8F).
+    It takes the arguments of `GRPOTrainer`, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning.
+    `out.metrics` of `linear_policy_loss` are logged beside them under "drpo/", over the tokens of each optimizer step
+    on all processes; the evidence that only `diagnose` reads is left out. What `diagnose` says becomes a warning, once
+    each in training and in evaluation. `off_policy_mask_threshold` and `top_entropy_quantile` need the log-prob or the
+    entropy of every token first, so they cost one more forward of the head (8·T·V·H FLOP in all).
 
-    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses, and, in training,
-    RuntimeError where something replaced the model's forward since and ValueError where a router gives no loss.
+    Raises TypeError for a config that is not a `DRPOConfig` or a head that `add_fused_head` refuses. In training it
+    raises RuntimeError if something has replaced the model's forward, and ValueError if a router returns no loss.
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "drpo"]
@@ -115,8 +114,8 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         self._set_metric_bounds()
 
     def _check_engine(self) -> None:
-        """Warn where the engine's log-probs, which are μ here, are not those of the distribution that is trained."""
-        mode = "processed_logprobs"  # as TRL makes an engine of its own
+        """Warn if the engine's log-probs, which are μ here, come from another distribution than the trained one."""
+        mode = "processed_logprobs"  # the mode of an engine that TRL itself starts
         if self.vllm_mode == "server" and self.accelerator.is_main_process:
             mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
         filters = self._filters() if self.rollout_func is None else []  # a rollout_func may return the kept ids
@@ -124,7 +123,7 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
             self._warn_once("engine", warning)
 
     def _set_metric_bounds(self) -> None:
-        """TRL's clip ratios count what lies beyond these: the objective's own where it has them, else TRL's default."""
+        """Set the bounds beyond which TRL's clip ratios count a token: the objective's if it has any, else TRL's."""
         if isinstance(self.objective, CISPO):
             cap = self.objective.ratio_cap
             self.epsilon_high = cap if self.loss_type == "cispo" else cap - 1
@@ -135,23 +134,23 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         kept_ids = self._generated_ids
 
         def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> Scored:
-            nonlocal kept_ids  # TRL scores some sequences at a time
+            nonlocal kept_ids  # TRL may score a few sequences per call
             ids, kept_ids = (None, None) if kept_ids is None else kept_ids.tensor_split([len(labels)])
             return self._score(model, labels, ids, model_inputs)
 
         return super()._get_per_token_logps_and_entropies(score, *args, **kwargs)
 
     def _score(self, model, labels: Tensor, kept_ids: Tensor | None, model_inputs: dict) -> Scored:
-        """The answer to TRL's scoring call: log-probs and entropy of every label, 0 where it is -100."""
+        """The answer to TRL's scoring call: log-prob and entropy of every label, 0 for a label of -100."""
         targets = labels[:, 1:]
         mask, options = targets != -100, self._scoring_options()
         if kept_ids is not None:
-            ids = pad(kept_ids, (0, 0, targets.shape[1] - kept_ids.shape[1], 0), value=-1)  # none of the prompt
-            mask = mask & (ids >= 0).any(-1)  # nor of a tool's tokens
+            ids = pad(kept_ids, (0, 0, targets.shape[1] - kept_ids.shape[1], 0), value=-1)  # prompt tokens have none
+            mask = mask & (ids >= 0).any(-1)  # tokens that a tool has written have none either
             options["kept_ids"] = ids
 
         def head(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Tensor]:
-            predicting = hidden[:, -labels.shape[1] : -1]  # behind the virtual tokens of prompt tuning
+            predicting = hidden[:, -labels.shape[1] : -1]  # skips the virtual tokens of prompt tuning
             return linear_token_logprobs(predicting, weight, targets, mask=mask, **options, **head)
 
         (logprobs, entropy), aux_loss = parts(model(**model_inputs, fused_head=head), tuple)
@@ -161,7 +160,7 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         inputs = dict(inputs)
         mask = counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         old_logprobs = self._behaviour_logprobs(inputs)
-        if old_logprobs is not None:  # what the engine could not score is in neither the loss nor TRL's metrics
+        if old_logprobs is not None:  # tokens that the engine could not score enter neither the loss nor TRL's metrics
             counted = inputs["tool_mask"] = mask * scorable(old_logprobs)
         entropy_coef = self._applied_entropy_coef()
         loss_head = _LossHead(
@@ -174,13 +173,13 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         def score(labels: Tensor, fused_lm_head: bool = True, **model_inputs) -> Scored:
             fused, aux_loss = parts(model(**model_inputs, fused_head=loss_head), _FusedLoss)
             results.append((fused, self._router_loss(aux_loss, self._accumulation(self._mode))))
-            # TRL adds up every row of the batch: 0 where none was computed
+            # TRL adds up all rows of the batch, so those that were not computed must be 0.
             logprobs, entropy = (torch.where(fused.out.computed, x, 0) for x in (fused.out.logprobs, fused.out.entropy))
-            if old_logprobs is not None:  # TRL's metrics are about the same ratio as the loss
+            if old_logprobs is not None:  # TRL's metrics then use the same ratio as the loss
                 inputs["old_per_token_logps"] = torch.where(scorable(old_logprobs), old_logprobs, logprobs)
             return Scored(logprobs, entropy, None if aux_loss is None else aux_loss.detach())
 
-        # TRL's formula on these log-probs feeds its metrics and its entropy controller; the loss is the head's
+        # TRL's formula feeds only its metrics and its entropy controller. The loss is the one that the head computed.
         super()._compute_loss(score, inputs)
         (fused, router_loss), = results
         mode = self._mode
@@ -192,7 +191,7 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         return loss + router_loss
 
     def _behaviour_logprobs(self, inputs: dict) -> Tensor | None:
-        """log μ [B, K]: the sampling engine's where it gave them, unless TRL's importance ratio stands for them."""
+        """log μ [B, K]: the sampling engine's if it gave them, unless TRL's importance ratio corrects for them."""
         if self.vllm_importance_sampling_correction and self.use_vllm:
             return inputs.get("old_per_token_logps")
         return inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
@@ -216,14 +215,14 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         return self.current_gradient_accumulation_steps if mode == "train" else 1.0
 
     def _loss_scale(self, mode: str) -> float:
-        """What TRL's logged policy loss is a multiple of the loss by."""
+        """The factor between TRL's logged policy loss and the loss."""
         return 1.0 if self.loss_type in ("dapo", "cispo") else self._accumulation(mode)
 
     def _coefficients(
         self, inputs: dict, mask: Tensor, score: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> TokenCoefficients:
-        """TRL's aggregations as coefficients [B, K]; `score` gives (logprobs, entropy) of a mask's tokens for the
-        selections below.
+        """TRL's aggregations as coefficients [B, K]. `score` returns (logprobs, entropy) of the tokens of a mask, which
+        TRL's selections of sequences and tokens need.
         """
         mode = self._mode
         base, selected = self._aggregation(inputs, mask.float(), mode), mask.float()
@@ -249,7 +248,7 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
             return mask / (len(mask) * accumulation)
         if self.loss_type not in ("dapo", "cispo"):
             raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)} or cispo, got {self.loss_type!r}")
-        # tokens of the generation batch, rescaled to one accumulation window
+        # num_items_in_batch counts the tokens of the generation batch; this scales it to one accumulation of gradients.
         normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             normalizer = normalizer * accumulation / self.args.steps_per_generation
@@ -270,5 +269,5 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         )
 
 
-# for help() and editors: GRPOTrainer's arguments, of which none is added or taken away
+# help() and editors show the arguments of GRPOTrainer, because DRPOTrainer takes exactly these.
 DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)

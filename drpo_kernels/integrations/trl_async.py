@@ -1,10 +1,10 @@
 """DRPO, or any objective of this package, in TRL's asynchronous GRPO trainer: `AsyncDRPOTrainer` and `AsyncDRPOConfig`
-(TRL >= 1.16, where `trl.experimental.async_grpo` says of itself that it may change).
+(TRL >= 1.16, whose `trl.experimental.async_grpo` is marked as experimental).
 
-Everything but the loss is TRL's: rollout worker, weight synchronisation, staleness, packing, metrics. μ is the log-prob
-of the policy that sampled the token, which may be several weight updates old. TRL scores a packed row through one call,
+Everything but the loss is TRL's: rollout worker, weight synchronisation, staleness, packing, metrics. log μ comes from
+the policy that sampled the token, which may be several weight updates old. TRL scores a packed row through one call,
 `model(**inputs, fused_lm_head=True)`, which here goes to the head of `drpo_kernels.integrations.transformers`. That
-call also computes the loss, in 6F, and TRL's own formula runs on the resulting log-probs for its metrics alone.
+call also computes the loss, in 6·T·V·H FLOP. TRL's own formula then runs on the log-probs, but only for its metrics.
 """
 
 import inspect
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
     """`AsyncGRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
 
-    `epsilon` and `epsilon_high` must keep their defaults. With compact="active", TRL's `ratio` and `kl` count the
-    tokens that were not computed as unchanged.
+    `epsilon` and `epsilon_high` must keep their defaults. With compact="active", TRL's `ratio` and `kl` treat tokens
+    that were not computed as unchanged.
 
-    Raises TypeError or ValueError, naming the option and what to write instead, for one that would be ignored or that
-    `linear_policy_loss` refuses.
+    Raises TypeError or ValueError for an option that would be ignored or that `linear_policy_loss` refuses. The message
+    names the option and what to write instead.
     """
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
         super().__post_init__()
 
     def check(self) -> None:
-        """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
+        """Read the objective, and refuse options that only TRL's formula would honour."""
         self.check_loss_options()
         bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
         for name, value in bounds.items():
@@ -61,17 +61,16 @@ class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
 
 
 class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
-    """TRL's `AsyncGRPOTrainer` with `args.objective` as its policy loss, computed from the hidden states in 6F.
+    """TRL's `AsyncGRPOTrainer` with `args.objective` as its policy loss, from the hidden states and in 6·T·V·H FLOP.
 
-    Takes what `AsyncGRPOTrainer` takes, with an `AsyncDRPOConfig` as `args`. μ is the log-prob that the sampling engine
-    reported with the sample, at whatever policy version that was. A token whose log-prob it did not report (NaN, or
-    -100 and below) is left out of the loss. TRL's metrics keep their names and meaning; `out.metrics` of
-    `linear_policy_loss` are logged beside them under "drpo/", of each optimizer step's tokens on all processes, and
-    what `diagnose` says of them is a warning, once each.
+    It takes the arguments of `AsyncGRPOTrainer`, with an `AsyncDRPOConfig` as `args`. log μ is what the sampling engine
+    reported with the sample, whatever version of the policy it had. A token without a reported log-prob (NaN, or -100
+    and below) is left out of the loss. TRL's metrics keep their names and meaning. `out.metrics` of
+    `linear_policy_loss` are logged beside them under "drpo/", over the tokens of each optimizer step on all processes.
+    What `diagnose` says becomes a warning, once each.
 
-    Raises TypeError for a config that is not an `AsyncDRPOConfig` or a head that `add_fused_head` refuses, and, in
-    training, RuntimeError where something replaced the model's forward since and ValueError where a router gives no
-    loss.
+    Raises TypeError for a config that is not an `AsyncDRPOConfig` or a head that `add_fused_head` refuses. In training
+    it raises RuntimeError if something has replaced the model's forward, and ValueError if a router returns no loss.
     """
 
     _tag_names = ("trl", "async-grpo", "drpo")
@@ -82,12 +81,12 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
 
     def get_train_dataloader(self):
-        if isinstance(self.rollout_worker, AsyncRolloutWorker):  # which TRL makes on the main process
+        if isinstance(self.rollout_worker, AsyncRolloutWorker):  # TRL makes it on the main process only
             self._check_engine()
         return super().get_train_dataloader()
 
     def _check_engine(self) -> None:
-        """Warn where the server's log-probs, which are μ here, are not those of the distribution that is trained."""
+        """Warn if the server's log-probs, which are μ here, come from another distribution than the trained one."""
         filters = filters_of(vars(self.args))
         if self.temperature == 1 and not filters:
             return
@@ -105,7 +104,7 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
         if self.objective.sequence_level:
             lengths = inputs["segment_id"][trained].bincount()
             options["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        # as TRL: a mean over the trained tokens of all processes, whose gradients DDP and FSDP average
+        # As in TRL, the loss is a mean over the trained tokens of all processes. DDP and FSDP average their gradients.
         tokens = (inputs["global_n_tokens"][0] / self.accelerator.num_processes).clamp(min=1.0)
         normalizer = tokens * self.current_gradient_accumulation_steps
         unchanged = torch.where(scorable(old_logprobs), old_logprobs, 0)
@@ -121,11 +120,11 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
             out, aux_loss = parts(model(**model_inputs, fused_head=head), PolicyLossOutput)
             loss = out.loss + self._router_loss(aux_loss, self.current_gradient_accumulation_steps)
             results.append((loss, out.metrics))
-            # for TRL's metrics, a token that was not computed is one of the same policy
+            # TRL's metrics shall treat a token that was not computed as unchanged.
             logprobs = torch.where(out.computed, out.logprobs, unchanged)
             return Scored(logprobs, torch.where(out.computed, out.entropy, 0), aux_loss)
 
-        # TRL's formula on these log-probs, one for each trained token and not for each position, feeds its metrics
+        # TRL's formula feeds only its metrics. It gets one log-prob for each trained token, not for each position.
         index = torch.where(trained, trained.cumsum(-1) - 1, -1)
         known = inputs["old_log_probs"].masked_scatter(trained, unchanged)
         super().compute_loss(score, {**inputs, "token_index": index, "old_log_probs": known})
@@ -134,5 +133,5 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
         return loss
 
 
-# for help() and editors: AsyncGRPOTrainer's arguments, of which none is added or taken away
+# help() and editors show the arguments of AsyncGRPOTrainer, because AsyncDRPOTrainer takes exactly these.
 AsyncDRPOTrainer.__init__.__signature__ = inspect.signature(AsyncGRPOTrainer.__init__)

@@ -20,19 +20,19 @@ with needs("trl", "trl>=1.16"):
     from trl import GRPOConfig
 
 OBJECTIVES = (DRPO, PPO, CISPO, GSPO, SPO, DPPO, PolicyGradient)
-# loss types of TRL that are aggregations; "cispo" is one too (that of "dapo") under objective=CISPO(...)
+# These loss types of TRL are aggregations. With objective=CISPO(...), "cispo" is one too and aggregates as "dapo" does.
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# TRL's own options of the per-token formula, and those that belong to formulas which are not ours
+# Options of TRL's per-token formula, and the prefixes of options of formulas that this package does not have.
 CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta")
 OTHER_FORMULAS = {"sapo_": "SAPO", "vespo_": "VESPO"}
 CORRECTION_OPTIONS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max", "cap"))
-# keywords of `linear_policy_loss`, and TRL's options that say the same
+# Keywords of `linear_policy_loss`, and the options of TRL that mean the same.
 RENAMED = {"kl_coef": "beta", "kl_importance": "use_bias_correction_kl", "reduction": "loss_type"}
-# and names of other libraries for the bounds of PPO
+# Names that other libraries use for the bounds of PPO.
 CLIPS = ("eps", "epsilon_low", "clip", "clip_range", "cliprange", "clip_ratio", "clip_ratio_low", "clip_ratio_high")
-# options of the head that the log-probs functions take too
+# Options of the head that the log-prob functions take as well.
 HEAD_OPTIONS = ("workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "validate")
-# what to write for the loss types of TRL that are formulas
+# What to write in place of a loss type of TRL that is a formula.
 FORMULAS = {
     "cispo": f"; write objective=CISPO(ratio_cap={CISPO.ratio_cap})",
     "sapo": "; write the objective SAPO of docs/integrations/trl.md, with loss_type='grpo'",
@@ -41,9 +41,9 @@ FORMULAS = {
 
 
 def parse_objective(text: str) -> Objective:
-    """`"DRPO(delta=0.2)"`, `"DRPO(0.2)"` or `"DRPO"` to the objective; also for registered ones of your own.
+    """The objective that a text such as "DRPO(delta=0.2)", "DRPO(0.2)" or "DRPO" names; it may be registered by a user.
 
-    Raises ValueError for anything else, and what the objective itself raises for its values.
+    Raises ValueError for any other text, and whatever the objective raises for its values.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -60,9 +60,10 @@ def parse_objective(text: str) -> Objective:
 
 
 def read_objective(objective: Objective | str) -> Objective:
-    """An objective or its text to the objective.
+    """The objective itself, or the objective that a text names.
 
-    Raises TypeError for anything else, ValueError for text that names none and for one that a checkpoint cannot hold.
+    Raises TypeError for anything else, and ValueError for a text that names no objective or for an objective that a
+    checkpoint cannot hold.
     """
     if isinstance(objective, str):
         objective = parse_objective(objective)
@@ -78,7 +79,7 @@ def read_objective(objective: Objective | str) -> Objective:
 
 
 def _suggest(name: str, value: Any, objective: Any, fields: Iterable[str]) -> str:
-    """What to write in place of a keyword that a configuration with these fields does not have."""
+    """What to write in place of the keyword `name`, which is not among the fields of a configuration."""
     chosen = objective.split("(")[0].strip() if isinstance(objective, str) else type(objective).__name__
     for cls in sorted(OBJECTIVES, key=lambda cls: cls.__name__ != chosen):
         option = name.removeprefix(f"{cls.__name__.lower()}_")
@@ -93,7 +94,7 @@ def _suggest(name: str, value: Any, objective: Any, fields: Iterable[str]) -> st
 
 
 def named_options(config: type) -> type:
-    """Class decorator of a configuration: a keyword that it does not have is a TypeError that says what to write."""
+    """Class decorator: a configuration raises a TypeError for an unknown keyword that says what to write instead."""
     init, fields = config.__init__, config.__dataclass_fields__
 
     @functools.wraps(init)
@@ -106,23 +107,24 @@ def named_options(config: type) -> type:
                 )
         init(self, *args, **keywords)
 
-    config.__init__ = __init__  # a subclass, which may have more options, gets one of its own
+    config.__init__ = __init__  # a subclass may have more options and must be decorated itself
     return config
 
 
 @dataclass
 class ObjectiveOptions:
-    """Beside a trainer's own configuration: the policy objective, and options of `linear_policy_loss`.
+    """Options that are added to the configuration of a trainer: the policy objective, and options of
+    `linear_policy_loss`.
 
-    objective        an `Objective` such as `DRPO(delta=0.2)`, or the same as text (what the command line and a saved
-                     config hold). It takes the place of TRL's formula
+    objective        an `Objective` such as `DRPO(delta=0.2)`, or the same as text, which the command line and a saved
+                     config need. It takes the place of TRL's formula
     compact          "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in TRL's trainer.
                      "active": they cost nothing, and the logged entropy is that of the tokens with A ≠ 0
-    sparse_grad      τ in [0, 1) of `linear_policy_loss`: tokens whose policy is decided cost a third, and their
-                     gradients are within τ of themselves (docs/sparse.md). 0: exact
+    sparse_grad      τ in [0, 1) of `linear_policy_loss`: tokens that few vocabulary entries decide cost a third, and
+                     their gradients leave out at most τ of 1 - π (docs/sparse.md). 0: exact gradients
     workspace_bytes, logits_dtype, head_dtype, batch_invariant, validate
-                     those of `linear_policy_loss`, for the loss and for the scoring of old and reference log-probs
-                     alike. `logits_dtype` is "float32", "bfloat16" or the torch.dtype, and kept as text
+                     as in `linear_policy_loss`, for the loss and for the scoring of old and reference log-probs alike.
+                     `logits_dtype` is "float32", "bfloat16" or the torch.dtype, and kept as text
     """
 
     objective: Objective | str | None = field(
@@ -153,7 +155,7 @@ class ObjectiveOptions:
     )
 
     def check_loss_options(self, entropy_coef: float = 0.0) -> None:
-        """Read the objective; what `linear_policy_loss` says of a call with these options, before there is one."""
+        """Read the objective, and raise now what `linear_policy_loss` would raise for these options in training."""
         self.objective = read_objective(self.objective)
         if self.compact not in ("mask", "active"):
             raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
@@ -183,16 +185,16 @@ class ObjectiveOptions:
 class DRPOConfig(ObjectiveOptions, GRPOConfig):
     """`GRPOConfig` with the policy objective of this package, and the options of `ObjectiveOptions`.
 
-    `epsilon`, `epsilon_high` and `delta` must keep their defaults, `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo",
-    "luspo") chooses the aggregation, and `importance_sampling_level` is "sequence" with `objective=GSPO(...)`, else
+    `epsilon`, `epsilon_high` and `delta` must keep their defaults. `loss_type` ("grpo", "bnpo", "dr_grpo", "dapo",
+    "luspo") chooses the aggregation. `importance_sampling_level` is "sequence" with `objective=GSPO(...)`, else
     "token".
 
-    Raises TypeError or ValueError, naming the option and what to write instead, for one that would be ignored or that
-    `linear_policy_loss` refuses.
+    vllm_importance_sampling_correction is False by default: log μ is the sampling engine's own log-prob if there is
+    one, so the ratio itself corrects the mismatch. True is TRL's decoupled form: the trainer recomputes the old
+    log-probs, and TRL's importance ratio weights the policy term.
 
-    vllm_importance_sampling_correction is False by default: μ is the sampling engine's own log-prob wherever there is
-    one, so the ratio itself corrects the mismatch. True is TRL's decoupled form: old log-probs recomputed by the
-    trainer, and the policy term weighted by TRL's importance ratio. One or the other, never both.
+    Raises TypeError or ValueError for an option that would be ignored or that `linear_policy_loss` refuses. The message
+    names the option and what to write instead.
     """
 
     vllm_importance_sampling_correction: bool = field(
@@ -208,7 +210,7 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
         super().__post_init__()
 
     def check(self) -> None:
-        """Read the objective, and refuse what TRL's formula would have honoured and an objective would not."""
+        """Read the objective, and refuse options that only TRL's formula would honour."""
         self.objective = read_objective(self.objective)
         self._check_formula_options()
         allowed = (*AGGREGATIONS, "cispo") if isinstance(self.objective, CISPO) else AGGREGATIONS
@@ -231,7 +233,7 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
             )
 
     def _check_formula_options(self) -> None:
-        """What TRL's formula would have honoured and an objective would ignore."""
+        """Refuse options of TRL's formula that an objective would ignore."""
         fields = GRPOConfig.__dataclass_fields__.items()
         changed = {name: getattr(self, name) for name, field in fields if getattr(self, name) != field.default}
         for name in CLIP_OPTIONS:
@@ -259,10 +261,10 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
                 f"{self.importance_sampling_level!r}: write {self._as_objective(changed)}, which sets it, or "
                 f"importance_sampling_level={level!r}"
             )
-        self.importance_sampling_level = level  # TRL's constructor advises on it
+        self.importance_sampling_level = level  # TRL's constructor gives advice that depends on it
 
     def _as_objective(self, changed: dict[str, Any]) -> str:
-        """The objective that says what these options of TRL's formula say, as it is written."""
+        """How to write the objective that means the same as these options of TRL's formula."""
         bounds = getattr(self.objective, "clip_low", None), getattr(self.objective, "clip_high", None)
         low = changed.get("epsilon", bounds[0] or GRPOConfig.epsilon)
         high = changed.get("epsilon_high", changed.get("epsilon", bounds[1] or GRPOConfig.epsilon))
@@ -284,7 +286,7 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
         drpo = f"objective=DRPO(delta={delta})"
         if delta <= 1:
             return drpo
-        # TRL caps the ratio at delta in one branch of its minimum, whatever the advantage's sign
+        # TRL caps the ratio at delta in one branch of its minimum, for advantages of both signs.
         upper, cap = (high, delta) if delta > 1 + high else (round(delta - 1, 12), round(1 + high, 12))
         ppo = f"objective=PPO(clip_low={low}, clip_high={upper}, dual_clip={cap})"
         return ppo if isinstance(self.objective, PPO) else f"{drpo}, or for TRL's two-sided clip {ppo}"

@@ -1,6 +1,4 @@
-"""What `DRPOTrainer` and `AsyncDRPOTrainer` share: a fused head in place of TRL's, and an objective's metrics and
-warnings.
-"""
+"""What `DRPOTrainer` and `AsyncDRPOTrainer` share: the fused head in place of TRL's, metrics and warnings."""
 
 import logging
 from types import ModuleType
@@ -20,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
-    """What TRL reads of a scored batch: a log-prob and an entropy for each of its tokens, and 0-d."""
+    """What TRL reads from a scored batch: a log-prob and an entropy per token, and the 0-d loss of a router."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -28,10 +26,10 @@ class Scored(NamedTuple):
 
 
 class ObjectiveTrainer:
-    """A mixin before a trainer of TRL's: `args` is a configuration with an `objective`, which is `self.objective`."""
+    """A mixin that comes before a trainer of TRL. `args` is a configuration with an `objective`."""
 
     _config: ClassVar[type]
-    _trl: ClassVar[ModuleType]  # TRL's module of the trainer
+    _trl: ClassVar[ModuleType]  # TRL's module that defines the trainer
     _paper: ClassVar = {
         "title": "Divergence Regularized Policy Optimization",
         "id": "2606.09821",
@@ -54,16 +52,16 @@ class ObjectiveTrainer:
                 f"objective must be given in args, got {keywords['objective']!r} beside them: write "
                 f"args={config}(objective={keywords['objective']!r})"
             )
-        args.check()  # fields may have been set since
+        args.check()  # fields may have been set after the configuration was made
         self._step_metrics: list[dict[str, Tensor]] = []
         self._diagnosed: dict[str, set[str]] = {"train": set(), "eval": set()}
-        # the one moment at which every model, the reference too, is there and not yet wrapped
+        # TRL calls this when every model, the reference too, exists and is not wrapped yet.
         with mock.patch.object(self._trl, "add_fused_lm_head", _add_head):
             super().__init__(model, reward_funcs, args, *positional, **keywords)
         self.objective = args.objective
         if self.objective.remark:
             logger.info(self.objective.remark)
-        if isinstance(self.objective, (PPO, GSPO)):  # TRL's clip ratios count what lies beyond these
+        if isinstance(self.objective, (PPO, GSPO)):  # TRL's clip ratios count the tokens beyond these bounds
             self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
 
     @property
@@ -71,7 +69,7 @@ class ObjectiveTrainer:
         return "train" if self.model.training else "eval"
 
     def _warn_once(self, kind: str, sentence: str) -> None:
-        """On the main process, once in training and once in evaluation."""
+        """Log a warning on the main process, once in training and once in evaluation."""
         said = self._diagnosed[self._mode]
         if kind not in said and self.accelerator.is_main_process:
             logger.warning(sentence)
@@ -82,11 +80,11 @@ class ObjectiveTrainer:
         return {"objective": self.objective, "compact": self.args.compact, "sparse_grad": self.args.sparse_grad}
 
     def _scoring_options(self) -> dict[str, Any]:
-        """Those of `linear_policy_loss` and `linear_token_logprobs` alike."""
+        """Keywords that `linear_policy_loss` and `linear_token_logprobs` share."""
         return {"temperature": self.temperature, **self.args.head_options()}
 
     def _router_loss(self, aux_loss: Tensor | None, accumulation: float) -> Tensor | float:
-        """What the router's load balancing adds to the loss."""
+        """The router's load-balancing loss, as it is added to the loss."""
         if not self.aux_loss_enabled:
             return 0.0
         if aux_loss is None:
@@ -98,12 +96,12 @@ class ObjectiveTrainer:
 
     def _log_objective(self, mode: str, metrics: dict[str, Tensor]) -> None:
         self._step_metrics.append(metrics)
-        if self.args.compact == "active":  # TRL's mean took the entropy of a skipped token for 0
+        if self.args.compact == "active":  # TRL's mean counted the entropy of a skipped token as 0
             of_batch = reduce_metrics(metrics)["drpo/entropy_mean"]
             self._metrics[mode]["entropy"][-1] = of_batch.item()
         if mode == "train" and not self.accelerator.sync_gradients:
             return
-        reduced = reduce_metrics(self._step_metrics)  # over all processes, in one collective and one read
+        reduced = reduce_metrics(self._step_metrics)  # over all processes
         self._step_metrics = []
         values = dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
         for name, value in values.items():
@@ -115,7 +113,7 @@ class ObjectiveTrainer:
 
 
 def parts(output, kind: type) -> tuple[Any, Tensor | None]:
-    """The fused head's result, of this kind, and the router's loss."""
+    """-> (the fused head's result, the router's loss or None). Raises RuntimeError for a result of another kind."""
     result, aux_loss = output if isinstance(output, WithAuxiliaryLoss) else (output, None)
     if not isinstance(result, kind):
         raise RuntimeError(
@@ -126,5 +124,5 @@ def parts(output, kind: type) -> tuple[Any, Tensor | None]:
 
 
 def _add_head(model, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple = ()) -> None:
-    """In place of TRL's `add_fused_lm_head`; the temperature travels with each call."""
+    """Takes the place of TRL's `add_fused_lm_head`. The temperature is passed with each call instead."""
     add_fused_head(model, float32=cast_lm_head_to_fp32)

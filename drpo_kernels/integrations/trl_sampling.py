@@ -1,6 +1,4 @@
-"""What TRL's sampling hands to the trainers of trl.py and trl_async.py: log-probs of the tokens, and the ids that a
-filter kept for them.
-"""
+"""The sampled batches of TRL's trainers: log-probs of the tokens, and the ids that a filter kept for them."""
 
 import inspect
 import logging
@@ -20,28 +18,28 @@ with needs("trl", "trl>=1.16"):
 
 logger = logging.getLogger(__name__)
 
-# sampling options that change what the engine's log-probs are of, and the values at which they do not, beside None
+# Sampling options that change the distribution of the engine's log-probs. At these values, and at None, they do not.
 UNFILTERED: dict[str, tuple] = {
     "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,),
     "frequency_penalty": (0,), "min_tokens": (0,), "logit_bias": ({},), "bad_words": ([],), "allowed_token_ids": (),
     "logits_processors": ([],), "guided_decoding": (), "structured_outputs": (), "vllm_structured_outputs_regex": (),
 }  # fmt: skip
 
-# those of them that `kept_ids` make up for
+# The ratio stays right under these options if the engine returns the `kept_ids`.
 REPLAYED = {"top_p", "top_k", "min_p"}
 
-# where more than this share of a rollout's log-probs cannot be one, they stand for none
+# If more than this share of a rollout's log-probs cannot be log-probs, all of them are taken for placeholders.
 PLACEHOLDERS = 0.5
 
 
 def filters_of(sampling: Mapping) -> list[str]:
-    """The options among these of sampling that change what the engine's log-probs are of."""
+    """The names of the given sampling options that change the distribution of the engine's log-probs."""
     return [name for name, same in UNFILTERED.items() if sampling.get(name) not in (None, *same)]
 
 
 def engine_warning(mode: str, temperature: float, filters: list[str]) -> str | None:
-    """What is wrong with log-probs of an engine that samples with these filters; `mode`: vLLM's --logprobs-mode."""
-    if mode != "processed_logprobs":  # those before the temperature and the filters
+    """What is wrong with log-probs of an engine that samples with these filters; `mode` is vLLM's --logprobs-mode."""
+    if mode != "processed_logprobs":  # other modes give log-probs before the temperature and the filters
         if temperature == 1:
             return None
         return (
@@ -58,11 +56,11 @@ def engine_warning(mode: str, temperature: float, filters: list[str]) -> str | N
 
 
 class SampledBatches(GRPOTrainer):
-    """TRL's `GRPOTrainer`, whose generated batches hold only real log-probs: those that stand for none are removed.
-    From a `rollout_func` the batches also hold "kept_ids". To be mixed with `ObjectiveTrainer`.
+    """TRL's `GRPOTrainer` whose batches hold real log-probs or none: placeholders are removed. With a `rollout_func`
+    they may also hold "kept_ids". It is combined with `ObjectiveTrainer`.
     """
 
-    _generated_ids: Tensor | None = None  # of the batch that is being generated, [B, K, ids]
+    _generated_ids: Tensor | None = None  # the kept ids of the batch that is being generated, [B, K, ids]
 
     def _filters(self) -> list[str]:
         given = self.args.generation_kwargs or {}
@@ -70,7 +68,7 @@ class SampledBatches(GRPOTrainer):
         return filters_of(vars(self.args) | given) + ["temperature"] * hotter
 
     def _generate(self, prompts):
-        """TRL's, with a log-prob or None for every token of a `rollout_func`: TRL would pad missing ones with 0."""
+        """TRL's batch. Every token of a `rollout_func` has a log-prob or None; TRL would pad missing ones with 0."""
         output = list(super()._generate(prompts))
         completions, logprobs, kept_ids = output[1], output[4], output[5].pop("kept_ids", None)
         self._generated_ids = None
@@ -97,7 +95,7 @@ class SampledBatches(GRPOTrainer):
         return tuple(output)
 
     def _require_everywhere(self, has_logprobs: bool) -> None:
-        """Raise ValueError where only some processes have log-probs: what follows waits for all of them."""
+        """Raise ValueError if only some processes have log-probs, because the collectives that follow need all."""
         has = torch.tensor(int(has_logprobs), device=self.accelerator.device)
         count, processes = self.accelerator.reduce(has, reduction="sum").item(), self.accelerator.num_processes
         if count not in (0, processes):
@@ -107,7 +105,7 @@ class SampledBatches(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's, without log-probs of a `rollout_func` that stand for none: TRL asks for some in any case."""
+        """TRL's batch without log-probs that are placeholders; TRL requires a `rollout_func` to return some."""
         output = super()._generate_and_score_completions(inputs)
         sampled = output.get("sampling_per_token_logps")
         if self.rollout_func is not None and sampled is not None and self._are_placeholders(output, sampled):
@@ -125,7 +123,7 @@ class SampledBatches(GRPOTrainer):
         return output
 
     def _are_placeholders(self, output: dict, sampled: Tensor) -> bool:
-        """Whether most tokens, over all processes, have no log-prob; a 0 is one where the policy is sure itself."""
+        """Whether most tokens over all processes have no log-prob. A 0 is a log-prob if the policy is certain too."""
         mask = output["completion_mask"] * output.get("tool_mask", 1) != 0
 
         def mostly(missing: Tensor) -> bool:
@@ -138,7 +136,7 @@ class SampledBatches(GRPOTrainer):
         return mostly(without) or mostly(without | (zero & (self._policy_logprobs(output) < -FAR_BELOW_ONE)))
 
     def _policy_logprobs(self, output: dict) -> Tensor:
-        """log π [B, K] of a generated batch, by one more forward where TRL has not made it."""
+        """log π [B, K] of a generated batch. It takes one more forward if TRL has not computed it."""
         if "old_per_token_logps" in output:
             return output["old_per_token_logps"]
         ids, attention = (
@@ -161,10 +159,11 @@ def padded_ids(
     sampled: Sequence[Sequence[int]] | None,
     multiple: int,
 ) -> Tensor:
-    """The ids that were kept for each token of each completion -> [B, K, ids] int64, -1 where there are no more, and
-    none for a token that was not `sampled` (0). K is the longest completion's length rounded up to a multiple.
+    """The ids that were kept for each token of each completion -> [B, K, ids] int64, padded with -1.
 
-    Raises ValueError where a completion has not one list per token, or an id is not an integer.
+    A token that was not `sampled` (0) gets none. K is the length of the longest completion, rounded up to a multiple.
+
+    Raises ValueError if a completion does not have one list per token, or an id is not an integer.
     """
     rows, wanted = [], 'rollout_func must return as "kept_ids" one list of ids per completion token'
     if len(kept_ids) != len(completions):

@@ -1,7 +1,7 @@
 """verl 0.9: `drpo` and `spo` among its policy losses, and a fused head in place of its `linear_cross_entropy`.
 
-Importing this module registers the losses; verl does so itself, through the entry point "verl.plugins" of setup.py. The
-head is put in place by `use_fused_head`, or by importing `drpo_kernels.integrations.verl_fused_head`.
+Importing this module registers the losses; verl imports it through the entry point "verl.plugins" of the package.
+`use_fused_head` puts the head in place, and so does importing `drpo_kernels.integrations.verl_fused_head`.
 """
 
 import sys
@@ -43,8 +43,9 @@ class DRPOPolicyLossConfig(PolicyLossConfig):
     drpo_delta   δ of `loss_mode: drpo`, see `drpo_kernels.DRPO`
     spo_epsilon  ε of `loss_mode: spo`, see `drpo_kernels.SPO`
 
-    Raises TypeError or ValueError where one of them is not a positive number, and ValueError where `loss_mode` is or
-    becomes "bypass_mode", verl's PPO on the rollout engine's log-probs, which some of its trainers write over ours.
+    Raises TypeError or ValueError if one of them is not a positive number. Raises ValueError if `loss_mode` is or
+    becomes "bypass_mode": that is verl's PPO on the rollout engine's log-probs, which some of its trainers set by
+    themselves.
     """
 
     drpo_delta: float = DRPO.delta
@@ -65,7 +66,7 @@ class DRPOPolicyLossConfig(PolicyLossConfig):
             objective_from(self)
 
 
-# what each `loss_mode` minimises; verl's own PolicyLossConfig has neither hyper-parameter, so each has a default
+# The objective of each `loss_mode`. verl's own PolicyLossConfig lacks the hyper-parameters, so each has a default.
 OBJECTIVES: dict[str, Callable[[Mapping], Objective]] = {
     "drpo": lambda settings: DRPO(settings.get("drpo_delta", DRPO.delta)),
     "spo": lambda settings: SPO(settings.get("spo_epsilon", SPO.epsilon)),
@@ -73,7 +74,7 @@ OBJECTIVES: dict[str, Callable[[Mapping], Objective]] = {
 
 
 def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Callable:
-    """A policy loss for verl's registry from `objective_from(config.policy_loss)`, a token-level objective."""
+    """A policy loss for verl's registry. `objective_from(config.policy_loss)` returns its token-level objective."""
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -86,13 +87,16 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
     ) -> tuple[Tensor, dict[str, float]]:
         """The objective's loss, aggregated by verl's `agg_loss` with the normalisers in `config.global_batch_info`.
 
-        old_log_prob [B, L] is log μ, log_prob [B, L] log π and carries the gradient, advantages [B, L], response_mask
-        [B, L] bool or 0/1, rollout_is_weights [B, L] a factor per token or None. Masked positions may carry anything;
-        a token whose old log-prob is NaN, or -100 and below, is treated as masked. Computed in float32, or float64 for
-        float64 log-probs.
+        old_log_prob        [B, L], log μ
+        log_prob            [B, L], log π, which carries the gradient
+        advantages          [B, L]
+        response_mask       [B, L] bool or 0/1; masked positions may carry anything, and a token whose old log-prob is
+                            NaN, or -100 and below, is treated as masked
+        rollout_is_weights  [B, L], a factor per token, or None
 
-        -> (0-d loss, metrics: verl's "actor/..." where they have a meaning, and those of `drpo_kernels.metrics`, as
-        floats after one read from the device). Raises TypeError without a config.
+        -> (0-d loss in float32, or float64 for float64 log-probs; metrics as floats, read from the device at once: the
+        ones of `drpo_kernels.metrics`, and verl's "actor/..." that have a meaning here). Raises TypeError without a
+        config.
         """
         if config is None:
             raise TypeError("config must be verl's ActorConfig, got None")
@@ -102,7 +106,7 @@ def policy_loss_function(objective_from: Callable[[Mapping], Objective]) -> Call
         unscorable = unmasked & ~valid
         sentinels = unscorable & old_log_prob.isfinite()
         dtype = torch.promote_types(log_prob.dtype, torch.float32)
-        # the gradient of `where` is exactly 0 at what it replaces
+        # The gradient of `where` is exactly 0 at the places that it replaces.
         logprobs, old, adv = (torch.where(valid, x, 0).to(dtype) for x in (log_prob, old_log_prob, advantages))
         losses = token_losses(objective, Tokens(logprobs, old, adv))
         if rollout_is_weights is not None:
@@ -122,7 +126,7 @@ def _metrics(
     unscorable: Tensor,
     sentinels: Tensor,
 ) -> dict[str, float]:
-    with torch.enable_grad():  # verl may evaluate a loss without gradients
+    with torch.enable_grad():  # verl may evaluate a loss under no_grad
         leaf = logprobs.requires_grad_()
         slope = derivative(token_losses(objective, Tokens(leaf, old, advantages)), leaf, objective)
     with torch.no_grad():
@@ -130,9 +134,9 @@ def _metrics(
         metrics = policy_metrics(
             objective, leaf.detach(), entropy, slope, old, advantages, valid, valid, unscorable, sentinels
         )
-        # verl has these already, or they say nothing here: it computes every token
+        # verl logs the entropy itself, and it computes every token, so these two say nothing here.
         del metrics["drpo/entropy_mean"], metrics["drpo/active_share"]
-        # verl's shares are over every valid token, ours over those with A ≠ 0
+        # verl's shares are over all valid tokens, ours over valid tokens with A ≠ 0.
         weighted_share = (valid & (advantages != 0)).sum() / valid.sum().clamp(min=1)
         metrics["actor/pg_clipfrac"] = metrics["drpo/beyond_trust_region"] * weighted_share
         metrics["actor/ppo_kl"] = metrics["drpo/kl_k1"]
@@ -150,14 +154,14 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's `linear_cross_entropy` on `drpo_kernels.linear_token_logprobs`: any device, dtype and hidden size.
 
-    hidden [..., H], weight [V, H], labels [...] integer and aligned with hidden, temperature > 0, reduction of the
-    log-probs "none", "sum" or "mean".
+    hidden [..., H], weight [V, H], labels [...] integer and aligned with hidden, temperature > 0; reduction is "none",
+    "sum" or "mean" and acts on the log-probs.
 
-    -> (log-probs of the labels, [N] or 0-d after a reduction; entropy [N] in nats, never reduced), N the number of
-    labels, both float32 (float64 for float64 inputs) and differentiable. They are log-probs, not their negatives.
+    -> (log-probs of the N labels, [N] or 0-d after a reduction; entropy [N] in nats, never reduced). Both are
+    differentiable and float32, or float64 for float64 inputs. They are log-probs, not their negatives.
 
-    In a group of several ranks, weight is this rank's [V / ranks, H] and labels are ids of the whole vocabulary; the
-    gradient of hidden is this rank's share, as verl's is.
+    In a group of several ranks, weight is this rank's [V / ranks, H] and labels are ids of the whole vocabulary. The
+    gradient of hidden is then only this rank's part of the sum over ranks, as with verl's kernel.
 
     Raises ValueError for another reduction, and what `linear_token_logprobs` raises.
     """
@@ -176,8 +180,8 @@ def linear_cross_entropy(
 def _vocabulary_shard(weight: Tensor, group: "torch.distributed.ProcessGroup | None") -> dict:
     """The keywords of `linear_token_logprobs` for a weight of which each rank of the group holds V / ranks rows.
 
-    As verl's kernel does, it leaves the gradient of hidden a share on each rank: the backward of its callers' gather
-    from Megatron's sequence-parallel region adds them up.
+    The gradient of hidden stays a part of the sum on each rank, as with verl's kernel: the caller has gathered hidden
+    from Megatron's sequence-parallel region, and the backward of that gather adds the parts.
     """
     if group is None or (ranks := torch.distributed.get_world_size(group)) == 1:
         return {}
@@ -185,10 +189,10 @@ def _vocabulary_shard(weight: Tensor, group: "torch.distributed.ProcessGroup | N
 
 
 def use_fused_head() -> None:
-    """Put `linear_cross_entropy` in place of verl's in every verl module of this process, loaded or still to come.
+    """Put `linear_cross_entropy` in place of verl's in every verl module of this process, loaded now or later.
 
-    verl calls it where `model.use_fused_kernels` is on and `model.fused_kernel_options.impl_backend` is "triton".
-    Calling this again changes nothing; `use_verl_head` undoes it.
+    verl calls it if `model.use_fused_kernels` is on and `model.fused_kernel_options.impl_backend` is "triton". Calling
+    this again changes nothing; `use_verl_head` undoes it.
     """
     _replace(VERL_HEAD, linear_cross_entropy)
 
@@ -199,7 +203,7 @@ def use_verl_head() -> None:
 
 
 def _replace(head: Callable, replacement: Callable) -> None:
-    # Megatron's modules copy the name when they are loaded, the others look it up in verl_kernel at each call
+    # Megatron's modules copy the name when they are loaded; other modules look it up in verl_kernel at each call.
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is head:
             module.linear_cross_entropy = replacement

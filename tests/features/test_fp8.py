@@ -7,8 +7,9 @@ import torch
 
 import drpo_kernels as dk
 import problems
+from benchmarks.harness.quantization import dequantized, per_block, per_tensor
 from drpo_kernels.backends import fp8_head
-from drpo_kernels.backends.quantize import dequantized, per_block, per_row, per_tensor
+from drpo_kernels.backends.quantize import per_row
 from problems import SMALL_WORKSPACE, SPECS, full_problem, oracle, random_problem, relative, replace
 
 FP8 = {"fp8_e4m3": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
@@ -247,7 +248,7 @@ def test_on_a_gpu_as_on_a_cpu(name, device):
     assert (runs[0][0].cpu() - runs[1][0]).square().mean().sqrt().item() <= 1e-2
 
 
-# --- quantize.py ----------------------------------------------------------------------------------------------------
+# --- quantisation ----------------------------------------------------------------------------------------------------
 
 
 @every_name
