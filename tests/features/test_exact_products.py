@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import os
-import random
 import select
 import signal
 import sys
@@ -21,36 +20,13 @@ import torch
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul
 from drpo_kernels.backends.matmul import CUDA_SETTINGS, NARROW_SUMS, PER_BACKEND, exactly, product, settings_of
+from interrupted_calls import EVERY, LEVELS, allow_everything, call, guard_every_product, settings
 from launcher import launch
 from problems import relative
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-EVERY = tuple({setting: None for settings in CUDA_SETTINGS.values() for setting in settings})
-LEVELS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul")]
 CPU = torch.device("cpu")
 needs_levels = pytest.mark.skipif(not PER_BACKEND, reason="needs torch >= 2.9")
-
-
-def settings():
-    """Everything that a product may depend on, and what a thread has of its own."""
-    found = [getattr(torch.backends.cuda.matmul, name) for name in NARROW_SUMS]
-    found += [getattr(torch._C, f"_get_cublas_{name}")() for name in NARROW_SUMS]
-    found += [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
-    found += [torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutocastCPU)]
-    if PER_BACKEND:
-        return [*found, *(torch._C._get_fp32_precision_getter(*level) for level in LEVELS)]
-    return [*found, torch.get_float32_matmul_precision()]
-
-
-def allow_everything():
-    torch.set_float32_matmul_precision("medium")
-    for name in NARROW_SUMS:
-        setattr(torch.backends.cuda.matmul, name, True)
-
-
-def guard_every_product(patch):
-    patch.setattr(matmul, "settings_of", lambda *_: EVERY)
-    patch.setattr(matmul, "cpu_rounds_float32", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -70,21 +46,6 @@ def way(request, monkeypatch):
     if request.param:
         guard_every_product(monkeypatch)
     return request.param
-
-
-def call(objective=None, rows=24):
-    """Loss and log-probs, with products large enough for oneDNN to round them."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(rows, 16, generator=generator), torch.randn(37, 16, generator=generator)
-    targets, old = torch.randint(37, (rows,), generator=generator), -3 * torch.rand(rows, generator=generator)
-    hidden.requires_grad_()
-    options = {"backend": "torch", "workspace_bytes": 37 * 4 * 12}
-    out = dk.linear_policy_loss(
-        hidden, weight.requires_grad_(), targets, old, torch.ones(rows), objective=objective or dk.DRPO(), **options
-    )
-    out.loss.backward()
-    dk.linear_token_logprobs(hidden, weight, targets, **options)
-    return out.loss.item()
 
 
 class Paused(dk.Objective):
@@ -243,38 +204,10 @@ def test_after_an_error_in_a_product():
     assert not thread.is_alive()
 
 
-def interrupted(delay):
-    """Whether a signal has struck a call, that many seconds after it began."""
-    try:
-        signal.setitimer(signal.ITIMER_REAL, delay)
-        call()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def interrupts(seconds):
-    """-> (how many calls a signal has struck, after which of them a setting was another)."""
-    generator, before, count, changed = random.Random(0), settings(), 0, []
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as SIGINT's
-    for _ in range(2):  # the first one loads what there is to load
-        start = time.monotonic()
-        call()
-    usual = time.monotonic() - start
-    while time.monotonic() < start + seconds:
-        count += interrupted(generator.uniform(1e-6, usual))
-        if settings() != before:
-            changed.append(count)
-            torch.set_grad_enabled(True)
-            allow_everything()
-    return count, changed
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
 @pytest.mark.parametrize("guarded", [False, True], ids=["cpu", "guarded"])
 def test_ctrl_c_at_any_moment(guarded):
-    status, output = launch("test_exact_products", "guarded" if guarded else "cpu")
+    status, output = launch("interrupted_calls", "guarded" if guarded else "cpu")
     assert status == 0, output
     count, changed = eval(output.splitlines()[-1])
     assert count >= 100 and not changed, f"{len(changed)} of {count}"
@@ -383,11 +316,3 @@ def test_fork_while_a_setting_is_changed():
         stop.set()
         thread.join()
     assert settings() == before
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    allow_everything()
-    if sys.argv[1] == "guarded":
-        guard_every_product(pytest.MonkeyPatch())
-    print(interrupts(seconds=4))

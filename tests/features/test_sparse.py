@@ -339,5 +339,3 @@ def test_triton_on_edges(device):
     assert got.entries[1] == got.entries[3] == 0
     assert got.hidden[1].isnan().all() and got.hidden[fine].isfinite().all()
     assert problems.row_relative(got.hidden[fine], want.hidden[fine]) <= 1e-4
-
-

@@ -97,6 +97,20 @@ def test_clip_share(compact, backend, device):
 
 
 @every_backend
+def test_metrics_of_misplaced_tokens(backend, device):
+    """Two of six tokens are more than 5 nats below their old log-prob. Of the four whose old log-prob is 0, as a
+    placeholder is, three are below -0.05.
+    """
+    logprobs = torch.tensor([[-5.51, -5.49, -6.0, -1.0, -0.06, -0.04]])
+    logits = torch.stack([(-logprobs.exp()).log1p(), logprobs], -1)
+    old = torch.tensor([[-0.5, -0.5, 0.0, 0.0, 0.0, 0.0]])
+    problem = Problem(torch.ones(1, 6, dtype=torch.long), old, torch.ones(1, 6), logits=logits)
+    out = problems.call(problem, dk.DRPO(), backend, device)
+    close(out.metrics, {"far_below_share": 2 / 6, "zero_old_share": 3 / 6})
+    close(out.metrics, {"logprob_mean": logprobs.mean().item(), "old_logprob_max": 0.0})
+
+
+@every_backend
 def test_metrics_of_a_single_token(backend, device):
     """Every mean over one token is that token's value: r = 3/2, pi - mu = 1/4, and a weight of 1 - 1.25."""
     problem = problems.replace(four_rows(), mask=torch.tensor([[1, 0, 0, 0, 0]]))
