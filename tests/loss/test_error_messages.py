@@ -15,7 +15,7 @@ from small_call import LOGITS, ROWS, A, B, H, L, V, arguments, changed, expect
 
 
 def test_the_labels_of_others_are_named():
-    """-100 is for them what a mask is here; and tensors without values have none to look at."""
+    """In other libraries -100 does what a mask does here. Tensors without values have no value to look at."""
     given = arguments() | {"targets": changed(A["targets"], -100)}
     with pytest.raises(ValueError, match=r"targets must be .*mask=targets != -100"):
         dk.linear_policy_loss(**given)
@@ -52,7 +52,7 @@ KEYWORDS = [
 
 @pytest.mark.parametrize("function, keyword, said", KEYWORDS)
 def test_unknown_keywords(function, keyword, said):
-    """Also where arguments are missing because they were given by another name."""
+    """The keyword is named also where arguments are missing because they were given by another name."""
     message = f"{function}() got an unexpected keyword argument {keyword!r}: {said}"
     with pytest.raises(TypeError, match=re.escape(message)):
         getattr(dk, function)(**{keyword: 0.2})
@@ -121,7 +121,7 @@ def test_constants_of_log_probs_and_inside_a_graph():
 
 
 def test_unavailable_backend_is_an_error_not_a_fallback():
-    """Triton asked for on CPU tensors, in a process where its interpreter is off."""
+    """Triton is asked for on CPU tensors, in a process where its interpreter is off."""
     code = (
         "import torch, drpo_kernels as dk\n"
         "try:\n"

@@ -198,7 +198,7 @@ WHOLE = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torc
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bool, *WHOLE], ids=str)
 def test_whole_numbers_of_any_dtype_are_taken(dtype, backend):
-    """Tokens of memory-mapped data sets, rewards of 0 and 1, weights and masks."""
+    """They come from memory-mapped data sets, from rewards of 0 and 1, and as weights and masks."""
     flags = (A["advantages"] > 0).to(dtype)
     given = {**arguments(), "backend": backend}
     names = ("advantages", "mask", "token_weights")
@@ -267,7 +267,7 @@ def test_unknown_backend(backend, function):
 
 
 def test_good_arguments_pass():
-    """The base of the table is itself fine, and so are values at the edge of what is allowed."""
+    """The arguments that the tables change are right themselves, and so are values at the edge of what is allowed."""
     for change in (
         {},
         {"old_logprobs": changed(A["old_logprobs"], 1e-6)},

@@ -13,7 +13,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def problem():
-    """24 tokens without a mask."""
+    """Return 24 tokens without a mask."""
     return replace(random_problem(3, (4, 6), 8, 19), mask=None)
 
 
@@ -36,7 +36,7 @@ def overridden(parent):
 
 
 def wrapped(parent):
-    """`wraps` copies everything that a function carries."""
+    """`functools.wraps` copies everything that a function carries."""
     token_loss = functools.wraps(parent.token_loss)(lambda self, tokens: 3 * surrogate(tokens))
     return type("Wrapped", (parent,), {"token_loss": token_loss})
 
@@ -51,7 +51,7 @@ def put_in_place(parent):
 @pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO, dk.DPPO])
 @pytest.mark.parametrize("make", [mixed_in, overridden, wrapped, put_in_place])
 def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(make, parent, backend, device):
-    """Not the Triton twin of its parent's, wherever the formula comes from."""
+    """The subclass does not run the Triton twin of its parent, wherever its own formula comes from."""
     given = problem()
     objectives = Tripled(), make(parent)()
     loss, own = (problem_call(given, objective, backend, device).loss.item() for objective in objectives)
@@ -69,7 +69,9 @@ def test_a_subclass_with_the_formula_of_its_parent_keeps_the_twin(parent):
 
 @every_backend
 def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device):
-    """A parent's promise that they do not is one about the parent's formula; a wrong one of its own is an error."""
+    """The parent's promise that they do not count is about the parent's formula. A wrong promise of the subclass is an
+    error.
+    """
 
     @dataclass(frozen=True)
     class Pulled(dk.DRPO):
@@ -94,7 +96,7 @@ def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device)
 
 @dataclass(frozen=True)
 class Twinned(dk.Objective):
-    """What Triton would run of it is another function, which nobody tries."""
+    """Triton would run another function for this objective, which nobody tries."""
 
     zero_if_no_advantage = True
     twin = dk.DRPO().twin

@@ -22,7 +22,7 @@ def surrogate(tokens):
 
 @dataclass(frozen=True)
 class Written(dk.Objective):
-    """A loss as a user may have written it."""
+    """This is a loss as a user may have written it."""
 
     how: str
     strength: float = 1.0
@@ -111,7 +111,7 @@ def test_a_wrong_loss_is_refused(how, form, backend, device):
 @every_backend
 @pytest.mark.parametrize("how", ["right", "bfloat16", "random", "of labels", "of few advantages"])
 def test_a_right_loss_is_not(how, backend, device):
-    """What draws random numbers cannot be told from what mixes tokens, and passes."""
+    """A loss that draws random numbers looks like one that mixes tokens, and passes."""
     assert problem_call(problem("linear"), Written(how), backend, device).loss.isfinite()
 
 
@@ -126,7 +126,7 @@ def test_trying_an_objective_draws_none_of_the_run_s_random_numbers(device):
 
 @every_backend
 def test_a_sequence_objective_may_mix(backend, device):
-    """Not what its shape is, though."""
+    """A loss of a sequence objective may mix tokens, but must have their shape."""
 
     @dataclass(frozen=True)
     class Sequence(Written):
@@ -159,7 +159,7 @@ def test_inside_a_graph(objective, fullgraph, device):
 
 
 def test_settings_are_tried_once(device):
-    """Another number may be another formula, but not for ever: of an annealed one the first values are tried."""
+    """Another number may be another formula. Of an annealed number only the first values are tried."""
     calls = []
 
     @dataclass(frozen=True)
@@ -185,7 +185,9 @@ def test_settings_are_tried_once(device):
 
 @every_backend
 def test_other_settings_are_tried_again(backend, device):
-    """Numbers, functions, tensors and what is nested, in dataclasses and not, with slots and without."""
+    """Settings are numbers, functions, tensors and what nests them, in dataclasses and other classes, with slots and
+    without.
+    """
 
     @dataclass(frozen=True)
     class Annealed(dk.Objective):
@@ -252,7 +254,7 @@ class Learned(dk.Objective):
 
 @every_backend
 def test_nothing_else_is_differentiated_silently(backend, device):
-    """A learned coefficient: an error where it would get no gradient, and a gradient elsewhere."""
+    """A learned coefficient is an error where it would get no gradient, and gets one elsewhere."""
     given, strength = problem("linear"), torch.full((), 0.3, device=device, requires_grad=True)
     leaves = {name: x.to(device).requires_grad_() for name, x in given.leaves().items()}
     if backend == "reference":
@@ -287,7 +289,7 @@ def test_a_bad_row_is_not_blamed_on_the_objective(backend, device):
 @every_backend
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
 def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
-    """The metrics, and a KL term weighted by the ratio, do not see it."""
+    """The metrics, and a KL term weighted by the ratio, do not see what it wrote."""
 
     @dataclass(frozen=True)
     class Clamping(dk.Objective):
@@ -311,7 +313,7 @@ def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
 
 
 class Truncated(dk.Objective):
-    """Importance weights as many write them: the ratio is read once without a gradient, and once with one."""
+    """Many write importance weights so: the ratio is read once without a gradient, and once with one."""
 
     def token_loss(self, tokens):
         with torch.no_grad():
