@@ -31,7 +31,7 @@ needs_levels = pytest.mark.skipif(not PER_BACKEND, reason="needs torch >= 2.9")
 
 @pytest.fixture(autouse=True)
 def everything_allowed():
-    """And afterwards what was before."""
+    """Allow every reduced precision, and afterwards restore what was set before."""
     sums = [getattr(torch.backends.cuda.matmul, name) for name in NARROW_SUMS]
     precision = torch.get_float32_matmul_precision()
     allow_everything()
@@ -49,7 +49,7 @@ def way(request, monkeypatch):
 
 
 class Paused(dk.Objective):
-    """In the middle of a call: says so, and waits."""
+    """This objective stops in the middle of a call, says so, and waits."""
 
     def __init__(self):
         self.inside, self.go = threading.Event(), threading.Event()
@@ -62,7 +62,7 @@ class Paused(dk.Objective):
 
 @contextlib.contextmanager
 def thread_inside(objective):
-    """A thread is inside a call."""
+    """Keep a thread inside a call."""
     thread = threading.Thread(target=call, args=(objective,))
     thread.start()
     try:
@@ -81,7 +81,7 @@ def thread_inside(objective):
 @pytest.mark.parametrize("shape", [(70, 130, 90), (1, 300, 200), (64, 48, 96), (33, 0, 5), (0, 4, 4)], ids=str)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_float32_products_of_a_cpu(precision, shape, accumulate, monkeypatch):
-    """To the rounding of float32: bf16 would be off by 2e-3, TF32 by 3e-4."""
+    """Products are exact to the rounding of float32. bf16 would be off by 2e-3, and TF32 by 3e-4."""
     monkeypatch.setattr(matmul, "DOUBLE_TILE", 48)
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: True, raising=False)
     torch.set_float32_matmul_precision(precision)
@@ -99,7 +99,7 @@ def test_float32_products_of_a_cpu(precision, shape, accumulate, monkeypatch):
 @pytest.mark.parametrize("where", ["matmul", "parent", "generic"])
 @pytest.mark.parametrize("sparse_grad", [0.0, 0.01])
 def test_calls_on_a_cpu_where_bf16_is_allowed(where, sparse_grad, device):
-    """By oneDNN's own setting or an inherited one: loss and gradients to float32's precision."""
+    """Loss and gradients have float32's precision, whether oneDNN's own setting or an inherited one allows bf16."""
     torch.set_float32_matmul_precision("highest")
     for level in LEVELS:
         torch._C._set_fp32_precision_setter(*level, "none")
@@ -128,7 +128,9 @@ def test_calls_on_a_cpu_where_bf16_is_allowed(where, sparse_grad, device):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("operand, result", [*CUDA_SETTINGS, (BF16, FP32)], ids=str)
 def test_products_of_a_gpu(operand, result, accumulate, device):
-    """To the rounding of the result: TF32 would be off by 3e-4, sums in float16 by more than 1e-3."""
+    """Products are exact to the rounding of the result. TF32 would be off by 3e-4, and sums in float16 by more than
+    1e-3.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 4096, generator=generator).to(device, operand) for _ in range(2))
     out, before = torch.ones(256, 256, dtype=result, device=device), settings()
@@ -159,7 +161,7 @@ def test_settings_are_exact_inside():
 
 @needs_levels
 def test_every_level_gets_its_own_precision_back():
-    """A level that has none of its own inherits, before and after, whatever its parents are then changed to."""
+    """A level without a precision of its own inherits before and after, whatever its parents are then changed to."""
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     levels = LEVELS[:3]
     try:
@@ -263,7 +265,7 @@ def test_threads_take_turns():
 
 
 def in_a_child(function):
-    """What it returns, as text, in a forked child; fails after 30 s."""
+    """Return what the function returns in a forked child, as text. Fail after 30 s."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -296,7 +298,7 @@ def test_fork_while_a_thread_is_inside_a_call(way):
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_fork_while_a_setting_is_changed():
-    """It waits for the product."""
+    """The fork waits for the product."""
     before, stop = settings(), threading.Event()
 
     def work():

@@ -22,7 +22,9 @@ FROZEN = Wanted(True, False, False)
 @pytest.mark.interpreted  # tiles of four columns, which no tensor core takes
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
-    """bf16 dlogits beside float32 logits, and over bf16 ones: as in one window, bit for bit with `batch_invariant`."""
+    """bf16 dlogits lie beside float32 logits or over bf16 ones. With `batch_invariant` the result is that of one
+    window, bit for bit.
+    """
     pytest.importorskip("triton")
     from drpo_kernels.backends import sweep
 
@@ -49,7 +51,7 @@ def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
 
 
 def small_chunks(monkeypatch):
-    """Of two rows, where a window is larger."""
+    """Let a chunk have two rows where a window is larger."""
     monkeypatch.setattr(planning, "CHUNK_ROWS", 2)
     monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
 
@@ -63,7 +65,7 @@ def small_tile(*_, accumulates):
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("given, compute, copied", [(FP32, FP32, 0), (BF16, BF16, 4), (FP32, BF16, 6), (BF16, FP16, 6)])
 def test_every_copy_of_the_hidden_rows_is_counted(given, compute, copied, every_row):
-    """On a CPU, per element: rounded to autocast's dtype, upcast for the product, zeroed where a row is SKIPPED."""
+    """On a CPU, elements are rounded to autocast's dtype, upcast for the product, and zeroed where a row is SKIPPED."""
     rows = torch.full((len(Row), 4), float(RowKind.ACTIVE))
     head = Head(torch.zeros(7, 3), None, 7, Transform())
     execution = Execution("torch", compute, every_row=every_row)
@@ -72,7 +74,7 @@ def test_every_copy_of_the_hidden_rows_is_counted(given, compute, copied, every_
 
 
 def test_temporaries_of_narrow_logits_stay_small(monkeypatch):
-    """Float32 products rounded into bf16 logits, by blocks of the vocabulary, however many rows there are."""
+    """Float32 products are rounded into bf16 logits by blocks of the vocabulary, however many rows there are."""
     sizes = []
 
     def product(a, b, out, accumulate=False):
@@ -90,7 +92,7 @@ def test_temporaries_of_narrow_logits_stay_small(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_nothing_is_written_behind_a_single_row(dtype, device):
-    """Whose stride, unlike that of several rows, promises no room there."""
+    """The stride of a single row, unlike that of several rows, promises no room behind it."""
     pytest.importorskip("triton")
     from drpo_kernels.backends.triton.invariant import InvariantMatmul
 
@@ -106,7 +108,7 @@ def test_nothing_is_written_behind_a_single_row(dtype, device):
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 @pytest.mark.parametrize("retained, workspace", [(True, None), (True, 800), (False, None), (False, 37 * 4 * 4)])
 def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypatch, tensor_cores):
-    """Windows of several chunks, dlogits beside or in place of logits, retained or not, dX in pieces: one oracle."""
+    """There are windows of several chunks, dlogits beside or in place of logits, retained or not, and dX in pieces."""
     monkeypatch.setattr(planning, "retain_dlogits", lambda *_: retained)
     small_chunks(monkeypatch)
     monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)
@@ -123,8 +125,9 @@ def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypat
 
 @pytest.mark.parametrize("compact", ["active", "none"])
 def test_factors_the_way_of_a_gpu(compact, device, monkeypatch, tensor_cores):
-    """dX, dW and db are those of factors times exponentials, whose rounding alone is in them; the caller's hidden
-    states, which the factors scale for dW, stay what they were."""
+    """dX, dW and db are those of factors times exponentials, up to their rounding. The caller's hidden states, which
+    the factors scale for dW, stay what they were.
+    """
     kept, policy = [], TorchRows.policy
 
     def keep(self, batch, terms, out, factors=None):

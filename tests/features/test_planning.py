@@ -45,7 +45,7 @@ def assert_covers(chunks, rows):
     wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(), sparse=st.booleans(),
 )  # fmt: skip
 def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad, sparse):
-    """Every row once; the workspace, and beyond it the least of what dW may take."""
+    """Every row is there once. The plan takes the workspace, and beyond it the least that dW may take."""
     main_grad = main_grad and wanted.weight
     made = plan(
         PRESETS[device], Sizes(active, forward, hidden, vocab), storage, wanted,
@@ -72,8 +72,8 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
 @pytest.mark.parametrize("device", ["cpu", "h100", "mi300x"])
 @pytest.mark.parametrize("storage", STORED)
 def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
-    """As many rows as without at a time, with dW as a sum, for no window of dense rows is known to be the only one.
-    On a GPU they are moved together beside the logits, whose programs run in no order.
+    """As many rows are computed at a time as without `sparse_grad`. dW is a sum, for no window of dense rows is known
+    to be the only one. On a GPU dense rows are moved together beside the logits, whose programs run in no order.
     """
     sizes = Sizes(4096, 0, 4096, 151_936)
     made, without = (plan(PRESETS[device], sizes, storage, ALL, sparse=sparse) for sparse in (True, False))
@@ -86,7 +86,9 @@ def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
     "vocab, on_cpu, on_a_gpu", [(1, 16, 16), (1087, 16, 16), (1088, 17, 16), (32_000, 500, 125), (151_936, 1024, 593)]
 )
 def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
-    """By what an entry costs beside a column; 16 at least, for small vocabularies to have sparse rows; 1024 at most."""
+    """The limit follows from what an entry costs beside a column. It is at least 16, so that small vocabularies have
+    sparse rows, and at most 1024.
+    """
     assert planning.entry_limit(vocab, "cpu") == on_cpu
     assert planning.entry_limit(vocab, "cuda") == planning.entry_limit(vocab, "mps") == on_a_gpu
 
@@ -94,7 +96,9 @@ def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize("tokens", [2048, 8192, 65_536])
 def test_the_plan_of_qwen3_8b(tokens, device):
-    """1 GiB by default, whatever T; dlogits are kept where a float32 dW would take as much, and then no sum is."""
+    """The default is 1 GiB, whatever T. dlogits are kept where a float32 dW would take as much, and then no sum is
+    kept.
+    """
     sizes, wide = Sizes(tokens, 0, 4096, 151_936), 4 * 151_936 * 4096
     made = plan(PRESETS[device], sizes, ON_A_GPU, ALL)
     assert made.retained is (tokens <= 8192)
@@ -143,8 +147,9 @@ UNCOUNTED = replace(PRESETS["h200"], multiprocessors=0)
 @pytest.mark.parametrize("kind", BYTES)
 @pytest.mark.parametrize("shape, index", [(shape, index) for index, shape in enumerate(SHAPES)])
 def test_bytes(kind, shape, index):
-    """Never above those of the fewest windows, and the same where nothing is gained: of a head that is not bf16 or has
-    no gradient of its own, or without a number of processors. With one, of all rows wherever the rule says so.
+    """A plan never takes more than the one with the fewest windows. It takes the same where nothing is gained: for a
+    head that is not bf16 or has no gradient of its own, or without a number of processors. All rows are in one window
+    wherever the rule says so.
     """
     tokens, hidden, vocab, mib = shape
     options = {"storage": ON_A_GPU, "wanted": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
@@ -198,7 +203,7 @@ def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
     ],
 )  # fmt: skip
 def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share):
-    """Of 16,384 rows: a tile for every 128 rows and 256 numbers."""
+    """Of 16,384 rows there is a tile for every 128 rows and 256 numbers."""
     assert planning.whole_waves(16_384, fitting, hidden, processors) == best
     full = best // 128 * (hidden // 256)
     assert full / (-(-full // processors) * processors) == pytest.approx(share, abs=0.005)
@@ -209,7 +214,7 @@ def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share
     processors=st.sampled_from([1, 108, 132, 148]),
 )  # fmt: skip
 def test_windows_in_whole_waves(rows, fitting, hidden, processors):
-    """The least time of a loop over windows, tile by tile; and none larger than what fits."""
+    """The choice has the least time of a loop over windows, tile by tile, and is not larger than what fits."""
 
     def time(size):
         total = 0.0
@@ -233,7 +238,7 @@ def test_windows_in_whole_waves(rows, fitting, hidden, processors):
 def test_neither_choice_takes_memory(
     active, forward, hidden, vocab, storage, device, workspace, wanted, main_grad, multiple
 ):
-    """One window and whole waves, beside the plan without either."""
+    """One window and whole waves take no more than the plan without either."""
     sizes, main_grad = Sizes(active, forward, hidden, vocab), main_grad and wanted.weight
     options = {"workspace": workspace, "row_multiple": multiple, "main_grad": main_grad}
     made = plan(PRESETS[device], sizes, storage, wanted, **options)
@@ -272,7 +277,7 @@ def test_dlogits_of_another_dtype_are_never_written_over_logits():
 
 
 def test_what_a_cpu_takes_is_what_it_took():
-    """64 MiB of float32 logits, more only to hold 256 rows, and dlogits in their place."""
+    """A CPU takes 64 MiB of float32 logits, more only to hold 256 rows, and puts dlogits in their place."""
     cpu = device_properties(torch.device("cpu"))
     small = plan(cpu, Sizes(2048, 0, 512, 32_768), STORED[4], ALL)
     assert (small.windows.chunk_rows, small.buffer_bytes) == (512, 64 * MIB)
@@ -314,7 +319,9 @@ def test_command(arguments, said, capsys):
     ],
 )
 def test_a_cpu_takes_what_is_planned(case, sizes, dtype):
-    """Gradients added; what the allocator keeps differs by a tenth from run to run, and is given as much again."""
+    """The gradients are added to the plan. What the allocator keeps differs by a tenth from run to run, and is allowed
+    twice that.
+    """
     status, output = launch("memory_probe", case)
     assert status == 0, output
     tokens, hidden, vocab = sizes

@@ -14,7 +14,7 @@ from drpo_kernels import linear_policy_loss
 @pytest.mark.parametrize("options", [{}, {"workspace_bytes": sparse.ROW * 5}], ids=str)
 @pytest.mark.parametrize("dtype", sparse.STORED, ids=str)
 def test_dtypes(dtype, options, device):
-    """Sixteenths are exact in all of them. Float16 gradients are of a loss times 2^10, lest the small ones are 0."""
+    """Sixteenths are exact in all dtypes. The float16 loss is multiplied by 2^10, so that no gradient becomes 0."""
     case = sparse.in_dtype(sparse.case_of(10, (4, 10), bias=True, tau=0.01, **options), dtype)
     got = sparse.found(case, device=device, upstream=2.0**10)
     assert 0 < (got.entries > 0).sum() < 40
@@ -71,7 +71,7 @@ def test_strides(layout, name, dtype, device):
 
 
 def test_one_hidden_state_for_all_rows(device):
-    """Expanded, with a stride of 0."""
+    """It is expanded, with a stride of 0."""
     case = sparse.case_of(13, (12,), vocab=70)
     x = case.problem.hidden[:1].to(device).requires_grad_()
     rest = [t.to(device) for t in (case.problem.weight, case.problem.targets, case.problem.old_logprobs,
@@ -99,7 +99,7 @@ def test_frozen_inputs_change_nothing_else(compact, wanted, device):
 
 
 def test_a_tied_head(device):
-    """The embedding's gradient is dW, and dX added at the tokens."""
+    """The gradient of the embedding is dW, with dX added at the tokens."""
     case = sparse.case_of(15, (40,))
     tokens = torch.randint(130, (40,), generator=problems.generator(1))
     weight = case.problem.weight
@@ -119,7 +119,7 @@ def test_a_tied_head(device):
 @pytest.mark.parametrize("dtype", [sparse.FP32, sparse.BF16])
 @pytest.mark.parametrize("workspace", [None, sparse.ROW * 5])
 def test_main_grad(workspace, dtype, device):
-    """dW of the loss times loss_scale, added in float32 to what is there; the other gradients are as without it."""
+    """dW of the loss times loss_scale is added in float32 to what is there. The other gradients are as without it."""
     case = sparse.in_dtype(sparse.case_of(16, (30,), bias=True, workspace_bytes=workspace), dtype)
     buffer = torch.ones(130, 16, device=device)
     _, grads = sparse.gradients(case, device=device, upstream=4.0, main_grad=buffer, loss_scale=4.0)

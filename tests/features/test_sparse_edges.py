@@ -31,7 +31,7 @@ def test_one_row(vocab, seed, device):
 
 
 def test_one_token(device):
-    """V = 1: p_y is 1, and nothing is left to learn."""
+    """With V = 1, p_y is 1 and nothing is left to learn."""
     case = sparse.case_of(0, (5,), vocab=1, bias=True)
     for grad in sparse.gradients(case, device=device)[1].values():
         assert not grad.any()
@@ -52,7 +52,7 @@ def test_nothing_to_do(what, compact, device):
 @pytest.mark.parametrize("workspace", [None, sparse.ROW * 4])
 @pytest.mark.parametrize("compact", sparse.COMPACT)
 def test_masked_rows_contribute_nothing(compact, workspace, device):
-    """Bitwise, whatever they carry."""
+    """Whatever they carry, the result is bitwise the same."""
     case = sparse.case_of(5, (4, 8), bias=True, compact=compact, workspace_bytes=workspace)
     mask = (torch.arange(32) % 3 > 0).view(4, 8)
     p = case.problem
@@ -75,7 +75,7 @@ class InfiniteAtCertainty(dk.Objective):
 
 @pytest.mark.parametrize("compact", sparse.COMPACT)
 def test_masked_rows_do_not_reach_a_user_objective(compact, device):
-    """A skipped row reports logprob 0, where this one's slope is not finite."""
+    """A skipped row reports the log-prob 0, where this objective's slope is not finite."""
     case = sparse.case_of(35, (30,), bias=True, compact=compact)
     mask = torch.arange(30) % 3 > 0
     results = []
@@ -92,7 +92,7 @@ def test_masked_rows_do_not_reach_a_user_objective(compact, device):
 @pytest.mark.parametrize("compact", ["active", "none"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_dense_and_alone(value, compact, device):
-    """As without `sparse_grad`: its own dX and all of dW are NaN, the other rows' dX are what they were."""
+    """As without `sparse_grad`, its own dX and all of dW are NaN, and the other rows' dX are what they were."""
     case = sparse.case_of(6, (30,), compact=compact, workspace_bytes=sparse.ROW * 7)
     bad = case.problem.hidden.clone()
     bad[4, 3] = value
@@ -111,7 +111,7 @@ def test_a_row_that_is_not_finite_is_dense_and_alone(value, compact, device):
 
 
 def test_banned_tokens(device):
-    """-inf by the bias: never an entry of their own, whatever else the row has."""
+    """The bias makes them -inf. They are never an entry of their own, whatever else the row has."""
     case = sparse.case_of(7, (40,), vocab=130, bias=True)
     banned = torch.arange(130) % 3 == 1
     p = case.problem
@@ -134,7 +134,7 @@ def test_banned_tokens(device):
 @pytest.mark.parametrize("vocab", [3, 17, 40, 41])
 @pytest.mark.parametrize("gap", [30.0, 60.0, 85.0, 88.0, 92.0, 95.0, 103.0, 120.0])
 def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
-    """1 - p_y near e^-gap, until it is no normal float32, where 1e-35 is as good as 0, or is 0."""
+    """1 - p_y is near e^-gap. When it is no normal float32, 1e-35 is as good as 0; in the end it is 0."""
     if backend == "triton":
         pytest.importorskip("triton")
     logits = torch.linspace(-gap - 3, -gap, vocab)
@@ -151,7 +151,7 @@ def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("target", [-1, 130, 2**40])
 def test_a_target_outside_the_vocabulary(target, backend, device):
-    """Unchecked it is a row of NaN, dense, that reads and writes nowhere else."""
+    """Unchecked, its row is dense and NaN, and nothing is read or written elsewhere."""
     if backend == "triton":
         pytest.importorskip("triton")
     case = sparse.case_of(33, (8,), objective="pg")
@@ -166,7 +166,7 @@ def test_a_target_outside_the_vocabulary(target, backend, device):
 
 
 def test_one_target_in_every_chunk(device):
-    """Sums of dW over rows of different chunks, a row each."""
+    """dW sums rows of different chunks, one row from each."""
     case = sparse.case_of(9, (30,), bias=True, workspace_bytes=1)
     case = sparse.visible(case.with_tensors(targets=torch.full((30,), 11)))
     got = sparse.found(case, device=device)

@@ -14,7 +14,7 @@ ENVIRONMENTS = (Path(sys.prefix) / "verl", ROOT / ".venv" / "verl")
 
 @pytest.fixture(scope="module")
 def verl():
-    """verl's modules and ours, once verl can be imported; otherwise the reason why not."""
+    """Return verl's modules and ours, or skip with the reason why verl cannot be imported."""
     environment = next((path for path in ENVIRONMENTS if (path / "verl" / "__init__.py").exists()), None)
     if environment is None and importlib.util.find_spec("verl") is None:
         pytest.skip("verl is not installed; `make verl-env` installs it beside the virtual environment")

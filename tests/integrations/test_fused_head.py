@@ -65,7 +65,7 @@ def test_families(name, tied, attention):
 
 
 def assert_as_its_router(model, batch):
-    """The load-balancing loss is the model's own, with its gradient into the routers."""
+    """The load-balancing loss is the model's own, and its gradient reaches the routers."""
     outputs = model(**batch.inputs)
     loss, logprobs, _ = eager(outputs.logits, batch)
     want = gradients(model, loss + 0.1 * outputs.aux_loss)
@@ -123,7 +123,7 @@ def test_logits_to_keep():
 
 
 def hidden_of(model, inputs):
-    """What the model's head is given without a fused head."""
+    """Return what the model's head is given without a fused head."""
     hidden = []
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0])):
         model(**inputs)
@@ -132,7 +132,9 @@ def hidden_of(model, inputs):
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision(mode):
-    """fp32 logits from bf16 products, where the model rounds them: compared with float64 on its hidden states."""
+    """Logits are fp32 from bf16 products, where the model rounds them. They are compared with float64 on its hidden
+    states.
+    """
     model, batch = add_fused_head(make("Granite")), make_batch()
     model = model.to(torch.bfloat16) if mode == "bf16" else model
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
@@ -194,7 +196,7 @@ def test_generate():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any operation returned."""
+    """Find the most elements that any operation returned."""
 
     def __init__(self):
         super().__init__()
@@ -322,7 +324,7 @@ def test_saving(tmp_path):
 
 
 def test_changes_after_adding():
-    """The head and the configuration are those of the call."""
+    """The head and the configuration are those at the time of the call."""
     model, batch = add_fused_head(make("Gemma3")), make_batch()
     assert_as_its_logits(model, batch)
     model.config.final_logit_softcapping = None

@@ -38,7 +38,9 @@ def test_adapters_on_the_backbone(order):
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_an_adapter_saves(order, tied):
-    """The active adapter's copy of the head computes and is trained, and the original where adapters are disabled."""
+    """The active adapter's copy of the head computes and is trained. Where adapters are disabled, the original
+    computes.
+    """
     peft = pytest.importorskip("peft")
     model, batch = make("Qwen3", tied=tied), make_batch()
     original = model.lm_head.weight.detach().clone()

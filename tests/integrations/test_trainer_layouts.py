@@ -35,7 +35,7 @@ def test_loss_and_gradients(name):
 
 @every_fused_way
 def test_bf16(name):
-    """The dtype they train in: hidden states and head in bf16, log-probs in float32."""
+    """The trainers train in this dtype: hidden states and head are bf16, and log-probs are float32."""
     way = WAYS[name]
     rollout = way.rollout(torch.bfloat16)
     loss = way.run(rollout)
@@ -45,7 +45,7 @@ def test_bf16(name):
 
 @every_way
 def test_nothing_crosses_a_boundary(name):
-    """Other contents in every other sequence of the batch leave a sequence's gradient as it was, bit by bit."""
+    """Other contents in all other sequences of the batch leave a sequence's gradient as it was, bit by bit."""
     way = WAYS[name]
     rollout, other = way.rollout(), way.rollout(seed=1)
     for kept, sequence in enumerate(rollout.sequences):
@@ -58,7 +58,7 @@ def test_nothing_crosses_a_boundary(name):
 
 @every_way
 def test_micro_batches_add_up(name):
-    """The caller's global count makes the sum over micro-batches the loss of the whole batch."""
+    """With the caller's global count, the micro-batches sum to the loss of the whole batch."""
     way = WAYS[name]
     whole = way.rollout()
     want_loss, want, scale = expected(whole, way.coefficient(whole), way.kl_coef)
@@ -99,7 +99,7 @@ def test_openrlhf_per_sample_mean():
 
 
 def test_openrlhf_padded():
-    """What the page says of the layout without packing, in both aggregations."""
+    """The page describes the layout without packing, which is tested in both aggregations."""
     from drpo_kernels import DRPO, linear_policy_loss
 
     rollout = make_rollout()
@@ -118,7 +118,7 @@ def test_openrlhf_padded():
 
 
 def test_skyrl_under_their_autocast():
-    """Float32 hidden states and head, holding bf16 values, under torch.autocast: the same bound as in bf16."""
+    """Float32 hidden states and head hold bf16 values under torch.autocast. The bound is that of bf16."""
     exact = WAYS["SkyRL, fused loss"].rollout(torch.bfloat16)
     sequences = [dataclasses.replace(s, hidden=s.hidden.detach().float().requires_grad_()) for s in exact.sequences]
     rollout = Rollout(sequences, nn.Parameter(exact.weight.detach().float()))
@@ -132,7 +132,7 @@ def test_skyrl_under_their_autocast():
 
 
 def test_slime_from_logits():
-    """What the page says of logits that exist anyway: `policy_loss` with the same arguments."""
+    """For logits that exist anyway, the page says to call `policy_loss` with the same arguments."""
     rollout = WAYS["slime, fused loss"].rollout()
     source = page_snippets("slime")[1].replace("linear_policy_loss", "policy_loss")
     source = source.replace("hidden.to(head.weight.dtype), head.weight", "hidden")
@@ -145,7 +145,7 @@ def test_slime_from_logits():
 
 @pytest.mark.parametrize("name", ["open-instruct, loss only", "open-instruct, fused loss"])
 def test_open_instruct_unscored_tokens(name):
-    """vLLM's NaN on a response token: the token leaves the loss, the denominator stays the caller's."""
+    """vLLM gave NaN for a response token. The token leaves the loss, and the denominator stays the caller's."""
     way = WAYS[name]
     rollout = way.rollout()
     for s in rollout.sequences[1:]:
@@ -159,7 +159,7 @@ def test_open_instruct_unscored_tokens(name):
 
 @pytest.mark.parametrize("page", TRAINERS)
 def test_page(page):
-    """Short snippets, and the commit the page was written against."""
+    """Snippets are short, and the page names the commit that it was written against."""
     text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
     assert re.search(r"^Written against `[\w.-]+/[\w.-]+` at `[0-9a-f]{8,9}` \(\d{4}-\d\d-\d\d\)", text, re.MULTILINE)
     for snippet in page_snippets(page):

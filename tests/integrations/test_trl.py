@@ -94,7 +94,7 @@ def test_same_evaluation(tmp_path):
 
 
 class EagerDRPO(GRPOTrainer):
-    """TRL with the DRPO formula of the paper written into its loss, on TRL's own log-probs: default aggregation."""
+    """This is TRL with the paper's DRPO formula as its loss, on TRL's own log-probs, in the default aggregation."""
 
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

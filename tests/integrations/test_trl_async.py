@@ -52,7 +52,7 @@ def test_same_as_trl(name, tmp_path):
 
 
 class Naive(AsyncGRPOTrainer):
-    """TRL's trainer with a formula of the oracle, on the model's own logits in float64."""
+    """This is TRL's trainer with a formula of the oracle, on the model's own logits in float64."""
 
     spec: tuple = ()
 
@@ -102,7 +102,7 @@ def test_same_as_the_formula(name, tmp_path):
 
 
 def test_tokens_without_an_advantage_cost_nothing(tmp_path):
-    """compact="active" is the same run, also where no token of a row has an advantage."""
+    """compact="active" gives the same run, also where no token of a row has an advantage."""
     half = {"advantage": lambda a: a if a > 0.5 else 0.0}
     recorded = samples(**half)
     for sample in recorded[:4]:

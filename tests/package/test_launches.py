@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a worker: the stub as libcuda, and what its compilers write."""
+    """Return the environment of a worker: the stub as libcuda, and folders for what its compilers write."""
     folder = tmp_path_factory.mktemp("libcuda")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"
