@@ -49,6 +49,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {
         "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": paths,
         "TRITON_CACHE_DIR": str(shared / "triton"),
+        "DISABLE_PTXAS_OPT": "1",  # nothing runs the code, and optimising it takes longer than all the rest
     }  # fmt: skip
 
 
