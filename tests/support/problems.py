@@ -322,4 +322,5 @@ def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7
         assert value[unmasked & ~computed].isnan().all(), f"{name} of rows not computed"
         rows = computed & want.valid
         assert (value - getattr(want, name))[rows].abs().max().item() <= bound if rows.any() else True, name
+    assert (out.entropy.cpu()[computed & want.valid] >= 0).all()
     return out, grads
