@@ -19,7 +19,7 @@ from problems import Problem, generator
 
 ROOT = Path(__file__).resolve().parents[2]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# one rounding of a gradient: half an ulp of 8 bits, or of 11
+# A gradient is rounded once, by half an ulp of 8 bits or of 11.
 ROUNDING = {FP32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11}
 COMPUTED = 5e-5  # what is not the logits' error
 
@@ -83,7 +83,7 @@ def together(size, spread):
 
 
 PER_TOKEN = torch.tensor([1e-2, 0.1, 1.0, 3.0, 1e2, 1e6])
-# name: (inputs, hidden, options)
+# Each name stands for (inputs, hidden, options).
 CASES = {
     "H=1": (large, 1, {}),
     "H=2": (cancelling, 2, {}),
@@ -274,7 +274,7 @@ def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlog
     moved, once, worst = problems.logit_error(problem, gradients=True), rounding(dtype, backend, device), 0.0
     for name, gradient in want.items():
         error = difference(got[name], gradient).norm()
-        # second order: a rounding of what was rounded
+        # a rounding of what was rounded is of second order
         allowed = ((1 + once) ** roundings - 1) * gradient.norm() + once * of_dlogits * sizes[name] * (1 + once)
         assert error <= allowed + (COMPUTED + 4 * moved) * sizes[name] + underflow(gradient, dtype), name
         worst = max(worst, float(error / gradient.norm()))

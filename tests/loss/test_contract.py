@@ -55,7 +55,7 @@ def assert_same(first, second):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# rows that do not count
+# these rows do not count
 
 
 @pytest.mark.parametrize("name, compact, form, backend", grid(["drpo-active", "gspo"], ["active", "mask", "none"]))

@@ -6,7 +6,7 @@ import torch
 import drpo_kernels as dk
 from problems import BACKENDS, relative
 
-BOUND = 5e-5  # the contract's, norm-wise
+BOUND = 5e-5  # the contract's bound on the norm
 chunked_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 SIZES = (5, 40)
 

@@ -183,8 +183,8 @@ def test_clip_share_of_sequences(backend, device):
     x = logits_of().view(3, 4, VOCAB).to(device)
     targets = targets.view(3, 4).to(device)
     logprobs, _ = dk.token_logprobs(x, targets)
-    wobble = torch.tensor([0.3, -0.3, 0.2, -0.2], device=device)  # mean 0: the sequence ratio is 1
-    shift = torch.tensor([[0.0], [-1.0], [0.0]], device=device)  # the second sequence's is e
+    wobble = torch.tensor([0.3, -0.3, 0.2, -0.2], device=device)  # their mean is 0, and so the sequence's ratio is 1
+    shift = torch.tensor([[0.0], [-1.0], [0.0]], device=device)  # the second sequence's ratio is e
     out = dk.policy_loss(
         x, targets, (logprobs + wobble + shift).clamp(max=0), torch.ones(3, device=device), objective=dk.GSPO(0.2, 0.2),
         backend=backend,
@@ -300,5 +300,5 @@ def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert out.loss.isnan() and out.metrics["drpo/nonfinite"] == 1
     assert gradient[1].isnan().all()
-    if dtype == torch.float32:  # float16's rows share a scale
+    if dtype == torch.float32:  # in float16 the rows share a scale
         assert gradient[[0, 2]].isfinite().all()

@@ -24,7 +24,7 @@ def test_the_labels_of_others_are_named():
     expect("logits", dk.token_logprobs, LOGITS.to("meta"), given["targets"])
 
 
-# (function, keyword, what is said of it)
+# Each row is (function, keyword, what is said of it).
 KEYWORDS = [
     ("linear_policy_loss", "temprature", "did you mean 'temperature'?"),
     ("linear_policy_loss", "old_log_probs", "did you mean 'old_logprobs'?"),
@@ -58,7 +58,7 @@ def test_unknown_keywords(function, keyword, said):
         getattr(dk, function)(**{keyword: 0.2})
 
 
-# (call, changed arguments, what the message says)
+# Each row is (call, changed arguments, what the message says).
 SAID = [
     ("linear", {"weight": torch.nn.Linear(H, V)}, "weight must be a tensor, got Linear: pass lm_head.weight"),
     ("linear", {"weight": A["weight"].T}, r"weight must be \[V, H\] .*, got shape \(4, 7\): pass weight.T where it"),
@@ -97,7 +97,7 @@ ROUTES = {
 }
 
 
-WITHOUT_AGGREGATION = [("normalizer", "per token"), ("reduction.kl", "per token")]  # which do not go together
+WITHOUT_AGGREGATION = [("normalizer", "per token"), ("reduction.kl", "per token")]  # these do not go together
 
 
 @pytest.mark.parametrize("name, route", sorted({*itertools.product(CONSTANTS, ROUTES)} - {*WITHOUT_AGGREGATION}))

@@ -9,10 +9,10 @@ import drpo_kernels as dk
 from problems import BACKENDS
 from small_call import LOGITS, PACKED, ROWS, A, B, H, L, V, arguments, changed, expect
 
-if torch.cuda.is_available():  # the tensors here are on the CPU, where compiled Triton cannot run
+if torch.cuda.is_available():  # compiled Triton cannot run on these CPU tensors
     BACKENDS = ("reference", "torch")
 
-# (name in the message, changed arguments): for linear_policy_loss, on every backend
+# Each row is (name in the message, changed arguments), for linear_policy_loss on every backend.
 COMMON = [
     ("reduction", {"reduction": "mean"}),
     ("reduction", {"reduction": 3}),
@@ -107,7 +107,7 @@ COMMON = [
     ("delta", {"delta": 0.2}),
 ]
 
-# for linear_policy_loss alone
+# These are for linear_policy_loss alone.
 LINEAR = [
     ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.int64)}),
     ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.complex64)}),
@@ -128,7 +128,7 @@ LINEAR = [
     ("bias", {"bias": 0.5}),
 ]
 
-# packed [T] input
+# These have packed [T] inputs.
 PACKED_ROWS = [
     ("cu_seqlens", {"reduction": "seq-mean-token-mean"}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum"}),

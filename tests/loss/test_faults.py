@@ -130,7 +130,7 @@ def test_inplace_only_where_asked():
         given = {"logits": original.clone().requires_grad_()}
         attempt(problem, given, objective, k, torch.OutOfMemoryError, inplace=True)
         touched |= not torch.equal(given["logits"].detach(), original)
-    assert touched  # the permission is used, so the first half of this test says something
+    assert touched  # The permission is used, so that the first half of this test says something.
 
 
 @pytest.mark.parametrize("product", ["mm", "addmm_"])

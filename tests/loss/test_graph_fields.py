@@ -27,12 +27,12 @@ pytestmark = pytest.mark.interpreted  # the tensors are on the CPU
 
 # Outside of a graph Triton adds up the metrics in a kernel, and so in another order. Everything else is the same.
 SAME, DIFFERENT = 2e-6, 1e-5
-UPSTREAM = 1 / 3  # what every loss is multiplied by: float32 and bfloat16 both round by it
+UPSTREAM = 1 / 3  # every loss is multiplied by it, and it is not a power of two
 ROWS, HIDDEN, VOCAB = 15, 16, 37
 MADE = random_problem(8, (ROWS,), HIDDEN, VOCAB, bias=True)
 TARGETS, REF = MADE.targets % (VOCAB - 1), MADE.old_logprobs - torch.linspace(0.1, 0.7, ROWS)
 OLD = MADE.old_logprobs.clone()
-OLD[MADE.mask.nonzero()[0]] = 0.5  # too large for a log-prob, which only validate=False takes
+OLD[MADE.mask.nonzero()[0]] = 0.5  # only validate=False takes such a log-prob
 IDS = torch.cat([TARGETS[:, None], torch.randint(VOCAB - 1, (ROWS, 3), generator=generator(5))], 1)
 
 CASES = {
@@ -50,13 +50,13 @@ CASES = {
     "kept": {"kept_ids": IDS, "backend": "triton", "reduction": "none", "temperature": 0.8},
     "invariant": {"batch_invariant": True, "compact": "mask"},
 }  # fmt: skip
-# `validate` is False in every case; a process group cannot enter a graph.
+# `validate` is False in every case. A shard cannot enter a graph, because it holds a process group.
 OPTIONS = {"validate", "vocab_shard"}.union(*CASES.values())
 
 
 @pytest.fixture
 def swept(monkeypatch):
-    """What the backends were asked for: their names and how many rows each was given."""
+    """A list of (backend, rows) that fills with what the backends were asked to compute."""
     seen = []
 
     def record(cls, name, told):
@@ -76,7 +76,7 @@ def swept(monkeypatch):
 
 
 def seen_of(options, swept, compiled):
-    """All that can be seen of a call, as tensors by name; or its error."""
+    """Return all that can be seen of a call, as tensors by name."""
     swept.clear()
     dtype = torch.bfloat16 if "logits_dtype" in options else torch.float32
     leaves = [x.to(dtype).clone().requires_grad_() for x in (MADE.hidden, MADE.weight, MADE.bias)]
@@ -97,7 +97,7 @@ def seen_of(options, swept, compiled):
 
 
 def difference(seen, other):
-    """The largest relative difference of anything that can be seen of two calls."""
+    """Return the largest relative difference of anything that can be seen of two calls."""
     if seen.keys() != other.keys():
         return math.inf
     pairs = [(seen[name], other[name]) for name in seen if name != "metrics"]

@@ -49,7 +49,7 @@ class Settings(dk.Objective):
         return -loss if self.mirrored is True and self.mode == "plain" and self.kind == Kind.FIRST else loss
 
 
-# how coefficients change from step to step: options of a call from one number
+# What changes from step to step: each name stands for the options of a call, made from one number.
 ANNEALED = {
     "terms": lambda x: {**every_term(x), "normalizer": 10 * x},
     "terms per token": lambda x: {**every_term(x), "kl_importance": True, "reduction": "none"},
@@ -67,7 +67,8 @@ ANNEALED = {
     "CISPO per token": lambda x: {"objective": dk.CISPO(5 * x, x), "reduction": "none"},
     "DPPO per token": lambda x: {"objective": dk.DPPO(x, x, "kl", 5 * x), "reduction": "none"},
 }
-BOTH_WAYS = ("terms", "terms per token", "terms of sequences")  # the others take turns
+# These run both as a closure and as an attribute. The others take turns.
+BOTH_WAYS = ("terms", "terms per token", "terms of sequences")
 
 
 class Step:

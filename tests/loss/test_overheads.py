@@ -19,7 +19,7 @@ from drpo_kernels.metrics import policy_metrics
 
 pytest.importorskip("triton")
 
-# of views and allocations nothing is launched
+# views and allocations launch nothing
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
     "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
@@ -90,7 +90,7 @@ def test_a_call_launches_little_around_its_products(tokens, like_a_gpu):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
 def test_a_chunk_launches_little(like_a_gpu):
     one, many = launches(6 * 128), launches(6 * 128, workspace_bytes=128 * 64 * 8 + 1)
-    further = many.count("zeros") - one.count("zeros")  # row kernels, which the fixture replaces
+    further = many.count("zeros") - one.count("zeros")  # the fixture replaces row kernels
     assert further >= 3 and len(many) - len(one) <= MOST_A_CHUNK * further, many
 
 

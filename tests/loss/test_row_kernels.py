@@ -54,7 +54,7 @@ def hostile(device):
     logits[12] = 0.0
     logits[13] = float("-inf")
     logits[13, targets[13]] = 3.0  # alone
-    old[14] = 40.0  # which no check has seen
+    old[14] = 40.0  # no check has seen this value
     return batch
 
 
