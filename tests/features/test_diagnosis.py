@@ -16,7 +16,7 @@ ROWS, LENGTH, VOCAB = 16, 32, 64
 
 
 def batch(seed=0, temperature=1.0, spread=3.0):
-    """512 tokens sampled from the policy itself at `temperature`: (logits, targets, old_logprobs, advantages)."""
+    """Return (logits, targets, old_logprobs, advantages) of 512 tokens that the policy sampled at `temperature`."""
     g = problems.generator(seed)
     logits = spread * torch.randn(ROWS, LENGTH, VOCAB, generator=g)
     logp = torch.log_softmax(logits / temperature, -1)
@@ -44,7 +44,7 @@ def test_an_on_policy_batch_says_nothing():
 
 
 def metrics_of(batch: Batch, form="logits", **options):
-    """`out.metrics` of a batch of [N] tokens, of all of them."""
+    """Return `out.metrics` of all tokens of a batch of [N]."""
     first = (batch.hidden, batch.head) if form == "linear" else (batch.logits,)
     call = dk.linear_policy_loss if form == "linear" else dk.policy_loss
     options = {"temperature": batch.temperature, "validate": False, "compact": "mask", **options}
@@ -56,7 +56,7 @@ def found_in(batch: Batch, **options) -> list[str]:
 
 
 def parts(batch: Batch, tokens: int) -> list[Batch]:
-    """The batch, cut into batches of so many tokens."""
+    """Cut the batch into batches of so many tokens."""
     cut = [x.split(tokens) for x in (batch.hidden, batch.targets, batch.old_logprobs, batch.advantages)]
     return [
         replace(batch, hidden=hidden, targets=targets, old_logprobs=old, advantages=advantages)
@@ -69,7 +69,9 @@ ENTROPIES = [(300, 0.3), (300, 1.4)]
 
 @pytest.mark.parametrize("name", CAUSES)
 def test_the_cause_comes_first(name):
-    """From 256 tokens on, at entropies on either side of a nat; of 64 it is the first or nothing is said."""
+    """This holds from 256 tokens on, at entropies on either side of a nat. Of 64 tokens the cause is first, or nothing
+    is said.
+    """
     phrase, make = CAUSES[name]
     for seed, (vocab, entropy) in enumerate(ENTROPIES):
         for tokens in (64, 256, 1024)[: 2 + seed]:
@@ -79,7 +81,7 @@ def test_the_cause_comes_first(name):
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_mismatch_says_nothing(name):
-    """Between a real engine and its trainer, from almost certain to flat policies, and of five tokens alone."""
+    """A real engine and its trainer differ so, from almost certain to flat policies, and over five tokens alone."""
     for seed, (vocab, entropy) in enumerate([(300, 0.05), (300, 0.3), (300, 1.4), (1500, 4.0), (5, 0.3), (49, 3.5)]):
         for tokens in (64, 256, 1024):
             assert found_in(HEALTHY[name](seed, tokens, vocab, entropy)) == [], (tokens, vocab, entropy)
@@ -88,7 +90,7 @@ def test_healthy_mismatch_says_nothing(name):
 @pytest.mark.parametrize("temperature", [0.6, 0.8, 1.3])
 @pytest.mark.parametrize("tokens", [256, 2048])
 def test_the_temperature_is_estimated(tokens, temperature):
-    """To the second order of its logarithm: within 15 %."""
+    """The estimate is of second order in the temperature's logarithm, and within 15 %."""
     (sentence,) = found_in(heated(temperature)(0, tokens, 300, 0.6))
     estimate = float(sentence.split("about ")[1].split(" times")[0])
     assert estimate == pytest.approx(temperature, rel=0.15)
@@ -99,7 +101,9 @@ def test_the_temperature_is_estimated(tokens, temperature):
     ("name", "form"), [("one early", "linear"), ("temperature 0.6", "logits"), ("softmax", "logits")]
 )
 def test_through_every_backend_and_layout(name, form, backend, device):
-    """[B, L] with padding on both sides, sequences of A = 0 left out, and two micro-batches together."""
+    """Tokens are [B, L] with padding on both sides, sequences of A = 0 are left out, and two micro-batches are
+    combined.
+    """
     phrase, make = CAUSES[name]
     batch = make(3, 160, 64, 1.0)
     sequences = len(batch.targets) // 16
@@ -137,7 +141,7 @@ def test_what_few_tokens_say_is_qualified():
 @pytest.mark.parametrize("temperature", [0.7, 1.3, 1.5])
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_the_log_probs_before_a_temperature_are_told_from_those_after(tokens, temperature):
-    """By whether the tokens follow the trainer's temperature or the engine's."""
+    """Whether the tokens follow the trainer's temperature or the engine's tells the two apart."""
     (before,), (after,) = (found_in(made(temperature)(0, tokens, 300, 1.4)) for made in (raw, heated))
     assert "ask for processed ones" in before and "the engine sampled at about" in after
 
@@ -159,13 +163,13 @@ def test_steps_on_answers_of_which_none_was_good_are_no_filter():
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 def test_a_handful_of_tokens_says_nothing(tokens):
-    """Of fp8's mismatch, 64 times over: their spread is no measure of chance."""
+    """Few tokens show fp8's mismatch 64 times over, but their spread is no measure of chance."""
     metrics = [metrics_of(part) for part in parts(HEALTHY["fp8 engine"](0, 64 * tokens, 300, 4.0), tokens)]
     assert [said for m in metrics for said in diagnose(m)] == []
 
 
 def test_a_log_ratio_that_does_not_vary():
-    """Rows flat over 8 or 4 tokens, of which the engine kept half: no spread at all, and yet no chance."""
+    """Rows are flat over 8 or 4 tokens, of which the engine kept half. There is no spread, and yet no chance."""
     four = torch.arange(256) % 3 % 2
     hidden = torch.stack([1.0 - four, four.float()], -1)
     head = torch.stack([torch.zeros(8), -1e4 * (torch.arange(8) >= 4).float()], -1)
@@ -188,7 +192,7 @@ def test_a_prompt_in_the_mask_on_policy():
 
 @pytest.mark.parametrize("name", ["temperature 0.5", "targets one late"])
 def test_metrics_without_evidence(name):
-    """An old log: one sentence with every cause."""
+    """Metrics of an old log give one sentence with every cause."""
     metrics = metrics_of(CAUSES[name][1](0, 512, 300, 4.0))
     (sentence,) = diagnose({key: value for key, value in metrics.items() if "evidence" not in key})
     assert "misaligned" in sentence or "not aligned" in sentence
@@ -217,7 +221,7 @@ def test_old_logprobs_missing():
 
 @pytest.mark.parametrize("change", [torch.exp, torch.neg], ids=["probabilities", "negated"])
 def test_positive_old_logprobs(change):
-    """An error where values are checked; a sentence where they are not, as on a GPU."""
+    """They are an error where values are checked, and a sentence where they are not, as on a GPU."""
     logits, targets, old, advantages = batch()
     with pytest.raises(ValueError, match="are these probabilities, or negated"):
         said(logits, targets, change(old), advantages)
@@ -233,7 +237,7 @@ def test_nan_logits():
 
 
 def test_normalizer_of_zero():
-    """An error where values are checked; a sentence where they are not."""
+    """It is an error where values are checked, and a sentence where they are not."""
     with pytest.raises(ValueError, match=r"normalizer must be positive and finite, got 0\.0: a batch without a"):
         said(*batch(), normalizer=torch.tensor(0.0))
     (sentence,) = said(*batch(), normalizer=torch.tensor(0.0), validate=False)
@@ -253,7 +257,7 @@ def test_entropy_collapse():
 
 
 def test_boundary_never_active():
-    """Informational, with the objective at hand, once."""
+    """The sentence is informational, names the objective, and is said once."""
     metrics, seen = dk.policy_loss(*batch()).metrics, set()
     (sentence,) = diagnose(metrics, objective=dk.DRPO(), seen=seen)
     assert "never active" in sentence and "δ = 12.5" in sentence
@@ -302,7 +306,7 @@ def test_distributed_tensors_are_refused_at_the_door(name):
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("shape", ["sequence", "column", "packed"])
 def test_temperature_per_sequence(shape, form, backend, device):
-    """As advantages: [B], [B, 1] or one per packed sequence equals the same temperature on each of its tokens."""
+    """As for advantages, [B], [B, 1] or one per packed sequence equals the same temperature on each of its tokens."""
     problem = problems.random_problem(4, (3, 2), 5, 11)
     problem = problem if form == "linear" else problem.as_logits()
     heat = torch.tensor([0.6, 1.0, 1.7])
@@ -318,7 +322,9 @@ def test_temperature_per_sequence(shape, form, backend, device):
 
 
 def test_log_probs_over_more_than_the_kept_ids():
-    """The policy is over the ids that top-k kept and old log-probs are those before it; of those after it, nothing."""
+    """The policy is over the ids that top-k kept. Old log-probs from before top-k are named, and those from after it
+    are not.
+    """
     logits, _, _, advantages = batch(spread=1.5)
     ids = logits.topk(8).indices
     kept = logits.gather(-1, ids).log_softmax(-1)

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import os
-import random
 import select
 import signal
 import sys
@@ -21,41 +20,18 @@ import torch
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul
 from drpo_kernels.backends.matmul import CUDA_SETTINGS, NARROW_SUMS, PER_BACKEND, exactly, product, settings_of
+from interrupted_calls import EVERY, LEVELS, allow_everything, call, guard_every_product, settings
 from launcher import launch
 from problems import relative
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-EVERY = tuple({setting: None for settings in CUDA_SETTINGS.values() for setting in settings})
-LEVELS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul")]
 CPU = torch.device("cpu")
 needs_levels = pytest.mark.skipif(not PER_BACKEND, reason="needs torch >= 2.9")
 
 
-def settings():
-    """Everything that a product may depend on, and what a thread has of its own."""
-    found = [getattr(torch.backends.cuda.matmul, name) for name in NARROW_SUMS]
-    found += [getattr(torch._C, f"_get_cublas_{name}")() for name in NARROW_SUMS]
-    found += [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
-    found += [torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutocastCPU)]
-    if PER_BACKEND:
-        return [*found, *(torch._C._get_fp32_precision_getter(*level) for level in LEVELS)]
-    return [*found, torch.get_float32_matmul_precision()]
-
-
-def allow_everything():
-    torch.set_float32_matmul_precision("medium")
-    for name in NARROW_SUMS:
-        setattr(torch.backends.cuda.matmul, name, True)
-
-
-def guard_every_product(patch):
-    patch.setattr(matmul, "settings_of", lambda *_: EVERY)
-    patch.setattr(matmul, "cpu_rounds_float32", lambda: False)
-
-
 @pytest.fixture(autouse=True)
 def everything_allowed():
-    """And afterwards what was before."""
+    """Allow every reduced precision, and afterwards restore what was set before."""
     sums = [getattr(torch.backends.cuda.matmul, name) for name in NARROW_SUMS]
     precision = torch.get_float32_matmul_precision()
     allow_everything()
@@ -72,23 +48,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-def call(objective=None, rows=24):
-    """Loss and log-probs, with products large enough for oneDNN to round them."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(rows, 16, generator=generator), torch.randn(37, 16, generator=generator)
-    targets, old = torch.randint(37, (rows,), generator=generator), -3 * torch.rand(rows, generator=generator)
-    hidden.requires_grad_()
-    options = {"backend": "torch", "workspace_bytes": 37 * 4 * 12}
-    out = dk.linear_policy_loss(
-        hidden, weight.requires_grad_(), targets, old, torch.ones(rows), objective=objective or dk.DRPO(), **options
-    )
-    out.loss.backward()
-    dk.linear_token_logprobs(hidden, weight, targets, **options)
-    return out.loss.item()
-
-
 class Paused(dk.Objective):
-    """In the middle of a call: says so, and waits."""
+    """This objective stops in the middle of a call, says so, and waits."""
 
     def __init__(self):
         self.inside, self.go = threading.Event(), threading.Event()
@@ -101,7 +62,7 @@ class Paused(dk.Objective):
 
 @contextlib.contextmanager
 def thread_inside(objective):
-    """A thread is inside a call."""
+    """Keep a thread inside a call."""
     thread = threading.Thread(target=call, args=(objective,))
     thread.start()
     try:
@@ -120,7 +81,7 @@ def thread_inside(objective):
 @pytest.mark.parametrize("shape", [(70, 130, 90), (1, 300, 200), (64, 48, 96), (33, 0, 5), (0, 4, 4)], ids=str)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_float32_products_of_a_cpu(precision, shape, accumulate, monkeypatch):
-    """To the rounding of float32: bf16 would be off by 2e-3, TF32 by 3e-4."""
+    """Products are exact to the rounding of float32. bf16 would be off by 2e-3, and TF32 by 3e-4."""
     monkeypatch.setattr(matmul, "DOUBLE_TILE", 48)
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: True, raising=False)
     torch.set_float32_matmul_precision(precision)
@@ -138,7 +99,7 @@ def test_float32_products_of_a_cpu(precision, shape, accumulate, monkeypatch):
 @pytest.mark.parametrize("where", ["matmul", "parent", "generic"])
 @pytest.mark.parametrize("sparse_grad", [0.0, 0.01])
 def test_calls_on_a_cpu_where_bf16_is_allowed(where, sparse_grad, device):
-    """By oneDNN's own setting or an inherited one: loss and gradients to float32's precision."""
+    """Loss and gradients have float32's precision, whether oneDNN's own setting or an inherited one allows bf16."""
     torch.set_float32_matmul_precision("highest")
     for level in LEVELS:
         torch._C._set_fp32_precision_setter(*level, "none")
@@ -167,7 +128,9 @@ def test_calls_on_a_cpu_where_bf16_is_allowed(where, sparse_grad, device):
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("operand, result", [*CUDA_SETTINGS, (BF16, FP32)], ids=str)
 def test_products_of_a_gpu(operand, result, accumulate, device):
-    """To the rounding of the result: TF32 would be off by 3e-4, sums in float16 by more than 1e-3."""
+    """Products are exact to the rounding of the result. TF32 would be off by 3e-4, and sums in float16 by more than
+    1e-3.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 4096, generator=generator).to(device, operand) for _ in range(2))
     out, before = torch.ones(256, 256, dtype=result, device=device), settings()
@@ -198,7 +161,7 @@ def test_settings_are_exact_inside():
 
 @needs_levels
 def test_every_level_gets_its_own_precision_back():
-    """A level that has none of its own inherits, before and after, whatever its parents are then changed to."""
+    """A level without a precision of its own inherits before and after, whatever its parents are then changed to."""
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     levels = LEVELS[:3]
     try:
@@ -243,38 +206,10 @@ def test_after_an_error_in_a_product():
     assert not thread.is_alive()
 
 
-def interrupted(delay):
-    """Whether a signal has struck a call, that many seconds after it began."""
-    try:
-        signal.setitimer(signal.ITIMER_REAL, delay)
-        call()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def interrupts(seconds):
-    """-> (how many calls a signal has struck, after which of them a setting was another)."""
-    generator, before, count, changed = random.Random(0), settings(), 0, []
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as SIGINT's
-    for _ in range(2):  # the first one loads what there is to load
-        start = time.monotonic()
-        call()
-    usual = time.monotonic() - start
-    while time.monotonic() < start + seconds:
-        count += interrupted(generator.uniform(1e-6, usual))
-        if settings() != before:
-            changed.append(count)
-            torch.set_grad_enabled(True)
-            allow_everything()
-    return count, changed
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
 @pytest.mark.parametrize("guarded", [False, True], ids=["cpu", "guarded"])
 def test_ctrl_c_at_any_moment(guarded):
-    status, output = launch("test_exact_products", "guarded" if guarded else "cpu")
+    status, output = launch("interrupted_calls", "guarded" if guarded else "cpu")
     assert status == 0, output
     count, changed = eval(output.splitlines()[-1])
     assert count >= 100 and not changed, f"{len(changed)} of {count}"
@@ -330,7 +265,7 @@ def test_threads_take_turns():
 
 
 def in_a_child(function):
-    """What it returns, as text, in a forked child; fails after 30 s."""
+    """Return what the function returns in a forked child, as text. Fail after 30 s."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -363,7 +298,7 @@ def test_fork_while_a_thread_is_inside_a_call(way):
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_fork_while_a_setting_is_changed():
-    """It waits for the product."""
+    """The fork waits for the product."""
     before, stop = settings(), threading.Event()
 
     def work():
@@ -383,11 +318,3 @@ def test_fork_while_a_setting_is_changed():
         stop.set()
         thread.join()
     assert settings() == before
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    allow_everything()
-    if sys.argv[1] == "guarded":
-        guard_every_product(pytest.MonkeyPatch())
-    print(interrupts(seconds=4))

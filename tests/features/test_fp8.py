@@ -22,13 +22,13 @@ every_name = pytest.mark.parametrize("name", FP8)
 
 @pytest.fixture(autouse=True)
 def exact_products(request, monkeypatch):
-    """On a GPU too, but in its own test, whose bound allows for tensor cores that cut the sums of fp8 products."""
+    """Products are exact on a GPU too. Tensor cores cut the sums of fp8 products, for which one test has a bound."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(fp8_head, "scaled_mm_route", lambda device, form: None)
 
 
 def emulated(x, name):
-    """(fp8 values in float64, scales) of the rows of x, by the definition."""
+    """Return (fp8 values in float64, scales) of the rows of x, by the definition."""
     form, largest = FP8[name]
     x = x.detach().float()
     scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=2.0**-126)
@@ -36,7 +36,7 @@ def emulated(x, name):
 
 
 def straight_through(hidden, weight, name, cast=None):
-    """Logits [N, V] in float64: the quantised product, with the gradient of the plain one."""
+    """Return logits [N, V] in float64: the quantised product, with the gradient of the plain one."""
     plain = hidden @ weight.T
     operands = [x if cast is None else x.to(cast) for x in (hidden, weight)]
     (values, scale), (weights, scales) = (emulated(x, name) for x in operands)
@@ -44,7 +44,7 @@ def straight_through(hidden, weight, name, cast=None):
 
 
 def solve(problem, spec, name, upstream=1.0):
-    """(output, gradients) of the oracle on emulated logits."""
+    """Return the (output, gradients) of the oracle on emulated logits."""
     leaves = {n: x.detach().double().requires_grad_() for n, x in problem.leaves().items()}
     logits = straight_through(leaves["hidden"].flatten(0, -2), leaves["weight"], name)
     logits = logits if "bias" not in leaves else logits + leaves["bias"]
@@ -86,7 +86,7 @@ def assert_agrees(problem, spec, name, backend, device, **extra):
     ids=str,
 )
 def test_policy_loss(spec, dtype, name, backend, device):
-    """Every term and transform, in chunks: the fused route, and GSPO's by recomputation."""
+    """Every term and transform runs in chunks, on the fused route and by recomputation for GSPO."""
     problem = full_problem(1, SHAPE, hidden_size=16, dtype=dtype)
     out, _ = assert_agrees(problem, SPECS[spec], name, backend, device, workspace_bytes=SMALL_WORKSPACE)
     plain = problems.call(problem, problems.build(SPECS[spec]), backend, device)
@@ -114,7 +114,7 @@ def test_token_logprobs_recompute_the_same_logits(name, backend, device):
 @chunked
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 def test_masked_rows_and_compaction(compact, backend, device):
-    """A row's scale is its own, so neither masked NaNs nor the rows in its chunk reach it."""
+    """Each row has its own scale, so that neither masked NaNs nor the rows in its chunk reach it."""
     problem = random_problem(4, SHAPE, hidden_size=16)
     out, grads = assert_agrees(problem, SPECS["drpo-active"], "fp8_e4m3", backend, device, compact=compact)
     spoiled = replace(problem, hidden=problem.hidden.masked_fill(~problem.mask[..., None], math.nan))
@@ -141,7 +141,7 @@ def test_zero_rows_and_padded_vocabulary(backend, device):
 @every_name
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_poison_is_not_hidden(name, poison, device):
-    """A NaN or an infinity in a row of hidden is that row's NaN; in the weight, every row's."""
+    """A NaN or an infinity in a row of hidden makes that row NaN, and one in the weight makes every row NaN."""
     problem = random_problem(6, SHAPE, hidden_size=16)
     hidden, weight = problem.hidden.clone(), problem.weight.clone()
     hidden[1, 2, 3] = poison
@@ -153,7 +153,7 @@ def test_poison_is_not_hidden(name, poison, device):
 
 @chunked
 def test_autocast_quantises_what_it_rounds(backend, device):
-    """fp32 master weights under autocast: rounded to bf16 as ever, then to fp8."""
+    """Under autocast, fp32 master weights are rounded to bf16 as usual, and then to fp8."""
     problem = random_problem(7, SHAPE, hidden_size=16)
     leaves = [x.to(device).requires_grad_() for x in (problem.hidden, problem.weight)]
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -166,7 +166,7 @@ def test_autocast_quantises_what_it_rounds(backend, device):
 
 
 def test_with_bf16_logits(device):
-    """What an engine does whose scaled GEMM returns bf16: the scaled product, rounded once."""
+    """The scaled product is rounded once, as in an engine whose scaled GEMM returns bf16."""
     problem = random_problem(8, SHAPE, hidden_size=16, dtype=torch.bfloat16)
     logits = straight_through(problem.hidden.double().flatten(0, -2), problem.weight.double(), "fp8_e4m3")
     want = logits.float().bfloat16().double().log_softmax(-1).gather(-1, problem.targets.view(-1, 1)).view(SHAPE)
@@ -218,7 +218,7 @@ def test_refused(message, change):
 @pytest.mark.parametrize("route", ["rowwise", "unit"])
 @pytest.mark.parametrize("columns", [48, 37])
 def test_scaled_mm_routes_compute_the_same(route, columns, monkeypatch):
-    """torch._scaled_mm, which the CPU build has too, is given what it wants; V need not be a multiple of 16."""
+    """torch._scaled_mm, which the CPU build has too, is given what it wants. V need not be a multiple of 16."""
     g = problems.generator(11)
     a, b = (per_row(torch.randn(n, 32, generator=g), torch.float8_e4m3fn) for n in (5, columns))
     want = (a.values.double() @ b.values.double().T) * a.scales.double() * b.scales.double().T
@@ -237,8 +237,9 @@ def test_scaled_mm_routes_compute_the_same(route, columns, monkeypatch):
 @pytest.mark.gpu
 @every_name
 def test_on_a_gpu_as_on_a_cpu(name, device):
-    """To the tensor cores' accumulation, which on sm_90 keeps of 32 products 13 bits below the largest one: emulated,
-    that moves a log-prob here by 2e-3 to 5e-3 (root mean square), where the quantisation moves it by 0.37.
+    """The two agree up to the tensor cores' accumulation, which on sm_90 keeps of 32 products 13 bits below the largest
+    one. Emulated, that moves a log-prob here by 2e-3 to 5e-3 (root mean square), where the quantisation moves it by
+    0.37.
     """
     problem = random_problem(12, (8, 16), hidden_size=256, vocab=1000, dtype=torch.bfloat16)
     runs = [

@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
 
 
 def chosen(problem, rows):
-    """The problem of those rows alone, in that order."""
+    """Return the problem of those rows alone, in that order."""
     count = problem.targets.numel()
 
     def pick(value):
@@ -48,7 +48,9 @@ def chosen(problem, rows):
 
 
 def row_problem(dtype, rows=ROWS, hidden=HIDDEN, vocab=VOCAB, seed=1):
-    """Every term and transform, and rows of every kind; a row's coefficient does not depend on the others."""
+    """Return a problem with every term and transform and every kind of row. A row's coefficient does not depend on
+    other rows.
+    """
     problem = full_problem(seed, (rows,), hidden, vocab, dtype, reduction="token-sum")
     mask = torch.ones(rows, dtype=torch.bool)
     mask[1::4] = False
@@ -57,14 +59,14 @@ def row_problem(dtype, rows=ROWS, hidden=HIDDEN, vocab=VOCAB, seed=1):
 
 @dataclass(frozen=True)
 class Untwinned(dk.Objective):
-    """Through PyTorch, not in the kernel."""
+    """This objective runs through PyTorch, not in the kernel."""
 
     def token_loss(self, tokens):
         return -tokens.advantages * tokens.ratio
 
 
 def reported(problem, route, device, monkeypatch, **options):
-    """(what each row reports [K, N], dX, gradients of weight and bias) of one call."""
+    """Return (what each row reports [K, N], dX, gradients of weight and bias) of one call."""
     options = {"backend": "triton", "batch_invariant": True, **options}
     if route == "recompute":
         leaves = {n: x.detach().clone().to(device).requires_grad_() for n, x in problem.leaves().items()}
@@ -95,7 +97,7 @@ def same(first, second):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rescored_log_probs_have_the_same_bits(dtype, device, monkeypatch):
-    """Those of `linear_token_logprobs` and of the loss, whose kernel knows more: then π/μ is exactly 1."""
+    """`linear_token_logprobs` and the loss, whose kernel knows more, give the same bits: then π/μ is exactly 1."""
     problem = row_problem(dtype, rows=40, vocab=300)
     problem = problems.replace(problem, options={k: v for k, v in problem.options.items() if k != "entropy_coef"})
     fused, recomputed = (
@@ -108,7 +110,9 @@ def test_rescored_log_probs_have_the_same_bits(dtype, device, monkeypatch):
 
 
 def assert_products(matmul, hidden, weight, device):
-    """All four against float64, within |error| <= depth · 2^-23 · Σ |a||b|: no order of additions does worse."""
+    """Compare all four products with float64: |error| <= depth · 2^-23 · Σ |a||b|, the most that any order of additions
+    does.
+    """
     rows, vocab, compute = len(hidden), len(weight), matmul.compute_dtype
     g = problems.generator(3)
     hidden, weight = hidden.to(compute), weight.to(compute)  # as the kernel does
@@ -193,7 +197,7 @@ def test_rows_do_not_depend_on_the_batch(route, dtype, device, monkeypatch, smal
 
 @pytest.mark.parametrize("dtype, retain", [*((d, False) for d in DTYPES), (torch.bfloat16, True)], ids=str)
 def test_weight_gradient_does_not_depend_on_the_chunks(retain, dtype, device, monkeypatch, small_tiles):
-    """Nor on whether bf16 dlogits are kept for one product, nor on rows that have no gradient."""
+    """It does not depend on whether bf16 dlogits are kept for one product either, nor on rows without a gradient."""
     problem = row_problem(dtype).with_options(kl_coef=0.0, entropy_coef=0.0)
     scored = problem.advantages != 0
     assert not scored[problem.mask].all()
@@ -249,7 +253,7 @@ def test_refusals(change, error, message, device):
 
 
 def test_without_triton_it_is_an_error(monkeypatch):
-    """Never a silent fallback."""
+    """There is no silent fallback."""
     monkeypatch.setattr(backends, "INTERPRETING", False)
     hidden, weight, targets = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"batch_invariant=True .* on the CPU and TRITON_INTERPRET=1 was not set"):
@@ -264,7 +268,7 @@ def test_without_triton_it_is_an_error(monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_two_runs_are_bitwise_equal(name, backend, device):
-    """Under deterministic algorithms too, which fill what `torch.empty` returns with NaN."""
+    """This holds under deterministic algorithms too, which fill what `torch.empty` returns with NaN."""
     problem = problems.packed(full_problem(4, (2, 3), dtype=torch.bfloat16)).with_options(
         reduction="seq-mean-token-mean", workspace_bytes=problems.SMALL_WORKSPACE
     )
@@ -287,7 +291,9 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
 @pytest.mark.parametrize("route", ["fused", "recompute"])
 @pytest.mark.parametrize("hidden, vocab", [(1024, 32_003), (896, 151_936)])
 def test_real_shapes(hidden, vocab, route, dtype, device, monkeypatch):
-    """The chosen tiles, compiled: rows bitwise alone, permuted, compacted and chunked; dW by chunks."""
+    """With the chosen tiles, compiled, rows are bitwise the same alone, permuted, compacted and chunked, and dW by
+    chunks.
+    """
     rows = 517
     with device:
         problem = row_problem(dtype, rows, hidden, vocab)

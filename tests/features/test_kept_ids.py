@@ -24,7 +24,9 @@ GRADIENT_BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-5, torch.bfloat16: 3 
 
 
 def problem_with_ids(seed=3, shape=(4, 6), dtype=torch.float32, bias=True, **options):
-    """A problem and ids [..., K]: in any order, some twice, the target anywhere among them; anything where masked."""
+    """Return a problem and ids [..., K] in any order, some of them twice and the target anywhere among them. Masked ids
+    may be anything.
+    """
     problem = random_problem(seed, shape, 12, V, dtype, bias=bias, **options)
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(-8, options.get("vocab_size", V), (*shape, K), generator=g)
@@ -34,7 +36,7 @@ def problem_with_ids(seed=3, shape=(4, 6), dtype=torch.float32, bias=True, **opt
 
 
 def call(problem, form, backend, **options):
-    """-> (output, gradients by name)."""
+    """Return (output, gradients by name)."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in problem.leaves().items()}
     function = dk.policy_loss if form == "logits" else dk.linear_policy_loss
     arguments = problem.targets, problem.old_logprobs, problem.advantages, problem.mask
@@ -45,7 +47,7 @@ def call(problem, form, backend, **options):
 
 
 def banned(problem, ids):
-    """The problem from float64 logits, with -inf for what is not kept, and the gradients that reach the head."""
+    """Return the leaves in float64, their logits, and which logits are kept."""
     wide = {name: x.double().requires_grad_() for name, x in problem.leaves().items()}
     logits = wide["hidden"] @ wide["weight"].T + wide.get("bias", 0)
     kept = torch.zeros(*ids.shape[:-1], V + 1, dtype=torch.bool)
@@ -134,7 +136,9 @@ def test_ready_logits_and_logprobs(backend):
 
 
 def test_the_ratio_is_exact():
-    """What it is for: an unchanged policy has a ratio of 1 under top-p sampling, and another without the ids."""
+    """This is the purpose of `kept_ids`: under top-p sampling an unchanged policy has a ratio of 1, and another one
+    without the ids.
+    """
     problem, _ = problem_with_ids(bias=False)
     probs = (problem.hidden @ problem.weight.T).double().softmax(-1)
     ids = probs.topk(5).indices
@@ -173,7 +177,7 @@ def test_errors(change, message):
 
 @pytest.mark.parametrize("form", ["linear", "logits"])
 def test_a_set_without_its_token_is_never_a_number(form):
-    """Where nobody reads the values, as on a GPU by default."""
+    """The values are not read here, as on a GPU by default."""
     problem, ids = problem_with_ids(bias=False)
     problem = problem if form == "linear" else problem.as_logits()
     row = tuple(problem.mask.nonzero()[-1])

@@ -15,7 +15,7 @@ START = 0.25  # what the buffer holds before
 
 
 def differentiated(problem, spec, backend, device, scale, **options):
-    """(loss, gradients by leaf, what was added to main_grad) of one call and its backward."""
+    """Return (loss, gradients by leaf, what was added to main_grad) of one call and its backward."""
     leaves = {name: value.detach().to(device).requires_grad_() for name, value in problem.leaves().items()}
     buffer = torch.full_like(leaves["weight"], START, dtype=torch.float32)
     out = problems.call(problem, problems.build(spec), backend, device, leaves, main_grad=buffer, **options)
@@ -27,7 +27,7 @@ def differentiated(problem, spec, backend, device, scale, **options):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype, scale", CASES)
 def test_agrees_with_the_oracle(dtype, scale, backend, device):
-    """In several chunks, with every optional term, masked rows, a bias and a padded vocabulary."""
+    """The call takes several chunks, every optional term, masked rows, a bias and a padded vocabulary."""
     problem = full_problem(3, dtype=dtype, vocab_size=33, workspace_bytes=SMALL_WORKSPACE)
     spec, bound = SPECS["drpo-active"], GRADIENTS[dtype]
     want, want_grads = problems.solve(problem, spec, scale)
@@ -54,7 +54,7 @@ def test_micro_batches_add_up(spec, device):
 
 @pytest.mark.parametrize("function", ["logprobs", "gspo"])
 def test_recomputing_routes_add_in_every_backward(function, device):
-    """With the upstream gradient that comes, whatever loss_scale says."""
+    """They add with the upstream gradient that comes, whatever loss_scale says."""
     problem = random_problem(7)
     leaves = {n: x.detach().clone().to(device).requires_grad_() for n, x in problem.leaves().items()}
     buffer = torch.zeros_like(leaves["weight"])
@@ -80,7 +80,7 @@ def test_recomputing_routes_add_in_every_backward(function, device):
 
 @pytest.mark.parametrize("factor", [0.5, 1.001, float("nan")])
 def test_another_factor_is_an_error(factor):
-    """On a GPU a device-side assertion, which would end this process."""
+    """On a GPU it is a device-side assertion, which would end this process."""
     problem = random_problem(1)
     leaves = {name: value.clone().requires_grad_() for name, value in problem.leaves().items()}
     buffer = torch.zeros_like(leaves["weight"])
@@ -160,7 +160,7 @@ def test_another_device_is_an_error():
 
 
 def test_bitwise_in_any_chunks(device):
-    """With `batch_invariant`: each product continues from what the buffer holds."""
+    """With `batch_invariant` each product continues from what the buffer holds."""
     pytest.importorskip("triton")
     problem, added = random_problem(9, (2, 9), dtype=torch.bfloat16), []
     for workspace in (1, 37 * 6 * 5, None):

@@ -10,20 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import drpo_kernels as dk
-import problems
-from drpo_kernels.backends import matmul, planning
+from drpo_kernels.backends import planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
 from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient
-from drpo_kernels.backends.rows import Row, RowKind, Transform
+from drpo_kernels.backends.rows import Row, Transform
 from drpo_kernels.backends.sparse.contract import entry_limit
 from drpo_kernels.backends.sparse.plan import sparse_plan
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep
-from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.commands import plan as command
 from launcher import launch
-from problems import SPECS, full_problem, random_problem, relative
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def plan(*sizes, sparse=False, **options):
@@ -56,7 +52,7 @@ def assert_covers(chunks, rows):
     wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(), sparse=st.booleans(),
 )  # fmt: skip
 def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad, sparse):
-    """Every row once; the workspace, and beyond it the least of what dW may take."""
+    """Every row is there once. The plan takes the workspace, and beyond it the least that dW may take."""
     main_grad = main_grad and wanted.weight
     made = plan(
         PRESETS[device], Sizes(active, forward, hidden, vocab), storage, wanted,
@@ -83,8 +79,8 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
 @pytest.mark.parametrize("device", ["cpu", "h100", "mi300x"])
 @pytest.mark.parametrize("storage", STORED)
 def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
-    """As many rows as without at a time, with dW as a sum, for no window of dense rows is known to be the only one.
-    On a GPU they are moved together beside the logits, whose programs run in no order.
+    """As many rows are computed at a time as without `sparse_grad`. dW is a sum, for no window of dense rows is known
+    to be the only one. On a GPU dense rows are moved together beside the logits, whose programs run in no order.
     """
     sizes = Sizes(4096, 0, 4096, 151_936)
     made, without = (plan(PRESETS[device], sizes, storage, ALL, sparse=sparse) for sparse in (True, False))
@@ -97,7 +93,9 @@ def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
     "vocab, on_cpu, on_a_gpu", [(1, 16, 16), (1087, 16, 16), (1088, 17, 16), (32_000, 500, 125), (151_936, 1024, 593)]
 )
 def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
-    """By what an entry costs beside a column; 16 at least, for small vocabularies to have sparse rows; 1024 at most."""
+    """The limit follows from what an entry costs beside a column. It is at least 16, so that small vocabularies have
+    sparse rows, and at most 1024.
+    """
     assert entry_limit(vocab, "cpu") == on_cpu
     assert entry_limit(vocab, "cuda") == entry_limit(vocab, "mps") == on_a_gpu
 
@@ -105,7 +103,9 @@ def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize("tokens", [2048, 8192, 65_536])
 def test_the_plan_of_qwen3_8b(tokens, device):
-    """1 GiB by default, whatever T; dlogits are kept where a float32 dW would take as much, and then no sum is."""
+    """The default is 1 GiB, whatever T. dlogits are kept where a float32 dW would take as much, and then no sum is
+    kept.
+    """
     sizes, wide = Sizes(tokens, 0, 4096, 151_936), 4 * 151_936 * 4096
     made = plan(PRESETS[device], sizes, ON_A_GPU, ALL)
     assert made.retained is (tokens <= 8192)
@@ -154,8 +154,9 @@ UNCOUNTED = replace(PRESETS["h200"], multiprocessors=0)
 @pytest.mark.parametrize("kind", BYTES)
 @pytest.mark.parametrize("shape, index", [(shape, index) for index, shape in enumerate(SHAPES)])
 def test_bytes(kind, shape, index):
-    """Never above those of the fewest windows, and the same where nothing is gained: of a head that is not bf16 or has
-    no gradient of its own, or without a number of processors. With one, of all rows wherever the rule says so.
+    """A plan never takes more than the one with the fewest windows. It takes the same where nothing is gained: for a
+    head that is not bf16 or has no gradient of its own, or without a number of processors. All rows are in one window
+    wherever the rule says so.
     """
     tokens, hidden, vocab, mib = shape
     options = {"storage": ON_A_GPU, "wanted": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
@@ -209,7 +210,7 @@ def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
     ],
 )  # fmt: skip
 def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share):
-    """Of 16,384 rows: a tile for every 128 rows and 256 numbers."""
+    """Of 16,384 rows there is a tile for every 128 rows and 256 numbers."""
     assert planning.whole_waves(16_384, fitting, hidden, processors) == best
     full = best // 128 * (hidden // 256)
     assert full / (-(-full // processors) * processors) == pytest.approx(share, abs=0.005)
@@ -220,7 +221,7 @@ def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share
     processors=st.sampled_from([1, 108, 132, 148]),
 )  # fmt: skip
 def test_windows_in_whole_waves(rows, fitting, hidden, processors):
-    """The least time of a loop over windows, tile by tile; and none larger than what fits."""
+    """The choice has the least time of a loop over windows, tile by tile, and is not larger than what fits."""
 
     def time(size):
         total = 0.0
@@ -244,7 +245,7 @@ def test_windows_in_whole_waves(rows, fitting, hidden, processors):
 def test_neither_choice_takes_memory(
     active, forward, hidden, vocab, storage, device, workspace, wanted, main_grad, multiple
 ):
-    """One window and whole waves, beside the plan without either."""
+    """One window and whole waves take no more than the plan without either."""
     sizes, main_grad = Sizes(active, forward, hidden, vocab), main_grad and wanted.weight
     options = {"workspace": workspace, "row_multiple": multiple, "main_grad": main_grad}
     made = plan(PRESETS[device], sizes, storage, wanted, **options)
@@ -283,7 +284,7 @@ def test_dlogits_of_another_dtype_are_never_written_over_logits():
 
 
 def test_what_a_cpu_takes_is_what_it_took():
-    """64 MiB of float32 logits, more only to hold 256 rows, and dlogits in their place."""
+    """A CPU takes 64 MiB of float32 logits, more only to hold 256 rows, and puts dlogits in their place."""
     cpu = device_properties(torch.device("cpu"))
     small = plan(cpu, Sizes(2048, 0, 512, 32_768), STORED[4], ALL)
     assert (small.windows.chunk_rows, small.buffer_bytes) == (512, 64 * MIB)
@@ -325,7 +326,9 @@ def test_command(arguments, said, capsys):
     ],
 )
 def test_a_cpu_takes_what_is_planned(case, sizes, dtype):
-    """Gradients added; what the allocator keeps differs by a tenth from run to run, and is given as much again."""
+    """The gradients are added to the plan. What the allocator keeps differs by a tenth from run to run, and is allowed
+    twice that.
+    """
     status, output = launch("memory_probe", case)
     assert status == 0, output
     tokens, hidden, vocab = sizes
@@ -351,92 +354,6 @@ def test_wrong_arguments_of_the_command(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-# --- the sweep obeys --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.interpreted  # tiles of four columns, which no tensor core takes
-@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
-def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
-    """bf16 dlogits beside float32 logits, and over bf16 ones: as in one window, bit for bit with `batch_invariant`."""
-    pytest.importorskip("triton")
-    from drpo_kernels.backends import sweep
-
-    problem = full_problem(4, (3, 9), dtype=BF16).with_options(logits_dtype=logits_dtype, batch_invariant=True)
-    plans, results = [], []
-
-    def recorded(*arguments, **options):
-        plans.append(plan(*arguments, **options))
-        return plans[-1]
-
-    monkeypatch.setattr(sweep.LinearSweep, "make_plan", staticmethod(recorded))
-    small_chunks(monkeypatch)
-    monkeypatch.setattr("drpo_kernels.backends.triton.invariant.matmul_tile", small_tile)
-    for retained, workspace in ((True, None), (True, 37 * 4 * 5), (False, 37 * (4 * 2 + 2 * 4))):
-        monkeypatch.setattr(planning, "retain_dlogits", lambda *_, answer=retained: answer)
-        results.append(problems.run(problem, dk.DRPO(delta=0.2), "triton", device, workspace_bytes=workspace))
-    whole, chunked, windows = plans
-    assert len(whole.windows) == len(chunked.windows) == 1 and len(windows.windows) > 1
-    if logits_dtype is None:
-        assert windows.windows.largest > windows.chunk_rows and chunked.windows.largest > chunked.chunk_rows
-    (_, first), *others = results
-    for _, found in others:
-        assert all(torch.equal(first[name], found[name]) for name in first)
-
-
-def small_chunks(monkeypatch):
-    """Of two rows, where a window is larger."""
-    monkeypatch.setattr(planning, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
-
-
-def small_tile(*_, accumulates):
-    from drpo_kernels.backends.triton.tiles import MatmulTile
-
-    return MatmulTile(16, 16, 4 if accumulates else 16, 4, 2)
-
-
-@pytest.mark.parametrize("every_row", [False, True])
-@pytest.mark.parametrize("given, compute, copied", [(FP32, FP32, 0), (BF16, BF16, 4), (FP32, BF16, 6), (BF16, FP16, 6)])
-def test_every_copy_of_the_hidden_rows_is_counted(given, compute, copied, every_row):
-    """On a CPU, per element: rounded to autocast's dtype, upcast for the product, zeroed where a row is SKIPPED."""
-    rows = torch.full((len(Row), 4), float(RowKind.ACTIVE))
-    head = Head(torch.zeros(7, 3), None, 7, Transform())
-    execution = Execution("torch", compute, every_row=every_row)
-    sweep = LinearSweep(torch.zeros(4, 3, dtype=given), head, torch.zeros(4).long(), rows, execution, FROZEN)
-    assert sweep.plan.storage.copied == copied + 4 * every_row
-
-
-def test_temporaries_of_narrow_logits_stay_small(monkeypatch):
-    """Float32 products rounded into bf16 logits, by blocks of the vocabulary, however many rows there are."""
-    sizes = []
-
-    def product(a, b, out, accumulate=False):
-        sizes.append(out.numel() * out.itemsize)
-        torch.mm(a, b, out=out)
-
-    monkeypatch.setattr(matmul, "product", product)
-    monkeypatch.setattr(matmul, "CPU_CAST_BYTES", 4096)
-    hidden, weight, out = torch.randn(100, 2), torch.randn(300, 2), torch.empty(100, 300, dtype=BF16)
-    matmul.HeadMatmul(weight, FP32).logits(hidden, out)
-    # a block's product may add in another order: where float32 differs, bf16 rounds to a neighbour
-    torch.testing.assert_close(out, (hidden @ weight.T).bfloat16(), rtol=2**-7, atol=1e-6)
-    assert sum(sizes) == 4 * 100 * 300 and max(sizes) <= 4096
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_nothing_is_written_behind_a_single_row(dtype, device):
-    """Whose stride, unlike that of several rows, promises no room there."""
-    pytest.importorskip("triton")
-    from drpo_kernels.backends.triton.invariant import InvariantMatmul
-
-    memory = torch.full((48,), 7.0, device=device, dtype=dtype)
-    out = memory.as_strided((1, 37), (48, 1))
-    hidden, weight = torch.randn(1, 12).to(device, dtype), torch.randn(37, 12).to(device, dtype)
-    InvariantMatmul(weight, dtype).logits(hidden, out)
-    assert relative(out, hidden.double() @ weight.double().T) <= 1e-2
-    assert (memory[37:] == 7).all()
-
-
 def test_row_tiles_give_every_thread_32_bytes():
     pytest.importorskip("triton")
     from drpo_kernels.aot.cases import ROW_DEVICES
@@ -446,86 +363,7 @@ def test_row_tiles_give_every_thread_32_bytes():
         (compiled,) = (found for vendor, found in ROW_DEVICES.items() if name.startswith(vendor))
         for itemsize in (2, 4):
             tile = row_tile(151_936, itemsize, device)
+            assert tile.num_warps * device.warp_size == (512 if name in ("sm_90", "sm_100") else 256)
             assert tile.block * itemsize == 32 * tile.num_warps * device.warp_size
             assert tile == row_tile(151_936, itemsize, compiled), "compiled ahead of time with another tile"
             assert row_tile(1, itemsize, device).num_warps == 1
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("compact", ["active", "mask", "none"])
-@pytest.mark.parametrize("retained, workspace", [(True, None), (True, 800), (False, None), (False, 37 * 4 * 4)])
-def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypatch, tensor_cores):
-    """Windows of several chunks, dlogits beside or in place of logits, retained or not, dX in pieces: one oracle."""
-    monkeypatch.setattr(planning, "retain_dlogits", lambda *_: retained)
-    small_chunks(monkeypatch)
-    monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)
-    problem = random_problem(6, dtype=dtype, bias=True, compact=compact)
-    # three roundings to bf16, of dlogits, of the gradient, and of 3.7 times it
-    options = {"workspace_bytes": workspace, "grad_bound": 3 * 2.0**-9 if dtype == BF16 else 4e-3}
-    problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **options)
-    if dtype == BF16:  # bf16 logits are worth less: the contract is for float32 ones
-        narrow = options | {"logits_dtype": BF16, "grad_bound": 4e-2, "loss_bound": 4e-2}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(problems, "logprob_bound", lambda _: 4e-2)
-            problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **narrow)
-
-
-@pytest.mark.parametrize("compact", ["active", "none"])
-def test_factors_the_way_of_a_gpu(compact, device, monkeypatch, tensor_cores):
-    """dX, dW and db are those of factors times exponentials, whose rounding alone is in them; the caller's hidden
-    states, which the factors scale for dW, stay what they were."""
-    kept, policy = [], TorchRows.policy
-
-    def keep(self, batch, terms, out, factors=None):
-        outcome = policy(self, batch, terms, out, factors)
-        kept.append(factors[:, None].double() * out.double())
-        return outcome
-
-    monkeypatch.setattr(TorchRows, "policy", keep)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().to(device).requires_grad_() for n in (24, 50))
-    bias = torch.randn(50, generator=generator).to(device).requires_grad_()
-    before, targets = hidden.detach().clone(), torch.randint(50, (24,), generator=generator).to(device)
-    old, advantages = torch.full((24,), -4.0, device=device), torch.ones(24, device=device)
-    dk.linear_policy_loss(
-        hidden, weight, targets, old, advantages, bias=bias, backend="torch", compact=compact
-    ).loss.backward()
-    assert torch.equal(hidden, before)
-    (dlogits,) = kept
-    assert relative(bias.grad, dlogits.sum(0)) <= 1e-4  # float32, so the factors' two parts show
-    assert relative(hidden.grad, dlogits @ weight.double()) <= 2.0**-8
-    assert relative(weight.grad, dlogits.T @ hidden.double()) <= 2.0**-7
-
-
-@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
-def test_a_call_leaves_its_inputs_as_they_were(dtype, device):
-    problem = random_problem(6, dtype=dtype)
-    leaves = {name: value.clone().to(device).requires_grad_() for name, value in problem.leaves().items()}
-    problems.call(problem, dk.DRPO(delta=0.15), "torch", device, leaves).loss.backward()
-    full = problems.replace(problem, mask=torch.ones_like(problem.mask), advantages=torch.ones_like(problem.advantages))
-    problems.call(full, dk.DRPO(delta=0.15), "torch", device, leaves).loss.backward()
-    assert all(torch.equal(leaf.cpu(), getattr(problem, name)) for name, leaf in leaves.items())
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_main_grad_the_way_of_a_gpu(dtype, device, monkeypatch, tensor_cores):
-    small_chunks(monkeypatch)
-    problem = random_problem(6, dtype=dtype, workspace_bytes=37 * 4 * 4)
-    _, want = problems.solve(problem, SPECS["drpo-active"], 8.0)
-    leaves = {name: value.clone().to(device).requires_grad_() for name, value in problem.leaves().items()}
-    buffer = torch.zeros(leaves["weight"].shape, device=device)
-    extra = {"main_grad": buffer, "loss_scale": 8.0}
-    (8.0 * problems.call(problem, dk.DRPO(delta=0.15), "torch", device, leaves, **extra).loss).backward()
-    assert relative(buffer, want["weight"]) <= 4e-3
-    assert relative(leaves["hidden"].grad, want["hidden"]) <= 4e-3
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("case, limit_mib", [("main-grad-bf16", 96), ("strided", 96), ("sparse", 160)])
-def test_peak_memory(case, limit_mib):
-    """main-grad-bf16: a head of 128 MiB, a workspace of 16: neither an accumulator (256) nor a gradient (128) fits.
-    strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole.
-    sparse: entries are added whenever they fill a quarter of the workspace of 64 MiB, and never take hundreds."""
-    status, output = launch("memory_probe", case)
-    assert status == 0, output
-    assert float(output.split()[-1]) <= limit_mib

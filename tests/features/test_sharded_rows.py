@@ -26,7 +26,7 @@ SPLITS = [((12, 11), VOCAB), ((1, 20, 2), VOCAB), ((6, 6, 6, 5), VOCAB), ((8, 8,
 
 @dataclass(frozen=True)
 class Place(VocabShard):
-    """One rank's view of a split."""
+    """This is one rank's view of a split."""
 
     place: int = 0
 
@@ -43,13 +43,13 @@ def rows_of(count, kinds=None, temperature=1.0, device=None):
 
 
 def shards(logits, sizes, vocab):
-    """(rank's place, its real columns) of every rank."""
+    """Return (rank's place, its real columns) of every rank."""
     places = [Place(None, sizes, place=rank) for rank in range(len(sizes))]
     return [(p, logits[:, p.start : p.start + p.real_rows(vocab)].clone()) for p in places]
 
 
 def together(backend, logits, targets, sizes, vocab, transform=PLAIN, rows=None, slopes=None):
-    """(statistics [len(Stat), n], gradient [n, vocab]) as the ranks of a group would find them."""
+    """Return (statistics [len(Stat), n], gradient [n, vocab]) as the ranks of a group would find them."""
     inner = row_ops(backend)
     rows = rows_of(len(logits), device=logits.device) if rows is None else rows
     parts = [
@@ -92,7 +92,7 @@ SETTLED = [Stat.LOGPROB, Stat.ENTROPY, Stat.MISS, Stat.LOGSUMEXP]
 @pytest.mark.parametrize("used", [1, 2, 3])  # slopes
 @pytest.mark.parametrize("transform", [PLAIN, Transform(1.3, 4.0)], ids=["plain", "softcap"])
 def test_shards_make_whole_rows(used, transform, sizes, vocab, backend, device):
-    """Rounding only: sums in another order, each of a few ulp."""
+    """They differ by rounding only: the sums are in another order, each of a few ulp."""
     logits, targets, slopes = random_rows(1, device)
     slopes = slopes[:used]
     kinds, temperature = torch.tensor([2, 2, 0, 2, 1, 2, 2, 2]), torch.linspace(0.5, 2, 8)
@@ -108,7 +108,7 @@ def test_shards_make_whole_rows(used, transform, sizes, vocab, backend, device):
 @every_backend
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_far_from_zero(offset, backend, device):
-    """All logits at ±1e4, and one shard 2e4 away from the others: its share underflows, its log-probs do not."""
+    """All logits are at ±1e4, and one shard is 2e4 from the others. Its share underflows, but not its log-probs."""
     logits, targets, slopes = random_rows(2, device)
     logits += offset
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
@@ -126,7 +126,9 @@ def test_far_from_zero(offset, backend, device):
 
 @every_backend
 def test_certain_tokens(backend, device):
-    """p_y within 1e-7 of 1: 1 - p_y, log p_y and the gradient keep their digits, with the rest in either shard."""
+    """Where p_y is within 1e-7 of 1, 1 - p_y, log p_y and the gradient keep their digits, with the rest in either
+    shard.
+    """
     targets = torch.tensor([2, 2, 14, 14])
     logits = torch.full((4, VOCAB), -3.0)
     logits[range(4), targets] = torch.tensor([16.0, 17.5, 16.0, 22.0])
@@ -152,7 +154,7 @@ def test_certain_tokens(backend, device):
 
 @every_backend
 def test_banned_shards(backend, device):
-    """-inf on a whole shard: it holds nothing. A banned target has log p = -inf; with every token banned, NaN."""
+    """A whole shard is -inf and holds nothing. A banned target has log p = -inf. With every token banned, it is NaN."""
     logits, targets, _ = random_rows(3, device)
     slopes = torch.ones(1, 8, device=device)
     logits[:, 6:12] = -torch.inf  # the targets of rows 2 and 3
@@ -170,7 +172,7 @@ def test_banned_shards(backend, device):
 @every_backend
 @pytest.mark.parametrize("sizes", [(6, 6, 6, 5), (1, 20, 2)])
 def test_a_nan_in_any_shard_is_never_a_number(sizes, backend, device):
-    """A NaN logit, a whole shard of them, and a target that is no real entry."""
+    """There is a NaN logit, a whole shard of them, or a target that is no real entry."""
     logits, targets, _ = random_rows(4, device)
     vocab, slopes = 22, torch.ones(1, 8, device=device)
     logits[0, 21] = torch.nan
@@ -201,7 +203,7 @@ def test_every_rank_plans_the_same_chunks(retain):
 
 
 def test_a_group_of_one_is_no_split():
-    """Without a process group the shard is the head, bitwise, and of the fused route."""
+    """Without a process group the shard is the head itself, bitwise, and takes the fused route."""
     g = generator(5)
     weight, hidden, targets = torch.randn(9, 4, generator=g), torch.randn(6, 4, generator=g), torch.arange(6)
     rest = targets, torch.full((6,), -2.0), torch.randn(6, generator=g)

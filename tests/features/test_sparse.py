@@ -48,7 +48,7 @@ SEEDS, SEEN = range(300), range(160)
 
 @functools.cache
 def bounded(seed: int, device: str) -> tuple[int, int]:
-    """Of a random problem of 50 rows, whose gradients are within the bounds: (rows with a gradient, sparse ones)."""
+    """Check the bounds of a random problem of 50 rows, and return (rows with a gradient, sparse ones)."""
     case = drawn(seed)
     want, got = exact(case), found(case, device=device)
     assert_within_bounds(case, got, want)
@@ -74,7 +74,9 @@ def test_the_problems_above_are_many_and_of_both_kinds(device):
 @pytest.mark.parametrize("vocab", [40, 130, 200, 256, 640, 1000, 2000])
 @pytest.mark.parametrize("count", [3, LEAST_ENTRIES])
 def test_a_row_that_few_entries_suffice_for_is_sparse(count, vocab, device):
-    """Whatever columns they are in, be it one in every stretch of 64: the rest weighs a thousandth of the budget."""
+    """It is sparse whatever columns they are in, even one in every stretch of 64. The others weigh a thousandth of the
+    budget.
+    """
     logits = torch.full((vocab,), -20.0)
     logits[torch.linspace(0, vocab - 2, count).long()] = 1.0
     logits[-1] = 3.0
@@ -86,7 +88,7 @@ def test_a_row_that_few_entries_suffice_for_is_sparse(count, vocab, device):
 
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_the_entry_limit(beyond, device):
-    """So many equal probabilities beside the target are kept all, or with one more the row is dense."""
+    """So many equal probabilities beside the target are all kept. With one more, the row is dense."""
     vocab = 300
     limit = entry_limit(vocab, device.type)
     logits = torch.full((vocab,), -20.0)
@@ -99,7 +101,7 @@ def test_the_entry_limit(beyond, device):
 
 @pytest.mark.parametrize("tau", [0.5 * SHARE_ROUNDING, 1e-5, 0.9, 0.999])
 def test_extreme_tolerances(tau, device):
-    """Below what the sums of float32 can tell every row is dense."""
+    """Below what the sums of float32 can tell, every row is dense."""
     case = case_of(2, (40,), vocab=LEAST_ENTRIES, tau=tau)
     got = found(case, device=device)
     assert_within_bounds(case, got)
@@ -158,7 +160,7 @@ def test_the_loss_and_its_statistics_are_those_without(dtype, options, device):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("workspace", [None, ROW * 3])
 def test_flat_rows_are_as_without(workspace, bias, device):
-    """Two orders of the same sums: 1e-6."""
+    """The same sums are added in two orders, hence 1e-6."""
     case = case_of(1, (40,), spread=0.05, pull=0.0, bias=bias, workspace_bytes=workspace)
     got = found(case, device=device)
     assert not got.entries.any()
@@ -184,7 +186,7 @@ def test_no_row_is_dense(options, device):
 @pytest.mark.parametrize("compact", COMPACT)
 @pytest.mark.parametrize("mask", [None, 3])
 def test_metrics_are_what_the_gradient_shows(mask, compact, device):
-    """Every left-out entry of a row has the same gradient, which no other has."""
+    """Every entry of a row that was left out has the same gradient, which no other entry has."""
     case = case_of(6, (40,), tau=0.05, spread=1.5, compact=compact, pull=14.0)
     if mask:
         case = case.with_tensors(mask=torch.arange(40) % mask > 0)
@@ -208,7 +210,7 @@ def test_metrics_are_what_the_gradient_shows(mask, compact, device):
 
 
 def test_metrics_of_batches_combine():
-    """`reduce_metrics` of two micro-batches, one of which is sparse, as those of both."""
+    """`reduce_metrics` of two micro-batches, one of which is sparse, gives the metrics of both together."""
     case = case_of(8, (40,), tau=0.05)
     order = found(case).entries.argsort(descending=True)
     whole = rows_of(case, order)
@@ -249,7 +251,7 @@ def test_the_same_bits_from_run_to_run(options, device):
 @pytest.mark.interpreted  # a GPU's products of other chunks differ in their last bit, and with it what is left out
 @pytest.mark.parametrize("compact", COMPACT)
 def test_chunks_and_order_do_not_matter(compact, device):
-    """Float32 sums in another order: 1e-6."""
+    """Float32 sums are added in another order, hence 1e-6."""
     case = case_of(28, (40,), bias=True, compact=compact).with_tensors(mask=torch.arange(40) % 4 > 0)
     want = found(case, device=device)
     _, grads = gradients(case, device=device)
@@ -326,7 +328,7 @@ def test_triton_leaves_out_only_the_least(name, device):
 
 
 def test_triton_on_edges(device):
-    """A NaN row, a certain one and a flat one."""
+    """The rows are a NaN row, a certain one and a flat one."""
     pytest.importorskip("triton")
     case = case_of(32, (6,), vocab=131, hidden=12, objective="pg")
     x = case.problem.hidden.clone()
@@ -339,5 +341,3 @@ def test_triton_on_edges(device):
     assert got.entries[1] == got.entries[3] == 0
     assert got.hidden[1].isnan().all() and got.hidden[fine].isfinite().all()
     assert problems.row_relative(got.hidden[fine], want.hidden[fine]) <= 1e-4
-
-

@@ -65,7 +65,7 @@ def test_families(name, tied, attention):
 
 
 def assert_as_its_router(model, batch):
-    """The load-balancing loss is the model's own, with its gradient into the routers."""
+    """The load-balancing loss is the model's own, and its gradient reaches the routers."""
     outputs = model(**batch.inputs)
     loss, logprobs, _ = eager(outputs.logits, batch)
     want = gradients(model, loss + 0.1 * outputs.aux_loss)
@@ -123,7 +123,7 @@ def test_logits_to_keep():
 
 
 def hidden_of(model, inputs):
-    """What the model's head is given without a fused head."""
+    """Return what the model's head is given without a fused head."""
     hidden = []
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0])):
         model(**inputs)
@@ -132,7 +132,9 @@ def hidden_of(model, inputs):
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision(mode):
-    """fp32 logits from bf16 products, where the model rounds them: compared with float64 on its hidden states."""
+    """Logits are fp32 from bf16 products, where the model rounds them. They are compared with float64 on its hidden
+    states.
+    """
     model, batch = add_fused_head(make("Granite")), make_batch()
     model = model.to(torch.bfloat16) if mode == "bf16" else model
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
@@ -194,7 +196,7 @@ def test_generate():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any operation returned."""
+    """Find the most elements that any operation returned."""
 
     def __init__(self):
         super().__init__()
@@ -322,7 +324,7 @@ def test_saving(tmp_path):
 
 
 def test_changes_after_adding():
-    """The head and the configuration are those of the call."""
+    """The head and the configuration are those at the time of the call."""
     model, batch = add_fused_head(make("Gemma3")), make_batch()
     assert_as_its_logits(model, batch)
     model.config.final_logit_softcapping = None
@@ -350,72 +352,3 @@ def test_an_exception_leaves_the_head_in_place(where):
     assert model.lm_head is head and "forward" not in head.__dict__
     assert torch.equal(model(**batch.inputs).logits, want)
     assert_as_its_logits(model, batch)
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_adapters_on_the_backbone(order):
-    peft = pytest.importorskip("peft")
-    model = make("Qwen3")
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    if order == "before":
-        add_fused_head(model)
-    wrapped = peft.get_peft_model(model, lora)
-    assert add_fused_head(wrapped) is wrapped
-    caches = []
-    model.model.register_forward_pre_hook(lambda _, __, kwargs: caches.append(kwargs["use_cache"]), with_kwargs=True)
-    wrapped(**make_batch().inputs, fused_head=loss_of(make_batch()))
-    assert caches == [False]
-    assert_as_its_logits(wrapped, make_batch())
-    assert not wrapped(**make_batch().inputs, fused_head=lambda hidden, weight, **_: weight).requires_grad
-    assert remove_fused_head(wrapped) is wrapped
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_an_adapter_saves(order, tied):
-    """The active adapter's copy of the head computes and is trained, and the original where adapters are disabled."""
-    peft = pytest.importorskip("peft")
-    model, batch = make("Qwen3", tied=tied), make_batch()
-    original = model.lm_head.weight.detach().clone()
-    if order == "before":
-        add_fused_head(model)
-    lora = peft.LoraConfig(
-        r=4, target_modules=["q_proj"], init_lora_weights=False, ensure_weight_tying=tied,
-        modules_to_save=["embed_tokens" if tied else "lm_head"],
-    )  # fmt: skip
-    wrapped = peft.get_peft_model(model, lora)
-    if not tied:  # PEFT ties the head of the first adapter only
-        wrapped.add_adapter("other", lora)
-    add_fused_head(wrapped)
-    for name in list(wrapped.peft_config):
-        wrapped.set_adapter(name)
-        with torch.no_grad():
-            wrapped.get_output_embeddings().weight.mul_(1.5 if name == "other" else 0.7)
-        assert_as_its_logits(wrapped, batch)
-    with wrapped.disable_adapter():
-        assert torch.equal(wrapped(**batch.inputs, fused_head=lambda hidden, weight, **_: weight), original)
-        want = eager(wrapped(**batch.inputs).logits, batch)[1]
-        got = wrapped(**batch.inputs, fused_head=logprobs_of(batch))[0]
-    torch.testing.assert_close(got, want, rtol=0, atol=LOGPROB_BOUND)
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "trainable_token_indices .*'embed_tokens'"),
-    ],
-    ids=["lora", "tokens"],
-)
-def test_adapters_on_the_head(order, options, message):
-    peft = pytest.importorskip("peft")
-    model, batch = make("Qwen3", tied="trainable_token_indices" in options), make_batch()
-    if order == "before":
-        add_fused_head(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
-    with pytest.raises(TypeError, match=rf"plain nn\.Linear, got peft.*{message}"):
-        add_fused_head(wrapped)(**batch.inputs, fused_head=loss_of(batch))

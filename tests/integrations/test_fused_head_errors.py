@@ -15,14 +15,14 @@ from fused_models import SHAPE, V, assert_as_its_logits, gradients, loss_of, mak
 
 
 class QuantisedLinear(nn.Linear):
-    """Like bitsandbytes' Linear4bit: a Linear by name, with a product of its own."""
+    """Like bitsandbytes' Linear4bit, this is a Linear by name with a product of its own."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.round())
 
 
 class ShiftedWeight(torch.Tensor):
-    """Like torchao's: a tensor whose products are its own."""
+    """Like torchao's, this is a tensor whose products are its own."""
 
 
 def test_heads_that_are_not_plain():
@@ -54,7 +54,7 @@ def test_not_the_model_itself(wrap):
 
 
 class WithTail(transformers.LlamaForCausalLM):
-    """Llama, and something after the head."""
+    """This is Llama with something after the head."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -115,7 +115,7 @@ def test_a_trainable_scale_is_refused():
 
 
 def test_cut_logits():
-    """A padded vocabulary of which the model returns the real entries: the function gets vocab_size."""
+    """The model returns the real entries of a padded vocabulary, and the function gets vocab_size."""
     model, batch = with_tail(lambda logits, _: 0.5 * logits[..., :90]), make_batch()
     batch.targets = batch.targets.clamp(max=89)
     assert_as_its_logits(model, batch)

@@ -27,7 +27,7 @@ def saved(model):
 
 
 def patched(model):
-    """Like Liger's fused cross-entropy: a forward of its own, which hands unknown keywords to the backbone."""
+    """Give the model a forward of its own, which hands unknown keywords to the backbone, as Liger's does."""
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
@@ -38,7 +38,7 @@ def patched(model):
 
 
 def swallowed(model):
-    """A forward of its own that drops unknown keywords."""
+    """Give the model a forward of its own that drops unknown keywords."""
     own = type(model).forward
     model.forward = lambda input_ids=None, attention_mask=None, **_: own(model, input_ids, attention_mask)
     return model
@@ -112,7 +112,7 @@ def test_no_function(value):
 
 
 def test_adding_again_and_removing():
-    """A forward that says what it wraps still has the fused head; what hides it gets another one around it."""
+    """A forward that says what it wraps still has the fused head. One that hides it gets another around it."""
     operations = pytest.importorskip("accelerate.utils.operations")
     model, batch = add_fused_head(make()), make_batch()
     own = model.forward
@@ -138,7 +138,7 @@ def test_adding_again_and_removing():
 
 
 def test_a_hook_of_a_loaded_model_is_not_overwritten(monkeypatch):
-    """PyTorch numbers hooks by process; a loaded model's handles keep their numbers from being given again."""
+    """PyTorch numbers hooks by process. A loaded model's handles keep their numbers from being given again."""
     data = pickle.dumps(add_fused_head(make()))
     monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)
     model, batch = pickle.loads(data), make_batch()

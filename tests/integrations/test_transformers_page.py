@@ -30,7 +30,7 @@ def run(title, namespace):
 
 @pytest.fixture
 def names():
-    """What the page's reader has: a model, a padded batch, and the same batch in two micro-batches."""
+    """Return what the page's reader has: a model, a padded batch, and the same batch in two micro-batches."""
     batch = make_batch()
     ids = torch.cat([batch.inputs["input_ids"], batch.targets[:, -1:]], 1)
     columns = {"targets": batch.targets, "old_logprobs": batch.old, "advantages": batch.advantages, "mask": batch.mask}
@@ -55,7 +55,7 @@ def group_of_one(tmp_path):
 
 
 def expected(delta, names):
-    """The gradient of the head, from the logits of an untouched model."""
+    """Return the gradient of the head from the logits of an untouched model."""
     model, batch = make("Qwen3"), names["batch"]
     logits = model(**batch.inputs).logits
     out = dk.policy_loss(

@@ -1,16 +1,9 @@
-"""AsyncDRPOTrainer against TRL's AsyncGRPOTrainer on the same recorded, stale samples: the same numbers, step for step.
-
-Both trainers run on a CPU. TRL's attention over packed rows is a FlashAttention-3 kernel, for which a PyTorch function
-of the same arguments stands in; the vLLM server is replaced by a worker that hands out recorded samples, and its
-client, the weight transfer and the name of the GPU by nothing. Everything else is TRL's.
-"""
+"""AsyncDRPOTrainer against TRL's AsyncGRPOTrainer on recorded, stale samples: the same numbers in each step."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import math
-import queue
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,128 +11,21 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16' peft")
-from test_trl import LORA, WEIGHT_BOUND, close, moe
 from transformers import HfArgumentParser
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
-from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutSample
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 import oracle
 import tiny_trl
 from drpo_kernels import CISPO, DPPO, DRPO, GSPO, PPO
 from drpo_kernels.integrations.trl_async import AsyncDRPOConfig, AsyncDRPOTrainer
-from launcher import torchrun
-
-STEPS, SAMPLES = 3, 8  # a step's samples: two groups of four completions
-TIMES = {"epoch", "step_time", "sample/time_in_queue_s"}
-
-
-def attention(q, k, v, starts_q, starts_k, *_, softmax_scale, causal, window_size):
-    """What `flash_attn_varlen_func` computes: q [N, heads, D] against k and v [K, groups, D], segment by segment."""
-    assert causal and window_size == (-1, -1)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = []
-    for a, b, c, d in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True):
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * softmax_scale
-        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v[c:d]))
-    return torch.cat(out)
-
-
-def run_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=attention))
-    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # asks CUDA for its name
-    monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *_: None)  # needs `requests`
+from trl_async_runs import SAMPLES, assert_same_run, run_on_a_cpu, samples, trainer
+from trl_runs import LORA, WEIGHT_BOUND, close, moe
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     run_on_a_cpu(monkeypatch)
-
-
-def samples(steps=STEPS + 1, **changes) -> list[RolloutSample]:
-    """Groups of four completions behind one prompt, with the log-probs of an older policy: enough for one step more
-    than is trained, because the trainer reads ahead.
-
-    Two completions of a group begin alike, so that trained tokens share a position of the packed row, and one has
-    tokens of a tool in its middle, which are not trained.
-    """
-    rng, found = np.random.default_rng(3), []
-    for group in range(steps * SAMPLES // 4):
-        prompt = rng.integers(4, tiny_trl.VOCAB, 3 + group % 3)
-        first = rng.integers(4, tiny_trl.VOCAB, 2)
-        for i, length in enumerate((6, 4, 5, 7)):
-            completion = rng.integers(4, tiny_trl.VOCAB, length)
-            completion[:2] = first if i < 2 else completion[:2]
-            mask = np.concatenate([np.zeros(len(prompt)), np.ones(length)]).astype(int)
-            mask[len(prompt) + 2 : len(prompt) + 4] = i != 3
-            sample = dict(
-                prompt=[], completion=[], input_ids=np.concatenate([prompt, completion]), completion_mask=mask,
-                old_log_probs=mask * rng.uniform(-6, -2, len(mask)), advantage=float(rng.normal()),
-                model_version=max(group // 2 - 1, 0), group_id=group, metrics={"reward": float(i)},
-            )  # fmt: skip
-            found.append(RolloutSample(**{**sample, **{name: f(sample[name]) for name, f in changes.items()}}))
-    return found
-
-
-class Recorded:
-    """A rollout worker that hands out recorded samples."""
-
-    def __init__(self, recorded):
-        self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
-        for sample in recorded:
-            self.rollout_buffer.put(sample)
-
-    def start(self):
-        pass
-
-    stop = start
-
-    def update_model_version(self, model_version):
-        pass
-
-    def check_health(self, stale_after_s):
-        raise AssertionError("the trainer asked for more samples than were recorded")
-
-
-class NoTransfer:
-    def init_weight_transfer(self):
-        pass
-
-    pause = resume = destroy = init_weight_transfer
-
-    def send_weights(self, iterator):
-        for _ in iterator:
-            pass
-
-
-def trainer(cls, config, tmp_path, policy=tiny_trl.model, recorded=None, peft_config=None, **options):
-    policy().save_pretrained(tmp_path / "policy")
-    defaults = dict(
-        output_dir=str(tmp_path / "out"), per_device_train_batch_size=SAMPLES, max_steps=STEPS, learning_rate=2e-3,
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
-        token_budget=0,
-    )  # fmt: skip
-    return cls(
-        model=str(tmp_path / "policy"), args=config(**{**defaults, **options}), train_dataset=tiny_trl.dataset(4),
-        processing_class=tiny_trl.tokenizer(), rollout_worker=Recorded(recorded or samples()),
-        weight_transfer=NoTransfer(), peft_config=peft_config,
-    )  # fmt: skip
-
-
-def assert_same_run(theirs, ours):
-    start = tiny_trl.weights(theirs)
-    want, got = tiny_trl.run(theirs), tiny_trl.run(ours)
-    assert len(want["loss"]) == theirs.args.max_steps
-    assert (tiny_trl.weights(theirs) - start).norm() > 0
-    assert (tiny_trl.weights(ours) - tiny_trl.weights(theirs)).norm() <= WEIGHT_BOUND * tiny_trl.weights(theirs).norm()
-    assert_same_logs(got, want)
-    return want, got
-
-
-def assert_same_logs(got, want):
-    for name in want.keys() - TIMES:
-        if not name.startswith("perf/"):
-            assert close(got[name], want[name]), f"{name}: {got[name]} instead of {want[name]}"
 
 
 # name: (TRL's options of the formula, the objective that says the same, options of both, the policy)
@@ -166,7 +52,7 @@ def test_same_as_trl(name, tmp_path):
 
 
 class Naive(AsyncGRPOTrainer):
-    """TRL's trainer with a formula of the oracle, on the model's own logits in float64."""
+    """This is TRL's trainer with a formula of the oracle, on the model's own logits in float64."""
 
     spec: tuple = ()
 
@@ -180,9 +66,7 @@ class Naive(AsyncGRPOTrainer):
         logp = (logits[position] / self.temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         old, advantages = inputs["old_log_probs"][0].double(), inputs["advantages"][0].double()
         known = ~old.isnan()
-        rows = oracle.Rows(
-            logp[known], old[known], advantages[known], sequence[known], int(sequence.max()) + 1
-        )
+        rows = oracle.Rows(logp[known], old[known], advantages[known], sequence[known], int(sequence.max()) + 1)
         scale = inputs["global_n_tokens"][0] * self.current_gradient_accumulation_steps
         return oracle.token_loss(self.spec, rows).sum() / scale
 
@@ -218,7 +102,7 @@ def test_same_as_the_formula(name, tmp_path):
 
 
 def test_tokens_without_an_advantage_cost_nothing(tmp_path):
-    """compact="active" is the same run, also where no token of a row has an advantage."""
+    """compact="active" gives the same run, also where no token of a row has an advantage."""
     half = {"advantage": lambda a: a if a > 0.5 else 0.0}
     recorded = samples(**half)
     for sample in recorded[:4]:
@@ -257,16 +141,6 @@ def test_what_is_wrong_is_said_once(tmp_path, caplog):
     recorded = samples(old_log_probs=np.zeros_like)
     tiny_trl.run(trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path, recorded=recorded))
     assert caplog.text.count("these are placeholders, not log-probs") == 1
-
-
-def test_two_processes(tmp_path):
-    """The same run as TRL's where the tokens of a step are on two ranks, and metrics of both ranks' tokens."""
-    status, output = torchrun(2, "trl_async_worker.py", str(tmp_path))
-    assert status == 0, output[-4000:]
-    record = json.loads(next(line for line in output.splitlines() if line.startswith("RECORD "))[len("RECORD ") :])
-    assert_same_logs(record["ours"], record["theirs"])
-    assert record["weights"] <= WEIGHT_BOUND
-    assert record["ours"]["drpo/tokens"] == record["theirs"]["batch/trained_tokens_per_step"]
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

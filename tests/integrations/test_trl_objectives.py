@@ -6,13 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16' peft")
-from test_trl import WEIGHT_BOUND, close
 from trl import GRPOConfig, GRPOTrainer
 
 import oracle
 import tiny_trl
 from drpo_kernels import CISPO, DPPO, DRPO, GSPO, SPO, PolicyGradient
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
+from trl_runs import WEIGHT_BOUND, close
 
 # batches reused once, so that half of all losses are off-policy; the temperature and the accumulation are in all runs
 OPTIONS = {"max_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.2}

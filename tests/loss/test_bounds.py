@@ -19,13 +19,15 @@ from problems import Problem, generator
 
 ROOT = Path(__file__).resolve().parents[2]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# one rounding of a gradient: half an ulp of 8 bits, or of 11
+# A gradient is rounded once, by half an ulp of 8 bits or of 11.
 ROUNDING = {FP32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11}
 COMPUTED = 5e-5  # what is not the logits' error
 
 
 def rounding(dtype, backend, device):
-    """Triton's interpreter truncates to bf16, by a whole ulp where a device rounds by half of one."""
+    """Return the rounding of one gradient. Triton's interpreter truncates to bf16, by up to a whole ulp where a device
+    rounds by half of one.
+    """
     return ROUNDING[dtype] * (2 if dtype == BF16 and backend == "triton" and device.type == "cpu" else 1)
 
 
@@ -37,7 +39,7 @@ def random(g, count, hidden, vocab):
 
 
 def cancelling(g, count, hidden, vocab):
-    """Two channels give each logit up to 1e4 and take it back; of the sum only rounding is left."""
+    """Two channels add up to 1e4 to each logit and take it back, so that only rounding is left of their sum."""
     x, w, _ = random(g, count, hidden, vocab)
     x[:, 0] = x[:, -1] = 100.0
     w[:, 0] = 100 * torch.rand(vocab, generator=g)
@@ -46,15 +48,15 @@ def cancelling(g, count, hidden, vocab):
 
 
 def taken_back(g, count, hidden, vocab):
-    """An outlier channel of 8,200 that the bias takes back."""
+    """The bias takes back an outlier channel of 8,200."""
     x, w, _ = random(g, count, hidden, vocab)
     x[:, 0], w[:, 0] = 100.0, 82.0
     return x, w, torch.full((vocab,), -8192.0)
 
 
 def one_sign(g, count, hidden, vocab):
-    """The worst case: beside a product of 8,320 every other is just under half an ulp and lost, with one sign in the
-    target's logit and the other elsewhere.
+    """This is the worst case. Beside a product of 8,320 every other one is just under half an ulp and is lost, with one
+    sign in the target's logit and the other sign elsewhere.
     """
     x, w = torch.ones(count, hidden), torch.full((vocab, hidden), -0.49 * 2.0**-10)
     w[0] *= -1
@@ -63,13 +65,13 @@ def one_sign(g, count, hidden, vocab):
 
 
 def large(g, count, hidden, vocab):
-    """Logits of up to 5,000 of either sign."""
+    """Logits reach 5,000 with either sign."""
     x, w, bias = random(g, count, hidden, vocab)
     return x * (5000 / (x @ w.T).abs().max()), w, bias
 
 
 def together(size, spread):
-    """Logits of about `size` that lie within a few `spread` of each other, so that no row is decided."""
+    """Logits of about `size` lie within a few `spread` of each other, so that no row is decided."""
 
     def make(g, count, hidden, vocab):
         common = torch.randn(hidden, generator=g)
@@ -81,7 +83,7 @@ def together(size, spread):
 
 
 PER_TOKEN = torch.tensor([1e-2, 0.1, 1.0, 3.0, 1e2, 1e6])
-# name: (inputs, hidden, options)
+# Each name stands for (inputs, hidden, options).
 CASES = {
     "H=1": (large, 1, {}),
     "H=2": (cancelling, 2, {}),
@@ -118,7 +120,7 @@ OUTPUTS = ("logprobs", "entropy", "logsumexp")
 
 
 def exact(problem, slopes, of="logprobs"):
-    """In float64: ([log-probs, entropy, log-sum-exp], {name: (gradient of Σ slopes · the one named, and its G)})."""
+    """Return ([log-probs, entropy, log-sum-exp], {name: (gradient of Σ slopes · the one named, its G)}) in float64."""
     x = problem.leaves()
     if problem.logits is None:
         hidden, weight = x["hidden"].double(), x["weight"].double()
@@ -178,7 +180,7 @@ def check(problem, backend, device, dtype, gradients=True, of="logprobs", **extr
 
 
 def underflow(gradient, dtype):
-    """What is subnormal in float16 is rounded to multiples of 2^-24."""
+    """Numbers that are subnormal in float16 are rounded to multiples of 2^-24."""
     return 2.0**-25 * math.sqrt(gradient.numel()) if dtype == FP16 else 0.0
 
 
@@ -186,7 +188,9 @@ def underflow(gradient, dtype):
 
 
 def combinations():
-    """Every case in both forms; the interpreter, which is slow, alternates dtypes, and the reference has float32."""
+    """Return every case in both forms. The slow interpreter takes the dtypes in turn, and the reference has float32
+    alone.
+    """
     for i, (name, form, backend) in enumerate(itertools.product(CASES, problems.FORMS, problems.BACKENDS)):
         one = FP32 if backend == "reference" or i // 6 % 2 == (form == "linear") else BF16
         for dtype in (FP32, BF16) if backend == "torch" else (one,):
@@ -195,14 +199,16 @@ def combinations():
 
 @pytest.mark.parametrize("name, form, backend, dtype", list(combinations()))
 def test_bad_inputs(name, form, backend, dtype, device):
-    """The reference subtracts 1 - p_y: no bound of its gradients is stated."""
+    """The gradients are checked but for the reference, which subtracts 1 - p_y and for which no bound is stated."""
     check(problem_of(name, form, dtype), backend, device, dtype, gradients=backend != "reference")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["H=2", "one sign", "5,000", "T=0.01", "outlier, bias"])
 def test_float16(name, backend, device):
-    """Linear alone: ready logits of 5,000 have an ulp of 4. At T = 0.01 gradients stay below 65,504."""
+    """Only the linear form is tested, because ready logits of 5,000 have an ulp of 4. At T = 0.01 gradients stay below
+    65,504.
+    """
     check(problem_of(name, "linear", FP16), backend, device, FP16)
 
 
@@ -216,7 +222,7 @@ def test_other_gradients(name, of, form, backend, device):
 
 @pytest.mark.parametrize("name", ["cancelling", "random"])
 def test_a_large_vocabulary(name, device):
-    """20,000 entries on the default backend: what the sum over them rounds is in the 1e-4 and the 5e-5."""
+    """The default backend sums over 20,000 entries, whose rounding is within the 1e-4 and the 5e-5."""
     g = generator(5)
     x, w, _ = {"cancelling": cancelling, "random": random}[name](g, 4, 64, 20_000)
     problem = Problem(torch.randint(20_000, (4,), generator=g), None, torch.ones(4), None, x, w)
@@ -231,7 +237,7 @@ def test_many_channels(device):
 
 @pytest.mark.parametrize("name", ["H=200", "one sign, short"])
 def test_batch_invariant_products(name, device):
-    """Triton kernels of our own, with an order of additions of their own."""
+    """Our own Triton kernels add in an order of their own."""
     check(problem_of(name, "linear", FP32, vocab=7), "triton", device, FP32, batch_invariant=True)
 
 
@@ -254,7 +260,7 @@ def test_the_worst_case_is_one(device):
 
 
 def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlogits=False, **extra):
-    """-> the largest error over the gradient's norm, having checked the contract for that many roundings."""
+    """Check the contract for that many roundings, and return the largest error over the gradient's norm."""
     spec = ("DRPO", {})
     _, want = problems.solve(problem, spec, upstream)
     if problem.logits is None:
@@ -268,7 +274,7 @@ def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlog
     moved, once, worst = problems.logit_error(problem, gradients=True), rounding(dtype, backend, device), 0.0
     for name, gradient in want.items():
         error = difference(got[name], gradient).norm()
-        # second order: a rounding of what was rounded
+        # a rounding of what was rounded is of second order
         allowed = ((1 + once) ** roundings - 1) * gradient.norm() + once * of_dlogits * sizes[name] * (1 + once)
         assert error <= allowed + (COMPUTED + 4 * moved) * sizes[name] + underflow(gradient, dtype), name
         worst = max(worst, float(error / gradient.norm()))
@@ -276,7 +282,7 @@ def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlog
 
 
 def flat(form, dtype, vocab, count=6):
-    """Every row flat and on-policy, |A| = 1: all of a gradient's entries beside the targets' are the same."""
+    """Every row is flat and on-policy with |A| = 1, so that all entries of a gradient but the targets' are equal."""
     g = generator(vocab)
     targets = torch.randint(vocab, (count,), generator=g)
     signs = torch.randint(2, (count,), generator=g) * 2.0 - 1
@@ -299,7 +305,9 @@ def power_of_two(factor):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("form", problems.FORMS)
 def test_roundings(form, backend, dtype, device):
-    """One of the finished gradient, and one of what waits in 16 bits for a factor that is not a power of two."""
+    """A finished gradient is rounded once, and once more if it waits in 16 bits for a factor that is not a power of
+    two.
+    """
     vocabularies, count = ((10, 23), 2) if backend == "triton" else (range(2, 120, 7), 6)
     worst = {True: 0.0, False: 0.0}
     for vocab in vocabularies:
@@ -313,7 +321,7 @@ def test_roundings(form, backend, dtype, device):
 
 
 def test_a_normalizer_costs_no_rounding(device):
-    """Where `loss / 3` would: in the terms of gradient accumulation, the same loss."""
+    """The normalizer rounds nothing, where `loss / 3` would round the same loss."""
     for vocab in range(2, 120, 7):
         problem = flat("logits", BF16, vocab).with_options(normalizer=18)
         assert loss_check(problem, "torch", device, BF16, 1) <= 4e-3

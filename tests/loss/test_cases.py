@@ -19,14 +19,14 @@ every_form = pytest.mark.parametrize("form", ["linear", "logits"])
 
 
 def exact(problem, backend) -> Problem:
-    """The reference is naive autograd, whose fp32 loses 1 - p near p = 1: there it is an oracle in fp64 only."""
+    """Return the problem in float64 for the reference, whose naive autograd loses 1 - p near p = 1 in fp32."""
     if backend != "reference":
         return problem
     return problems.replace(problem, **{name: x.double() for name, x in problem.leaves().items()})
 
 
 def logits_problem(logits, targets, *, old=None, advantages=None, seed=0, **options) -> Problem:
-    """From ready logits, without a mask; on-policy and with random advantages unless said otherwise."""
+    """Return a problem of ready logits without a mask. Unless given, it is on-policy and has random advantages."""
     advantages = torch.randn(targets.shape, generator=generator(seed)) if advantages is None else advantages
     return Problem(targets, old, advantages, logits=logits, options=options)
 
@@ -51,7 +51,7 @@ def test_vocabulary_not_a_multiple_of_a_block(vocab, form, backend, device):
 )
 @pytest.mark.parametrize("order", ["rising", "falling", "first block banned"])
 def test_rows_longer_than_a_block(order, dtype, vocab, device):
-    """The row kernel visits a row block by block, with a running maximum that rises, or not, or is still -inf."""
+    """The row kernel reads a row block by block, with a running maximum that rises, stays, or is still -inf."""
     g = generator(vocab)
     logits = torch.randn(1, 4, vocab, generator=g) + torch.linspace(-9.0, 9.0, vocab) * (1 if order == "rising" else -1)
     targets = torch.tensor([[vocab - 1, 100, vocab // 2, 2048]])
@@ -69,7 +69,7 @@ def test_rows_longer_than_a_block(order, dtype, vocab, device):
 @every_backend
 @every_form
 def test_vocabulary_of_one(form, backend, device):
-    """p = 1 always: nothing to learn, and nothing to divide by."""
+    """With p = 1 there is nothing to learn, and nothing to divide by."""
     problem = random_problem(1, (2, 3), 4, 1, kl_coef=0.0, entropy_coef=0.2)
     problem = problems.replace(problem, mask=None, old_logprobs=None)
     problem = problem if form == "linear" else problem.as_logits()
@@ -112,7 +112,7 @@ def test_more_rows_than_a_grid_dimension(form, masked, backend, device):
 @pytest.mark.large
 @pytest.mark.parametrize("form", ["linear", "logits"])
 def test_more_logits_than_int32(form, device):
-    """T * V > 2^31: the last rows must equal the same rows alone."""
+    """With T * V > 2^31 the last rows must equal the same rows alone."""
     rows, vocab, size, tail = 16_500, 131_072, 64, 64
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(rows, size, device=device, generator=g, dtype=torch.bfloat16)
@@ -159,7 +159,7 @@ TAILS = [1e-1, 1e-3, 1e-5, 1e-7, 1e-9]
 
 
 def confident_logits(vocab, targets):
-    """One row for each of TAILS, whose target has probability about 1 - tail."""
+    """Return one row for each of TAILS, whose target has probability about 1 - tail."""
     noise = 0.1 * torch.rand(len(TAILS), vocab, generator=generator(7), dtype=torch.float64)
     tail = torch.tensor(TAILS, dtype=torch.float64)
     peak = torch.log((1 - tail) / tail * (vocab - 1)).unsqueeze(-1)
@@ -186,7 +186,7 @@ def test_confident_rows(name, entropy_coef, vocab, backend, device):
 @every_backend
 @pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-9])
 def test_confident_rows_through_the_head(tail, backend, device):
-    """The same through hidden @ weight.T: a peak of 30 in fp32 moves 1 - p by 30 * 2^-24 * a few."""
+    """The same holds through hidden @ weight.T, where a peak of 30 in fp32 moves 1 - p by 30 * 2^-24 * a few."""
     vocab, size = 11, 11
     targets = torch.tensor([[3, 0, 7], [10, 1, 4]])
     weight = torch.eye(vocab)
@@ -199,7 +199,7 @@ def test_confident_rows_through_the_head(tail, backend, device):
 @every_backend
 @pytest.mark.parametrize("old", [-1e-9, 0.0, 1e-7])
 def test_confident_behaviour_policy(old, backend, device):
-    """mu = 1 up to rounding, also from above: pi - mu must come from expm1, and DPPO's (1 - mu) from its 1e-8."""
+    """μ is 1 up to rounding, also from above. π - μ must come from expm1, and DPPO's 1 - μ from its 1e-8."""
     shape, vocab = (1, 4), 9
     targets = torch.arange(4).reshape(shape)
     logits = 12.0 * torch.nn.functional.one_hot(targets, vocab) + torch.rand(1, 4, vocab, generator=generator(9))
@@ -214,7 +214,7 @@ def test_confident_behaviour_policy(old, backend, device):
 @every_backend
 @pytest.mark.parametrize("delta, kept", [(9.5, True), (8.0, False)])
 def test_divergence_of_a_certain_token(delta, kept, backend, device):
-    """pi = 1 - 1e-10 and mu = 1/2: the binary KL is 8.5 with verl's 1e-8 inside its logarithms, 10.8 without."""
+    """With π = 1 - 1e-10 and μ = 1/2 the binary KL is 8.5 with verl's 1e-8 inside its logarithms, and 10.8 without."""
     logits = torch.tensor([[0.0, 10 * math.log(10.0)]])
     problem = exact(logits_problem(logits, torch.tensor([1]), old=torch.tensor([-math.log(2.0)])), backend)
     problem = problems.replace(problem, advantages=torch.ones(1))
@@ -259,7 +259,7 @@ def test_extreme_ratios(name, backend, device):
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("distance", [30.0, 84.0, 120.0])
 def test_kl_far_from_the_reference(distance, estimator, backend, device):
-    """A token that fell far below its reference: fp32 has no exp(119), but the pull is finite and upwards."""
+    """A token is far below its reference. fp32 has no exp(119), but the pull is finite and upwards."""
     logits = torch.tensor([[0.0, distance + 1.0]])
     problem = logits_problem(logits, torch.tensor([0]), advantages=torch.zeros(1), kl_coef=1e-3, kl_estimator=estimator)
     problem = problem.with_options(ref_logprobs=torch.tensor([-1.0]))
@@ -275,7 +275,7 @@ def test_kl_far_from_the_reference(distance, estimator, backend, device):
 @every_backend
 @every_form
 def test_banned_tokens(form, backend, device):
-    """-inf logits, in the first positions too: p = 0, no gradient, and 0 * log 0 = 0 in the entropy."""
+    """Some logits are -inf, also in the first positions: p = 0, no gradient, and 0 * log 0 = 0 in the entropy."""
     vocab = 140
     problem = random_problem(11, (2, 4), 8, vocab, bias=True, entropy_coef=0.3)
     targets = problem.targets % 5 + 100
@@ -298,7 +298,7 @@ def test_banned_tokens(form, backend, device):
 @every_form
 @pytest.mark.parametrize("compact", ["active", "none"])
 def test_padded_vocabulary(compact, form, backend, device):
-    """Padding rows of the weight hold large junk; they get no probability and an exact zero gradient."""
+    """Padding rows of the weight hold large junk. They get no probability and a gradient of exactly 0."""
     real, padded = 133, 144
     problem = random_problem(13, (2, 4), 8, padded, bias=True, vocab_size=real, entropy_coef=0.1)
     weight = problem.weight.clone()

@@ -34,7 +34,7 @@ UPSTREAM = 3.7
 
 
 def own_coefficients(seed, shape):
-    """A caller's own aggregation: different tensors for the four terms, some zero."""
+    """Return a caller's own aggregation, with a different tensor for each of the four terms and some zeros."""
     g = generator(seed)
     coefficients = [torch.rand(shape, generator=g) for _ in range(4)]
     coefficients[0][0, 1] = 0.0
@@ -53,7 +53,7 @@ def with_reduction(problem, reduction, seed):
 
 
 def variety(seed):
-    """Options that must not change the result, cycled so that the sweep meets them all."""
+    """Return options that must not change the result. They take turns, so that the sweep meets them all."""
     return {"compact": ("active", "mask", "none")[seed % 3], "workspace_bytes": (None, SMALL_WORKSPACE)[seed % 2]}
 
 
@@ -76,7 +76,7 @@ def test_everything_together(name, reduction, form, backend, device):
 
 @pytest.mark.parametrize("name, form, backend", grid(SPECS))
 def test_bare(name, form, backend, device):
-    """No optional term, so that rows without an advantage may be dropped."""
+    """Without an optional term, rows without an advantage may be dropped."""
     seed = 100 + list(SPECS).index(name)
     problem = random_problem(seed)
     problem = problem if form == "linear" else problem.as_logits()
@@ -104,7 +104,7 @@ def test_one_optional_term(name, term, form, backend, device):
 
 @pytest.mark.parametrize("name, form, backend", grid(SPECS))
 def test_on_policy(name, form, backend, device):
-    """old_logprobs=None: the row's own detached logprob, so r = 1 and mu = pi without a gradient."""
+    """With old_logprobs=None, μ is the row's own detached log-prob, so that r = 1 and μ = π has no gradient."""
     problem = problems.replace(full_problem(7), old_logprobs=None).with_options(softcap=None)
     problem = problem if form == "linear" else problem.as_logits()
     assert_agrees(problem, SPECS[name], backend, device, **FP32)
@@ -121,7 +121,7 @@ def test_packed(name, reduction, form, backend, device):
 @pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_packed_ragged(name, reduction, backend, device):
-    """Sequences of unequal length, one of them of length zero and one of a single token."""
+    """Sequences have different lengths. One has no token, and one has a single token."""
     problem = problems.packed(random_problem(31))
     logp = problems.current_logprobs(problem.hidden, problem.weight, None, problem.targets, {})
     problem.old_logprobs[-1] = logp[-1] - 0.5  # unclipped for A < 0
@@ -133,7 +133,7 @@ def test_packed_ragged(name, reduction, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_packed_as_one_row(name, backend, device):
-    """Packed inputs of shape [1, T], with one advantage for each sequence of cu_seqlens."""
+    """Packed inputs may have the shape [1, T], with one advantage for each sequence of `cu_seqlens`."""
     problem = problems.packed(random_problem(33))
     per_sequence = torch.tensor([0.7, 0.0, -1.2])
     lengths = torch.tensor([5, 8, 11])
@@ -178,7 +178,7 @@ def test_coefficients_default_to_the_policy_ones(estimator, backend, device):
 
 @pytest.mark.parametrize("estimator, form, backend", grid(["k1", "k2", "k3"]))
 def test_kl_weighted_by_the_ratio(estimator, form, backend, device):
-    """r·kl, whose slope has a term of the ratio too; far below the reference that sum must not cancel."""
+    """The slope of r·kl has a term of the ratio too. Far below the reference that sum must not cancel."""
     problem = full_problem(62, kl_estimator=estimator, kl_importance=True, kl_coef=0.4)
     problem = problem.with_options(ref_logprobs=(problem.options["ref_logprobs"] + 12).clamp(max=0))
     problem = problem if form == "linear" else problem.as_logits()
@@ -199,7 +199,7 @@ def test_half_precision_inputs(name, dtype, form, backend, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SPECS)
 def test_double_precision(name, form, backend, device):
-    """In fp64 nothing hides behind rounding: 1e-9 leaves 1e6 ulp for the order of sums and the conditioning."""
+    """In fp64 rounding hides nothing: 1e-9 leaves 1e6 ulp for the order of sums and the conditioning."""
     problem = full_problem(81, dtype=torch.float64)
     problem = problem if form == "linear" else problem.as_logits()
     assert_agrees(problem, SPECS[name], backend, device, grad_bound=1e-9, loss_bound=1e-9)
@@ -209,7 +209,7 @@ def test_double_precision(name, form, backend, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 0.7}, {"vocab_size": 33}], ids=str)
 def test_token_logprobs(options, form, backend, device):
-    """Logprob, entropy and log-sum-exp, and the gradient of an arbitrary function of them."""
+    """The log-prob, the entropy and the log-sum-exp are right, and so is the gradient of any function of them."""
     problem = random_problem(91, bias=True, temperature=0.8, **options)
     problem = problem if form == "linear" else problem.as_logits()
     check_token_logprobs(problem, form, backend, device, 5e-5)
@@ -258,7 +258,7 @@ def check_token_logprobs(problem, form, backend, device, bound):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_two_forms_of_gspo(weighted, device):
-    """One loss; the same gradient where a sequence's tokens share an advantage and a weight, and otherwise not."""
+    """The two forms have one loss. Their gradients differ unless a sequence's tokens share A and a weight."""
     problem = problems.replace(random_problem(96), advantages=torch.tensor([1.0, 2.0, -0.5, -1.5]))
     if weighted:
         problem = problem.with_options(token_weights=full_problem(96).options["token_weights"])
@@ -271,14 +271,16 @@ def test_the_two_forms_of_gspo(weighted, device):
 
 @pytest.mark.parametrize("name", sorted(oracle.DEFAULTS))
 def test_default_hyper_parameters(name):
-    """A bare constructor means what the specification's table says (None: GSPO's clips, which the paper suggests)."""
+    """A bare constructor means what the specification's table says. None stands for GSPO's clips, which the paper
+    suggests.
+    """
     objective = getattr(drpo_kernels, name)()
     for key, value in oracle.DEFAULTS[name].items():
         assert getattr(objective, key) == value, key
 
 
 def test_defaults_of_the_calls(device):
-    """objective=DRPO(), delta=..., reduction='token-mean', backend=None and no mask."""
+    """The defaults are objective=DRPO(), its delta, reduction='token-mean', backend=None and no mask."""
     problem = problems.replace(random_problem(95), mask=None)
     hidden, weight = problem.hidden.to(device), problem.weight.to(device)
     rest = [x.to(device) for x in (problem.targets, problem.old_logprobs, problem.advantages)]

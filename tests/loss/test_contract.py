@@ -27,7 +27,7 @@ def in_form(problem, form):
 
 
 def poisoned(problem):
-    """The same problem with the masked entries of every per-token tensor replaced by NaN and infinities, or -100."""
+    """Return the same problem with NaN, infinities or -100 in the masked entries of every per-token tensor."""
     g = torch.Generator().manual_seed(1)
 
     def spoil(value):
@@ -55,7 +55,7 @@ def assert_same(first, second):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# rows that do not count
+# these rows do not count
 
 
 @pytest.mark.parametrize("name, compact, form, backend", grid(["drpo-active", "gspo"], ["active", "mask", "none"]))
@@ -72,8 +72,9 @@ def test_masked_rows_may_carry_anything(name, compact, form, backend, device):
 @pytest.mark.parametrize("unscored", [math.nan, -math.inf])
 @pytest.mark.parametrize("compact, form, backend", grid(["active", "mask", "none"]))
 def test_unscored_rows_count_as_masked(compact, form, backend, unscored, device):
-    """The rollout engine hands NaN, or the -inf that no sampled token has, on valid rows it could not score. The oracle
-    leaves them out of every count."""
+    """The rollout engine gives NaN, or the -inf that no sampled token has, for valid rows that it could not score. The
+    oracle leaves them out of every count.
+    """
     problem = in_form(full_problem(2, SHAPE), form)
     old = problem.old_logprobs.clone()
     old.view(-1)[problem.mask.view(-1).nonzero().view(-1)[::4]] = unscored
@@ -103,7 +104,7 @@ def test_no_valid_token(name, reduction, compact, form, backend, device):
 @every_form
 @pytest.mark.parametrize("name", ["drpo-active", "dppo-tv", "gspo"])
 def test_compaction_changes_nothing(name, form, backend, device):
-    """compact only says which rows are visited. What each visit computes differs by the order of a sum: 1e-6."""
+    """`compact` only says which rows are visited. Each visit may add in another order, hence 1e-6."""
     problem = in_form(random_problem(4, SHAPE), form)
     runs = {
         c: problems.run(problem, problems.build(SPECS[name]), backend, device, compact=c)
@@ -172,7 +173,7 @@ def test_nothing_requires_grad(backend, device):
 @chunked_backend
 @every_form
 def test_second_backward_is_an_error(form, backend, device):
-    """The first backward hands out the stored gradient; a second must not hand out what is left of it."""
+    """The first backward hands out the stored gradient, and a second one must not hand out what is left of it."""
     problem = in_form(full_problem(8, SHAPE), form)
     leaves = {n: x.to(device).requires_grad_() for n, x in problem.leaves().items()}
     out = problems.call(problem, problems.build(DRPO), backend, device, leaves)
@@ -193,7 +194,7 @@ def test_second_derivative_is_an_error(form, backend, device):
 
 @every_backend
 def test_tied_weight(backend, device):
-    """The head's weight is also the embedding that made the hidden states."""
+    """The head's weight is also the embedding from which the hidden states were made."""
     problem = random_problem(10, (3, 5), 8, 31)
     tokens = torch.randint(31, (3, 5), generator=problems.generator(0))
     weight = problem.weight.double().requires_grad_()
@@ -216,7 +217,7 @@ def test_tied_weight(backend, device):
 
 @pytest.mark.parametrize("reduction, form, backend", grid(problems.REDUCTIONS))
 def test_accumulation_equals_one_batch(reduction, form, backend, device):
-    """Two halves, each with the global count as its normalizer, sum to the whole: 1e-5 for the order of sums."""
+    """Two halves, each with the global count as its normalizer, sum to the whole. The order of sums costs 1e-5."""
     problem = in_form(full_problem(11, SHAPE), form).with_options(reduction=reduction)
     problem = problem.with_options(horizon=9) if reduction.endswith("norm") else problem
     tokens, sequences = int(problem.mask.sum()), int(problem.mask.any(-1).sum())
@@ -294,8 +295,9 @@ def test_masked_coefficients_may_carry_anything(backend, device):
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 @pytest.mark.parametrize("head", ["policy", "logprobs"])
 def test_autocast_with_master_weights(head, name, dtype, backend, device):
-    """fp32 weight, fp32 or bf16 hidden under autocast: operands rounded to bf16, logits and statistics fp32, gradients
-    for the masters."""
+    """An fp32 weight with fp32 or bf16 hidden states runs under autocast: operands are rounded to bf16, logits and
+    statistics are fp32, and the gradients are those of the masters.
+    """
     problem = random_problem(13, SHAPE, hidden_size=16, vocab=67)
     problem = problems.replace(problem, hidden=problem.hidden.to(dtype))
     rounded = problems.replace(problem, hidden=problem.hidden.bfloat16(), weight=problem.weight.bfloat16())
@@ -325,7 +327,7 @@ def test_autocast_with_master_weights(head, name, dtype, backend, device):
 @chunked_backend
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_reduced_precision_settings_do_not_reach_the_products(name, backend, device):
-    """fp32 inputs mean fp32 products, also where the process allows TF32 or bf16 for them; the setting survives."""
+    """fp32 inputs mean fp32 products, also where the process allows TF32 or bf16 for them. The setting stays."""
     before = torch.get_float32_matmul_precision()
     problem = random_problem(15, SHAPE, hidden_size=128, vocab=256)
     try:
@@ -340,7 +342,9 @@ def test_reduced_precision_settings_do_not_reach_the_products(name, backend, dev
 @every_form
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_gradient_scaler(name, form, backend, device):
-    """fp16, a coefficient of 1e-6 and p near 1/V: gradients of 1e-8 flush unless scaled before they are rounded."""
+    """In fp16, with a coefficient of 1e-6 and p near 1/V, gradients of 1e-8 are 0 unless they are scaled before they
+    are rounded.
+    """
     problem = in_form(random_problem(14, SHAPE, hidden_size=16, vocab=251, dtype=torch.float16), form)
     problem = problem.with_options(normalizer=1_000_000)
     scale = 65536.0

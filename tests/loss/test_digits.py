@@ -6,7 +6,7 @@ import torch
 import drpo_kernels as dk
 from problems import BACKENDS, relative
 
-BOUND = 5e-5  # the contract's, norm-wise
+BOUND = 5e-5  # the contract's bound on the norm
 chunked_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 SIZES = (5, 40)
 
@@ -18,8 +18,9 @@ def generator(seed=0):
 @chunked_backend
 @pytest.mark.parametrize("raw, entropy", [(0, False), (0, True), (60, True), (124, False), (-124, False), (200, False)])
 def test_a_saturated_softcap(raw, entropy, backend, device):
-    """Its slope is 1 - tanh², and 1e-5 at a raw logit of 200 under a cap of 30. (The entropy's gradient is made of the
-    capped logits' differences, which float32 rounds to 2e-6: at 124 they are 1e-2, and no longer known to 5e-5.)
+    """The slope of the cap is 1 - tanh², which is 1e-5 at a raw logit of 200 under a cap of 30. (The entropy's gradient
+    is made of differences of the capped logits, which float32 rounds to 2e-6. At 124 they are 1e-2, and not known to
+    5e-5.)
     """
     bias = raw + 2 * torch.randn(SIZES[1], generator=generator(1))
     hidden, weight = torch.randn(SIZES[0], 8, generator=generator(2)), torch.randn(SIZES[1], 8, generator=generator(3))

@@ -60,7 +60,7 @@ def test_strided_targets(view, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
 def test_inplace_on_views(view, backend, device):
-    """`inplace` is a permission: on rows that are not contiguous the gradient is right all the same."""
+    """`inplace` is a permission. On rows that are not contiguous the gradient is right as well."""
     targets, old, advantages = (x.to(device) for x in inputs())
     base = {
         "transposed": lambda: logits_of().T.contiguous().T,
@@ -80,7 +80,7 @@ def test_inplace_on_views(view, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_gradient_with_a_low_temperature(backend, device):
-    """dz/dx = 1/temperature belongs to the size of a gradient: without it the scaled one overflows to inf."""
+    """dz/dx = 1/temperature is part of a gradient's size. Without it the scaled gradient overflows to inf."""
     targets, old, advantages = (x.to(device) for x in inputs())
     x = logits_of(dtype=torch.float16).to(device).requires_grad_()
     wide = x.detach().double().requires_grad_()
@@ -118,7 +118,7 @@ class InfiniteAtCertainty(dk.Objective):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 def test_skipped_rows_do_not_reach_a_user_objective(compact, backend, device):
-    """A skipped row reports logprob 0, where this objective is infinite."""
+    """A skipped row reports the log-prob 0, where this objective is infinite."""
     targets, old, advantages = (x.to(device) for x in inputs())
     mask = torch.arange(12, device=device) % 3 > 0
     out = dk.policy_loss(
@@ -178,13 +178,13 @@ def test_rollouts_made_in_inference_mode(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clip_share_of_sequences(backend, device):
-    """Only sequences beyond the clip count, whatever their tokens' own ratios."""
+    """Only sequences beyond the clip count, whatever the ratios of their tokens."""
     targets, _, _ = inputs()
     x = logits_of().view(3, 4, VOCAB).to(device)
     targets = targets.view(3, 4).to(device)
     logprobs, _ = dk.token_logprobs(x, targets)
-    wobble = torch.tensor([0.3, -0.3, 0.2, -0.2], device=device)  # mean 0: the sequence ratio is 1
-    shift = torch.tensor([[0.0], [-1.0], [0.0]], device=device)  # the second sequence's is e
+    wobble = torch.tensor([0.3, -0.3, 0.2, -0.2], device=device)  # their mean is 0, and so the sequence's ratio is 1
+    shift = torch.tensor([[0.0], [-1.0], [0.0]], device=device)  # the second sequence's ratio is e
     out = dk.policy_loss(
         x, targets, (logprobs + wobble + shift).clamp(max=0), torch.ones(3, device=device), objective=dk.GSPO(0.2, 0.2),
         backend=backend,
@@ -204,7 +204,7 @@ def test_workspace_is_a_whole_number_of_bytes():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_token_of_a_strided_batch(backend, device):
-    """A stride of 2 over a single element counts as contiguous, and `.contiguous()` keeps it."""
+    """A single element with a stride of 2 counts as contiguous, and `.contiguous()` keeps the stride."""
     targets, old, advantages = (x[::12].to(device) for x in inputs(24))
     x = logits_of(2).to(device)
     for rows in (slice(0, 1), slice(1, 2)):
@@ -225,7 +225,7 @@ def test_no_gradient_from_logits_of_any_strides(backend, device):
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("old", [1e-7, 5e-3, 1e-2])
 def test_binary_kl_of_a_behaviour_policy_above_one(old, backend, device):
-    """Rounding may leave log μ > 0: log(1 - μ + 1e-8) would be NaN."""
+    """Rounding may leave log μ > 0, for which log(1 - μ + 1e-8) would be NaN."""
     targets, _, advantages = (x.to(device) for x in inputs())
     x = logits_of().to(device).requires_grad_()
     behaviour, objective = torch.full((12,), old, device=device), dk.DPPO(divergence="kl")
@@ -236,7 +236,7 @@ def test_binary_kl_of_a_behaviour_policy_above_one(old, backend, device):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_weighted_kl_far_from_both_policies(backend, device):
-    """r = e^20 times a k3 of e^80 is inf in float32, and its gradient inf · 0."""
+    """r = e^20 times a k3 of e^80 is inf in float32, and its gradient would be inf · 0."""
     x = torch.tensor([[0.0, 90.0, -90.0]], device=device).requires_grad_()
     out = dk.policy_loss(
         x, torch.tensor([0], device=device), torch.tensor([-120.0], device=device), torch.ones(1, device=device),
@@ -247,7 +247,7 @@ def test_weighted_kl_far_from_both_policies(backend, device):
 
 
 def test_reference_gradient_under_float16_autocast(device):
-    """Its operands are rounded to float16; a gradient of 1e6 or of 1e-9 is not."""
+    """The operands are rounded to float16, but gradients of 1e6 and of 1e-9 are not."""
     hidden, weight = logits_of(12, 2).to(device), logits_of(VOCAB, 3).to(device)
     targets, old, advantages = (x.to(device) for x in inputs())
     for size in (1e7, 1e-9):
@@ -262,7 +262,7 @@ def test_reference_gradient_under_float16_autocast(device):
 
 
 class Dropped(torch.autograd.Function):
-    """What a branch that is not differentiated does to what it was given: its gradient is None."""
+    """This function does what a branch that is not differentiated does to its input, whose gradient is then None."""
 
     @staticmethod
     def forward(ctx, x):
@@ -275,7 +275,7 @@ class Dropped(torch.autograd.Function):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_loss_whose_gradient_is_dropped(backend, device):
-    """It leaves no gradient, and the loss is not spent."""
+    """Such a loss leaves no gradient, and may still be differentiated."""
     hidden, weight = (torch.randn(n, 5, device=device, requires_grad=True) for n in (3, 7))
     rows = torch.arange(3, device=device), torch.full((3,), -2.0, device=device), torch.ones(3, device=device)
     linear = dk.linear_policy_loss(hidden, weight, *rows, backend=backend).loss
@@ -292,7 +292,7 @@ def test_a_loss_whose_gradient_is_dropped(backend, device):
 @pytest.mark.parametrize("objective", [dk.PPO(), dk.PPO(dual_clip=3.0), dk.DRPO(delta=0.2)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device):
-    """Unchecked: it makes the loss, the row's gradient and a metric tell of it, whatever the objective clips."""
+    """An unchecked NaN shows in the loss, the row's gradient and a metric, whatever the objective clips."""
     logits = torch.randn(3, 9, device=device).to(dtype).requires_grad_()
     rows = torch.arange(3, device=device), torch.full((3,), -2.0, device=device)
     advantages = torch.tensor([1.0, math.nan, -1.0], device=device)
@@ -300,5 +300,5 @@ def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert out.loss.isnan() and out.metrics["drpo/nonfinite"] == 1
     assert gradient[1].isnan().all()
-    if dtype == torch.float32:  # float16's rows share a scale
+    if dtype == torch.float32:  # in float16 the rows share a scale
         assert gradient[[0, 2]].isfinite().all()

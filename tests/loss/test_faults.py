@@ -22,7 +22,7 @@ SPECS = {"seq": ("GSPO", {}), "token": ("DRPO", {"delta": 0.2})}
 
 @pytest.fixture(autouse=True)
 def fast_collection():
-    """gc.collect() looks only at what the test has made."""
+    """Let gc.collect() look only at what the test has made."""
     gc.collect()
     gc.freeze()
     yield
@@ -30,7 +30,7 @@ def fast_collection():
 
 
 class FailAt(TorchDispatchMode):
-    """Raises `error` at the k-th operation, and knows every tensor that was made before."""
+    """Raise `error` at the k-th operation, and know every tensor that was made before."""
 
     def __init__(self, k: int | None, error: type[BaseException]):
         super().__init__()
@@ -48,7 +48,7 @@ class FailAt(TorchDispatchMode):
 
 
 def state(problem, leaves):
-    """Everything of the caller's and of the process that a call must leave as it was."""
+    """Return everything of the caller and of the process that a call must leave as it was."""
     tensors = [*leaves.values(), problem.targets, problem.old_logprobs, problem.advantages, problem.mask]
     tensors += [value for value in problem.options.values() if isinstance(value, torch.Tensor)]
     settings = [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
@@ -85,7 +85,7 @@ def forward_backward(problem, leaves, objective, mode, **extra):
 
 
 def attempt(problem, leaves, objective, k, error, **extra):
-    """True if the fault at the k-th operation was raised; nothing of the call is referenced any more."""
+    """Return whether the fault was raised at the k-th operation. Nothing of the call is referenced afterwards."""
     mode = FailAt(k, error)
     try:
         forward_backward(problem, leaves, objective, mode, **extra)
@@ -130,12 +130,12 @@ def test_inplace_only_where_asked():
         given = {"logits": original.clone().requires_grad_()}
         attempt(problem, given, objective, k, torch.OutOfMemoryError, inplace=True)
         touched |= not torch.equal(given["logits"].detach(), original)
-    assert touched  # the permission is used, so the first half of this test says something
+    assert touched  # The permission is used, so that the first half of this test says something.
 
 
 @pytest.mark.parametrize("product", ["mm", "addmm_"])
 def test_out_of_memory_in_a_product(product, monkeypatch):
-    """The k-th product of the chunk loop, for every k, with bf16 allowed for fp32 products in the process."""
+    """The k-th product of the chunk loop fails, for every k, where the process allows bf16 for fp32 products."""
     problem, leaves, objective = case_of("token", "linear")
     want = problems.call(problem, objective, "torch", leaves=leaves)
     owner = torch if product == "mm" else torch.Tensor
@@ -181,7 +181,7 @@ def test_a_user_objective_that_raises(backend):
 
 
 def test_an_interrupted_backward_can_be_repeated():
-    """Until a first backward has finished, the gradients are still there to hand out... or the second one says no."""
+    """Until a first backward has finished, a second one hands out the gradients or says that it cannot."""
     problem, leaves, objective = case_of("token", "linear")
     want = torch.autograd.grad(problems.call(problem, objective, "torch", leaves=leaves).loss, list(leaves.values()))
     out = problems.call(problem, objective, "torch", leaves=leaves)

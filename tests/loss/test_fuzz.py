@@ -22,7 +22,7 @@ def test_random_cases(case):
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("hazard", HAZARDS)
 def test_every_hazard_on_every_backend(hazard, form):
-    """One token's value wrong or unusual: the same verdict from torch, the reference and Triton."""
+    """One token's value is wrong or unusual, and torch, the reference and Triton give the same verdict."""
     options = {"kl": "k3", "token_weights": True, "bias": True, "temperature": "token", "normalizer": "tensor"}
     options["reduction"] = "coefficients" if hazard.startswith("coefficient") else "token-mean"
     for objective in ("dppo-kl", "cispo"):

@@ -34,7 +34,7 @@ class Kind(enum.IntEnum):
 @dk.register_objective
 @dataclasses.dataclass(frozen=True)
 class Settings(dk.Objective):
-    """A field of every kind, each of which matters."""
+    """This objective has a field of every kind, and each field matters."""
 
     times: int = 3
     mirrored: bool = True
@@ -49,7 +49,7 @@ class Settings(dk.Objective):
         return -loss if self.mirrored is True and self.mode == "plain" and self.kind == Kind.FIRST else loss
 
 
-# how coefficients change from step to step: options of a call from one number
+# What changes from step to step: each name stands for the options of a call, made from one number.
 ANNEALED = {
     "terms": lambda x: {**every_term(x), "normalizer": 10 * x},
     "terms per token": lambda x: {**every_term(x), "kl_importance": True, "reduction": "none"},
@@ -67,11 +67,12 @@ ANNEALED = {
     "CISPO per token": lambda x: {"objective": dk.CISPO(5 * x, x), "reduction": "none"},
     "DPPO per token": lambda x: {"objective": dk.DPPO(x, x, "kl", 5 * x), "reduction": "none"},
 }
-BOTH_WAYS = ("terms", "terms per token", "terms of sequences")  # the others take turns
+# These run both as a closure and as an attribute. The others take turns.
+BOTH_WAYS = ("terms", "terms per token", "terms of sequences")
 
 
 class Step:
-    """A loss whose coefficient is an attribute."""
+    """This is a loss whose coefficient is an attribute."""
 
     coefficient = 0.0
 
@@ -86,9 +87,9 @@ def annealed():
 @pytest.mark.parametrize("name, by, dynamic", list(annealed()))
 @torch._dynamo.config.patch(recompile_limit=4 if TORCH > (2, 11) else 8)
 def test_a_coefficient_changes_inside_a_graph(name, by, dynamic, device):
-    """The graph gives the eager call's loss and gradients at every value, in the same operations: hence 1e-6. Four
-    graphs are allowed, so that not every value may have its own: with a number, with a symbol, without the term.
-    Up to 2.11 PyTorch makes one for each value of some, such as 10 · x for a number x that changes.
+    """The graph gives the eager call's loss and gradients at every value. The operations are the same, hence 1e-6. Four
+    graphs are allowed, so that not every value may have its own: one with a number, one with a symbol, and one without
+    the term. Up to 2.11 PyTorch makes one for each value of some, such as 10 · x for a number x that changes.
     """
     torch.compiler.reset()
     rest = [x.to(device) for x in (MADE.targets, MADE.old_logprobs, MADE.advantages)]
@@ -154,7 +155,7 @@ FAKE = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAKE)
 def test_fake_tensors_have_shapes_and_gradients(name, backend):
-    """For estimates of memory: as the real call's, and nothing is read."""
+    """Estimates of memory need this: shapes are as in the real call, and nothing is read."""
     tensors = MADE.hidden, MADE.weight, MADE.targets, MADE.old_logprobs, MADE.advantages
 
     def shapes(tensors):

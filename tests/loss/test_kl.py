@@ -19,7 +19,7 @@ def logprobs(hidden):
 
 
 def call(backend, device, **options):
-    """(loss, gradient of hidden, output) of a sum over tokens."""
+    """Return (loss, gradient of hidden, output) of a sum over tokens."""
     leaf = MADE.hidden.clone().to(device).requires_grad_()
     rest = [x.to(device) for x in (MADE.weight, MADE.targets, MADE.old_logprobs, MADE.advantages)]
     options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
@@ -33,8 +33,8 @@ def call(backend, device, **options):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("route", ["fused", "recomputed"])
 def test_a_capped_log_ratio(route, estimator, importance, backend, device):
-    """Its value stops at the cap and its slope is 0 beyond; the ratio of `kl_importance` keeps its own slope. It is the
-    token's own ratio with GSPO too, where TRL and Liger take the sequence's.
+    """The value stops at the cap, and the slope is 0 beyond it. The ratio of `kl_importance` keeps its own slope, and
+    with GSPO it is the token's own ratio too, where TRL and Liger take the sequence's.
     """
     objective = dk.PPO() if route == "fused" else dk.GSPO()
     distance = torch.linspace(-3, 3, 15).view(3, 5)

@@ -73,7 +73,7 @@ def test_kl_and_entropy_terms():
     ],
 )
 def test_reductions(reduction, options, want):
-    """Two tokens in the first sequence, one in the second, none in a third."""
+    """The first sequence has two tokens, the second has one, and the third has none."""
     valid = torch.tensor([True, True, False, True, False, False])
     seq = torch.tensor([0, 0, 1, 1, 2, 2])
     assert oracle.coefficients(valid, seq, reduction, **options).tolist() == pytest.approx([*want, 0, 0])
@@ -81,7 +81,7 @@ def test_reductions(reduction, options, want):
 
 @pytest.mark.parametrize("token_level, advantages", [(False, [2.0, 2.0]), (True, [1.0, 3.0])])
 def test_gspo_gradient_flows_through_the_mean(token_level, advantages):
-    """Two tokens, unclipped: l_t = -A_t s, so each logp gets -(A_1 + A_2) s / 2, or with token_level -A_t s."""
+    """For two unclipped tokens l_t = -A_t s, so that each logp gets -(A_1 + A_2) s / 2, or -A_t s with token_level."""
     logp = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     adv = torch.tensor([1.0, 3.0], dtype=torch.float64)
     rows = oracle.Rows(logp, torch.tensor([-1.1, -1.8], dtype=torch.float64), adv, torch.tensor([0, 0]), 1)

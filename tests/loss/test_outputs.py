@@ -25,8 +25,9 @@ KEYS |= {f"drpo/{name}" for name in ("unscorable", "tokens", "computed", "weight
 
 
 def four_rows():
-    """pi = 3/4 everywhere (logits 0 and ln 3) and a fifth, masked row; mu = 1/2, 3/4, 1, 3/8 gives
-    r = 3/2, 1, 3/4, 2 and pi - mu = 1/4, 0, -1/4, 3/8."""
+    """Return four rows and a masked one with π = 3/4 (logits 0 and ln 3). μ = 1/2, 3/4, 1, 3/8 gives r = 3/2, 1, 3/4, 2
+    and π - μ = 1/4, 0, -1/4, 3/8.
+    """
     logits = torch.tensor([0.0, math.log(3.0)]).expand(1, 5, 2).clone()
     old = torch.log(torch.tensor([[0.5, 0.75, 1.0, 0.375, 0.1]]))
     advantages = torch.tensor([[1.0, 0.0, -1.0, -2.0, 5.0]])
@@ -43,8 +44,9 @@ def close(got, want):
 @every_backend
 @pytest.mark.parametrize("compact", ["mask", "none"])
 def test_metrics_by_hand(compact, backend, device):
-    """DRPO with delta = 0.2: weights 1 - 1.25 (A > 0), 1 - 1.25 (A < 0, shrunk) and 1 + 1.875 where A != 0; two of
-    those three beyond."""
+    """DRPO with delta = 0.2 has the weights 1 - 1.25 (A > 0), 1 - 1.25 (A < 0, shrunk) and 1 + 1.875 where A != 0. Two
+    of those three rows are beyond the trust region.
+    """
     out = problems.call(four_rows(), dk.DRPO(delta=0.2), backend, device, compact=compact)
     assert set(out.metrics) >= {*KEYS, "drpo/beyond_trust_region"}
     for name, value in out.metrics.items():
@@ -76,7 +78,9 @@ def test_metrics_by_hand(compact, backend, device):
 
 @every_backend
 def test_metrics_of_active_rows(backend, device):
-    """compact='active' leaves out the A = 0 row: r = 3/2, 3/4, 2; three of the four valid tokens are active."""
+    """compact='active' leaves out the A = 0 row. The others have r = 3/2, 3/4, 2; three of four valid tokens are
+    active.
+    """
     out = problems.call(four_rows(), dk.DRPO(delta=0.2), backend, device)
     close(out.metrics, {"ratio_mean": 4.25 / 3, "beyond_trust_region": 2 / 3, "weight_mean": 2.375 / 3})
     close(out.metrics, {"active_share": 3 / 4, "tokens": 4, "computed": 3, "weighted": 3})
@@ -94,6 +98,20 @@ def test_clip_share(compact, backend, device):
     close(out.metrics, {"clip_share": 1.0, "beyond_trust_region": 2 / 3})
     out = problems.call(problem, dk.CISPO(ratio_cap=1.4), backend, device, compact=compact)
     close(out.metrics, {"clip_share": 2 / 3})
+
+
+@every_backend
+def test_metrics_of_misplaced_tokens(backend, device):
+    """Two of six tokens are more than 5 nats below their old log-prob. Of the four whose old log-prob is 0, as a
+    placeholder is, three are below -0.05.
+    """
+    logprobs = torch.tensor([[-5.51, -5.49, -6.0, -1.0, -0.06, -0.04]])
+    logits = torch.stack([(-logprobs.exp()).log1p(), logprobs], -1)
+    old = torch.tensor([[-0.5, -0.5, 0.0, 0.0, 0.0, 0.0]])
+    problem = Problem(torch.ones(1, 6, dtype=torch.long), old, torch.ones(1, 6), logits=logits)
+    out = problems.call(problem, dk.DRPO(), backend, device)
+    close(out.metrics, {"far_below_share": 2 / 6, "zero_old_share": 3 / 6})
+    close(out.metrics, {"logprob_mean": logprobs.mean().item(), "old_logprob_max": 0.0})
 
 
 @every_backend
@@ -118,7 +136,7 @@ def test_metrics_without_any_valid_token(backend, device):
 
 @dataclass(frozen=True)
 class WithoutMagnitude(Objective):
-    """DRPO's regulariser without |A|: it acts on A = 0 rows too."""
+    """This is DRPO's regulariser without |A|, which acts on A = 0 rows too."""
 
     delta: float = 0.3
 
@@ -202,8 +220,9 @@ class Head(nn.Module):
     [("drpo-active", "inductor"), ("ppo", "aot_eager"), ("gspo", "aot_eager"), (None, "aot_eager")],
 )
 def test_compile(name, compiler, device):
-    """One graph, and the numbers of the eager module: the same operations in the same precision, so 1e-6. Generating
-    code (inductor) takes long and sees the operators from outside; one graph shows that they survive it."""
+    """One graph gives the numbers of the eager module. The operations and the precision are the same, hence 1e-6.
+    Generating code (inductor) takes long and sees the operators from outside, so that one such graph is enough.
+    """
     torch._dynamo.reset()
     objective = problems.build(SPECS[name]) if name else None
     first = random_problem(4, bias=True)
@@ -251,7 +270,7 @@ def test_compile_from_logits(name, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("bad", [21, 23, -1, -100, 10**6])
 def test_bad_target_without_validation_stays_in_bounds(bad, backend, device):
-    """Either an error, or the other rows' numbers untouched and not one element written outside the logits."""
+    """The call raises, or the other rows' numbers stay the same and nothing outside the logits is written."""
     problem = random_problem(7, (2, 3), 8, 21).as_logits()
     problem = problems.replace(problem, mask=None)
     size = problem.logits.numel()

@@ -19,7 +19,7 @@ from drpo_kernels.metrics import policy_metrics
 
 pytest.importorskip("triton")
 
-# of views and allocations nothing is launched
+# views and allocations launch nothing
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
     "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
@@ -30,7 +30,7 @@ MOST, MOST_A_CHUNK = 34, 7
 
 
 class Launches(TorchDispatchMode):
-    """Counts the calls that would launch a kernel on a GPU."""
+    """Count the calls that would launch a kernel on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """Row kernels and products are launches of their own; only what is around them is counted here."""
+    """Row kernels and products are launches of their own, so that only what is around them is counted."""
     monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
     monkeypatch.setattr(matmul, "product", lambda a, b, out, accumulate=False: out.fill_(0.5))
     ops = row_ops("triton")
@@ -90,13 +90,13 @@ def test_a_call_launches_little_around_its_products(tokens, like_a_gpu):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
 def test_a_chunk_launches_little(like_a_gpu):
     one, many = launches(6 * 128), launches(6 * 128, workspace_bytes=128 * 64 * 8 + 1)
-    further = many.count("zeros") - one.count("zeros")  # row kernels, which the fixture replaces
+    further = many.count("zeros") - one.count("zeros")  # the fixture replaces row kernels
     assert further >= 3 and len(many) - len(one) <= MOST_A_CHUNK * further, many
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
 def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
-    """It is idle from the count's read-back to the first product: nothing is launched between."""
+    """The device is idle from the count's read-back to the first product. Nothing is launched between them."""
     count_rows = LinearSweep._order
 
     def counted(self, *arguments):
@@ -114,7 +114,7 @@ def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
 )
 @pytest.mark.parametrize("count", [0, 1, 2500])
 def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device):
-    """Over several blocks; a NaN shows in the metrics in which the formula shows it, and in no other."""
+    """This holds over several blocks. A NaN shows in the metrics in which the formula shows it, and in no other."""
     generator = torch.Generator().manual_seed(count)
     rows, outcome = torch.zeros(len(Row), count), torch.zeros(len(Outcome), count)
     rows[Row.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
@@ -152,7 +152,7 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
 
 
 def test_means_of_ones_are_one(device):
-    """Whatever their number: a reciprocal would make 0.99999994 of 41 of them."""
+    """The mean of n ones is 1 for every n. A reciprocal would make it 0.99999994 for 41 of the counts."""
     for count in range(1, 130):
         rows, outcome = torch.zeros(len(Row), count, device=device), torch.zeros(len(Outcome), count, device=device)
         rows[Row.ADVANTAGE], rows[Row.KIND] = 0.0, 2.0
@@ -164,7 +164,7 @@ def test_means_of_ones_are_one(device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_metrics_may_be_changed_in_place(backend, device):
-    """One by one, inside a trainer's own graph."""
+    """A trainer may change one metric in place, inside its own graph, without changing the others."""
     logits = torch.randn(4, 9, device=device, requires_grad=True)
     targets, old = torch.zeros(4, dtype=torch.int64, device=device), torch.full((4,), -2.0, device=device)
     metrics = dk.policy_loss(logits, targets, old, torch.ones(4, device=device), backend=backend).metrics

@@ -14,7 +14,7 @@ REDUCTIONS = ["token-mean", "seq-mean-token-mean"]
 
 
 def batch(device):
-    """Of which the last three tokens are padding: in no sequence, and anything at all."""
+    """Return a batch whose last three tokens are padding. They are in no sequence, and may hold anything."""
     made = random_problem(5, (1, TOKENS), 8, 19)
     tensors = [made.hidden[0], made.weight, made.targets[0], made.old_logprobs[0]]
     hidden, weight, targets, old = (x.clone().to(device) for x in tensors)
@@ -67,7 +67,7 @@ BAD = [[0, 4, 3, 9], [0, 4, 10**7], [-3, 4, 9], [0, -(2**40), 9], [2**40, 2**41]
 @every_backend
 @pytest.mark.parametrize("offsets", BAD, ids=str)
 def test_bad_offsets_reach_no_other_memory(offsets, backend, device):
-    """With the check an error; without it some number, of these tokens alone."""
+    """With the check bad offsets are an error. Without it the call gives some number, made of these tokens alone."""
     made = random_problem(6, (1, 9), 8, 19)
     hidden, weight = made.hidden[0].to(device), made.weight.to(device)
     targets, old = made.targets[0].to(device), made.old_logprobs[0].to(device)
@@ -85,7 +85,7 @@ def test_bad_offsets_reach_no_other_memory(offsets, backend, device):
 
 
 def test_sums_over_sequences_have_their_gradient(device):
-    """Also where tokens are in none, and where a sequence is empty."""
+    """The gradient is right also where tokens are in no sequence, and where a sequence is empty."""
     sequences = Sequences(torch.Size([12]), OFFSETS.to(device))
     values = torch.randn(12, dtype=torch.float64, device=device).requires_grad_()
 

@@ -22,7 +22,7 @@ QUICK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthC
 
 @st.composite
 def specs(draw):
-    """An objective with hyper-parameters drawn too."""
+    """Draw an objective and its hyper-parameters."""
     small = st.floats(0.05, 0.6)
     choices = {
         "DRPO": {"delta": st.floats(0.05, 20.0)},
@@ -90,7 +90,7 @@ def problems_of_any_kind(draw):
 
 
 def relayout(problem, kind):
-    """The same values behind other strides."""
+    """Return the same values with other strides."""
 
     def changed(x):
         if not isinstance(x, torch.Tensor) or x.dim() < 2 or kind == 0:
@@ -176,7 +176,7 @@ def test_triton_rows(
     scale,
     seed,
 ):
-    """fp32 rows of any width and level through the row kernel: logprobs within the contract, no phantom column."""
+    """The row kernel takes fp32 rows of any width and level, within the contract and without a phantom column."""
     g = generator(seed)
     logits = scale * torch.randn(1, rows, vocab, generator=g) + offset
     targets = torch.randint(vocab, (1, rows), generator=g)
@@ -197,7 +197,7 @@ LOCALLY_SMOOTH = {
 
 
 def numeric_gradient(function, tensors, step=1e-6):
-    """Central differences of a scalar function, element by element."""
+    """Return the central differences of a scalar function, element by element."""
     grads = []
     for tensor in tensors:
         grad = torch.zeros_like(tensor)

@@ -18,7 +18,7 @@ VOCAB, TILE = 700, RowTile(256, 1)
 
 
 def exact(batch):
-    """(outcome [len(Outcome), n], dlogits) in float64, with 1 - p_y as the sum of the others, which autograd lacks."""
+    """Return (outcome [len(Outcome), n], dlogits) in float64. 1 - p_y is a sum of the others, which autograd lacks."""
     rows, targets = batch.rows.double(), batch.targets[:, None]
     z = batch.logits.double() * rows[Row.INV_TEMPERATURE][:, None]
     logsumexp = z.logsumexp(-1)
@@ -35,7 +35,9 @@ def exact(batch):
 
 
 def hostile(device):
-    """Rows whose rollout's log-prob is far off, absent, or no log-prob; shifted, banned and nearly certain ones."""
+    """Return rows whose old log-prob is far off, absent or no log-prob, and rows that are shifted, banned or nearly
+    certain.
+    """
     batch = tiles._batch(16, VOCAB, torch.float32, device)
     old, targets, logits = batch.rows[Row.OLD_LOGPROB], batch.targets, batch.logits
     batch.rows[Row.INV_TEMPERATURE] = torch.linspace(0.7, 1.3, 16, device=device)
@@ -52,7 +54,7 @@ def hostile(device):
     logits[12] = 0.0
     logits[13] = float("-inf")
     logits[13, targets[13]] = 3.0  # alone
-    old[14] = 40.0  # which no check has seen
+    old[14] = 40.0  # no check has seen this value
     return batch
 
 
@@ -113,7 +115,9 @@ def test_a_poisoned_row_is_never_a_number(at_target, poison, device):
 @pytest.mark.parametrize("lead", [8.0, 16.0, 25.0])
 @pytest.mark.parametrize("of_target", [False, True])
 def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio, device):
-    """In its gradient: with a bonus, in the loss's kernel; however small the entropy, and whatever μ was."""
+    """The entropy keeps its digits in its gradient, with a bonus, and in the loss's kernel, however small it is and
+    whatever μ was.
+    """
     batch = tiles._batch(1, VOCAB, torch.float32, device)
     target = batch.targets[0]
     batch.logits.zero_()

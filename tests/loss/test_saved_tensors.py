@@ -34,7 +34,7 @@ def inputs(device):
 
 
 def calls(targets, old, advantages, backend):
-    """Of (hidden, weight), each a scalar; one chunk of two rows at a time."""
+    """Return functions of (hidden, weight) that give a scalar each. A chunk has two rows."""
     options = {"backend": backend, "workspace_bytes": 2 * VOCAB * 4}
     rest = targets, old, advantages
 
@@ -53,7 +53,7 @@ def calls(targets, old, advantages, backend):
 
 @every_backend
 def test_a_checkpointed_model_runs_twice(backend, device):
-    """In the forward and once in the backward, however many chunks there are, and to the same gradients."""
+    """It runs in the forward and once in the backward, however many chunks there are, and gives the same gradients."""
     hidden, weight, *rest = inputs(device)
     for name, call in calls(*rest, backend):
         runs = []
@@ -70,7 +70,7 @@ def test_a_checkpointed_model_runs_twice(backend, device):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_the_first_use_of_an_objective_runs_the_model_no_more(backend, device):
-    """At which it is tried on other tokens."""
+    """At its first use an objective is tried on other tokens, which must not run the model again."""
 
     @dataclass(frozen=True)
     class New(Own):
@@ -89,7 +89,7 @@ def test_the_first_use_of_an_objective_runs_the_model_no_more(backend, device):
 
 @every_backend
 def test_hooks_that_unpack_a_tensor_once(backend, device):
-    """As those of offloading do, which free a copy when they hand it back."""
+    """The hooks of offloading free a copy when they hand it back."""
 
     def unpack(box):
         return box.pop()
@@ -125,7 +125,7 @@ def test_the_inner_graph_is_freed(device):
 
 @every_backend
 def test_a_second_derivative_is_right_or_refused(backend, device):
-    """A gradient penalty: where it is not refused it is what float64 autograd makes of the formula."""
+    """A gradient penalty is what float64 autograd makes of the formula, unless it is refused."""
 
     def penalised(call, hidden, weight):
         value = call(hidden * 2, weight)

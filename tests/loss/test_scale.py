@@ -30,7 +30,9 @@ WHOLE, HALF = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Size:
-    """tokens T, hidden size H, vocabulary V; the interpreter truncates to bf16, so that `tiny` sizes are float32."""
+    """There are `tokens` T of `hidden` size H, and `vocab` V. The interpreter truncates to bf16, so that `tiny` sizes
+    are float32.
+    """
 
     tokens: int
     hidden: int
@@ -49,7 +51,7 @@ REAL = Size(4096, 1024, 151_936)
 
 
 class Inputs:
-    """Trained-looking rows on the device, and the arguments of a call."""
+    """These are trained-looking rows on the device, and the arguments of a call."""
 
     def __init__(self, size: Size, device: torch.device, seed: int = 0):
         g = torch.Generator(device).manual_seed(seed)
@@ -73,12 +75,12 @@ class Inputs:
         return self.targets, self.old, self.advantages, self.mask
 
     def some_rows(self, count: int = 64) -> Tensor:
-        """The first and the last row and some between, all of them contributing."""
+        """Return the first and the last row and some between them. All of them contribute."""
         valid = self.mask.nonzero()[:, 0]
         return valid[torch.linspace(0, len(valid) - 1, min(count, len(valid)), device=self.device).long()]
 
     def check(self, logprobs: Tensor, gradient: Tensor, rows: Tensor, *, softcap=None, logits=None) -> None:
-        """Log-probs, and dX or dlogits, of these rows against float64 under "token-sum"."""
+        """Compare the log-probs, and dX or dlogits, of these rows with float64 under "token-sum"."""
         leaf = (self.hidden if logits is None else logits)[rows].detach().double().requires_grad_()
         x = leaf if logits is not None else leaf @ self.weight.double().T
         want, _ = oracle.statistics(oracle.transform(x, 1.0, softcap=softcap), self.targets[rows])
@@ -93,19 +95,19 @@ class Inputs:
 
 
 def options(**changes) -> dict:
-    """Of every call here: the kernels, and a sum, so that a row's gradient is its own."""
+    """Return the options of every call here. The loss is a sum, so that a row's gradient depends on no other row."""
     return {"backend": "triton", "objective": dk.DRPO(delta=0.2), "reduction": "token-sum", "validate": False} | changes
 
 
 def gradients(inputs: Inputs, frozen: bool = False, **changes) -> tuple[Tensor, ...]:
-    """(log-probs, loss, dX, and dW unless frozen) of the linear path."""
+    """Return (log-probs, loss, dX, and dW unless frozen) of the linear path."""
     leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(not frozen)]
     out = dk.linear_policy_loss(*leaves, *inputs.arguments, **options(**changes))
     return out.logprobs, out.loss.detach(), *torch.autograd.grad(out.loss, leaves[: 1 if frozen else 2])
 
 
 def recomputed(inputs: Inputs, **changes) -> tuple[Tensor, ...]:
-    """(log-probs, entropy, dX, dW) of the recompute path."""
+    """Return (log-probs, entropy, dX, dW) of the recompute path."""
     leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()]
     changes = {"backend": "triton", "validate": False} | changes
     logprobs, entropy = dk.linear_token_logprobs(*leaves, inputs.targets, **changes)
@@ -114,7 +116,7 @@ def recomputed(inputs: Inputs, **changes) -> tuple[Tensor, ...]:
 
 
 def from_logits(inputs: Inputs, **changes) -> tuple[Tensor, ...]:
-    """(log-probs, loss, dlogits)."""
+    """Return (log-probs, loss, dlogits) from ready logits."""
     leaf = (inputs.hidden @ inputs.weight.T).requires_grad_()
     out = dk.policy_loss(leaf, *inputs.arguments, **options(**changes))
     return out.logprobs, out.loss.detach(), *torch.autograd.grad(out.loss, leaf)
@@ -125,7 +127,7 @@ every_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 
 
 def same(found: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
-    """Bit for bit."""
+    """Return whether all tensors are the same bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
@@ -139,7 +141,7 @@ def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @sizes(TINY, large=True, full=Size(8_400, 64, 262_208))
 def test_widest_vocabulary(size, form, device):
-    """Gemma's, with its soft-cap, and T·V beyond 2^31."""
+    """Gemma has this vocabulary and a soft-cap, and T·V is beyond 2^31."""
     inputs = Inputs(size, device)
     rows = inputs.some_rows()
     if form == "linear":
@@ -156,7 +158,9 @@ def test_widest_vocabulary(size, form, device):
 @pytest.mark.parametrize("view", ["shifted", "padded"])
 @sizes(TINY, large=True, full=Size(16_500, 64, 131_072))
 def test_rows_that_are_not_contiguous(size, view, device):
-    """`logits[:, :-1]` of three sequences, and the columns of a padded vocabulary, their gradient beyond 2^31 too."""
+    """The rows are `logits[:, :-1]` of three sequences, or columns of a padded vocabulary. Their gradient is beyond
+    2^31 too.
+    """
     inputs, sequences = Inputs(size, device), 3
     whole = inputs.hidden @ inputs.weight.T
     if view == "shifted":
@@ -181,7 +185,9 @@ def test_rows_that_are_not_contiguous(size, view, device):
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[object, int]:
-    """(what `step` returns, bytes at its peak beyond those before it); 0 on a CPU, whose allocator does not count."""
+    """Return (what `step` returns, the bytes at its peak beyond those before it). The bytes are 0 on a CPU, whose
+    allocator does not count them.
+    """
     if device.type == "cpu":
         return step(), 0
     torch.cuda.synchronize()
@@ -201,7 +207,9 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[object
     retained_beyond_int32=Size(19_200, 8192, 151_936),  # a quarter of its rows is masked
 )
 def test_peak_memory(size, frozen, device):
-    """A workspace of a GiB, more rows than a grid dimension holds; beside it a float32 dW, or retained bf16 dlogits."""
+    """The workspace is a GiB, and there are more rows than a grid dimension holds. Beside it there is a float32 dW, or
+    the retained bf16 dlogits.
+    """
     inputs, workspace = Inputs(size, device), GIB
     gradients(Inputs(Size(4, size.hidden, 64, size.dtype), device))  # libraries and their own workspaces
     (logprobs, _, dx, *dw), peak = peak_bytes(lambda: gradients(inputs, frozen, workspace_bytes=workspace), device)
@@ -217,7 +225,9 @@ def test_peak_memory(size, frozen, device):
 
 
 def captured(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """`step` as a CUDA graph that reads its inputs where they are; on a CPU, which has none, `step` itself."""
+    """Return `step` as a CUDA graph that reads its inputs where they are. On a CPU, which has no graphs, return `step`
+    itself.
+    """
     if device.type == "cpu":
         return step
     side = torch.cuda.Stream()
@@ -240,7 +250,7 @@ def captured(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Ca
 @every_route
 @sizes(TINY, full=REAL)
 def test_graph(size, route, device):
-    """A replay is bitwise the eager call, on new values too; the policy losses need compact="none" for it."""
+    """A replay is bitwise the eager call, on new values too. The policy losses need compact="none" for it."""
     inputs, others = Inputs(size, device), Inputs(size, device, seed=1)
     changes = {} if route is recomputed else {"compact": "none"}
     want, want_others = copies(route(inputs, **changes)), copies(route(others, **changes))
@@ -254,7 +264,7 @@ def test_graph(size, route, device):
 @every_route
 @sizes(TINY, large=True, full=REAL)
 def test_two_streams(size, route, device):
-    """Two batches at once: neither finds the other's buffers."""
+    """Two batches run at once, and neither finds the other's buffers."""
     batches = [Inputs(size, device, seed) for seed in (0, 1)]
     want = [copies(route(batch)) for batch in batches]
     streams = [torch.cuda.Stream() for _ in batches] if device.type == "cuda" else [None, None]
@@ -271,7 +281,7 @@ def test_two_streams(size, route, device):
 
 
 class RefusesReads(TorchFunctionMode):
-    """Raises where a tensor's value is read by the host, as a GPU's debug mode does, on any device."""
+    """Raise where the host reads a tensor's value, as a GPU's debug mode does, on any device."""
 
     READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select")
 
@@ -297,7 +307,7 @@ def no_synchronisation(device: torch.device):
 @pytest.mark.parametrize("route", ROUTES)
 @sizes(TINY, full=REAL)
 def test_no_synchronisation(size, route, device):
-    """With compact="none" the host reads nothing back; compaction reads one count, which shows that reads are seen."""
+    """With compact="none" the host reads nothing back. Compaction reads one count, which shows that reads are seen."""
     inputs = Inputs(size, device)
     head = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
     logits = (inputs.hidden @ inputs.weight.T).detach().requires_grad_()
@@ -337,7 +347,9 @@ def test_run_to_run(size, route, device):
 @pytest.mark.parametrize("dtype", [WHOLE, HALF, torch.float16], ids=str)
 @sizes(Size(3, 8, 2500, WHOLE), full=Size(2048, 64, 151_936), odd=Size(2048, 64, 151_937))
 def test_gradient_over_the_logits(size, dtype, device):
-    """Written over the row it is computed from, bitwise what a buffer of its own gets: no store overtakes a load."""
+    """The gradient is written over the row that it is computed from, bitwise as into a buffer of its own: no store
+    overtakes a load.
+    """
     inputs = Inputs(size, device)
     logits = (inputs.hidden @ inputs.weight.T).to(dtype)
     rows = torch.zeros(len(Row), size.tokens, device=device)

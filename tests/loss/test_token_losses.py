@@ -1,6 +1,5 @@
 """An objective's losses: one per token, differentiable, and of that token alone, on every backend and in a graph."""
 
-import functools
 from dataclasses import dataclass
 
 import pytest
@@ -23,7 +22,7 @@ def surrogate(tokens):
 
 @dataclass(frozen=True)
 class Written(dk.Objective):
-    """A loss as a user may have written it."""
+    """This is a loss as a user may have written it."""
 
     how: str
     strength: float = 1.0
@@ -112,7 +111,7 @@ def test_a_wrong_loss_is_refused(how, form, backend, device):
 @every_backend
 @pytest.mark.parametrize("how", ["right", "bfloat16", "random", "of labels", "of few advantages"])
 def test_a_right_loss_is_not(how, backend, device):
-    """What draws random numbers cannot be told from what mixes tokens, and passes."""
+    """A loss that draws random numbers looks like one that mixes tokens, and passes."""
     assert problem_call(problem("linear"), Written(how), backend, device).loss.isfinite()
 
 
@@ -127,7 +126,7 @@ def test_trying_an_objective_draws_none_of_the_run_s_random_numbers(device):
 
 @every_backend
 def test_a_sequence_objective_may_mix(backend, device):
-    """Not what its shape is, though."""
+    """A loss of a sequence objective may mix tokens, but must have their shape."""
 
     @dataclass(frozen=True)
     class Sequence(Written):
@@ -160,7 +159,7 @@ def test_inside_a_graph(objective, fullgraph, device):
 
 
 def test_settings_are_tried_once(device):
-    """Another number may be another formula, but not for ever: of an annealed one the first values are tried."""
+    """Another number may be another formula. Of an annealed number only the first values are tried."""
     calls = []
 
     @dataclass(frozen=True)
@@ -186,7 +185,9 @@ def test_settings_are_tried_once(device):
 
 @every_backend
 def test_other_settings_are_tried_again(backend, device):
-    """Numbers, functions, tensors and what is nested, in dataclasses and not, with slots and without."""
+    """Settings are numbers, functions, tensors and what nests them, in dataclasses and other classes, with slots and
+    without.
+    """
 
     @dataclass(frozen=True)
     class Annealed(dk.Objective):
@@ -243,77 +244,6 @@ def test_other_settings_are_tried_again(backend, device):
         problem_call(problem("linear"), held, backend, device)
 
 
-@dataclass(frozen=True)
-class Tripled(dk.Objective):
-    def token_loss(self, tokens):
-        return 3 * surrogate(tokens)
-
-
-def mixed_in(parent):
-    return dataclass(frozen=True)(type("MixedIn", (Tripled, parent), {}))
-
-
-def overridden(parent):
-    return dataclass(frozen=True)(type("Overridden", (parent,), {"token_loss": Tripled.token_loss}))
-
-
-def wrapped(parent):
-    """`wraps` copies everything that a function carries."""
-    token_loss = functools.wraps(parent.token_loss)(lambda self, tokens: 3 * surrogate(tokens))
-    return type("Wrapped", (parent,), {"token_loss": token_loss})
-
-
-def put_in_place(parent):
-    put = type("PutInPlace", (parent,), {})
-    put.token_loss = Tripled.token_loss
-    return put
-
-
-@every_backend
-@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO, dk.CISPO, dk.DPPO])
-@pytest.mark.parametrize("make", [mixed_in, overridden, wrapped, put_in_place])
-def test_a_subclass_of_a_built_in_objective_runs_its_own_formula(make, parent, backend, device):
-    """Not the Triton twin of its parent's, wherever the formula comes from."""
-    given = problem("linear")
-    objectives = Tripled(), make(parent)()
-    loss, own = (problem_call(given, objective, backend, device).loss.item() for objective in objectives)
-    assert own == pytest.approx(loss, rel=1e-6)
-
-
-@pytest.mark.parametrize("parent", [dk.DRPO, dk.PPO])
-def test_a_subclass_with_the_formula_of_its_parent_keeps_the_twin(parent):
-    @dataclass(frozen=True)
-    class Renamed(parent):
-        label: str = ""
-
-    assert Renamed().twin is parent().twin is not None and Renamed().zero_if_no_advantage
-
-
-@every_backend
-def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device):
-    """A parent's promise that they do not is one about the parent's formula; a wrong one of its own is an error."""
-
-    @dataclass(frozen=True)
-    class Pulled(dk.DRPO):
-        def token_loss(self, tokens):
-            return super().token_loss(tokens) + 5 * tokens.prob_shift**2
-
-    @dataclass(frozen=True)
-    class Promising(Pulled):
-        zero_if_no_advantage = True
-
-    given = problem("linear")
-    given.advantages[::2] = 0
-    losses = [
-        problem_call(given, Pulled(0.2), backend, device, compact=compact).loss.item()
-        for compact in ("active", "mask", "none")
-    ]
-    exact = problem_call(given, Pulled(0.2), "reference", device, compact="none").loss.item()
-    assert losses == pytest.approx([exact] * 3, rel=1e-5)
-    with pytest.raises(ValueError, match=r"Promising\.zero_if_no_advantage must be False"):
-        problem_call(given, Promising(0.2), backend, device)
-
-
 @dataclass(frozen=True, eq=False)
 class Learned(dk.Objective):
     strength: torch.Tensor
@@ -324,7 +254,7 @@ class Learned(dk.Objective):
 
 @every_backend
 def test_nothing_else_is_differentiated_silently(backend, device):
-    """A learned coefficient: an error where it would get no gradient, and a gradient elsewhere."""
+    """A learned coefficient is an error where it would get no gradient, and gets one elsewhere."""
     given, strength = problem("linear"), torch.full((), 0.3, device=device, requires_grad=True)
     leaves = {name: x.to(device).requires_grad_() for name, x in given.leaves().items()}
     if backend == "reference":
@@ -339,23 +269,6 @@ def test_nothing_else_is_differentiated_silently(backend, device):
     logprobs = problem_call(given, dk.DRPO(), backend, device, leaves, compact="mask").logprobs
     tokens = dk.Tokens(logprobs, given.old_logprobs.to(device), given.advantages.to(device))
     assert strength.grad.item() == pytest.approx((strength.exp() * tokens.ratio_minus_one**2).mean().item(), rel=1e-5)
-
-
-@dataclass(frozen=True)
-class Twinned(dk.Objective):
-    """What Triton would run of it is another function, which nobody tries."""
-
-    zero_if_no_advantage = True
-    twin = dk.DRPO().twin
-
-    def token_loss(self, tokens):
-        return surrogate(tokens) + surrogate(tokens).mean()
-
-
-@every_backend
-def test_a_formula_with_a_twin_is_tried_too(backend, device):
-    with pytest.raises(ValueError, match="whatever tokens"):
-        problem_call(problem("linear"), Twinned(), backend, device)
 
 
 @dataclass(frozen=True)
@@ -376,7 +289,7 @@ def test_a_bad_row_is_not_blamed_on_the_objective(backend, device):
 @every_backend
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
 def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
-    """The metrics, and a KL term weighted by the ratio, do not see it."""
+    """The metrics, and a KL term weighted by the ratio, do not see what it wrote."""
 
     @dataclass(frozen=True)
     class Clamping(dk.Objective):
@@ -400,7 +313,7 @@ def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
 
 
 class Truncated(dk.Objective):
-    """Importance weights as many write them: the ratio is read once without a gradient, and once with one."""
+    """Many write importance weights so: the ratio is read once without a gradient, and once with one."""
 
     def token_loss(self, tokens):
         with torch.no_grad():

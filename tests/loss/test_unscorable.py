@@ -15,7 +15,7 @@ NONE = [math.nan, -math.inf, -9999.0, -1e9, -1e4, -1000.0, LEAST_LOGPROB, -3.4e3
 
 
 def outcome(backend, device, old, objective, targets=None, advantages=None, **options):
-    """(loss, dX, dW, output) of a call whose mask leaves out its last token."""
+    """Return (loss, dX, dW, output) of a call whose mask leaves out its last token."""
     made = random_problem(2, (3, 4), 8, 23)
     tensors = made.hidden, made.weight, made.targets if targets is None else targets, old
     hidden, weight, targets, old = (x.clone().to(device) for x in tensors)
@@ -52,7 +52,9 @@ def test_what_no_sampled_token_has_is_masked_and_counted(dtype, objective, backe
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_unlikely_token_is_not(backend, device):
-    """The least likely token that float32 noise of 32 bits chooses, at three times the temperature of the log-prob."""
+    """This is the least likely token that float32 noise of 32 bits chooses, at three times the temperature of the
+    log-prob.
+    """
     old = old_logprobs(-(23 * 3 + math.log(262_144)))
     *_, out = outcome(backend, device, old, dk.DRPO(0.2), advantages=torch.ones(3, 4))
     assert out.metrics["drpo/unscorable"] == 0
@@ -60,7 +62,7 @@ def test_an_unlikely_token_is_not(backend, device):
 
 
 def test_the_floor_is_below_what_is_sampled():
-    """Gumbel noise of the smallest uniforms that 24 to 32 random bits give, over a vocabulary of 2^18."""
+    """The noise is Gumbel's, of the smallest uniforms that 24 to 32 random bits give, over a vocabulary of 2^18."""
     for bits in (24, 32):
         rarest = -math.log(-math.log1p(-(2.0**-bits))) + math.log(math.log(2.0**bits))
         for temperature in (0.6, 1.0, 2.0, 3.0):
@@ -72,7 +74,7 @@ def test_the_floor_is_below_what_is_sampled():
 @pytest.mark.parametrize("objective", [dk.DRPO(0.2), dk.GSPO()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("validate", [True, False])
 def test_an_unscorable_row_may_carry_anything(validate, objective, backend, device):
-    """As a masked one may: its target, advantage, weight, reference, temperature and coefficient."""
+    """Like a masked row, it may have any target, advantage, weight, reference, temperature and coefficient."""
     problem = random_problem(2, (3, 4), 8, 23)
     names = ("targets", "advantages", "ref_logprobs", "token_weights", "temperature")
     right = {"targets": problem.targets, "advantages": problem.advantages, "ref_logprobs": problem.old_logprobs - 0.3}
@@ -94,7 +96,7 @@ def test_an_unscorable_row_may_carry_anything(validate, objective, backend, devi
 @every_backend
 @pytest.mark.parametrize("form", ["linear", "logits"])
 def test_a_mean_over_the_mask_is_right_or_nan(form, backend, device):
-    """With A = 0 rows left out a mean over the mask is no number; with compact="mask" it is that of all of them."""
+    """With A = 0 rows left out, a mean over the mask is NaN. With compact="mask" it is the mean of all rows."""
     made = replace(random_problem(4, (3, 4), 8, 23))
     advantages = made.advantages.clone()
     advantages[1] = 0
@@ -127,7 +129,7 @@ def test_a_mean_over_the_mask_is_right_or_nan(form, backend, device):
 @every_backend
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_to_the_reference_is_reported(estimator, backend, device):
-    """With and without a coefficient, which changes the loss alone."""
+    """It is reported with and without a coefficient, which changes the loss alone."""
     made = random_problem(4, (3, 4), 8, 23)
     ref = made.old_logprobs - torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     logp = (made.hidden.double() @ made.weight.double().T).log_softmax(-1).gather(-1, made.targets[..., None])[..., 0]
@@ -149,7 +151,7 @@ def test_the_kl_to_the_reference_is_reported(estimator, backend, device):
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("objective", [dk.DRPO(0.2), dk.PPO(), dk.GSPO()], ids=lambda o: type(o).__name__)
 def test_a_loss_per_token(objective, form, backend, device):
-    """reduction="none": any weighted sum of it has the gradient of that sum, computed in float64 by the reference."""
+    """With reduction="none", any weighted sum of the losses has the gradient that the reference computes in float64."""
     made = random_problem(7, (3, 4), 8, 23)
     generator = torch.Generator().manual_seed(0)
     upstream, ref = torch.randn(3, 4, generator=generator), made.old_logprobs - 0.2
@@ -196,7 +198,7 @@ def test_diagnosis_names_sentinels():
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_diagnosis_names_placeholders(share):
-    """Of 0.0, at any batch size; where the policy is sure of its tokens a 0 is a log-prob."""
+    """Log-probs of 0.0 are placeholders at any batch size, unless the policy is sure of its tokens."""
     made = random_problem(3, (4, 4), 8, 23)
     old = made.old_logprobs.clone()
     old.view(-1)[: int(share * 16)] = 0.0

@@ -54,7 +54,7 @@ amdhsa.kernels:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own: the suite's own has TRITON_INTERPRET set."""
+    """Run the command line in a process of its own, because the suite's has TRITON_INTERPRET set."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = PYTHONPATH
     command = [sys.executable, "-m", "drpo_kernels", *arguments]
@@ -148,7 +148,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_compile_reports_every_target(tmp_path, monkeypatch):
-    """Asked under the interpreter, which it must shed: kernels decorated there cannot be compiled."""
+    """The command is started under the interpreter and must leave it: kernels decorated there cannot be compiled."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     report = tmp_path / "report.json"

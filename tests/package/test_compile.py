@@ -50,7 +50,7 @@ row:
 
 
 def test_loops_of_sass():
-    """Innermost ones, a head with two ways back once, and neither the loop around them nor an endless empty one."""
+    """Only innermost loops count. A head with two ways back counts once, and an endless empty loop does not."""
     loops = innermost_loops(list(sass(SASS)))
     assert loops == (Loop(18, 8, 16, 64, 4, masked=True), Loop(16, 4, 128, 32, 5))
 
@@ -109,7 +109,7 @@ def test_instructions_of_amd_assembly():
 
 
 def test_cost_of_an_element():
-    """Of however many an unrolled loop loads, with their bias."""
+    """The cost is per element, however many of them an unrolled loop loads, with their bias."""
     assert Loop(48, 0, 128, 0, 60, 12).per_element(6) == (7.5, 1.5)
     assert Loop(96, 0, 128, 0, 120, 24).per_element(6) == (7.5, 1.5)
     assert Loop(0, 16, 0, 128, 60).per_element(4) is Loop(48, 0, 128, 0, 60).per_element(0) is None
@@ -180,7 +180,7 @@ def test_every_bound_is_some_kernels():
 
 
 def outside_the_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
-    """The suite's own process has TRITON_INTERPRET set."""
+    """Unset TRITON_INTERPRET, which the suite's own process has."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -222,7 +222,7 @@ for case in kernel_cases():
 
 
 def test_in_place_each_thread_overwrites_what_it_alone_has_read():
-    """One layout for every load and store of a row, and no element of a block in two threads."""
+    """Every load and store of a row has one layout, and no element of a block is in two threads."""
     result = outside_the_interpreter("-c", LAYOUTS)
     assert result.returncode == 0, result.stderr
     modules = result.stdout.split("module attributes")[1:]

@@ -157,7 +157,7 @@ def test_a_rollout_repeats_each_prompt_for_its_group(model):
 
 
 def test_reinforcement_raises_an_easy_reward_and_is_reproducible(monkeypatch):
-    """From random weights: completions that begin with 7 are rewarded. A loss of the wrong sign would end near 0."""
+    """From random weights, completions that begin with 7 are rewarded. A loss of the wrong sign would end near 0."""
     monkeypatch.setattr(rolling, "rewards", lambda _, completions: (completions[:, 0] == IDS["7"]).float())
     settings = replace(TINY, steps=30, prompts=16, lr=5e-3)
     runs = [reinforce(build_model(settings, CPU), problems(100), settings, generator())[0] for _ in range(2)]
@@ -167,7 +167,7 @@ def test_reinforcement_raises_an_easy_reward_and_is_reproducible(monkeypatch):
 
 
 def test_sparse_gradients_learn_as_well(monkeypatch):
-    """The same easy reward. With 14 tokens every row may be sparse: its entry limit is 16."""
+    """The reward is the same. With 14 tokens every row may be sparse, because the entry limit is 16."""
     monkeypatch.setattr(rolling, "rewards", lambda _, completions: (completions[:, 0] == IDS["7"]).float())
     settings = replace(TINY, steps=30, prompts=16, lr=5e-3, sparse_grad=0.01)
     history, _ = reinforce(build_model(settings, CPU), problems(100), settings, generator())

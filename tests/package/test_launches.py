@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a worker: the stub as libcuda, and what its compilers write."""
+    """Return the environment of a worker: the stub as libcuda, and folders for what its compilers write."""
     folder = tmp_path_factory.mktemp("libcuda")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"
@@ -49,6 +49,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {
         "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": paths,
         "TRITON_CACHE_DIR": str(shared / "triton"),
+        "DISABLE_PTXAS_OPT": "1",  # nothing runs the code, and optimising it takes longer than all the rest
     }  # fmt: skip
 
 
@@ -56,9 +57,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def test_launches_reach_the_driver(group, environment):
     status, output = launch("launch_worker", group, **environment)
     assert status == 0, output[-4000:]
-    asked, launched = (re.findall(rf"^{word} (\w+)$", output, re.MULTILINE) for word in ("asked", "launched"))
-    assert asked == launched
-    assert set(launched) == launch_cases.LAUNCHED[group]
+    launched = re.findall(r"^launched (\w+), (\d+) threads$", output, re.MULTILINE)
+    assert re.findall(r"^asked (\w+)$", output, re.MULTILINE) == [kernel for kernel, _ in launched]
+    most = {kernel: max(int(threads) for name, threads in launched if name == kernel) for kernel, _ in launched}
+    assert most == launch_cases.LAUNCHED[group]
 
 
 def test_every_kernel_is_launched():

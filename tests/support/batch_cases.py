@@ -1,5 +1,7 @@
-"""Cases of data parallelism, accumulation, context parallelism and metrics, for test_distributed.py. Whatever the
-split, the numbers of the whole batch on one process. In float64, where "equal" means 1e-12.
+"""Cases of data parallelism, accumulation, context parallelism and metrics, for test_distributed.py.
+
+However a batch is split, its numbers are those of the whole batch on one process. They are in float64, where equal
+means within 1e-12.
 """
 
 import torch
@@ -21,14 +23,14 @@ PER_TOKEN = ("hidden", "targets", "old_logprobs", "advantages", "mask")
 
 
 def rows_of(problem, index):
-    """The problem of some rows or [.., L] slices of it; tensors among the options follow."""
+    """Return the problem of some rows, or of [.., L] slices, with the tensors among its options cut in the same way."""
     tensors = {name: getattr(problem, name)[index] for name in PER_TOKEN}
     shaped = {k: v[index] for k, v in problem.options.items() if isinstance(v, torch.Tensor) and v.dim()}
     return replace(problem, **tensors, options=problem.options | shaped)
 
 
 def big_batch(seed, dtype, shape=(9, 8)):
-    """Every kind of row, a sequence without a token, and old log-probs that are none."""
+    """Return a batch with every kind of row, a sequence without a token, and old log-probs that are not log-probs."""
     problem = full_problem(seed, shape, 6, 19, dtype)
     old = problem.old_logprobs.clone()
     old[4, ::3], old[5, 1::4] = torch.nan, -torch.inf
@@ -36,7 +38,7 @@ def big_batch(seed, dtype, shape=(9, 8)):
 
 
 def parameters(world, parts, objective, each=None, **options):
-    """(summed gradients of the head by name, or None; losses; metrics) of this rank's micro-batches."""
+    """Return (summed gradients of the head by name, or None; losses; metrics) of this rank's micro-batches."""
     totals, losses, metrics = None, [], []
     for part, own in zip(parts, each or [{}] * len(parts), strict=True):
         out, grads = problems.run(part, objective, "torch", world.device, **options, **own)
@@ -48,7 +50,9 @@ def parameters(world, parts, objective, each=None, **options):
 
 
 def wrapped(world, totals, like, average, divisor=1, group=None):
-    """What a wrapper leaves in the parameters: zero from a rank that had nothing to do, then summed or averaged."""
+    """Return the gradients that a wrapper leaves in the parameters, summed or averaged over ranks. A rank that had
+    nothing to do gives zeros.
+    """
     size = dist.get_world_size(group) if average else 1
     result = {}
     for name in ("weight", "bias"):
@@ -71,7 +75,7 @@ def assert_metrics(found, want, bound):
 @case("fp64", dtype=torch.float64, bound=1e-12)
 @case("fp32", dtype=torch.float32, bound=1e-5)
 def data_parallel(world, dtype, bound):
-    """Random splits into ranks and micro-batches, some empty, against the same batch at once: every reduction."""
+    """A batch is split at random into ranks and micro-batches, of which some are empty, with every reduction."""
     objective = dk.DRPO(delta=0.2)
     for seed, reduction in enumerate(problems.REDUCTIONS):
         whole = big_batch(seed, dtype).with_options(reduction=reduction, horizon=11.0)
@@ -99,7 +103,7 @@ def data_parallel(world, dtype, bound):
 
 @case()
 def data_parallel_packed(world):
-    """Packed micro-batches of different lengths; sequences counted through cu_seqlens."""
+    """Packed micro-batches have different lengths, and their sequences are counted by cu_seqlens."""
     whole = big_batch(7, torch.float64).with_options(reduction="seq-mean-token-mean")
     objective = dk.PPO()
     _, want = problems.run(whole, objective, "torch", world.device)
@@ -122,7 +126,7 @@ def context_parallel_batch(world, seed, reduction):
 
 @case()
 def context_parallel(world):
-    """[B, L / n] slices of every sequence, in two micro-batches; with 4 ranks, 2 slices by 2 data-parallel ranks."""
+    """Each rank has [B, L / n] slices of every sequence, in two micro-batches. 4 ranks are 2 slices by 2 replicas."""
     slices = 2
     groups = [dist.new_group(list(range(i, i + slices))) for i in range(0, world.size, slices)]
     context, replica = groups[world.rank // slices], world.rank // slices
@@ -148,7 +152,7 @@ def context_parallel(world):
 
 @case()
 def context_parallel_striped(world):
-    """A packed batch of which rank r holds tokens r, r + n, ...: sequences by their ids."""
+    """Rank r holds the tokens r, r + n, ... of a packed batch, whose sequences are known by their ids."""
     whole, single, grads = context_parallel_batch(world, 3, "seq-mean-token-mean")
     ids = torch.arange(6).repeat_interleave(8)
     flat = problems.packed(whole)
@@ -165,7 +169,7 @@ def context_parallel_striped(world):
 
 @case()
 def both(world):
-    """A head split over 2 ranks by 2 data-parallel ranks."""
+    """The head is split over 2 ranks, and there are 2 replicas of it."""
     if world.size != 4:
         return
     heads = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -187,7 +191,7 @@ def both(world):
 
 @case()
 def metrics_of_few(world):
-    """One rank alone has rows: means, minima and maxima are its own; a NaN reaches everyone."""
+    """Where one rank alone has rows, means, minima and maxima are its own, and a NaN reaches everyone."""
     problem = random_problem(13)
     out = problems.call(problem, dk.DRPO(), "torch", world.device)
     assert out.metrics["drpo/weight_min"] > 0.5, "a zero would not be seen"

@@ -1,7 +1,7 @@
 """What the cases of shard_cases.py and batch_cases.py share: a process's place in the world, and comparisons.
 
-A case is a function of its process's `World`. What it asserts, it asserts after its collectives, so that no rank waits
-for one that has failed.
+A case is a function of its process's `World`. It asserts only after its collectives, so that no rank waits for one that
+has failed.
 """
 
 import gc
@@ -22,7 +22,7 @@ class World:
     device: torch.device
 
     def everyone(self, value) -> list:
-        """Every rank's value; tensors should be on the CPU."""
+        """Return every rank's value. Tensors should be on the CPU."""
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -43,7 +43,7 @@ def leave() -> None:
 
 
 def case(*names, **options):
-    """Register a function of (world, **options) as a case of its name and these."""
+    """Register a function of (world, **options) as the case of its name and these options."""
 
     def register(function):
         CASES["-".join((function.__name__, *names))] = lambda world: function(world, **options)
@@ -53,7 +53,7 @@ def case(*names, **options):
 
 
 def agree(found, want, bound, exact=None, exact_bound=0.0, label="gradient"):
-    """Every tensor of `found` within `bound` of the norm of one process's, and within `exact_bound` of float64."""
+    """Assert that `found` is within `bound` of one process's tensors, and within `exact_bound` of float64, by norm."""
     for name, value in found.items():
         error = relative(value, want[name])
         assert error <= bound, f"{label} of {name}: {error:.1e} from one process, more than {bound:.0e}"
@@ -63,6 +63,6 @@ def agree(found, want, bound, exact=None, exact_bound=0.0, label="gradient"):
 
 
 def local_head(problem, shard):
-    """The problem with this rank's rows of the head."""
+    """Return the problem with this rank's rows of the head."""
     mine = slice(shard.start, shard.start + shard.sizes[shard.rank])
     return replace(problem, weight=problem.weight[mine], bias=None if problem.bias is None else problem.bias[mine])

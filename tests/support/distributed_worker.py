@@ -26,7 +26,7 @@ def main(report, backend="gloo"):
     if backend == "nccl":
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    # longer than any case, shorter than the launch may last: a rank that waits in vain says where
+    # This is longer than any case and shorter than a launch may last, so that a rank that waits in vain says where.
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=90))
     world, errors = World(rank, size, device), {}
     for name, function in CASES.items():

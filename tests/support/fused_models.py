@@ -1,4 +1,4 @@
-"""Tiny models of many families, a batch, and a model's own logits in the eager loss: what a fused head must agree with.
+"""Tiny models of many families, and the loss of a model's own logits, with which a fused head must agree.
 
 Budgets. Log-probs and entropy: two float32 computations from the same hidden states, |z| < 32, so an ulp of 2e-6 in
 each logit and as much again in each log-sum-exp: 1e-5. Gradients of every parameter: the package's 5e-5 of their norm
@@ -31,7 +31,7 @@ GRANITE_MOE = {k: v for k, v in SHAPE.items() if k != "head_dim"}
 GRANITE_MOE |= dict(logits_scaling=4.0, num_local_experts=4, num_experts_per_tok=2)
 FALCON_H1 = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.3)
 
-# name: (configuration class, its options, what it does to its logits)
+# Each name stands for (configuration class, its options, what the model does to its logits).
 FAMILIES = {
     "Llama": (transformers.LlamaConfig, SHAPE, {}),
     "Qwen3": (transformers.Qwen3Config, SHAPE, {}),
@@ -40,7 +40,7 @@ FAMILIES = {
     "Gemma3": (transformers.Gemma3TextConfig, SHAPE | {"final_logit_softcapping": 7.0}, {"softcap": 7.0}),
     "Cohere": (transformers.CohereConfig, SHAPE | {"logit_scale": 0.25}, {"logit_scale": 0.25}),
     "Granite": (transformers.GraniteConfig, SHAPE | {"logits_scaling": 4.0}, {"logit_scale": 0.25}),
-    "GraniteMoe": (transformers.GraniteMoeConfig, GRANITE_MOE, {"logit_scale": 0.25}),  # use_cache through **kwargs
+    "GraniteMoe": (transformers.GraniteMoeConfig, GRANITE_MOE, {"logit_scale": 0.25}),  # use_cache is in **kwargs
     "FalconH1": (transformers.FalconH1Config, SHAPE | FALCON_H1, {"logit_scale": 0.3}),
     "GPT2": (transformers.GPT2Config, GPT2, {}),
     "GPTNeoX": (transformers.GPTNeoXConfig, SHAPE, {}),
@@ -57,7 +57,7 @@ def make(name="Llama", tied=False, attention="eager", seed=0, **changes):
 
 
 def make_batch(rows=3, length=11, seed=1, left_padding=(4, 0, 1)):
-    """Tokens with left padding; targets[i] is token i + 1; the first three real ones are the prompt."""
+    """Return tokens with left padding, of which the first three are the prompt. targets[i] is token i + 1."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, V, (rows, length + 1), generator=generator)
     starts = torch.tensor(left_padding)[:, None]
@@ -83,7 +83,7 @@ def logprobs_of(batch):
 
 
 def eager(logits, batch):
-    """(loss, log-probs, entropy) as autograd and the paper have them, 0 where masked."""
+    """Return (loss, log-probs, entropy) of the paper's formula, for autograd. They are 0 where masked."""
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     own = logprobs.gather(-1, batch.targets[..., None])[..., 0]
@@ -110,7 +110,7 @@ def assert_same_gradients(got, want, bound=GRADIENT_BOUND):
 
 
 def assert_as_its_logits(model, batch):
-    """The loss, the log-probs and every gradient of a fused call are those of the model's own logits."""
+    """Assert that a fused call has the loss, the log-probs and every gradient of the model's own logits."""
     logits = model(**batch.inputs).logits
     loss, logprobs, entropy = eager(logits, batch)
     want = gradients(model, loss)

@@ -1,8 +1,8 @@
 """Calls that together launch every kernel in every specialisation that the package asks for; see launch_worker.py.
 
-A group is a function that yields (label, call), with the names of the kernels that its calls launch. Values do not
-matter, only dtypes, shapes, strides and options do. A size of 1 is a constant to Triton's JIT, one that 16 divides an
-alignment.
+A group is a function that yields (label, call), and is registered with the kernels that its calls launch. Values do not
+matter, only dtypes, shapes, strides and options do. To Triton's JIT a size of 1 is a constant, and a size that 16
+divides is an alignment.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,28 +21,37 @@ from drpo_kernels.kl import KL_ESTIMATORS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Calls = Iterator[tuple[str, Callable[[], object]]]
 GROUPS: dict[str, Callable[[], Calls]] = {}
-LAUNCHED: dict[str, set[str]] = {}
+# The most threads of a block of each kernel that a group launches.
+LAUNCHED: dict[str, dict[str, int]] = {}
 ALWAYS = ("policy", "policy_metrics", "statistics", "gradient", "scale")
+# Of the kernels whose blocks do not depend on the width of a row: two rows of 512 threads fill a multiprocessor.
+THREADS = {
+    "policy_metrics": 512, "scale": 512, "select": 512, "losses": 128, "matmul": 256, "column_sum": 128,
+    "gathered_sums": 32, "gathered_dots": 32,
+}  # fmt: skip
+ROW_THREADS = {1040: 256, 8208: 512}  # by the width of the widest row, of float32 logits
 
 
-def group(*kernels: str):
+def group(*kernels: str, widest: int = 1040):
     """Register a group that launches these kernels and those of ALWAYS, without the `_kernel` of their names."""
 
     def register(function):
         GROUPS[function.__name__] = function
-        LAUNCHED[function.__name__] = {f"{kernel}_kernel" for kernel in (*ALWAYS, *kernels)}
+        LAUNCHED[function.__name__] = {
+            f"{kernel}_kernel": THREADS.get(kernel, ROW_THREADS[widest]) for kernel in (*ALWAYS, *kernels)
+        }
         return function
 
     return register
 
 
 def tokens(count: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, old log-probs and advantages, one of them 0."""
+    """Return targets, old log-probs, and advantages of which every fifth is 0."""
     return torch.arange(count) % vocab, -torch.rand(count), torch.arange(count) % 5 - 1.0
 
 
 def linear(dtype: torch.dtype, count: int = 48, vocab: int = 1040, bias: bool = False, **options) -> None:
-    """`linear_policy_loss` and its backward, with an upstream factor other than 1."""
+    """Call `linear_policy_loss`, and its backward with an upstream factor other than 1."""
     hidden, weight = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (count, vocab))
     options |= {"bias": torch.zeros(vocab, dtype=dtype).requires_grad_()} if bias else {}
     out = dk.linear_policy_loss(hidden, weight, *tokens(count, vocab), backend="triton", **options)
@@ -57,7 +66,7 @@ def linear_logprobs(dtype: torch.dtype, entropy: bool = True, vocab: int = 1040,
 
 
 def ready(logits: Tensor, **options) -> None:
-    """`policy_loss` of logits [N, V], and its backward."""
+    """Call `policy_loss` on logits [N, V], and its backward."""
     out = dk.policy_loss(logits.requires_grad_() * 1, *tokens(*logits.shape), backend="triton", **options)
     (2 * out.loss).backward()
 
@@ -75,7 +84,7 @@ def forward_only() -> None:
 
 @group("losses")
 def objectives() -> Calls:
-    """In one launch; in float16 between two kernels. Those without a twin take the recompute route."""
+    """An objective runs inside one launch, or in float16 between two kernels. One without a twin is recomputed."""
     for name, (objective, hyper) in problems.SPECS.items():
         options = {"objective": getattr(dk, objective)(**hyper), "cu_seqlens": torch.tensor([0, 20, 48])}
         for dtype in (torch.bfloat16, torch.float16):
@@ -106,7 +115,7 @@ def terms() -> Calls:
 
 @group("losses")
 def routes() -> Calls:
-    """Ways to the logits and to the gradient, on every form of input."""
+    """These calls take every way to the logits and to the gradient, from every form of input."""
     for dtype in DTYPES:
         yield f"recompute {dtype}", partial(linear_logprobs, dtype)
         yield f"recompute without entropy {dtype}", partial(linear_logprobs, dtype, entropy=False)
@@ -123,9 +132,11 @@ def routes() -> Calls:
     yield "in place", lambda: ready(torch.randn(48, 1040), inplace=True)
 
 
-@group("matmul")
+@group("matmul", widest=8208)
 def sizes() -> Calls:
-    """Sizes and strides that are 1, that 16 does not divide, and that need 64 bits."""
+    """Sizes and strides are 1, are not divisible by 16, or need 64 bits; and a row takes several blocks."""
+    yield "a wide row", partial(linear, torch.bfloat16, vocab=8208)
+    yield "a wide row, recomputed", partial(linear_logprobs, torch.bfloat16, vocab=8208)
     for count, vocab in ((1, 1040), (48, 1), (48, 1037), (1, 1)):
         yield f"{count} x {vocab}", partial(linear, torch.bfloat16, count, vocab)
         yield f"{count} x {vocab}, ready", partial(ready, torch.randn(count, vocab))

@@ -1,7 +1,7 @@
 """`python -m launch_worker GROUP`: the calls of launch_cases.py through Triton's JIT and launcher, as on an sm_90.
 
-The driver is stub_driver.c and the tensors are on the CPU. Prints "call ..." before a call and "asked ..." before a
-launch; "launched ..." is the driver's.
+The driver is stub_driver.c, and the tensors are on the CPU. The worker prints "call ..." before a call and "asked ..."
+before a launch, and the driver prints "launched ...".
 """
 
 import sys
@@ -23,7 +23,7 @@ from drpo_kernels.backends.triton import invariant, launch
 
 
 class Driver(nvidia.CudaDriver):
-    """Triton's, of a device that PyTorch does not know."""
+    """This is Triton's driver of a device that PyTorch does not know."""
 
     def __init__(self):
         self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
@@ -35,7 +35,7 @@ class Driver(nvidia.CudaDriver):
 
 
 class LaunchedRows(launch.TritonRows):
-    """Nothing is computed by a launch; what decides on further launches comes from PyTorch."""
+    """A launch computes nothing here, so PyTorch computes what decides on further launches."""
 
     def statistics(self, batch):
         super().statistics(batch)
@@ -49,14 +49,14 @@ class LaunchedEntries(LaunchedRows, triton_ops.TritonEntries):
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """matmul.product as on a GPU, where 16-bit operands give float32."""
+    """Multiply as `matmul.product` does on a GPU, where 16-bit operands give float32."""
     assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32)
     total = a.float() @ b.float()
     out.copy_(out + total if accumulate else total)
 
 
 def pretend() -> None:
-    """CPU tensors take the way of CUDA's."""
+    """Make CPU tensors take the way of CUDA tensors."""
     triton.runtime.driver.set_active(Driver())
     backends._triton_obstacle = lambda device, dtype: None
     for module in (launch, invariant, sweep):

@@ -1,4 +1,4 @@
-"""Programs of several processes: started on the loopback, ended as a whole, and their cases' verdicts."""
+"""Start programs of one or several processes, end them as a whole, and read what their cases report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# a launch takes 15 to 30 s on two idle cores; a hang must not take the suite with it
+# A launch takes 15 to 30 s on two idle cores. A launch that hangs must not stop the suite.
 TIMEOUT = 240
 
 
 def older(package: str, *release: int) -> bool:
-    """Whether the package is here, in a release before (major, minor)."""
+    """Return whether the package is installed in a release before (major, minor)."""
     try:
         return tuple(int(n) for n in importlib.metadata.version(package).split(".")[:2]) < release
     except importlib.metadata.PackageNotFoundError:
@@ -30,8 +30,8 @@ WHY = "the interpreter of Triton before 3.9 runs no kernel on NumPy 2.4 and late
 
 
 def launch(*words: str, **environment: str) -> tuple[int, str]:
-    """`python -m words...` in a session of its own, so that a time-out ends all of it. -> (exit status, output)."""
-    folders = [ROOT, ROOT / "tests" / "support", ROOT / "tests" / "integrations"]
+    """Run `python -m words...` in a session of its own, so that a time-out ends all of it. Return (status, output)."""
+    folders = [ROOT, ROOT / "tests" / "support"]
     paths = [*map(str, folders), os.environ.get("PYTHONPATH")]
     settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(
@@ -52,14 +52,14 @@ def launch(*words: str, **environment: str) -> tuple[int, str]:
 
 
 def torchrun(processes: int, worker: str, *arguments: str, **environment: str) -> tuple[int, str]:
-    """A worker of this folder in several processes."""
-    # --standalone: rendezvous on a free port, so launches do not collide
+    """Run a worker of this folder in several processes, and return (status, output)."""
+    # --standalone makes the processes meet on a free port, so that launches do not collide
     command = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     return launch(*command, str(Path(__file__).with_name(worker)), *arguments, **environment)
 
 
 def assert_cases_pass(report: Path, status: int, output: str, at_least: int) -> None:
-    """The worker's report, {case: what went wrong or None}, names no failure."""
+    """Assert that the worker's report, {case: what went wrong or None}, names no failure."""
     assert report.exists(), f"exit status {status}, no report:\n{output[-4000:]}"
     results = json.loads(report.read_text())
     failures = {name: error for name, error in results.items() if error is not None}

@@ -1,4 +1,4 @@
-"""Peak extra memory, in MiB, of one forward and backward. Run as a program: ``memory_probe.py CASE``."""
+"""`python -m memory_probe CASE` prints how many MiB one forward and backward take at their peak."""
 
 import sys
 
@@ -24,7 +24,7 @@ def tensors(rows, size, vocab, dtype, frozen):
 
 
 def step(case, rows, size, vocab):
-    """Returns the function to measure, with its inputs already made."""
+    """Return the function to measure, whose inputs exist already."""
     frozen = case.startswith("frozen")
     dtype = torch.bfloat16 if case.endswith("bf16") else torch.float32
     hidden, weight, targets, old, advantages = tensors(rows, size, vocab, dtype, frozen)
@@ -32,7 +32,7 @@ def step(case, rows, size, vocab):
     if case.endswith(("bf16", "strided")) and not case.startswith("planned"):
         options["workspace_bytes"] = 16 * 2**20
     if case.startswith("main-grad"):
-        options["main_grad"] = torch.empty(vocab, size).normal_()  # written, so that its pages are there already
+        options["main_grad"] = torch.empty(vocab, size).normal_()  # it is written to, so that its pages exist already
     if case == "sparse":
         options["sparse_grad"] = 0.2
     if case == "gspo":

@@ -35,7 +35,7 @@ class OracleOutput:
     entropy: Tensor
     logsumexp: Tensor
     valid: Tensor
-    scale: Tensor  # sum of the absolute values of the terms of the loss: its conditioning
+    scale: Tensor  # the sum of the absolute values of the terms of the loss, which says how they cancel
     metrics: dict[str, Tensor]
 
 
@@ -50,7 +50,7 @@ def as_f64(value, device="cpu"):
 
 
 def transform(raw: Tensor, temperature, *, logit_scale=1.0, softcap=None, vocab_size=None) -> Tensor:
-    """softcap(logit_scale * raw) / temperature over the real entries of the vocabulary."""
+    """Return softcap(logit_scale * raw) / temperature over the real entries of the vocabulary."""
     z = raw if vocab_size is None else raw[..., :vocab_size]
     z = logit_scale * z
     if softcap is not None:
@@ -59,7 +59,7 @@ def transform(raw: Tensor, temperature, *, logit_scale=1.0, softcap=None, vocab_
 
 
 def kept_only(z: Tensor, kept_ids: Tensor | None) -> Tensor:
-    """z [n, V] with -inf for what is not among a row's ids [n, K], of which those below 0 are none."""
+    """Return z [n, V] with -inf for what is not among a row's ids [n, K]. Ids below 0 are padding."""
     if kept_ids is None:
         return z
     kept = torch.zeros(len(z), z.shape[1] + 1, dtype=torch.bool)
@@ -68,7 +68,7 @@ def kept_only(z: Tensor, kept_ids: Tensor | None) -> Tensor:
 
 
 def statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(logprob of the target, entropy) of each row of z [N, V]; banned tokens (-inf) count nothing."""
+    """Return (logprob of the target, entropy) of each row of z [N, V]. Banned tokens (-inf) count nothing."""
     logp_all = torch.log_softmax(z, dim=-1)
     logp = logp_all.gather(-1, targets.reshape(-1, 1)).squeeze(-1)
     banned = torch.isneginf(logp_all)
@@ -83,12 +83,12 @@ def statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Rows:
-    """What an objective sees: one entry per valid token."""
+    """This is what an objective sees, with one entry per valid token."""
 
     logp: Tensor
     old: Tensor
     adv: Tensor
-    seq: Tensor | None  # sequence index of each row
+    seq: Tensor | None  # the index of each row's sequence
     n_seq: int = 0
 
     @property
@@ -129,7 +129,7 @@ def dppo_dropped(x: Rows, delta_low, delta_high, divergence):
 
 
 def _score(coefficient, logp):
-    """coefficient * logp; nothing where the coefficient is nothing, also at logp = -inf."""
+    """Return coefficient * logp, and 0 where the coefficient is 0, also at logp = -inf."""
     return torch.where(coefficient == 0, torch.zeros_like(logp), coefficient * logp)
 
 
@@ -159,8 +159,8 @@ def policy_gradient(x: Rows, ratio_cap):
 
 
 def gspo(x: Rows, clip_low, clip_high, token_level):
-    """PPO on exp(mean over the sequence of the log-ratio); the gradient flows through that mean, or with `token_level`
-    through each token's own ratio.
+    """Return PPO's loss with the ratio exp(mean of the sequence's log-ratios). The gradient flows through that mean, or
+    with `token_level` through each token's own ratio.
     """
     total = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, x.log_ratio)
     count = torch.zeros(x.n_seq, dtype=torch.float64).index_add(0, x.seq, torch.ones_like(x.logp))
@@ -201,7 +201,7 @@ def kl_term(logp, ref, estimator):
 
 
 def sequence_ids(shape, cu_seqlens) -> Tensor | None:
-    """The sequence each token belongs to, flattened: from cu_seqlens for packed [T], else one per leading row."""
+    """Return the sequence of each token, flattened: by cu_seqlens for packed [T], else one per leading row."""
     if cu_seqlens is not None:
         lengths = torch.as_tensor(cu_seqlens).cpu().long().diff()
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -214,7 +214,7 @@ def sequence_ids(shape, cu_seqlens) -> Tensor | None:
 
 
 def coefficients(valid: Tensor, seq, reduction: str, horizon=None, normalizer=None) -> Tensor:
-    """c_t, flattened, zero on invalid rows. `normalizer` replaces the count of tokens or of non-empty sequences."""
+    """Return c_t, flattened and 0 on invalid rows. `normalizer` replaces the count of tokens or non-empty sequences."""
     c = valid.double()
     if reduction == "token-mean":
         return c / (normalizer if normalizer is not None else max(int(valid.sum()), 1))
@@ -232,7 +232,7 @@ def coefficients(valid: Tensor, seq, reduction: str, horizon=None, normalizer=No
 
 
 def term_coefficients(reduction, valid, seq, horizon, normalizer):
-    """Coefficients of the policy, KL, entropy and z-loss terms: a name, or a tensor for each or the first of them."""
+    """Return the coefficients of the policy, KL, entropy and z-loss terms, from a name or a tensor for each term."""
     if isinstance(reduction, str):
         c = coefficients(valid, seq, reduction, horizon, None if normalizer is None else float(normalizer))
         return c, c, c, c
@@ -242,7 +242,7 @@ def term_coefficients(reduction, valid, seq, horizon, normalizer):
 
 
 def spread(value, shape) -> Tensor | None:
-    """A per-token or per-sequence tensor, flattened to one entry per token."""
+    """Flatten a per-token or per-sequence tensor to one entry per token."""
     value = as_f64(value)
     if value is None:
         return None
@@ -281,7 +281,7 @@ def policy_loss(
     vocab_size=None,
     kept_ids=None,
 ) -> OracleOutput:
-    """`raw` is the fp64 logits [..., V], or a pair (hidden [..., H], weight [V, H]), with requires_grad as wished."""
+    """Return the loss of `raw`, which is fp64 logits [..., V] or a pair (hidden [..., H], weight [V, H])."""
     shape = tuple(targets.shape)
     valid = torch.ones(shape) if mask is None else mask.detach().cpu()
     valid = (valid != 0).reshape(-1)
@@ -342,7 +342,7 @@ def policy_loss(
 
 
 def beyond_trust_region(spec, x: Rows) -> Tensor | None:
-    """Rows past the objective's boundary on the side the advantage pushes to; None where there is no boundary."""
+    """Return the rows past the objective's boundary on the side the advantage pushes to; None if it has no boundary."""
     name, params = spec
     if callable(name):
         return None
@@ -359,7 +359,9 @@ def beyond_trust_region(spec, x: Rows) -> Tensor | None:
 
 
 def metrics(spec, x: Rows, entropy: Tensor) -> dict[str, Tensor]:
-    """Values over the rows of x, all computed; the weight (dl/dlogp) / (-A r) and the shares over those with A != 0."""
+    """Return the metrics of the rows of x, all of them computed. The weight (dl/dlogp) / (-A r) and the shares are over
+    those with A != 0.
+    """
     if x.logp.numel() == 0:
         return {}
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Seeded problems, and the comparison of a backend with the oracle on them."""
+"""Problems made from a seed, and how a backend is compared with the oracle on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REDUCTIONS = (
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 )
-# (name, hyper-parameters): hyper-parameters for which the problems below have rows on both sides of every branch.
+# Each name stands for (objective, hyper-parameters). With these, the problems below reach both sides of every branch.
 SPECS = {
     "drpo-default": ("DRPO", {}),
     "drpo-active": ("DRPO", {"delta": 0.15}),
@@ -36,17 +36,17 @@ SPECS = {
     "gspo": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03}),
     "gspo-token": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03, "token_level": True}),
 }
-# metrics of which a batch's parts, which do not see the rows beyond their ends, give another mean than the whole
+# The parts of a batch do not see the rows beyond their ends. The mean of these metrics over parts is not the whole's.
 OF_NEIGHBOURS = {
     f"drpo/evidence/{name}" for name in ("misfit_previous", "misfit_next", "misfit_cumulative", "repeated_share")
 }
-SMALL_WORKSPACE = 640  # a few rows at a time: every problem below takes several chunks
+SMALL_WORKSPACE = 640  # bytes for a few rows, so that every problem below takes several chunks
 TENSORS = ("hidden", "weight", "bias", "targets", "old_logprobs", "advantages", "mask")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one call. `logits` problems leave hidden and weight None. `options` are keywords of the call."""
+    """The inputs of one call. A problem of ready `logits` has no hidden states or weight. `options` are keywords."""
 
     targets: Tensor
     old_logprobs: Tensor | None
@@ -62,20 +62,22 @@ class Problem:
         return replace(self, options={**self.options, **changes})
 
     def as_logits(self) -> Problem:
-        """The same problem from ready logits, rounded to the dtype of hidden."""
+        """Return the same problem with ready logits, rounded to the dtype of the hidden states."""
         with torch.no_grad():
             logits = self.hidden.double() @ self.weight.double().T
             logits = logits if self.bias is None else logits + self.bias.double()
         return replace(self, logits=logits.to(self.hidden.dtype), hidden=None, weight=None, bias=None)
 
     def leaves(self) -> dict[str, Tensor]:
-        """The differentiable inputs, by name."""
+        """Return the differentiable inputs by their names."""
         names = ("logits",) if self.logits is not None else ("hidden", "weight", "bias")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def grid(*axes):
-    """Every combination, with both input forms on each backend; the interpreter, about 30 ms a row, alternates them."""
+    """Return every combination with each backend and both forms of input. The interpreter takes about 30 ms for a row,
+    so that Triton gets the two forms in turn.
+    """
     cases = []
     for i, case in enumerate(itertools.product(*axes)):
         for backend, form in itertools.product(BACKENDS, FORMS):
@@ -85,12 +87,12 @@ def grid(*axes):
 
 
 def generator(seed: int) -> torch.Generator:
-    """On the default device, as whatever is drawn from it: `with device:` makes a large problem where it is fast."""
+    """Return a generator on the default device, so that `with device:` draws a large problem where that is fast."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def trained_looking(seed, shape, hidden_size, vocab, dtype=torch.float32, bias=False):
-    """(hidden, weight, bias, targets): logits peaked around the target to a different degree in every row."""
+    """Return (hidden, weight, bias, targets). How far the target's logit is above the others differs by row."""
     g = generator(seed)
     weight = torch.randn(vocab, hidden_size, generator=g, dtype=torch.float64)
     targets = torch.randint(vocab, shape, generator=g)
@@ -108,7 +110,7 @@ def transform_of(options: dict) -> dict:
 
 
 def current_logprobs(hidden, weight, bias, targets, options) -> Tensor:
-    """The policy's own logprobs, in fp64: old and reference logprobs are drawn around them."""
+    """Return the policy's own log-probs in float64. The old and the reference ones are drawn around them."""
     raw = hidden.double() @ weight.double().T
     raw = raw if bias is None else raw + bias.double()
     kw = dict(transform_of(options))
@@ -120,13 +122,15 @@ def current_logprobs(hidden, weight, bias, targets, options) -> Tensor:
 
 
 def behaviour(logp: Tensor, g: torch.Generator, spread: float = 0.5) -> Tensor:
-    """Logprobs <= 0 of a policy near the current one."""
+    """Return log-probs below 0 of a policy near the current one."""
     noise = spread * torch.randn(logp.shape, generator=g, dtype=torch.float64)
     return (logp + noise).clamp(max=-1e-3).float()
 
 
 def random_problem(seed=0, shape=(4, 6), hidden_size=12, vocab=37, dtype=torch.float32, **options) -> Problem:
-    """Every kind of row at once: peaked and flat, A of both signs and zero, masked, an empty sequence."""
+    """Return a problem with every kind of row: peaked and flat ones, A of both signs and 0, masked rows, and a sequence
+    without a token.
+    """
     bias = options.pop("bias", False)
     hidden, weight, offset, targets = trained_looking(seed, shape, hidden_size, vocab, dtype, bias)
     g = generator(seed + 1)
@@ -145,7 +149,7 @@ def random_problem(seed=0, shape=(4, 6), hidden_size=12, vocab=37, dtype=torch.f
 
 
 def full_options(seed: int, shape=(4, 6)) -> dict:
-    """Every optional term together."""
+    """Return options that switch on every optional term."""
     g = generator(seed + 2)
     return {
         "temperature": 0.7 + 0.6 * torch.rand(shape, generator=g),
@@ -168,7 +172,7 @@ def full_problem(seed=0, shape=(4, 6), hidden_size=12, vocab=37, dtype=torch.flo
 
 
 def packed(problem: Problem) -> Problem:
-    """The same rows as [T] with cu_seqlens, sequences of equal length."""
+    """Return the same rows as [T], with `cu_seqlens` for sequences of equal length."""
     rows, length = problem.targets.shape
 
     def flat(value):
@@ -187,7 +191,7 @@ def packed(problem: Problem) -> Problem:
 
 
 def build(spec):
-    """The package's objective for a spec."""
+    """Return the package's objective for a spec."""
     import drpo_kernels
 
     name, params = spec
@@ -199,7 +203,7 @@ def _moved(value, device):
 
 
 def call(problem: Problem, objective, backend, device="cpu", leaves=None, **extra):
-    """One call of the package; returns its output."""
+    """Call the package and return its output."""
     import drpo_kernels
 
     leaves = leaves if leaves is not None else {k: v.to(device) for k, v in problem.leaves().items()}
@@ -208,7 +212,7 @@ def call(problem: Problem, objective, backend, device="cpu", leaves=None, **extr
         options["reduction"] = drpo_kernels.TokenCoefficients(*(_moved(c, device) for c in options["reduction"]))
     rest = [_moved(getattr(problem, n), device) for n in ("targets", "old_logprobs", "advantages", "mask")]
     if problem.logits is not None:
-        options.pop("workspace_bytes", None)  # of the linear calls alone
+        options.pop("workspace_bytes", None)  # only the linear calls take it
         return drpo_kernels.policy_loss(leaves["logits"], *rest, objective=objective, backend=backend, **options)
     return drpo_kernels.linear_policy_loss(
         leaves["hidden"],
@@ -222,7 +226,7 @@ def call(problem: Problem, objective, backend, device="cpu", leaves=None, **extr
 
 
 def run(problem: Problem, objective, backend, device="cpu", upstream=1.0, **extra):
-    """(output, gradients by leaf name) of the package, with the loss times `upstream` differentiated."""
+    """Call the package, differentiate `upstream` times the loss, and return (output, gradients by leaf name)."""
     leaves = {name: value.detach().to(device).requires_grad_() for name, value in problem.leaves().items()}
     out = call(problem, objective, backend, device, leaves, **extra)
     grads = torch.autograd.grad(out.loss * upstream, list(leaves.values()))
@@ -230,7 +234,7 @@ def run(problem: Problem, objective, backend, device="cpu", upstream=1.0, **extr
 
 
 def solve(problem: Problem, spec, upstream=1.0):
-    """(output, gradients by leaf name) of the oracle."""
+    """Return the (output, gradients by leaf name) of the oracle."""
     leaves = {name: value.detach().cpu().double().requires_grad_() for name, value in problem.leaves().items()}
     raw = leaves["logits"] if problem.logits is not None else (leaves["hidden"], leaves["weight"])
     ignored = ("compact", "workspace_bytes", "validate", "logits_dtype", "inplace")
@@ -256,7 +260,7 @@ def solve(problem: Problem, spec, upstream=1.0):
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in fp64, norm-wise; the plain error where `want` is exactly zero. NaN never passes."""
+    """Return |got - want| / |want| of the norms in float64, or |got| where `want` is 0. A NaN makes it infinite."""
     got, want = got.detach().cpu().double(), want.detach().cpu().double()
     assert got.shape == want.shape, f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     error = float((got - want).norm())
@@ -265,15 +269,15 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def row_relative(got: Tensor, want: Tensor) -> float:
-    """The worst row's norm-wise relative error: small rows must not hide behind large ones."""
+    """Return the largest `relative` error of a row, so that an error in a small row does not hide behind large rows."""
     got, want = got.detach().cpu().double(), want.detach().cpu().double()
     rows = zip(got.flatten(0, -2), want.flatten(0, -2), strict=True)
     return max((relative(a, b) for a, b in rows), default=0.0)
 
 
 def logit_error(problem: Problem, gradients: bool = False) -> float:
-    """The contract's ε: 3 (H + 10) 2^-24 S / temperature, S the largest sum of absolute products of a logit, 0 products
-    where they are ready. For gradients a soft-cap below the temperature takes its place.
+    """Return the contract's ε = 3 (H + 10) 2^-24 S / temperature. S is the largest sum of absolute products of a logit;
+    ready logits have H = 0. For gradients, a soft-cap that is below the temperature takes its place.
     """
     options = problem.options
     if problem.logits is not None:
@@ -292,12 +296,12 @@ def logit_error(problem: Problem, gradients: bool = False) -> float:
 
 
 def logprob_bound(problem: Problem) -> float:
-    """The contract's bound on the error of log π and of log Σ exp. The entropy, which may err more, is held to it."""
+    """Return the contract's bound on the error of log π and log Σ exp. The tests hold the entropy to it as well."""
     return max(1e-4, logit_error(problem))
 
 
 def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7, grad_bound, loss_bound=1e-4, **extra):
-    """Loss, gradients, logprobs, entropy, log-sum-exp and the computed rows of one call against the oracle."""
+    """Compare the loss, gradients, log-probs, entropy, log-sum-exp and computed rows of one call with the oracle's."""
     want, want_grads = solve(problem, spec, upstream)
     out, grads = run(problem, build(spec), backend, device, upstream, **extra)
     got_loss, want_loss = out.loss.item(), want.loss.item()
@@ -318,4 +322,5 @@ def assert_agrees(problem: Problem, spec, backend, device="cpu", *, upstream=3.7
         assert value[unmasked & ~computed].isnan().all(), f"{name} of rows not computed"
         rows = computed & want.valid
         assert (value - getattr(want, name))[rows].abs().max().item() <= bound if rows.any() else True, name
+    assert (out.entropy.cpu()[computed & want.valid] >= 0).all()
     return out, grads

@@ -1,4 +1,4 @@
-"""Cases of a vocabulary-parallel head, for test_distributed.py: every rank's numbers against one process's."""
+"""Cases of a head that is split by vocabulary, for test_distributed.py: every rank has the numbers of one process."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from distributed_harness import CASES, agree, case, local_head
 from drpo_kernels.distributed import VocabShard
 from problems import SMALL_WORKSPACE, SPECS, full_problem, random_problem, relative, replace
 
-# rows of the head on each of n ranks; "padded" has 37 real rows, and its last rank none of them
+# The rows of the head on each of n ranks. "padded" has 37 real rows, of which the last rank has none.
 SPLITS = {
     2: {"even": (20, 20), "uneven": (4, 33), "padded": (37, 9)},
     4: {"even": (10, 10, 10, 10), "uneven": (1, 20, 3, 13), "padded": (16, 16, 10, 10)},
@@ -20,7 +20,7 @@ REAL = 37
 
 @dataclass(frozen=True)
 class Squared(dk.Objective):
-    """A user's objective: no Triton twin, rows without an advantage count."""
+    """This objective of a user has no Triton twin, and rows without an advantage count in it."""
 
     def token_loss(self, tokens):
         return tokens.ratio_minus_one.square() - tokens.advantages * tokens.ratio
@@ -31,7 +31,7 @@ def squared(x):
 
 
 def split_problem(world, problem, split):
-    """(the problem with this rank's rows of the head, its shard)."""
+    """Return (the problem with this rank's rows of the head, its shard)."""
     weight = torch.split(problem.weight, SPLITS[world.size][split])[world.rank]
     shard = VocabShard.gather(weight.to(world.device))
     assert shard.sizes == SPLITS[world.size][split]
@@ -43,7 +43,7 @@ def cpu(tensors):
 
 
 def whole_gradients(world, grads):
-    """The gradients of the whole head from every rank's; that of hidden must be bitwise the same on all of them."""
+    """Join the gradients of every rank's rows of the head. That of hidden must be bitwise the same on all ranks."""
     every = world.everyone(cpu(grads))
     if "hidden" in grads:
         assert all(torch.equal(rank["hidden"], every[0]["hidden"]) for rank in every), "ranks differ in dX"
@@ -51,8 +51,8 @@ def whole_gradients(world, grads):
     return joined | {name: every[0][name] for name in grads if name == "hidden"}
 
 
-# (bound on the gradients' distance from one process, from float64): fp32 as the issue and the contract ask; 16-bit
-# gradients are rounded once more, and a last bit that flips costs up to 2^-9
+# (the gradients' largest distance from one process, from float64). In 16 bits they are rounded once more, and a last
+# bit that differs costs up to 2^-9.
 BOUNDS = {
     torch.float64: (1e-12, 1e-11),
     torch.float32: (1e-5, 5e-5),
@@ -62,7 +62,7 @@ BOUNDS = {
 
 
 def poisoned(problem):
-    """NaN, and targets that are none, in the masked positions."""
+    """Put NaN and targets outside the vocabulary into the masked positions."""
     off = ~problem.mask
     hidden = problem.hidden.masked_fill(off[..., None], torch.nan)
     rest = {name: getattr(problem, name).masked_fill(off, torch.nan) for name in ("old_logprobs", "advantages")}
@@ -70,7 +70,7 @@ def poisoned(problem):
 
 
 def run_wanted(problem, objective, backend, device, frozen, **extra):
-    """(output, gradients) with some leaves frozen."""
+    """Return (output, gradients) with some leaves frozen."""
     leaves = {k: v.detach().to(device).requires_grad_(k not in frozen) for k, v in problem.leaves().items()}
     out = problems.call(problem, objective, backend, device, leaves, **extra)
     wanted = [name for name in leaves if name not in frozen]
@@ -100,7 +100,7 @@ def policy(
     world, spec, split, backend="torch", shape=(4, 6), dtype=torch.float32, make=full_problem, frozen=(), poison=False,
     **extra,
 ):  # fmt: skip
-    """Loss, log-probs, entropy, metrics and all gradients."""
+    """The loss, log-probs, entropy, metrics and all gradients are those of one process."""
     total = sum(SPLITS[world.size][split])
     padding = {"vocab_size": REAL} if total > REAL else {}
     clean = make(len(split) + shape[0], shape, 12, total, dtype, **padding)
@@ -114,7 +114,7 @@ def policy(
     if world.rank:
         return
     for name in ("loss", "logprobs", "entropy", "computed"):
-        values = [rank[name].nan_to_num(1) for rank in everyone]  # NaN where a row was left out
+        values = [rank[name].nan_to_num(1) for rank in everyone]  # it is NaN where a row was left out
         assert all(torch.equal(value, values[0]) for value in values), f"ranks differ in {name}"
     single, single_grads = run_wanted(problem, objective, backend, world.device, frozen, **extra)
     exact, exact_grads = problems.solve(clean, spec, 3.7)
@@ -138,7 +138,7 @@ def policy(
 @case("padded", split="padded")
 @case("share", split="even", partial_hidden_gradient=True)
 def kept_ids(world, split, partial_hidden_gradient=False):
-    """The sampler's ids of the whole head, of which every rank holds some."""
+    """The sampler's ids are of the whole head, and every rank holds some of them."""
     total = sum(SPLITS[world.size][split])
     problem = full_problem(9, (4, 6), 12, total, **({"vocab_size": REAL} if total > REAL else {}))
     ids = torch.randint(-3, REAL, (4, 6, 8), generator=problems.generator(10))
@@ -179,7 +179,7 @@ def main_grad(world, split):
 @case("uneven", split="uneven", shape=(4, 6))
 @case("triton", split="uneven", backend="triton", shape=(2, 3))
 def logprobs(world, split, shape, backend="torch"):
-    """The recompute path, its backward twice; targets in every shard."""
+    """The recompute path has targets in every shard, and its backward runs twice."""
     total = sum(SPLITS[world.size][split])
     problem = random_problem(6, shape, 12, total, bias=True)
     real = min(REAL, total)
@@ -208,7 +208,7 @@ def logprobs(world, split, shape, backend="torch"):
 
 @case()
 def certain(world):
-    """p_y within 1e-7 of 1: the gradient, s · (1 - p_y), keeps its digits."""
+    """Where p_y is within 1e-7 of 1, the gradient s · (1 - p_y) keeps its digits."""
     problem = random_problem(8, (4, 6), 12, 40)
     aim = problem.weight[problem.targets]
     problem = replace(problem, hidden=26.0 * aim / aim.square().sum(-1, keepdim=True), old_logprobs=None)
@@ -226,7 +226,7 @@ def certain(world):
 
 @case()
 def partial_hidden_gradient(world):
-    """Each rank's share of dX, for a gather whose backward adds them."""
+    """Each rank returns its share of dX, for a gather whose backward adds the shares."""
     problem = random_problem(13, (4, 6), 12, sum(SPLITS[world.size]["uneven"]))
     mine, shard = split_problem(world, problem, "uneven")
     shard = VocabShard(shard.group, shard.sizes, partial_hidden_gradient=True)
@@ -252,7 +252,7 @@ def forward_only(world):
 
 @case()
 def bad_target(world):
-    """Of no shard, or of a padding row, with the checks off: that row is NaN, the others are right."""
+    """With the checks off, a target in no shard or in a padding row makes its row NaN, and the others stay right."""
     problem = random_problem(10, (2, 3), 12, sum(SPLITS[world.size]["padded"]), vocab_size=REAL)
     problem = replace(problem, mask=None)
     targets = problem.targets.clone()
@@ -274,7 +274,7 @@ def bad_target(world):
 
 @case()
 def wrong_shard(world):
-    """Refused on the rank that is wrong, before any collective."""
+    """The rank that is wrong refuses its shard before any collective."""
     weight = torch.zeros(3, 4)
     shard = VocabShard(None, (3,) * (world.size - 1) + (4,))
     try:
@@ -290,7 +290,7 @@ CASES["wrong_shard"] = lambda world: wrong_shard(world) if world.rank == world.s
 
 @case()
 def fp8_head(world):
-    """Rows of hidden and rows of the weight have their own scales, so a shard quantises as the whole head does."""
+    """Each row of hidden and of the weight has its own scale, so that a shard quantises as the whole head does."""
     problem = random_problem(12, (4, 6), 16, sum(SPLITS[world.size]["uneven"]), torch.bfloat16)
     mine, shard = split_problem(world, problem, "uneven")
     options = {"head_dtype": "fp8_e4m3", "workspace_bytes": SMALL_WORKSPACE}

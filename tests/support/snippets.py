@@ -1,4 +1,4 @@
-"""The Python of a page, as a reader would paste it."""
+"""The Python code of a page, run as if a reader had pasted it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def snippets(page: Path = README) -> list[str]:
 
 
 def snippet(containing: str, page: Path = README) -> str:
-    """The one snippet of the page with this text."""
+    """Return the only snippet of the page that contains this text."""
     (found,) = [text for text in snippets(page) if containing in text]
     return found
 
 
 def run(text: str, **names) -> dict:
-    """Execute a snippet where these names exist -> all names afterwards."""
+    """Execute a snippet with these names, and return all names that exist afterwards."""
     exec(compile(text, "<snippet>", "exec"), names)
     return names

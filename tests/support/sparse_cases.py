@@ -348,6 +348,7 @@ def fewest(want: Exact, tau: Tensor) -> Tensor:
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
+
 def gradients(case: Case, wanted=("hidden", "weight", "bias"), device="cpu", upstream=1.0, backend="torch", **extra):
     """(output, gradients by name) of a call in which only `wanted` require them."""
     leaves = {k: v.detach().to(device).requires_grad_(k in wanted) for k, v in case.problem.leaves().items()}

@@ -91,7 +91,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     if (!x || x > 0x7fffffff || !y || y > 65535 || !z || z > 65535 || !threads || threads > 1024 ||
         config->sharedMemBytes > SHARED_MEMORY)
         return CUDA_ERROR_INVALID_VALUE;
-    printf("launched %s\n", (const char *)function);
+    printf("launched %s, %u threads\n", (const char *)function, threads);
     fflush(stdout);
     return CUDA_SUCCESS;
 }

@@ -1,4 +1,4 @@
-"""A tiny TRL run: tokenizer, model, data, rewards and a recorder, nothing downloaded."""
+"""The parts of a tiny TRL run: tokenizer, model, data, rewards and a recorder. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def model(cls=Qwen3ForCausalLM, seed=0, **changes):
 
 
 def dataset(size: int = 64) -> Dataset:
-    prompts = [f"{a}+{a * 7 % 13}=" if a % 3 else f"({a})" for a in range(size)]  # of different lengths
+    prompts = [f"{a}+{a * 7 % 13}=" if a % 3 else f"({a})" for a in range(size)]  # their lengths differ
     return Dataset.from_dict({"prompt": prompts})
 
 
 def letter_share(completions, **_):
-    """Reward: the share of vowels, so that a group's rewards differ and can be learnt."""
+    """Reward the share of vowels: the rewards of a group differ, and can be learnt."""
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 
 
@@ -67,7 +67,7 @@ def trainer(cls, args, policy, **keywords):
 
 
 def run(trainer) -> dict[str, list[float]]:
-    """Train -> the logged series by name."""
+    """Train, and return the logged series by name."""
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {name: [entry[name] for entry in steps if name in entry] for name in steps[0]}

@@ -1,20 +1,27 @@
-"""Two processes of a TRL run (torchrun, gloo): DRPOTrainer and GRPOTrainer side by side. Prints one JSON line."""
+"""Two processes of TRL runs (torchrun, gloo), ours beside TRL's: synchronous ones, then asynchronous ones.
+
+The first process prints a JSON line for each, with what was logged and how far the weights are from each other.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 
+import pytest
 import torch
-import transformers
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 import tiny_trl
+import trl_async_runs
 from distributed_harness import leave
 from drpo_kernels import PPO
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
+from drpo_kernels.integrations.trl_async import AsyncDRPOConfig, AsyncDRPOTrainer
 
-transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 
@@ -30,14 +37,21 @@ def count_tokens(trainer) -> list[int]:
     return counts
 
 
-def main(output_dir: str) -> None:
+def report(name: str, **record) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(f"RECORD {name} {json.dumps(record)}", flush=True)
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def synchronous(folder: Path) -> None:
     options = {"max_steps": 4, "num_iterations": 2, "entropy_coef": 0.01, "ddp_backend": "gloo"}
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "dapo"}
     runs = []
     for cls, config, objective in ((GRPOTrainer, GRPOConfig, {}), (DRPOTrainer, DRPOConfig, {"objective": PPO()})):
-        trainer = tiny_trl.trainer(
-            cls, tiny_trl.arguments(config, output_dir, **options, **objective), tiny_trl.model()
-        )
+        trainer = tiny_trl.trainer(cls, tiny_trl.arguments(config, folder, **options, **objective), tiny_trl.model())
         counts = count_tokens(trainer)
         runs.append((tiny_trl.run(trainer), tiny_trl.weights(trainer)))
     (theirs, their_weights), (ours, our_weights) = runs
@@ -45,16 +59,30 @@ def main(output_dir: str) -> None:
     torch.distributed.all_gather_object(tokens, counts)
     group = [torch.zeros_like(our_weights) for _ in range(2)]
     torch.distributed.all_gather(group, our_weights)
-    if torch.distributed.get_rank() == 0:
-        record = {
-            "theirs": theirs, "ours": ours, "tokens": tokens,
-            "moved": (their_weights - torch.cat([p.reshape(-1) for p in tiny_trl.model().parameters()])).norm().item(),
-            "weights": ((our_weights - their_weights).norm() / their_weights.norm()).item(),
-            "ranks": (group[0] - group[1]).abs().max().item(),
-        }  # fmt: skip
-        print("RECORD " + json.dumps(record), flush=True)
+    start = torch.cat([p.reshape(-1) for p in tiny_trl.model().parameters()])
+    report(
+        "synchronous", theirs=theirs, ours=ours, tokens=tokens, moved=(their_weights - start).norm().item(),
+        weights=distance(our_weights, their_weights), ranks=(group[0] - group[1]).abs().max().item(),
+    )  # fmt: skip
+
+
+def asynchronous(folder: Path) -> None:
+    trl_async_runs.run_on_a_cpu(pytest.MonkeyPatch())
+    options = {"per_device_train_batch_size": trl_async_runs.SAMPLES // 4, "gradient_accumulation_steps": 2}
+    runs = []
+    for cls, config, objective in (
+        (AsyncGRPOTrainer, AsyncGRPOConfig, {}),
+        (AsyncDRPOTrainer, AsyncDRPOConfig, {"objective": PPO()}),
+    ):
+        # a folder for each rank, so that none reads the model that another is writing
+        own = folder / os.environ["RANK"]
+        run = trl_async_runs.trainer(cls, config, own, ddp_backend="gloo", **options, **objective)
+        runs.append((tiny_trl.run(run), tiny_trl.weights(run)))
+    (theirs, their_weights), (ours, our_weights) = runs
+    report("asynchronous", theirs=theirs, ours=ours, weights=distance(our_weights, their_weights))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    synchronous(Path(sys.argv[1]))
+    asynchronous(Path(sys.argv[1]))
     leave()

@@ -21,7 +21,7 @@ from distributed_harness import CASES, World, leave
 
 def main(module, report, *names):
     torch.set_num_threads(1)
-    # longer than any case, shorter than the launch may last: a rank that waits in vain says where
+    # This is longer than any case and shorter than a launch may last, so that a rank that waits in vain says where.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     importlib.import_module(module)
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu"))

@@ -1,0 +1,63 @@
+"""Our trainers in TRL on two processes: the runs of TRL's own trainers there, and the launch of the recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16' peft")
+from transformers import AutoModelForCausalLM
+
+from launcher import launch, torchrun
+from snippets import ROOT
+from trl_async_runs import assert_same_logs
+from trl_runs import WEIGHT_BOUND, close
+
+RECIPES = ROOT / "docs" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The synchronous and the asynchronous runs, from one launch of two processes."""
+    status, output = torchrun(2, "trl_worker.py", str(tmp_path_factory.mktemp("runs")))
+    assert status == 0, output[-4000:]
+    return {name: json.loads(text) for name, text in re.findall(r"^RECORD (\w+) (.*)$", output, re.MULTILINE)}
+
+
+def test_two_processes(records):
+    """The same run as TRL's on two processes, and metrics of both ranks' tokens."""
+    record = records["synchronous"]
+    theirs, ours = record["theirs"], record["ours"]
+    for name in set(theirs) - {"step_time", "epoch"}:
+        assert close(ours[name], theirs[name]), f"{name}: {ours[name]} instead of {theirs[name]}"
+    assert record["moved"] > 0 and record["ranks"] == 0
+    assert record["weights"] <= WEIGHT_BOUND
+    # a step's tokens are those of both micro-batches on both ranks
+    counts = [sum(ranks) for ranks in zip(*record["tokens"], strict=True)]
+    assert ours["drpo/tokens"] == [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
+    # a mean over tokens; TRL's log is a mean over micro-batches of means
+    assert ours["drpo/entropy_mean"] == pytest.approx(theirs["entropy"], rel=0.02)
+
+
+def test_two_asynchronous_processes(records):
+    """The same run as TRL's where the tokens of a step are on two ranks, and metrics of both ranks' tokens."""
+    record = records["asynchronous"]
+    assert_same_logs(record["ours"], record["theirs"])
+    assert record["weights"] <= WEIGHT_BOUND
+    assert record["ours"]["drpo/tokens"] == record["theirs"]["batch/trained_tokens_per_step"]
+
+
+def test_recipe(tmp_path):
+    """The launch of docs/recipes on two CPU processes, as written there but for the number of steps."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    written = next(part for part in text.split("accelerate launch ")[1:] if "--use_cpu" in part).split("```")[0]
+    words = written.replace("\\\n", " ").split()
+    words[words.index("--max_steps") + 1] = "3"
+    words = [str(RECIPES / word) if (RECIPES / word).exists() else word for word in words]
+    status, output = launch("accelerate.commands.launch", *words, "--output_dir", str(tmp_path / "out"))
+    assert status == 0, output[-4000:]
+    assert "'drpo/weight_mean'" in output and "'train_loss'" in output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(p.isfinite().all() for p in saved.parameters())

@@ -1,0 +1,36 @@
+"""A newcomer can follow one call: it passes through few files, few functions, and few frames at a time."""
+
+import torch
+
+import drpo_kernels as dk
+from one_call import passage
+from problems import random_problem
+
+# These are the most that a call may take, and may only become fewer.
+FILES, FUNCTIONS, FRAMES = 25, 161, 17
+
+
+def forward_and_backward():
+    problem = random_problem(0, bias=True)
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    rest = problem.targets, problem.old_logprobs, problem.advantages, problem.mask
+    dk.linear_policy_loss(*leaves[:2], *rest, bias=leaves[2], backend="torch").loss.backward()
+    assert all(torch.is_tensor(leaf.grad) for leaf in leaves)
+
+
+def test_one_call_passes_through_few_files_and_frames():
+    forward_and_backward()
+    files, functions, deepest = passage(forward_and_backward)
+    assert len(files) <= FILES, files
+    assert len(functions) <= FUNCTIONS, functions
+    assert len(deepest) <= FRAMES, deepest
+
+
+def test_the_count_is_that_of_the_package_alone():
+    """The clamped shift of tokens needs the unclamped one and the ratio less one: three functions of one file."""
+    assert passage(lambda: sorted(map(abs, range(3)))) == ([], [], [])
+    tokens = dk.Tokens(torch.zeros(2), torch.zeros(2), torch.ones(2))
+    files, functions, deepest = passage(lambda: tokens.clamped_shift)
+    assert files == ["tokens.py"]
+    assert [name.split()[-1] for name in deepest] == ["clamped_shift", "prob_shift"]
+    assert len(functions) == 3 and set(deepest) < set(functions)
