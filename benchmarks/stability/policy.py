@@ -1,4 +1,4 @@
-"""The policy before reinforcement learning: a small Qwen3, trained on demonstrations until it is right now and then."""
+"""The policy before reinforcement learning is a small Qwen3, trained on demonstrations until it is sometimes right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.stability.task import (
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.demo.model import completion_hidden, small_qwen3
 
-# the first updates of Adam are of full size whatever the gradient: the rate rises over this many
+# The first updates of Adam have full size whatever the gradient is, so the rate rises over this many of them.
 SLOW_START = 20
 
 
@@ -38,8 +38,9 @@ def build_policy(size: Size, seed: int) -> PreTrainedModel:
 
 
 def adamw(policy: PreTrainedModel, lr: float, steps: int | None = None):
-    """-> (optimizer, schedule): AdamW without weight decay; after the slow start a constant rate, or one that falls
-    linearly to a tenth at `steps`.
+    """AdamW without weight decay, and its schedule of rates.
+
+    After the slow start the rate is constant. If `steps` is given, it falls linearly to a tenth by then.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -66,7 +67,7 @@ def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
 
 
 def warmed_policy(size: Size, seed: int, cache: Path) -> PreTrainedModel:
-    """The seed's policy after its warm-up, from `cache` if it is there: the same for every method and setting."""
+    """The seed's policy after its warm-up, the same for every method and setting. It is kept in `cache`."""
     policy = build_policy(size, seed)
     path = cache / f"policy-{size.fingerprint}-{seed}.pt"
     if path.exists():
