@@ -388,7 +388,7 @@ def test_verdicts(written):
     others = {"PPO": 0, "SPO": 1, "DPPO-TV": -1, "Mask-DRPO": 1}
     expected = {("DRPO δ=0.2", other): sign for other, sign in others.items()}
     assert signs(claims.with_references(found, "area", "stale")) == expected
-    assert tables.differences(found).count("**") == 2 * 3
+    assert tables.differences(found).count("**") == 2 * 6
 
 
 def test_a_difference_must_survive_the_correction(written):
