@@ -47,17 +47,17 @@ def compared(runs: Runs, outcome: str, pairs: Iterable[tuple[Cell, Cell]]) -> li
 
 def with_references(runs: Runs, outcome: str, setting: str) -> list[Comparison]:
     """Each reference minus every other method. The core methods are one family, and all others are another."""
-    families = CORE_METHODS, [method for method in METHODS if method not in CORE_METHODS]
-    return [found for methods in families for found in compared(runs, outcome, _pairs(methods, setting))]
-
-
-def _pairs(methods: Sequence[str], setting: str) -> list[tuple[Cell, Cell]]:
-    """The two references are compared once."""
-    return [
-        ((reference, setting), (method, setting))
+    methods = [
+        (reference, method)
         for i, reference in enumerate(REFERENCES)
-        for method in methods
-        if method not in REFERENCES[: i + 1]
+        for method in METHODS
+        if method not in REFERENCES[: i + 1]  # The two references are compared once.
+    ]
+    families = ([pair for pair in methods if (pair[1] in CORE_METHODS) == core] for core in (True, False))
+    return [
+        found
+        for family in families
+        for found in compared(runs, outcome, [((a, setting), (b, setting)) for a, b in family])
     ]
 
 

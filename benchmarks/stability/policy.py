@@ -7,15 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.stability import task
 from benchmarks.stability.settings import Size
-from benchmarks.stability.task import (
-    COMPLETION_LENGTH,
-    END_ID,
-    PAD_ID,
-    PROMPT_LENGTH,
-    draw_demonstrations,
-    draw_problems,
-)
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.demo.model import completion_hidden, small_qwen3
 
@@ -30,9 +23,9 @@ def build_policy(size: Size, seed: int) -> PreTrainedModel:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         vocab_size=size.vocabulary.size,
-        max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
+        max_position_embeddings=task.PROMPT_LENGTH + task.COMPLETION_LENGTH,
+        eos_token_id=task.END_ID,
+        pad_token_id=task.PAD_ID,
         tie_word_embeddings=True,  # as in Qwen3's small models
     )
 
@@ -55,9 +48,9 @@ def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer, schedule = adamw(policy, size.warmup_lr, size.warmup_steps)
     for _ in range(size.warmup_steps):
-        problems = draw_problems(size.vocabulary, size.warmup_batch, generator)
-        answers = draw_demonstrations(size.vocabulary, problems, size.carelessness, generator)
-        hidden = completion_hidden(policy, torch.cat([problems.prompts, answers], 1), PROMPT_LENGTH)
+        problems = task.draw_problems(size.vocabulary, size.warmup_batch, generator)
+        answers = task.draw_demonstrations(size.vocabulary, problems, size.carelessness, generator)
+        hidden = completion_hidden(policy, torch.cat([problems.prompts, answers], 1), task.PROMPT_LENGTH)
         logprobs, _ = linear_token_logprobs(hidden, policy.lm_head.weight, answers)
         optimizer.zero_grad(set_to_none=True)
         (-logprobs.mean()).backward()

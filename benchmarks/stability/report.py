@@ -68,8 +68,8 @@ def write_report(path: Path, out: Path, page: Path | None = None) -> int:
         draw(runs, picture)
         parts[f"picture {name}"] = f"![{shown}]({Path(os.path.relpath(picture, page.parent)).as_posix()})"
     missing = [name for name, text in parts.items() if not rewrite(page, markers("stability", name), text)]
-    for name in missing:
-        print(f"error: {page} has no part {markers('stability', name)[0]}", file=sys.stderr)
+    if missing:
+        print(f"error: {page} has no part for {', '.join(missing)}", file=sys.stderr)
     print(f"{page} and {len(PICTURES)} pictures in {out}, from {len(runs.records)} runs")
     return 2 if missing else 0
 

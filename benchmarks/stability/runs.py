@@ -14,7 +14,6 @@ from scipy.integrate import trapezoid
 from benchmarks.harness.records import Record, read
 from benchmarks.stability.grid import recorded
 from benchmarks.stability.settings import COLLAPSE, METHODS, REACHED, SETTINGS, SMOKE, Size
-from benchmarks.stability.statistics import Estimate, bootstrap
 
 
 def outcomes(record: Record, size: Size) -> dict[str, object]:
@@ -89,13 +88,12 @@ class Runs:
         """One cell of the comparison, which is empty where nothing was run."""
         return self.comparison.query("method == @method and setting == @setting")
 
-    def estimate(self, outcome: str, method: str, setting: str) -> Estimate:
-        return bootstrap(self.of(method, setting)[outcome].dropna())
-
     @property
     def own_rate(self) -> pd.DataFrame:
         """The runs in settings that leave each method the learning rate of its own."""
-        return self.comparison[[SETTINGS[setting].rate is None for setting in self.comparison["setting"]]]
+        return self.comparison[
+            self.comparison["setting"].map(lambda setting: SETTINGS[setting].rate is None).astype(bool)
+        ]
 
 
 def load(path: Path) -> Runs:
@@ -108,7 +106,7 @@ def load(path: Path) -> Runs:
     for together in (found.comparison.groupby(["method", "setting"]), found.own_rate.groupby("method")):
         for name, rates in together["lr"].unique().items():
             if len(rates) > 1:
-                raise ValueError(f"{path} compares {name} at the learning rates {sorted(rates)}, not at one")
+                raise ValueError(f"{path} compares {name} at the learning rates {sorted(rates.tolist())}, not at one")
     return found
 
 

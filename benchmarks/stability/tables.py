@@ -96,14 +96,9 @@ def setup(runs: Runs) -> str:
 
 def settings(runs: Runs) -> str:
     """What each setting is."""
-    rows = []
-    for name in runs.settings:
-        setting = SETTINGS[name]
-        rate = "each method's own" if setting.rate is None else f"{setting.rate:g}"
-        rows.append((name, setting.minibatches, setting.epochs, setting.precision,
-                     runs.size.minibatches * setting.epochs, rate))  # fmt: skip
-    header = ("setting", "minibatches per rollout batch", "epochs", "rollout engine", "updates of a run", "rate")
-    return table(header, rows)
+    found = [(name, SETTINGS[name]) for name in runs.settings]
+    rows = [(name, s.minibatches, s.epochs, s.precision, s.rate or "each method's own") for name, s in found]
+    return table(("setting", "minibatches per rollout batch", "epochs", "rollout engine", "learning rate"), rows)
 
 
 def methods(runs: Runs) -> str:
