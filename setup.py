@@ -16,7 +16,7 @@ DEMO = ["transformers>=4.51", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"]  # 4.
 TRL = ["trl>=1.16", "accelerate>=1.4"]
 # NumPy: Triton's interpreter, in which the kernels are tested on a CPU, needs it.
 PYTEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"]
-BENCHMARKS = ["tabulate>=0.9"]
+BENCHMARKS = ["tabulate>=0.9", "scipy>=1.15", "pandas>=2.2"]
 TEST = [*PYTEST, "numpy>=1.26", *DEMO, *TRL, "peft>=0.17", *BENCHMARKS]
 LINT = ["ruff>=0.12"]
 

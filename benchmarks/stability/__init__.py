@@ -1,5 +1,5 @@
-"""Do ratio-clipped losses break, and does DRPO hold, under staleness and mismatch? A small experiment.
+"""Do losses clipped by the ratio break, and does DRPO hold, under staleness and mismatch? A small experiment.
 
-`python -m benchmarks.stability` runs a grid of methods, settings and seeds, `python -m benchmarks.stability.report`
-draws the figures and writes docs/stability.md from the runs in bench_results/stability/.
+`python -m benchmarks.stability` runs a grid of methods, settings and seeds. `python -m benchmarks.stability.report`
+draws the pictures and writes docs/stability.md from the runs in bench_results/stability/.
 """

@@ -11,7 +11,7 @@ from drpo_kernels import Objective, Tokens
 
 @dataclass(frozen=True)
 class DRPOWithoutAbsA(Objective):
-    """ℓ = -(r A - μ (r - 1)² / (2δ)): a regulariser of one size for every advantage, dℓ/dlogπ = -r (A - (π - μ)/δ)."""
+    """ℓ = -(r A - μ (r - 1)² / (2δ)) regularises every advantage alike: dℓ/dlogπ = -r (A - (π - μ)/δ)."""
 
     delta: float = 0.2
 
@@ -22,7 +22,7 @@ class DRPOWithoutAbsA(Objective):
 
 @dataclass(frozen=True)
 class MaskDRPO(Objective):
-    """DRPO whose regulariser acts beyond |π - μ| = δ only: w = 1 within, 1 - sign(A)(π - μ)/δ beyond."""
+    """The regulariser of DRPO acts beyond |π - μ| = δ only: w = 1 within, 1 - sign(A)(π - μ)/δ beyond."""
 
     delta: float = 0.2
 

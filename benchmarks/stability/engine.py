@@ -1,7 +1,8 @@
 """The rollout engine: a copy of the policy as inference engines hold it, rounded to bf16 or quantised to fp8.
 
-fp8: the weights of the transformer's linear layers per output channel and their inputs per token, E4M3; embedding and
-head stay bf16, as engines leave them. bf16: every weight, every input of a linear layer, and the logits.
+In bf16 every weight, every input of a linear layer and the logits are rounded. In fp8 the weights of the transformer's
+linear layers are E4M3 with a scale per output channel, and their inputs E4M3 with a scale per token. The embedding and
+the head stay bf16, as engines leave them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ PRECISIONS = ("float32", "bf16", "fp8")
 
 
 def rounded(x: Tensor) -> Tensor:
-    """To bf16 and back."""
+    """x rounded to bf16, as float32."""
     return x.bfloat16().float()
 
 
 def quantised(x: Tensor) -> Tensor:
-    """To E4M3 with a scale per row (the last axis) and back."""
+    """x rounded to E4M3 with a scale for each row of the last axis, as float32."""
     return dequantized(per_row(x.reshape(-1, x.shape[-1]), FORMAT)).reshape(x.shape)
 
 
 def rollout_engine(policy: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """What samples: the policy itself for "float32", else a copy of its weights now. Raises ValueError otherwise."""
+    """The model that samples: the policy itself for "float32", else a copy that rounds to the precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "float32":

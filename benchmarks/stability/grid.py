@@ -1,13 +1,13 @@
-"""The runs of the experiment: which there are, and running those that are not there yet, one per core."""
+"""The runs of the experiment: the list of all of them, and the processes that make those that are missing."""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,126 +17,88 @@ from tqdm import tqdm
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.records import Record, append, read, write
 from benchmarks.stability.policy import warmed_policy
-from benchmarks.stability.settings import METHODS, RATES, SETTINGS, SWEEP_SEEDS, SWEEP_SETTING, Size
+from benchmarks.stability.settings import METHODS, SETTINGS, SWEEP_SETTING, Size
 from benchmarks.stability.training import run
 
-DIGITS = 5  # significant, of a number in the file
+DIGITS = 5  # significant digits of a number in the file
 
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One run."""
+    """One run. Its purpose is the "sweep" of learning rates or the "comparison" of methods."""
 
-    purpose: str  # "sweep" of learning rates, or "comparison"
+    purpose: str
     method: str
     setting: str
     seed: int
     lr: float
 
     def definition(self, size: Size) -> dict[str, str]:
-        """What the names stand for: results of another definition are not mixed in."""
+        """What the names stand for. Results of another definition are not mixed in."""
         names = {"objective": METHODS[self.method], "conditions": SETTINGS[self.setting], "size": size}
         return {name: repr(value) for name, value in names.items()}
 
 
-def sweep_jobs(methods: Iterable[str]) -> list[Job]:
-    return [Job("sweep", m, SWEEP_SETTING, seed, lr) for lr in RATES for seed in SWEEP_SEEDS for m in methods]
+def sweep_jobs(methods: Iterable[str], size: Size) -> list[Job]:
+    return [Job("sweep", m, SWEEP_SETTING, seed, lr) for lr in size.rates for seed in size.sweep_seeds for m in methods]
 
 
 def comparison_jobs(
     methods: Iterable[str], settings: Sequence[str], seeds: Sequence[int], rates: dict[str, float]
 ) -> list[Job]:
-    """Seed by seed, so that an interrupted grid has as many whole seeds as possible."""
-    methods = list(methods)
-    return [
-        Job("comparison", m, s, seed, SETTINGS[s].rate or rates[m]) for seed in seeds for s in settings for m in methods
-    ]
+    """The jobs seed by seed, so that an interrupted grid has as many whole seeds as possible."""
+    cells = [(method, setting) for setting in settings for method in methods]
+    return [Job("comparison", m, s, seed, SETTINGS[s].rate or rates[m]) for seed in seeds for m, s in cells]
 
 
-def area(record: Record) -> float:
-    """Mean held-out accuracy over the run: the area under its curve, by trapezoids, over its length."""
-    values = record["evaluations"]["sampled"]
-    return (sum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)
+def recorded(path: Path, size: Size) -> dict[Job, Record]:
+    """The records of a file by job. Raises ValueError if one is of another definition than settings.py has now."""
+    records = {}
+    for record in read(path):
+        job = Job(*(record[name] for name in Job.__dataclass_fields__))
+        if job.method not in METHODS or job.setting not in SETTINGS or record["definition"] != job.definition(size):
+            raise ValueError(f"{path} holds a run of another definition ({job}): move the file away or choose --out")
+        records[job] = record
+    return records
 
 
-def chosen_rates(records: Iterable[Record], methods: Iterable[str]) -> dict[str, float]:
-    """The learning rate of each method, by the rule of settings.py. Raises ValueError for an incomplete sweep."""
-    areas: dict[tuple[str, float], list[float]] = {}
-    for record in records:
-        if record["purpose"] == "sweep":
-            areas.setdefault((record["method"], record["lr"]), []).append(area(record))
-    rates = {}
-    for method in methods:
-        means = {lr: sum(found) / len(found) for lr in RATES if (found := areas.get((method, lr)))}
-        if len(means) < len(RATES):
-            raise ValueError(f"the sweep of {method} has no run for {sorted(set(RATES) - set(means))}")
-        rates[method] = max(means, key=means.get)
-    return rates
-
-
-def job_of(record: Record) -> Job:
-    return Job(*(record[name] for name in Job.__dataclass_fields__))
-
-
-def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, workers: int, command: str) -> list[Record]:
-    """Run the jobs that `path` does not hold, adding each as it ends -> all its records, sorted.
+def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, workers: int, command: str) -> None:
+    """Run the jobs that `path` does not hold, and add each as it ends.
 
     Raises ValueError, and changes nothing, if `path` holds a run of another definition.
     """
-    records = {}
-    for record in read(path):
-        job = job_of(record)
-        if job.method in METHODS and job.setting in SETTINGS and record["definition"] == job.definition(size):
-            records[job] = record
-        else:
-            raise ValueError(f"{path} holds a run of another definition ({job}): move the file away or choose --out")
-    missing = [job for job in jobs if job not in records]
-    if missing:
-        source = provenance(command)
-        with _pool(min(workers, len(missing))) as pool:
-            _warm_up(pool, sorted({job.seed for job in missing}), size, cache)
-            for record in _finished(pool, missing, size, cache):
-                record |= source
-                records[job_of(record)] = record
-                append(path, record)
-    ordered = [records[job] for job in sorted(records)]
-    if missing:  # in one order, whatever order the runs ended in
-        write(path, ordered)
-    return ordered
+    done = recorded(path, size)
+    missing = [job for job in jobs if job not in done]
+    if not missing:
+        return
+    source = provenance(command)
+    with _pool(min(workers, len(missing))) as pool:
+        seeds = sorted({job.seed for job in missing})  # Each policy is made once, before runs of its seed need it.
+        warmed = pool.map(partial(_warm_up, size, cache), seeds)
+        list(tqdm(warmed, total=len(seeds), desc="warm-up", unit="seed"))
+        futures = [pool.submit(_run, job, size, cache) for job in missing]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
+                append(path, future.result() | source)
+        except BaseException:  # Ctrl-C, or a run that failed: the next call goes on from the runs that ended.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    done = recorded(path, size)
+    write(path, [done[job] for job in sorted(done)])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes of one thread each: as many as cores, and a run's numbers do not depend on how many there are."""
+    """New processes of one thread each, so that a run's numbers do not depend on how many of them there are."""
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the grid
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent stops the grid.
 
 
-def _warm_up(pool: ProcessPoolExecutor, seeds: Sequence[int], size: Size, cache: Path) -> None:
-    """Every seed's policy once, before two runs of the same seed could both make it."""
-    made = [pool.submit(_warmed, size, seed, cache) for seed in seeds]
-    for future in tqdm(as_completed(made), total=len(made), desc="warm-up", unit="seed"):
-        future.result()
-
-
-def _warmed(size: Size, seed: int, cache: Path) -> None:
+def _warm_up(size: Size, cache: Path, seed: int) -> None:
     warmed_policy(size, seed, cache)
-
-
-def _finished(pool: ProcessPoolExecutor, jobs: Sequence[Job], size: Size, cache: Path) -> Iterable[Record]:
-    submitted = [pool.submit(_run, job, size, cache) for job in jobs]
-    progress = tqdm(as_completed(submitted), total=len(jobs), desc="runs", unit="run")
-    try:
-        for future in progress:
-            record = future.result()
-            progress.set_postfix_str("{method}, {setting}, seed {seed}".format(**record))
-            yield record
-    except BaseException:  # Ctrl-C, or a run that failed: what is done is in the file, the next call goes on from there
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def _run(job: Job, size: Size, cache: Path) -> Record:
@@ -149,9 +111,5 @@ def _run(job: Job, size: Size, cache: Path) -> Record:
 
 
 def _rounded(value: float) -> float | None:
-    """None for what is no number: JSON has no NaN."""
+    """None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What is measured of every update, over its valid tokens."""
+"""The numbers that are measured at every update, over its valid tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from benchmarks.stability.weights import gradient_weight
 from drpo_kernels import Objective, PolicyLossOutput, Tokens
 from drpo_kernels.demo.rollout import Rollout
 
-# |π - μ| and |r - 1| beyond which DPPO and PPO, at their defaults, stop a token that moves the harmful way
+# DPPO and PPO, at their defaults, stop a token that moves the harmful way beyond this |π - μ| or this |r - 1|.
 SHIFT_BOUNDARY, RATIO_BOUNDARY = 0.15, 0.2
-RARE = 0.01  # μ of a rare token
+RARE = 0.01  # A token is rare if its μ is below this.
 
 
 def token_measures(objective: Objective, out: PolicyLossOutput, batch: Rollout) -> dict[str, float]:
-    """Means over the valid tokens; those of the gradient weight over tokens with A ≠ 0, NaN where there is none.
+    """Means over the valid tokens, or over those that a measure is about; NaN if there are none of those.
 
-    A token is beyond a boundary where it has moved past it in the direction its advantage pushes it.
+    A token is beyond a boundary if it moved past it in the direction in which its advantage pushes. Weights
+    and shares beyond a boundary are of tokens with A ≠ 0.
     """
     valid = batch.mask
     logprobs, old = out.logprobs[valid], batch.old_logprobs[valid]

@@ -1,4 +1,4 @@
-"""The policy before reinforcement learning: a small Qwen3, trained on demonstrations until it is right now and then."""
+"""The policy before reinforcement learning is a small Qwen3, trained on demonstrations until it is sometimes right."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.stability import task
 from benchmarks.stability.settings import Size
-from benchmarks.stability.task import (
-    COMPLETION_LENGTH,
-    END_ID,
-    PAD_ID,
-    PROMPT_LENGTH,
-    draw_demonstrations,
-    draw_problems,
-)
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.demo.model import completion_hidden, small_qwen3
 
-# the first updates of Adam are of full size whatever the gradient: the rate rises over this many
+# The first updates of Adam have full size whatever the gradient is, so the rate rises over this many of them.
 SLOW_START = 20
 
 
@@ -30,16 +23,17 @@ def build_policy(size: Size, seed: int) -> PreTrainedModel:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         vocab_size=size.vocabulary.size,
-        max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
+        max_position_embeddings=task.PROMPT_LENGTH + task.COMPLETION_LENGTH,
+        eos_token_id=task.END_ID,
+        pad_token_id=task.PAD_ID,
         tie_word_embeddings=True,  # as in Qwen3's small models
     )
 
 
 def adamw(policy: PreTrainedModel, lr: float, steps: int | None = None):
-    """-> (optimizer, schedule): AdamW without weight decay; after the slow start a constant rate, or one that falls
-    linearly to a tenth at `steps`.
+    """AdamW without weight decay, and its schedule of rates.
+
+    After the slow start the rate is constant. If `steps` is given, it falls linearly to a tenth by then.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -54,9 +48,9 @@ def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer, schedule = adamw(policy, size.warmup_lr, size.warmup_steps)
     for _ in range(size.warmup_steps):
-        problems = draw_problems(size.vocabulary, size.warmup_batch, generator)
-        answers = draw_demonstrations(size.vocabulary, problems, size.carelessness, generator)
-        hidden = completion_hidden(policy, torch.cat([problems.prompts, answers], 1), PROMPT_LENGTH)
+        problems = task.draw_problems(size.vocabulary, size.warmup_batch, generator)
+        answers = task.draw_demonstrations(size.vocabulary, problems, size.carelessness, generator)
+        hidden = completion_hidden(policy, torch.cat([problems.prompts, answers], 1), task.PROMPT_LENGTH)
         logprobs, _ = linear_token_logprobs(hidden, policy.lm_head.weight, answers)
         optimizer.zero_grad(set_to_none=True)
         (-logprobs.mean()).backward()
@@ -66,7 +60,7 @@ def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
 
 
 def warmed_policy(size: Size, seed: int, cache: Path) -> PreTrainedModel:
-    """The seed's policy after its warm-up, from `cache` if it is there: the same for every method and setting."""
+    """The seed's policy after its warm-up, the same for every method and setting. It is kept in `cache`."""
     policy = build_policy(size, seed)
     path = cache / f"policy-{size.fingerprint}-{seed}.pt"
     if path.exists():

@@ -1,12 +1,13 @@
-"""The task: apply two operations to a list of words, one after the other, in writing; a rule grades the last list.
+"""The task is to apply two operations to a list of words, one after the other. A rule grades the last list.
 
 A prompt is `operation operation word word word`, a completion
 
     remark operation w w w  remark operation w w w  END
 
-where the policy names the operation it is about to apply and writes the list that results. A *remark* is any word of a
-class of its own, worth nothing to the reward, as discourse words are. Words and remarks follow Zipf's law, so most of
-the vocabulary is rare: rare words must be copied exactly, and rare remarks are sampled all the time.
+where the policy names the operation that it is about to apply, and writes down the list that results. A *remark* is a
+word of a class of its own that does not matter to the reward, as discourse words do not. Words and remarks follow
+Zipf's law, so most of the vocabulary is rare: rare words must be copied exactly, and rare remarks are sampled all the
+time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness.workloads import zipf_weights
 
-# positions of the list before, for each position after
+# For each position of the list after the operation, the position in the list before it.
 OPERATIONS = {"reverse": (2, 1, 0), "rotate": (1, 2, 0), "swap": (1, 0, 2)}
 LIST = 3
 END_ID, PAD_ID = 0, 1
@@ -26,12 +27,12 @@ FIRST_OPERATION = 2
 FIRST_WORD = FIRST_OPERATION + len(OPERATIONS)
 PROMPT_LENGTH = 2 + LIST
 ANSWER_LENGTH = 2 * (2 + LIST) + 1
-COMPLETION_LENGTH = ANSWER_LENGTH + 1  # room for a completion that goes wrong
+COMPLETION_LENGTH = ANSWER_LENGTH + 1  # A completion that goes wrong may be longer.
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """END, PAD, the operations, then words and remarks, most frequent first."""
+    """The tokens are END, PAD, the operations, the words and the remarks, with the most frequent of each first."""
 
     words: int
     remarks: int
@@ -47,18 +48,18 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Problems:
-    """N problems: prompts [N, PROMPT_LENGTH], and the lists [N, LIST] that are right after both operations."""
+    """N problems: their prompts [N, PROMPT_LENGTH], and the right lists [N, LIST] after both operations."""
 
     prompts: Tensor
     answers: Tensor
 
     def repeat(self, times: int) -> Problems:
-        """Each problem `times` times, one after the other."""
+        """Each problem is repeated `times` times in a row."""
         return Problems(self.prompts.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
 
 
 def draw_problems(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> Problems:
-    """Lists of distinct words, and two operations each."""
+    """Each problem has a list of distinct words and two operations."""
     weights = zipf_weights(vocabulary.words).expand(count, -1)
     words = FIRST_WORD + torch.multinomial(weights, LIST, generator=generator)
     operations = torch.randint(len(OPERATIONS), (count, 2), generator=generator)
@@ -77,8 +78,8 @@ def draw_demonstrations(
 ) -> Tensor:
     """A completion of each problem by a careless teacher, [N, ANSWER_LENGTH].
 
-    With probability `carelessness` an operation is any of them, named and applied without fault: what there is to learn
-    by reinforcement is to choose the right one, and to copy rare words. Remarks follow Zipf's law.
+    With probability `carelessness` the teacher guesses an operation, and then names and applies it without fault. What
+    reinforcement can teach is to choose the right operation, and to copy rare words. Remarks follow Zipf's law.
     """
     operations = problems.prompts[:, :2] - FIRST_OPERATION
     guesses = torch.randint(len(OPERATIONS), operations.shape, generator=generator)
@@ -92,9 +93,9 @@ def draw_demonstrations(
 
 
 def rewards(vocabulary: Vocabulary, problems: Problems, completions: Tensor) -> Tensor:
-    """1 where the list after the last operation, just before the first END, is the right one, else 0: [N] float32.
+    """[N] float32: 1 if the list just before the first END is the right one and follows an operation, else 0.
 
-    What comes before, the first list too, is the policy's own affair.
+    What comes before that, even the first list, does not matter.
     """
     ends = completions == END_ID
     end = ends.int().argmax(1)

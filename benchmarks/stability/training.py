@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
@@ -19,35 +19,31 @@ from drpo_kernels.demo.model import completion_hidden
 from drpo_kernels.demo.rollout import Rollout, group_advantages, sample
 
 HELD_OUT_SEED = 1 << 20
-Curve = dict[str, list[float]]
 
 
 def run(method: str, setting: str, seed: int, lr: float, size: Size, cache: Path) -> dict[str, object]:
-    """-> {"curve": one value per point under each measure, "evaluations": likewise, the warm-up's first}."""
+    """The "curve" and the "evaluations" of a run: for each measure, one value per point. Evaluations begin at 0."""
     policy = warmed_policy(size, seed, cache)
     generator = torch.Generator().manual_seed(seed)
     held_out = draw_problems(size.vocabulary, size.evaluation, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
     optimizer, schedule = adamw(policy, lr)
     trained = _Trained(policy, optimizer, schedule, METHODS[method], SETTINGS[setting], size, generator)
-    curve: Curve = {}
-    evaluations: Curve = {}
-    _append(evaluations, _evaluate(policy, size, held_out, seed))
+    curve, evaluations = [], [_evaluate(policy, size, held_out, seed)]
     for _ in range(size.minibatches // size.point):
-        measures = list(trained.point())
-        _append(curve, {name: _mean([m[name] for m in measures]) for name in measures[0]})
-        _append(evaluations, _evaluate(policy, size, held_out, seed))
-    return {"curve": curve, "evaluations": evaluations}
+        curve.append(pd.DataFrame(trained.point()).mean())  # It leaves out NaN, which is the share of no token.
+        evaluations.append(_evaluate(policy, size, held_out, seed))
+    return {"curve": pd.DataFrame(curve).to_dict("list"), "evaluations": pd.DataFrame(evaluations).to_dict("list")}
 
 
 class _Trained:
-    """A policy under training."""
+    """A policy under training, with all that its updates need."""
 
     def __init__(self, policy, optimizer, schedule, objective: Objective, setting: Setting, size: Size, generator):
         self.policy, self.optimizer, self.schedule = policy, optimizer, schedule
         self.objective, self.setting, self.size, self.generator = objective, setting, size, generator
 
     def point(self) -> Iterator[dict[str, float]]:
-        """`size.point` minibatches are sampled and trained on: the measures of every update."""
+        """Sample `size.point` minibatches and train on them. Yields the measures of every update."""
         for _ in range(self.size.point // self.setting.minibatches):
             rollout, reward = self._roll_out()
             for _ in range(self.setting.epochs):
@@ -83,17 +79,6 @@ class _Trained:
         self.optimizer.step()
         self.schedule.step()
         return token_measures(self.objective, out, batch) | {"gradient_norm": norm.item()}
-
-
-def _append(curve: Curve, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        curve.setdefault(name, []).append(value)
-
-
-def _mean(values: list[float]) -> float:
-    """Of the numbers among them: a share of nothing is NaN."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a loss does to a token's gradient: w in dℓ/dlogπ = -A r w, from the objective's own formula."""
+"""The gradient weight w in dℓ/dlogπ = -A r w, which says what a loss does to a token, from the objective's formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from drpo_kernels.backends.rows import derivative
 
 
 def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """w of each token, [N], A not 0: 1 where the loss leaves the policy gradient alone, 0 where it drops the token."""
+    """w [N] of tokens with A ≠ 0: 1 if the loss leaves the policy gradient alone, 0 if it drops the token."""
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
         tokens = Tokens(logprobs, old_logprobs, advantages)
