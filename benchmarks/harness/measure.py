@@ -290,3 +290,29 @@ def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
         "peak_extra_bytes": peak,
         "peak_beyond_gradients_bytes": beyond,
     }
+
+
+def largest_error(record: Record) -> float | None:
+    errors = record["gradient_error"]
+    return None if errors is None else max(errors.values())
+
+
+def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
+    """How many times as long as `method` with all rows active the record's method takes; None where nothing says so.
+
+    The samples of a method's own floor were interleaved with its own. Another method of the same process is compared by
+    medians; one of another process, at the same commit, by the ratio of each to the floor that was measured beside it.
+    """
+    if record["median_s"] is None:
+        return None
+    if method == record["held_to"] and record.get("floor_median_s"):
+        return record["median_s"] / record["floor_median_s"]
+    others = [r for r in group if (r["method"], r["active_share"]) == (method, 1) and r["median_s"] is not None]
+    for other in others:
+        if all(record[name] == other[name] for name in ("command", "date")):
+            return record["median_s"] / other["median_s"]
+    for other in others:
+        floors = record.get("floor_median_s"), other.get("floor_median_s")
+        if all(floors) and record["held_to"] == other["held_to"] and record.get("commit") == other.get("commit"):
+            return (record["median_s"] / floors[0]) / (other["median_s"] / floors[1])
+    return None

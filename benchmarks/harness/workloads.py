@@ -12,7 +12,12 @@ from torch import Tensor
 
 from benchmarks.harness.mixes import MIXES, hidden_states
 
-KINDS = ("random", "trained", *MIXES)
+# The kinds of inputs, and what tables call them.
+KINDS = {
+    "random": "random inputs",
+    "trained": "trained-looking inputs",
+    **{name: mix.label for name, mix in MIXES.items()},
+}
 # of a trained model on its own samples: most tokens are certain, a few are not
 TRAINED_ENTROPY = 0.5
 # rows on which the trained-looking inputs are calibrated

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.harness.measure import ratio
 from benchmarks.harness.pictures import GREY, SKY, STYLES, new_axes, plt, save
 from benchmarks.harness.records import Record
 from benchmarks.sparsity.tables import DENSE, FLOOR, LABELS, SPARSE, TIGHT, by_kind, of_part
-from benchmarks.speed.tables import ratio
 
 COLOURS = {SPARSE: STYLES[DENSE][0], TIGHT: SKY, "cce": STYLES["cce"][0]}
 NAMES = {SPARSE: "sparse_grad=0.01", TIGHT: "sparse_grad=0.003", "cce": "cut-cross-entropy"}

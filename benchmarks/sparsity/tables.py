@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
+from benchmarks.harness.measure import largest_error, ratio
 from benchmarks.harness.mixes import MIXES
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, milliseconds, table, times
-from benchmarks.speed.tables import KINDS as LABELS
-from benchmarks.speed.tables import largest_error, ratio
+from benchmarks.harness.workloads import KINDS as LABELS
 
 FLOOR, DENSE, SPARSE, TIGHT = (
     "gemms_whole", "linear_policy_loss", "linear_policy_loss_sparse", "linear_policy_loss_sparse_tight",

@@ -7,19 +7,15 @@ from typing import NamedTuple
 
 from benchmarks.harness.blocks import Block, origin_with_samples
 from benchmarks.harness.exact import WRONG
-from benchmarks.harness.mixes import MIXES
+from benchmarks.harness.measure import largest_error, ratio
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, milliseconds, size, table, three_figures, times
+from benchmarks.harness.workloads import KINDS
 
 HEADER = (
     "method", "median ms (min to max)", "× its floor", "× eager", "peak extra memory", "beyond gradients",
     "gradient error",
 )  # fmt: skip
-KINDS = {
-    "random": "random inputs",
-    "trained": "trained-looking inputs",
-    **{name: mix.label for name, mix in MIXES.items()},
-}
 LABELS = {
     "gemms_whole": "floor: three GEMMs, unchunked",
     "gemms": "three GEMMs, in chunks",
@@ -113,25 +109,6 @@ def dense(group: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
-def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
-    """The record's median over that of a method with all rows active: over its floor's by samples that were interleaved
-    with its own; over another's by the same process, or else by what each is of the floor beside it, at one commit.
-    """
-    if record["median_s"] is None:
-        return None
-    if method == record["held_to"] and record.get("floor_median_s"):
-        return record["median_s"] / record["floor_median_s"]
-    others = [r for r in group if (r["method"], r["active_share"]) == (method, 1) and r["median_s"] is not None]
-    for other in others:
-        if all(record[name] == other[name] for name in ("command", "date")):
-            return record["median_s"] / other["median_s"]
-    for other in others:
-        floors = record.get("floor_median_s"), other.get("floor_median_s")
-        if all(floors) and record["held_to"] == other["held_to"] and record.get("commit") == other.get("commit"):
-            return (record["median_s"] / floors[0]) / (other["median_s"] / floors[1])
-    return None
-
-
 def render_main(records: Sequence[Record]) -> str:
     """The README's: the tables of the workload on which everything was measured."""
     first = setting_of(records[0])
@@ -199,11 +176,6 @@ def _cells(record: Record, group: Sequence[Record]) -> tuple[str, ...]:
         size(record["peak_beyond_gradients_bytes"]),
         _error(record),
     )
-
-
-def largest_error(record: Record) -> float | None:
-    errors = record["gradient_error"]
-    return None if errors is None else max(errors.values())
 
 
 def _error(record: Record) -> str:
