@@ -1,5 +1,7 @@
 """The policy losses: `linear_policy_loss` from hidden states and the head's weight, `policy_loss` from logits."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,9 +116,9 @@ def linear_policy_loss(
     """
     options = _options(options)
     source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
-    if options.kept_ids is not None:
-        source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
-    return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
+    inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
+    loss, outcome = _route(inputs)(inputs)
+    return _output(inputs, loss, outcome)
 
 
 @takes(PolicyOptions, omit=LINEAR_ONLY)
@@ -141,9 +143,9 @@ def policy_loss(
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
     source, options = ReadySource(logits, inplace), _options(options)
-    if options.kept_ids is not None:
-        source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
-    return _policy_loss(source, targets, old_logprobs, advantages, mask, options)
+    inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
+    loss, outcome = _route(inputs)(inputs)
+    return _output(inputs, loss, outcome)
 
 
 @takes(PolicyOptions, omit=("objective",))
@@ -183,39 +185,50 @@ def drpo_loss(
     )
 
 
-def _policy_loss(
+def _prepared(
     source: Source,
     targets: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     options: PolicyOptions,
-) -> PolicyLossOutput:
-    problem = Problem.checked(source, targets, mask, options)
-    inputs = policy_inputs(problem, old_logprobs, advantages)
+) -> PolicyInputs:
+    """The arguments of a call, checked, flattened and packed."""
+    if options.kept_ids is not None:
+        source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
+    return policy_inputs(Problem.checked(source, targets, mask, options), old_logprobs, advantages)
+
+
+def _route(inputs: PolicyInputs) -> Callable[[PolicyInputs], tuple[Tensor, Tensor]]:
+    """The cheapest way to (loss, outcome [len(Outcome), N]) that is right."""
+    options = inputs.problem.options
     objective, route = options.objective, _loss_from_logprobs
-    if not (objective.sequence_level or options.reduction == "none" or problem.backend == "reference"):
+    if not (objective.sequence_level or options.reduction == "none" or inputs.problem.backend == "reference"):
         check_objective(objective, inputs.rows, alone=True)
-        route = source.policy_loss
+        route = inputs.problem.source.policy_loss
     if torch.compiler.is_compiling() and (options.vocab_shard is not None or not is_registered(objective)):
         # imported here: torch.compiler.disable loads all of torch._dynamo
         from drpo_kernels.uncompiled import outside_graph
 
-        loss, outcome = outside_graph(route, inputs)
-    else:
-        loss, outcome = route(inputs)
-    computed, metrics = inputs.computed, _metrics(inputs, outcome, old_logprobs is None)
-    # of a row that was left out, a mean over the mask must not take a 0 for its log-prob
+        return partial(outside_graph, route)
+    return route
+
+
+def _output(inputs: PolicyInputs, loss: Tensor, outcome: Tensor) -> PolicyLossOutput:
+    """What the caller gets, in the shape of the targets."""
+    problem, computed, metrics = inputs.problem, inputs.computed, _metrics(inputs, outcome)
+    # A mean over the mask must not take a 0 for the log-prob of a row that was left out.
     left_out = problem.unmasked.reshape(-1) > computed
     reported = outcome[: Outcome.LOGSUMEXP + 1].masked_fill(left_out, torch.nan)
-    logprobs, entropy, logsumexp = reported.view(len(reported), *targets.shape)
-    if options.sparse_grad:
+    shape = problem.targets.shape
+    logprobs, entropy, logsumexp = reported.view(len(reported), *shape)
+    if problem.options.sparse_grad:
         active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
         metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], reported[0], active)
-    return PolicyLossOutput(loss, logprobs, entropy, computed.reshape(targets.shape), metrics, logsumexp)
+    return PolicyLossOutput(loss, logprobs, entropy, computed.reshape(shape), metrics, logsumexp)
 
 
-def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str, Tensor]:
+def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
     """One launch where Triton runs; a graph fuses the formula itself."""
     objective, rows, options = inputs.terms.objective, inputs.rows, inputs.problem.options
     estimator = None if options.ref_logprobs is None else options.kl_estimator
@@ -224,6 +237,7 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor, on_policy: bool) -> dict[str
             objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator, inputs.terms.kl_cap
         )
     logprobs = outcome[Outcome.LOGPROB]
+    on_policy = inputs.given is None
     old = logprobs if on_policy else rows[Row.OLD_LOGPROB]
     ref_kl = None
     if estimator is not None:

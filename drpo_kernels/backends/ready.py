@@ -63,15 +63,14 @@ def gradient_rows(
 
 
 def policy_rows(
-    ops: RowOps, vocab: int, terms: Terms, batch: RowBatch, out: Tensor | None, factors: Tensor | None = None
+    ops: RowOps, vocab: int, terms: Terms, batch: RowBatch, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of every row -> (outcome [len(Outcome), N], unscale factor as in `gradient_rows`).
+    """The loss of every row -> (outcome [len(Outcome), N], the 0-d factor of `gradient_rows`).
 
-    One launch where the backend fuses these terms; else statistics, the loss on [N] in PyTorch, and the gradient.
-    `factors`, of a matrix of logits [N, V], as in `RowOps.policy`.
+    One launch if the backend fuses these terms. Otherwise statistics, the loss on [N] in PyTorch, and the gradient.
     """
     if ops.fuses(terms) and (out is None or out.dtype != torch.float16):
-        parts = [ops.policy(piece, terms, gradient, factors) for _, piece, gradient in _parts(batch, vocab, out)]
+        parts = [ops.policy(piece, terms, gradient) for _, piece, gradient in _parts(batch, vocab, out)]
         return parts[0] if len(parts) == 1 else torch.cat([batch.rows.new_empty(len(Outcome), 0), *parts], 1), None
     statistics = statistics_rows(ops, batch, vocab)
     outcome, slopes = ops.losses(statistics, batch.rows, terms)

@@ -27,9 +27,9 @@ from drpo_kernels.collectives import start_sum
 
 # a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
 COLUMN_MULTIPLE = 16
-# What a sweep does with a chunk: (its batch, further tensors of its rows, where its dlogits and their factors go) ->
-# (what its rows report [K, n] or None, the 0-d factor that takes a float16 scale back or None).
-RowFunction = Callable[..., tuple[Tensor | None, Tensor | None]]
+# What a sweep does with a chunk: (its batch, further tensors of its rows, `out` and `factors`: where its dlogits and
+# their factors go, or None) -> what its rows report [K, n], or None.
+RowFunction = Callable[..., Tensor | None]
 
 
 class Head(NamedTuple):
@@ -98,6 +98,8 @@ class LinearSweep:
         terms: Terms | None = None,
     ):
         self.hidden, self.head, self.execution, self.needs_grad = hidden, head, execution, needs_grad
+        # The 0-d factor that takes a float16 scale of the dlogits back. A window of float16 dlogits has one chunk.
+        self.unscale: Tensor | None = None
         self._hidden_view = _as_rows(hidden)
         shard = execution.vocab_shard
         self.shard = shard if shard is not None and len(shard.sizes) > 1 else None
@@ -202,22 +204,19 @@ class LinearSweep:
         forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            report, _ = compute(self._batch(rows, self._logits[: chunk.stop - chunk.start]), None, None)
-            forward.append(report)
+            logits = self._logits[: chunk.stop - chunk.start]
+            forward.append(compute(self._batch(rows, logits), out=None, factors=None))
         for window in self.plan.windows:
             for chunk in self.plan.chunks(window):
                 rows = slice(window.start + chunk.start, window.start + chunk.stop)
                 logits = self._logits[: chunk.stop - chunk.start]
                 dlogits = logits if self._dlogits is None else self._dlogits[chunk]
                 factors = None if self._factors is None else self._factors[chunk]
-                # A window of float16 dlogits has one chunk, and so one factor.
-                report, unscale = compute(
-                    self._batch(rows, logits), *(x[:, rows] for x in per_row), dlogits, factors
-                )
-                reports.append(report)
+                parts = (x[:, rows] for x in per_row)
+                reports.append(compute(self._batch(rows, logits), *parts, out=dlogits, factors=factors))
             if self._dlogits is not None and window.stop == self.active:
                 self._logits = logits = None  # copies of the hidden rows may take the room
-            self._accumulate(window, unscale)
+            self._accumulate(window)
         return reports + forward
 
     def hidden_rows(self, rows: slice | Tensor) -> Tensor:
@@ -247,9 +246,9 @@ class LinearSweep:
         logits = self.head_product.logits(self.hidden_rows(rows), logits)
         return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 
-    def _accumulate(self, window: slice, unscale: Tensor | None) -> None:
-        """Add the window's dX, dW and db; `unscale` is the 0-d factor that takes the float16 scale back, or None."""
-        first, count = window.start == 0, window.stop - window.start
+    def _accumulate(self, window: slice) -> None:
+        """Add the window's dX, dW and db."""
+        first, count, unscale = window.start == 0, window.stop - window.start, self.unscale
         dlogits = (self._logits if self._dlogits is None else self._dlogits)[:count]
         factors = None if self._factors is None else self._factors[:count, None]
         complete = self._add_hidden_gradient(window, dlogits, unscale, factors) if self.needs_grad.hidden else _nothing
@@ -371,7 +370,13 @@ def policy_sweep(
     head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
     with exact_products():
         sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad, spec.terms)
-        reports = sweep.run(partial(policy_rows, sweep.ops, head.vocab, spec.terms))
+
+        def in_steps(batch: RowBatch, out: Tensor | None, factors: Tensor | None) -> Tensor:
+            outcome, sweep.unscale = policy_rows(sweep.ops, head.vocab, spec.terms, batch, out)
+            return outcome
+
+        fused = sweep.ops.fuses(spec.terms) and sweep.matmul.operand_dtype != torch.float16
+        reports = sweep.run(partial(sweep.ops.policy, terms=spec.terms) if fused else in_steps)
         return sweep.scatter(reports, len(Outcome)), *sweep.gradients()
 
 
@@ -382,7 +387,7 @@ def statistics_sweep(
     with exact_products():
         head, no_gradient = Head.of(weight, bias, spec), NeedsGrad(False, False, False)
         sweep = LinearSweep(hidden, head, targets, rows, spec.execution, no_gradient)
-        return sweep.scatter(sweep.run(lambda batch, *_: (sweep.ops.statistics(batch), None)), len(Stat))
+        return sweep.scatter(sweep.run(lambda batch, **_: sweep.ops.statistics(batch)), len(Stat))
 
 
 def recompute_sweep(
@@ -406,8 +411,8 @@ def recompute_sweep(
         if sweep.index is not None:
             statistics, slopes = statistics[:, sweep.index], slopes[:, sweep.index]
 
-        def compute(batch: RowBatch, statistics: Tensor, slopes: Tensor, dlogits: Tensor, _: None):
-            return None, gradient_rows(sweep.ops, batch, head.vocab, statistics, slopes, dlogits)
+        def compute(batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor, factors: None) -> None:
+            sweep.unscale = gradient_rows(sweep.ops, batch, head.vocab, statistics, slopes, out)
 
         sweep.run(compute, statistics, slopes, forward_rows=False)
         return sweep.gradients()

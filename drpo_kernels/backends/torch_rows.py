@@ -84,34 +84,41 @@ class TorchRows:
         return not (terms.entropy_bonus or terms.z_loss) and dlogits != torch.float16
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
-        if factors is not None:
-            return self._factored_policy(batch, terms, out, factors)
         wide = out is not None and out.dtype == batch.rows.dtype and out.shape == batch.logits.shape
-        if wide and self.factors(terms, batch.logits.dtype, out.dtype):
+        multiplied = factors is None and wide and self.factors(terms, batch.logits.dtype, out.dtype)
+        if multiplied:
             factors = torch.empty_like(batch.rows[0])
-            outcome = self._factored_policy(batch, terms, out, factors)
-            out.mul_(factors[:, None])
-            return outcome
-        statistics = self.statistics(batch)
-        outcome, slopes = self.losses(statistics, batch.rows, terms)
-        if out is not None:
+        cap_slope = 1
+        if factors is not None and batch.transform.softcap is not None:
+            cap_slope = Scratch(batch).cap_slope_at(safe_targets(batch)[0])
+        statistics = self._statistics(batch, None if factors is None else out)
+        outcome, slopes = row_losses(statistics, batch.rows, terms)
+        if factors is not None:
+            self._finish_factors(batch, statistics, slopes, out, factors, cap_slope)
+        elif out is not None:
             self.write_gradient(batch, statistics, slopes, out)
+        if multiplied:
+            out.mul_(factors[:, None])
         return outcome
 
-    def _factored_policy(self, batch: RowBatch, terms: Terms, out: Tensor, factors: Tensor) -> Tensor:
-        index, _ = safe_targets(batch)
-        scale = 1 if batch.transform.softcap is None else Scratch(batch).cap_slope_at(index)
-        statistics = self._statistics(batch, out)
-        outcome, slopes = self.losses(statistics, batch.rows, terms)
+    def _finish_factors(
+        self,
+        batch: RowBatch,
+        statistics: Tensor,
+        slopes: Tensor,
+        out: Tensor,
+        factors: Tensor,
+        cap_slope: Tensor | int,
+    ) -> None:
+        """Write the targets' places of `out` and the `factors` of `RowOps.policy`, where `out` holds exponentials."""
         others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
-        out.scatter_(1, index, (-scale * others).to(out.dtype))
+        out.scatter_(1, safe_targets(batch)[0], (-cap_slope * others).to(out.dtype))
         chain = batch.rows[Row.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
         torch.div(slopes[0] * chain, statistics[Stat.SUM], out=factors)
         inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
         if out.device.type != "cpu" or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
             factors.masked_fill_(inactive, 0)
-        return outcome
 
 
 class Scratch:
