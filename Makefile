@@ -38,8 +38,9 @@ VERL := $(VENV)/verl
 PEERS := $(VENV)/.peers
 
 # What must hold on every version that we support, on the GPU machines' too
-CORE := cases conformance edges errors exact_products fp8 fused_head graphs invariance kept_ids launches layouts main_grad outputs \
-	saved_tensors sharded_rows sparse sparse_calls token_losses
+CORE := cases conformance edges error_messages errors exact_products fp8 fused_head fused_head_adapters graph_fields graphs \
+	invariance kept_ids launches layouts main_grad outputs planned_sweep saved_tensors sharded_rows sparse sparse_calls \
+	sparse_edges token_losses
 
 .PHONY: help venv verl-env versions demo test lint bench precision sparsity fuzz longrun stability compile doctor wheel \
 	test-oldest test-middle compile-oldest compile-middle clean distclean

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 import drpo_kernels as dk
 from drpo_kernels import inputs
 from drpo_kernels.backends.rows import Terms, Transform
+from drpo_kernels.backends.sparse.torch_ops import TorchEntries
+from drpo_kernels.backends.sparse.triton_ops import TritonEntries
 from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.backends.triton.launch import TritonRows
@@ -61,15 +63,15 @@ def swept(monkeypatch):
     def record(cls, name, told):
         original = getattr(cls, name)
 
-        def recorded(self, *arguments):
-            seen.append(told(*arguments))
-            return original(self, *arguments)
+        def recorded(self, *arguments, **keywords):
+            seen.append(told(*arguments, **keywords))
+            return original(self, *arguments, **keywords)
 
         monkeypatch.setattr(cls, name, recorded)
 
-    for number, cls in enumerate((TorchRows, TritonRows)):
-        for name in ("policy", "statistics", "consume"):
-            record(cls, name, lambda batch, *_, number=number: (number, batch.rows.shape[1]))
+    for number, (cls, entries) in enumerate(((TorchRows, TorchEntries), (TritonRows, TritonEntries))):
+        for owner, name in ((cls, "policy"), (cls, "statistics"), (entries, "consume")):
+            record(owner, name, lambda batch, *_, number=number, **__: (number, batch.rows.shape[1]))
     record(TritonRows, "invariant", lambda: (1, -1))
     return seen
 
@@ -153,4 +155,4 @@ def test_every_field_of_what_a_call_becomes_differs_in_a_case(swept, monkeypatch
     plain = fields({})
     differ = {(cls, name) for options in CASES.values() for cls, name, _ in fields(options) - plain}
     every = {(cls, field.name) for cls in (Spec, Transform, Execution, Terms) for field in dataclasses.fields(cls)}
-    assert every - differ == {(Execution, "shard")}
+    assert every - differ == {(Execution, "vocab_shard")}

