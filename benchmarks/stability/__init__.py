@@ -1,5 +1,1 @@
-"""Do losses clipped by the ratio break, and does DRPO hold, under staleness and mismatch? A small experiment.
-
-`python -m benchmarks.stability` runs a grid of methods, settings and seeds. `python -m benchmarks.stability.report`
-draws the pictures and writes docs/stability.md from the runs in bench_results/stability/.
-"""
+"""Do losses clipped by the ratio break, and does DRPO hold, under staleness and mismatch? See docs/stability.md."""

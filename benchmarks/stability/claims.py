@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 from scipy.stats import fisher_exact
@@ -47,18 +48,10 @@ def compared(runs: Runs, outcome: str, pairs: Iterable[tuple[Cell, Cell]]) -> li
 
 def with_references(runs: Runs, outcome: str, setting: str) -> list[Comparison]:
     """Each reference minus every other method. The core methods are one family, and all others are another."""
-    methods = [
-        (reference, method)
-        for i, reference in enumerate(REFERENCES)
-        for method in METHODS
-        if method not in REFERENCES[: i + 1]  # The two references are compared once.
-    ]
-    families = ([pair for pair in methods if (pair[1] in CORE_METHODS) == core] for core in (True, False))
-    return [
-        found
-        for family in families
-        for found in compared(runs, outcome, [((a, setting), (b, setting)) for a, b in family])
-    ]
+    names = [(a, b) for a, b in product(REFERENCES, METHODS) if a != b and (a, b) != REFERENCES[::-1]]
+    pairs = [((a, setting), (b, setting)) for a, b in names]
+    core = [(cell, other) for cell, other in pairs if other[0] in CORE_METHODS]
+    return compared(runs, outcome, core) + compared(runs, outcome, [pair for pair in pairs if pair not in core])
 
 
 def claims(runs: Runs) -> str:

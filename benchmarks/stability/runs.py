@@ -91,9 +91,8 @@ class Runs:
     @property
     def own_rate(self) -> pd.DataFrame:
         """The runs in settings that leave each method the learning rate of its own."""
-        return self.comparison[
-            self.comparison["setting"].map(lambda setting: SETTINGS[setting].rate is None).astype(bool)
-        ]
+        own = [name for name, setting in SETTINGS.items() if setting.rate is None]
+        return self.comparison[self.comparison["setting"].isin(own)]
 
 
 def load(path: Path) -> Runs:

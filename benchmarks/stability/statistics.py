@@ -61,7 +61,5 @@ def counted(hits: int, trials: int) -> str:
 def interval(estimate: Estimate, digits: str = ".3f", percent: bool = False) -> str:
     """As in "0.912 [0.901, 0.920]"; without an interval where there is none, and a dash for no number."""
     mean, low, high = (format(100 * number if percent else number, digits) for number in estimate)
-    sign = "%" if percent else ""
-    if math.isnan(estimate.mean):
-        return NOTHING
-    return f"{mean}{sign}" if math.isnan(estimate.low) else f"{mean}{sign} [{low}, {high}]"
+    mean = NOTHING if math.isnan(estimate.mean) else f"{mean}%" if percent else mean
+    return mean if math.isnan(estimate.low) else f"{mean} [{low}, {high}]"
