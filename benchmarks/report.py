@@ -15,12 +15,13 @@ from benchmarks.harness import cli
 from benchmarks.harness.blocks import Block, rewrite
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, read
+from benchmarks.longrun import tables as longrun
 from benchmarks.precision import tables as precision
 from benchmarks.roofline import tables as roofline
 from benchmarks.sparsity import tables as sparsity
 from benchmarks.speed import tables as speed
 
-STUDIES = (speed, device, roofline, sparsity, precision, invariance, trainers)
+STUDIES = (speed, device, roofline, sparsity, longrun, precision, invariance, trainers)
 BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}
 
 

@@ -169,9 +169,9 @@ def precision(run: Run) -> Iterator[Record]:
 
 
 def _written_by(module: str, run: Run, *arguments: object) -> Iterator[Record]:
-    """The lines that `python -m benchmarks.<module>` writes; it makes plots beside them, which stay here."""
+    """The lines that `python -m benchmarks.<module>` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) if module == "precision" else Path(folder, "records.jsonl")
+        out = Path(folder, "records.jsonl")
         quick = ["--quick"] if run.rehearse else []
         status, _ = output(python(f"benchmarks.{module}", *arguments, *quick, "--out", out), run.seconds)
         for path in Path(folder).glob("*.jsonl"):

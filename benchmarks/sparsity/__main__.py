@@ -1,8 +1,186 @@
-"""See study.py."""
+"""`python -m benchmarks.sparsity`: what `sparse_grad` saves and what it costs, into bench_results/sparsity.jsonl.
 
+    speed     time, memory and gradient error over the entropy of the rows, beside the floor, the dense path and
+              cut-cross-entropy, whose gradient filter is the other way to save work
+    ways      what may become of the probabilities that are left out: dropped, renormalised, spread evenly, sampled
+    regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
+    demo      the same on the model that the demo trains
+    learning  rewards of the demo trained with exact and with sparse gradients, over seeds
+
+Parts are measured alone or together; the lines of the others stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 
-from benchmarks.sparsity.study import main
+import torch
+from torch import Tensor
+
+from benchmarks.harness import cli, plans
+from benchmarks.harness import regimes as cases
+from benchmarks.harness.exact import Exact
+from benchmarks.harness.measure import Case, measure
+from benchmarks.harness.method import OBJECTIVE
+from benchmarks.harness.methods import METHODS as SPEED_METHODS
+from benchmarks.harness.methods import SPARSE_GRAD, fused
+from benchmarks.harness.methods import sparse as sparse_step
+from benchmarks.harness.mixes import quantiles
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.records import Record, replace_part
+from benchmarks.harness.timing import interleaved_seconds
+from benchmarks.harness.workloads import Inputs, Shape, Workload, make_inputs
+from benchmarks.sparsity import tails
+from benchmarks.sparsity.tables import KINDS, METHODS
+from drpo_kernels.demo.model import build_model
+from drpo_kernels.demo.run import trained_batch
+from drpo_kernels.demo.settings import Settings
+from drpo_kernels.demo.task import split_problems
+from drpo_kernels.demo.train import train
+
+RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
+ROUNDS = {"cpu": 5, "cuda": 20}
+SEEDS = 8
+TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
+WAYS_KINDS, WAYS_SHAPE, QUICK_WAYS_SHAPE = ("mixed", "reasoning"), Shape(256, 512, 32_768), Shape(16, 16, 512)
+REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(16, 64, 256), ("random", "trained")
+
+
+def speed(options: argparse.Namespace) -> Iterator[Record]:
+    standard = plans.STANDARD[options.device]
+    kinds = ("mixed", "random") if options.quick else KINDS
+    workloads = [Workload(standard.model, standard.tokens, kind, standard.dtype) for kind in kinds]
+    plan = [Case(name, workload) for workload in workloads for name in METHODS]
+    rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
+    plan = plans.quick(plan) if options.quick else plan
+    yield from measure(plan, {}, device=torch.device(options.device), rounds=rounds)
+
+
+def ways(options: argparse.Namespace) -> Iterator[Record]:
+    shape = QUICK_WAYS_SHAPE if options.quick else WAYS_SHAPE
+    common = {"tolerance": SPARSE_GRAD, "shape": asdict(shape), "objective": str(OBJECTIVE)}
+    for kind in WAYS_KINDS:
+        inputs = make_inputs(kind, shape)
+        for shared, chosen in ((False, inputs), (True, tails.with_common_mean(inputs))):
+            for record in tails.compare(chosen, SPARSE_GRAD):
+                yield {"inputs": kind, "common_mean": shared, **common, **record}
+
+
+def regimes(options: argparse.Namespace) -> Iterator[Record]:
+    """Sparse gradients do not allow a soft-cap, so that regime is left out."""
+    names = QUICK_REGIMES if options.quick else [name for name in cases.REGIMES if name != "softcap"]
+    progress = Progress(2 * len(names))
+    for name in names:
+        regime = cases.REGIMES[name]
+        shape = QUICK_REGIME_SHAPE if options.quick else regime.shape or REGIME_SHAPE
+        common = {"regime": name, "label": regime.label, "shape": asdict(shape), "objective": str(cases.OBJECTIVE)}
+        case = regime.case(shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            progress.say(f"{name} {dtype}")
+            yield {**common, **errors_over_tolerance(case, dtype)}
+            progress.advance()
+    progress.close()
+
+
+def errors_over_tolerance(case: cases.Case, dtype: torch.dtype) -> Record:
+    """Norm-wise errors against float64: of dlogits rounded to bf16, of the dense path, and over τ."""
+    exact = cases.exact_result(case).result
+
+    def errors(hidden: Tensor, weight: Tensor) -> dict[str, float]:
+        pairs = {"hidden": (hidden, exact.hidden), "weight": (weight, exact.weight)}
+        return {name: ((found.double() - want).norm() / want.norm()).item() for name, (found, want) in pairs.items()}
+
+    over: dict[str, Record] = {}
+    for tolerance in TOLERANCES:
+        found = cases.ours(case, dtype, sparse_grad=tolerance)
+        over[str(tolerance)] = {"errors": errors(found.hidden, found.weight), **found.sparsity}
+    dlogits = cases.bf16_dlogits(case)[1].double()
+    rounded = dlogits @ case.weight.double(), dlogits.T @ case.hidden.double()
+    dense = cases.ours(case, dtype)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounded": errors(*(x.to(dtype) for x in rounded)),
+        "dense": errors(dense.hidden, dense.weight),
+        "over_tolerance": over,
+    }
+
+
+def demo(options: argparse.Namespace) -> Iterator[Record]:
+    """The last batch of `make demo` under the trained weights, every token with an advantage of its own."""
+    settings = Settings.quick() if options.quick else Settings()
+    batch = trained_batch(settings, torch.device("cpu"))
+    hidden, targets, old_logprobs = (x[batch.mask] for x in (batch.hidden, batch.targets, batch.old_logprobs))
+    advantages = torch.randn(len(hidden), generator=torch.Generator().manual_seed(0))
+    entropies = torch.distributions.Categorical(logits=hidden @ batch.weight.T).entropy()
+    inputs = Inputs(hidden, batch.weight, targets, old_logprobs, advantages, entropies)
+    exact = Exact(inputs)
+    steps = {tolerance: sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
+    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30, lambda: None)
+    over = {}
+    for tolerance, step in steps.items():
+        found = step()
+        metrics = {name: value.item() for name, value in found.metrics.items()}
+        errors = exact.errors(found, SPEED_METHODS["linear_policy_loss_sparse"])
+        over[str(tolerance)] = {"errors": errors, "median_s": statistics.median(seconds[tolerance]), **metrics}
+    shape = Shape(len(advantages), *reversed(batch.weight.shape))
+    yield {
+        "shape": asdict(shape), "objective": str(OBJECTIVE), "dtype": "float32", "settings": str(settings),
+        "dense_s": statistics.median(seconds[0]), "entropy_quantiles": quantiles(entropies), "over_tolerance": over,
+    }  # fmt: skip
+
+
+def learning(options: argparse.Namespace) -> Iterator[Record]:
+    """Pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
+    make = Settings.quick if options.quick else Settings
+    seeds = range(2 if options.quick else SEEDS)
+    runs = [make(seed=seed, sparse_grad=tolerance) for seed in seeds for tolerance in (0.0, SPARSE_GRAD)]
+    progress = Progress(len(runs))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for settings, rewards in zip(runs, pool.map(trained_rewards, runs), strict=True):
+            yield {"seed": settings.seed, "sparse_grad": settings.sparse_grad, "settings": str(settings), **rewards}
+            progress.advance()
+    progress.close()
+
+
+def trained_rewards(settings: Settings) -> dict[str, float]:
+    """The rewards on held-out problems after the training: "sampled" and "greedy"."""
+    device = torch.device("cpu")
+    model, generator = build_model(settings, device), torch.Generator(device).manual_seed(settings.seed)
+    return train(model, *split_problems(settings.seed, settings.held_out), settings, generator).after
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
+    function.__name__: function for function in (speed, ways, regimes, demo, learning)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser("benchmarks.sparsity", __doc__)
+    cli.add_device(parser)
+    cli.add_quick(parser, "tiny shapes")
+    cli.add_out(parser, RESULTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
+    options = parser.parse_args(argv)
+    out = cli.results(options, RESULTS)
+    source = provenance(cli.command(parser, options), torch.device(options.device))
+    for part in options.parts:
+        records = []
+        for record in PARTS[part](options):
+            records.append(record | {"benchmark": "sparsity", "part": part} | source)
+            if out is not None:
+                replace_part(out, part, records, list(PARTS))
+        print(f"{part}: {len(records)} records")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

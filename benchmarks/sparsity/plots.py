@@ -10,10 +10,14 @@ from matplotlib.figure import Figure
 from benchmarks.harness.measure import ratio
 from benchmarks.harness.pictures import GREY, SKY, STYLES, new_axes, plt, save
 from benchmarks.harness.records import Record
-from benchmarks.sparsity.tables import DENSE, FLOOR, LABELS, SPARSE, TIGHT, by_kind, of_part
+from benchmarks.sparsity.tables import DENSE, FLOOR, LABELS, SIZE, SPARSE, TIGHT, by_kind, of_part
 
-COLOURS = {SPARSE: STYLES[DENSE][0], TIGHT: SKY, "cce": STYLES["cce"][0]}
-NAMES = {SPARSE: "sparse_grad=0.01", TIGHT: "sparse_grad=0.003", "cce": "cut-cross-entropy"}
+# What has a bar: its colour and its name.
+BARS = {
+    SPARSE: (STYLES[DENSE][0], "sparse_grad=0.01"),
+    TIGHT: (SKY, "sparse_grad=0.003"),
+    "cce": (STYLES["cce"][0], "cut-cross-entropy"),
+}
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
@@ -27,37 +31,32 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
 
 def speed_figure(records: Sequence[Record]) -> Figure:
     """A group of bars per kind of rows: time over the dense path's; a mark where the bare products lie."""
-    groups = by_kind(records)
+    groups = list(reversed(by_kind(records).items()))
     figure, axes = plt.subplots(figsize=(9.2, 1.4 + 0.62 * len(groups)), layout="constrained")
-    height = 0.8 / len(COLOURS)
-    for y, methods in enumerate(reversed(groups.values())):
-        group = list(methods.values())
-        for place, name in enumerate(COLOURS):
-            value = ratio(methods[name], DENSE, group) if name in methods else None
-            if value is not None:
+    height, names = 0.8 / len(BARS), []
+    for y, (kind, methods) in enumerate(groups):
+        found = {name: ratio(record, DENSE, list(methods.values())) for name, record in methods.items()}
+        for place, (name, (colour, label)) in enumerate(BARS.items()):
+            if found.get(name) is not None:
                 at = y + height * (1 - place)
-                axes.barh(at, value, height * 0.9, color=COLOURS[name], label=NAMES[name] if y == 0 else None)
-                axes.annotate(f"{value:.2f}", (value, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        floor = ratio(methods[FLOOR], DENSE, group) if FLOOR in methods else None
-        if floor is not None:
-            label = "three bare GEMMs" if y == 0 else None
-            axes.plot([floor, floor], [y - 0.42, y + 0.42], color=GREY, linewidth=2, linestyle=":", label=label)
-    names = [f"{LABELS[kind]}\n{_entropies(methods[SPARSE])}" for kind, methods in reversed(groups.items())]
+                axes.barh(at, found[name], height * 0.9, color=colour, label=None if y else label)
+                axes.annotate(
+                    f"{found[name]:.2f}", (found[name], at), (3, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        if found.get(FLOOR) is not None:
+            style = {"color": GREY, "linewidth": 2, "linestyle": ":", "label": None if y else "three bare GEMMs"}
+            axes.plot([found[FLOOR]] * 2, [y - 0.42, y + 0.42], **style)
+        median, most = methods[SPARSE]["entropy_quantiles"][:2]
+        names.append(f"{LABELS[kind]}\nmedian {median:.2g}, 80 % below {most:.2g} nat")
     axes.set_yticks(range(len(groups)), names, fontsize=9)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_xlim(0, None)
     axes.set_xlabel("time of forward and backward, over that of the exact dense path")
-    shape = records[0]["shape"]
-    size = "T={tokens} H={hidden} V={vocab}".format(**shape)
-    axes.set_title(f"What does a sparse gradient save? {size}, {records[0]['dtype']}", fontsize=12, loc="left")
+    size = SIZE.format(**records[0]["shape"])
+    axes.set_title(f"What does a sparse gradient save? {size}{records[0]['dtype']}", fontsize=12, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
-
-
-def _entropies(record: Record) -> str:
-    median, most = record["entropy_quantiles"][:2]
-    return f"median {median:.2g}, 80 % below {most:.2g} nat"
 
 
 def error_figure(records: Sequence[Record]) -> Figure:
@@ -67,10 +66,9 @@ def error_figure(records: Sequence[Record]) -> Figure:
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
     ends = []
     for record in (record for record in records if record["dtype"] == "float32"):
-        over = record["over_tolerance"].items()
         points = [
             (float(tolerance), max(found["errors"][name] / record["rounded"][name] for name in record["rounded"]))
-            for tolerance, found in over
+            for tolerance, found in record["over_tolerance"].items()
             if found["drpo/sparse_share"] > 0
         ]
         if points:
@@ -84,8 +82,7 @@ def error_figure(records: Sequence[Record]) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("τ, the share of 1 - p_y that a row may leave out")
     axes.set_ylabel("error of the gradient, over that of bf16 dlogits")
-    place = 1.0
-    for _, line, label in sorted(ends, key=lambda end: -end[0]):
-        axes.annotate(label, (1.01, place), xycoords="axes fraction", va="top", fontsize=9, color=line.get_color())
-        place -= 0.062
+    for i, (_, line, label) in enumerate(sorted(ends, key=lambda end: -end[0])):
+        place = (1.01, 1 - 0.062 * i)
+        axes.annotate(label, place, xycoords="axes fraction", va="top", fontsize=9, color=line.get_color())
     return figure

@@ -28,6 +28,7 @@ WAYS = {
     "cce": "cut-cross-entropy's filter",
 }
 QUANTITIES = {"hidden": "dX", "weight": "dW", "rare": "rows of dW that are no target's"}
+SIZE = "T={tokens} H={hidden} V={vocab}, "
 
 
 def of_part(records: Sequence[Record], part: str) -> list[Record]:
@@ -47,77 +48,65 @@ def speed(records: Sequence[Record]) -> Iterator[str]:
     """A row per kind of inputs and τ."""
     groups = by_kind(records)
     first = next(iter(groups.values()))[SPARSE]
-    yield "T={tokens} H={hidden} V={vocab}, ".format(**first["shape"]) + f"{first['dtype']}:"
+    yield SIZE.format(**first["shape"]) + f"{first['dtype']}:"
     yield ""
     header = (
         "rows", "entropy: median, 80 %", "τ", "sparse rows", "tokens", "gradient error", "dense, ms", "sparse, ms",
         "× dense", "× three GEMMs", "beyond gradients: dense, sparse",
     )  # fmt: skip
-    yield table(header, [
-        (LABELS[kind], _nats(methods[SPARSE]), tolerance, *_speed_cells(name, methods))
-        for kind, methods in groups.items()
-        for name, tolerance in ((SPARSE, "0.01"), (TIGHT, "0.003"))
-        if name in methods
-    ])  # fmt: skip
+    rows = []
+    for kind, methods in groups.items():
+        nats = ", ".join(f"{nats:.2g}" for nats in methods[SPARSE]["entropy_quantiles"][:2])
+        for name, tolerance in ((SPARSE, "0.01"), (TIGHT, "0.003")):
+            if name in methods:
+                rows.append((LABELS[kind], nats, tolerance, *_speed_cells(methods[name], methods)))
+    yield table(header, rows)
 
 
-def _nats(record: Record) -> str:
-    return ", ".join(f"{nats:.2g}" for nats in record["entropy_quantiles"][:2])
-
-
-def _speed_cells(name: str, methods: dict[str, Record]) -> tuple[str, ...]:
-    record, group = methods[name], list(methods.values())
+def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
     if record["median_s"] is None:
         return (record["status"], *[NOTHING] * 7)
-    metrics = record["metrics"]
-    relative = (ratio(record, base, group) for base in (DENSE, FLOOR))
-    dense = methods.get(DENSE, {"median_s": None, "peak_beyond_gradients_bytes": None})
-    sizes = (each["peak_beyond_gradients_bytes"] for each in (dense, record))
+    metrics, dense = record["metrics"], methods.get(DENSE)
+    sizes = [each and each["peak_beyond_gradients_bytes"] for each in (dense, record)]
     return (
         f"{metrics['drpo/sparse_share']:.0%}",
         f"{metrics['drpo/sparse_entries']:.0f}" if metrics["drpo/sparse_share"] else NOTHING,
         f"{largest_error(record):.2%}",
-        milliseconds(dense) if dense["median_s"] else NOTHING,
+        milliseconds(dense) if dense and dense["median_s"] else NOTHING,
         milliseconds(record),
-        *map(times, relative),
+        *(times(ratio(record, base, list(methods.values()))) for base in (DENSE, FLOOR)),
         ", ".join(NOTHING if size is None else f"{size / 2**20:.0f}" for size in sizes) + " MiB",
     )
 
 
 def cce(records: Sequence[Record]) -> str:
     """What cut-cross-entropy did on the same inputs."""
-    groups = {kind: methods for kind, methods in by_kind(records).items() if "cce" in methods}
     rows = []
-    for kind, methods in groups.items():
-        record = methods["cce"]
-        if record["median_s"] is None:
+    for kind, methods in by_kind(records).items():
+        record = methods.get("cce")
+        if record and record["median_s"] is None:
             rows.append((LABELS[kind], record["status"], NOTHING, NOTHING))
-            continue
-        relative = record["median_s"] / methods[DENSE]["median_s"]
-        rows.append((LABELS[kind], milliseconds(record), times(relative), f"{largest_error(record):.1e}"))
+        elif record:
+            relative = times(record["median_s"] / methods[DENSE]["median_s"])
+            rows.append((LABELS[kind], milliseconds(record), relative, f"{largest_error(record):.1e}"))
     return table(("rows", "cut-cross-entropy, ms", "× our dense", "gradient error"), rows)
 
 
 def ways(records: Sequence[Record]) -> Iterator[str]:
     """A table per kind of inputs; errors where the weight's rows have no common mean, and where they do."""
-    shape = records[0]["shape"]
+    found = {(record["inputs"], record["common_mean"], record["way"]): record for record in records}
+    header = ("what is left out is", "tokens per row", *QUANTITIES.values(), "dX where rows of W share a mean")
     for kind in dict.fromkeys(record["inputs"] for record in records):
-        plain, shared = (
-            {r["way"]: r for r in records if r["inputs"] == kind and r["common_mean"] is common}
-            for common in (False, True)
-        )
-        size = "T={tokens} H={hidden} V={vocab}".format(**shape)
-        yield f"{LABELS[kind]}, {size}, τ = {records[0]['tolerance']}:"
-        yield ""
         rows = []
         for way, label in WAYS.items():
-            record = plain[way]
+            record, shared = found[kind, False, way], found[kind, True, way]
             tokens = NOTHING if "entries" not in record else f"{record['entries']:.0f}"
             if "blocks" in record:
                 label += f" ({record['blocks']:.0%} of the blocks kept)"
             errors = [f"{record['errors'][quantity]:.2%}" for quantity in QUANTITIES]
-            rows.append((label, tokens, *errors, f"{shared[way]['errors']['hidden']:.2%}"))
-        header = ("what is left out is", "tokens per row", *QUANTITIES.values(), "dX where rows of W share a mean")
+            rows.append((label, tokens, *errors, f"{shared['errors']['hidden']:.2%}"))
+        yield f"{LABELS[kind]}, " + SIZE.format(**records[0]["shape"]) + f"τ = {records[0]['tolerance']}:"
+        yield ""
         yield table(header, rows)
         yield ""
 
@@ -127,8 +116,7 @@ def regimes(records: Sequence[Record]) -> Iterator[str]:
     tolerances = list(records[0]["over_tolerance"])
     rows = []
     for record in records:
-        found = [record["over_tolerance"][tolerance] for tolerance in tolerances]
-        cells = (f"{_worst(f['errors'])} ({f['drpo/sparse_share']:.0%})" for f in found)
+        cells = (f"{_worst(f['errors'])} ({f['drpo/sparse_share']:.0%})" for f in record["over_tolerance"].values())
         rows.append((record["label"], record["dtype"], _worst(record["rounded"]), *cells))
     yield table(("regime", "inputs", "bf16 dlogits", *(f"τ = {tolerance}" for tolerance in tolerances)), rows, left=2)
 
@@ -137,17 +125,11 @@ def _worst(errors: dict[str, float]) -> str:
     return f"{max(errors.values()):.2%}"
 
 
-def within(record: Record, tolerance: str, times: float = 1.0) -> bool:
-    """Whether dX and dW are no further off than `times` what rounding dlogits to bf16 does."""
-    errors = record["over_tolerance"][tolerance]["errors"]
-    return all(error <= times * record["rounded"][name] for name, error in errors.items())
-
-
 def demo(records: Sequence[Record]) -> Iterator[str]:
     """A sentence and a table over τ."""
     (record,) = records
     median, most, largest = record["entropy_quantiles"]
-    yield "T={tokens} H={hidden} V={vocab}, ".format(**record["shape"]) + (
+    yield SIZE.format(**record["shape"]) + (
         f"float32; entropies of a median of {median:.2g} nat, 80 % below {most:.2g}, all below {largest:.2g}. "
         f"The dense path takes {1e3 * record['dense_s']:.2f} ms."
     )
@@ -162,48 +144,17 @@ def demo(records: Sequence[Record]) -> Iterator[str]:
 
 def learning(records: Sequence[Record]) -> Iterator[str]:
     """Mean rewards and the paired difference with its standard error, in points."""
-    seeds = dict.fromkeys(record["seed"] for record in records)
     tolerance = max(record["sparse_grad"] for record in records)
     rows = []
     for name in ("sampled", "greedy"):
-        exact, sparse = (
-            [100 * next(r[name] for r in records if (r["seed"], r["sparse_grad"]) == (seed, t)) for seed in seeds]
-            for t in (0.0, tolerance)
-        )
+        points = {(record["seed"], record["sparse_grad"]): 100 * record[name] for record in records}
+        seeds = sorted({seed for seed, _ in points})
+        exact, sparse = ([points[seed, tau] for seed in seeds] for tau in (0.0, tolerance))
         paired = [b - a for a, b in zip(exact, sparse, strict=True)]
         error = statistics.stdev(paired) / len(paired) ** 0.5
         means = (f"{statistics.mean(values):.1f} %" for values in (exact, sparse))
         rows.append((f"{name}, {len(seeds)} seeds", *means, f"{statistics.mean(paired):+.1f} ± {error:.1f}"))
     header = ("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points")
-    yield table(header, rows)
-
-
-RUNS = {
-    "sparse": "`sparse_grad={tau:g}`",
-    "slower": "exact, learning rate lower by {tau:.0%}: **the bound**",
-    "bf16": "exact, hidden states and head in bf16",
-    "noise": "exact, dX and dW with random noise of 0.18 %",
-}
-
-
-def longrun(records: Sequence[Record]) -> Iterator[str]:
-    """A row per run, and how much of the sparse one was sparse."""
-    by_name = {record["run"]: record for record in records}
-    sparse = by_name["sparse"]
-    shares = sparse["sparse_share"]
-    yield (
-        "{steps} steps, V={vocab} H={hidden}, ".format(**sparse["size"])
-        + f"a mean |loss| of {sparse['loss_scale']:.2f}; {sum(shares) / len(shares):.0%} of the rows were sparse, "
-        f"{shares[0]:.0%} at the beginning and {shares[-1]:.0%} at the end."
-    )
-    yield ""
-    rows = []
-    for name, label in RUNS.items():
-        record = by_name[name]
-        error = f"{record['gradient_error_mean']:.2%} ({record['gradient_error_max']:.2%})"
-        gaps = f"{record['smoothed_gap_max']:.1e}", f"{record['weight_gap']:.2%}"
-        rows.append((label.format(tau=record["sparse_grad"]), error, *gaps))
-    header = ("run", "gradient error, mean (max)", "furthest from the exact loss", "weights: distance over way")
     yield table(header, rows)
 
 
@@ -214,22 +165,17 @@ def render_speed(records: Sequence[Record]) -> str:
     return "\n".join([*speed(records), "", cce(records), "", origin_with_samples(records)])
 
 
-def render_part(part: str, lines: Callable[[Sequence[Record]], Iterator[str]], records: Sequence[Record]) -> str:
-    records = of_part(records, part)
+def render_part(lines: Callable[[Sequence[Record]], Iterator[str]], records: Sequence[Record]) -> str:
+    """The part that is named as the function."""
+    records = of_part(records, lines.__name__)
     return "\n".join([*lines(records), "", origin(records[:1])]) if records else NOT_YET
 
 
-def render_longrun(records: Sequence[Record]) -> str:
-    return "\n".join([*longrun(records), "", origin(records[:1])])
-
-
-PARTS = {"ways": ways, "regimes": regimes, "demo": demo, "learning": learning}
 RESULTS, PAGE = "sparsity.jsonl", "docs/sparse.md"
 BLOCKS = (
     Block("sparse-speed", "sparsity", RESULTS, PAGE, render_speed, plots="benchmarks.sparsity.plots"),
     *(
-        Block(f"sparse-{part}", "sparsity", RESULTS, PAGE, partial(render_part, part, lines))
-        for part, lines in PARTS.items()
+        Block(f"sparse-{lines.__name__}", "sparsity", RESULTS, PAGE, partial(render_part, lines))
+        for lines in (ways, regimes, demo, learning)
     ),
-    Block("sparse-longrun", "longrun_sparse", "longrun_sparse.jsonl", PAGE, render_longrun),
 )

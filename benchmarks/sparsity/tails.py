@@ -1,7 +1,7 @@
-"""What becomes of the probabilities that a sparse gradient leaves out: the ways to do it, in float64, side by side.
+"""What may become of the probabilities that a sparse gradient leaves out: the ways to do it, in float64, side by side.
 
 A row's exact dlogits are s (onehot - p). Every way keeps the target and the fewest other tokens S that leave out at
-most τ (1 - p_y), a mass of m, and puts something else in the place of the p of the rest.
+most τ (1 - p_y), and differs in what it puts in the place of the probabilities of the tokens outside S.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.method import OBJECTIVE
+from benchmarks.harness.records import Record
 from benchmarks.harness.workloads import Inputs
 from drpo_kernels import Tokens
 from drpo_kernels.backends.sparse.contract import entry_limit
 
 DRAWS = 4  # of the sampled way
-CCE_BLOCK, CCE_EPSILON = 128, 2**-12  # cut-cross-entropy's, of bf16: a block whose dlogits are all below is skipped
-Record = dict[str, object]
+# Cut-cross-entropy skips a block of dlogits if all of them are below this epsilon, which is its default for bf16.
+CCE_BLOCK, CCE_EPSILON = 128, 2**-12
 
 
 @dataclass(frozen=True)
 class Rows:
-    """All in float64: p [T, V], the target's place taken out; miss = 1 - p_y and slope = c dℓ/dlogπ, [T, 1]."""
+    """All in float64: p [T, V], 0 at the target; miss = 1 - p_y and slope, the gradient of log π_y, both [T, 1]."""
 
     p: Tensor
     miss: Tensor
@@ -45,7 +46,7 @@ class Rows:
         return Rows(p, p.sum(1, keepdim=True), slope[:, None], targets, hidden, weight)
 
     def dlogits(self, p: Tensor) -> Tensor:
-        """Of `p` in the place of the rows' own; what it has at the target is added to the target's."""
+        """The gradient with `p` in the place of the rows' own; what `p` has at the target is added to the target's."""
         return self.slope * (-p).scatter_add(1, self.targets, self.miss)
 
     def kept(self, tolerance: float) -> Tensor:
@@ -61,7 +62,7 @@ class Rows:
         return counts[counts <= entry_limit(kept.shape[1], "cpu")].double().mean().item()
 
     def tolerance_of(self, entries: float) -> float:
-        """The τ of which S has so many tokens on average."""
+        """The τ with which S has about so many tokens on average."""
         low, high = 1e-5, 1.0
         for _ in range(10):
             middle = (low * high) ** 0.5
@@ -70,15 +71,11 @@ class Rows:
 
 
 def with_common_mean(inputs: Inputs) -> Inputs:
-    """Every row of the weight shares a direction as long as itself, as rows of trained heads do; the logits' order and
-    distances stay: all rise together.
+    """Add one direction, as long as a row itself, to every row of the weight, as rows of trained heads share one. The
+    logits of a row all rise alike, so that its probabilities stay.
     """
     shared = torch.ones(inputs.weight.shape[1]) / inputs.weight.shape[1] ** 0.5
     return replace(inputs, weight=inputs.weight + shared)
-
-
-def _dropped(rows: Rows, kept: Tensor, generator: torch.Generator) -> Tensor:
-    return rows.p * kept
 
 
 def _renormalised(rows: Rows, kept: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,20 +89,18 @@ def _spread(rows: Rows, kept: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sampled(rows: Rows, kept: Tensor, generator: torch.Generator) -> Tensor:
-    """Of the rest, about as many tokens as S has: each with probability min(1, p/θ), and then with max(p, θ)."""
-    rest = rows.p * ~kept
-    mass = rest.sum(1, keepdim=True)
-    threshold = mass / kept.sum(1, keepdim=True).clamp(min=1)
+    """Outside S, draw about as many tokens as S has, each with probability min(1, p/θ); a drawn one has max(p, θ)."""
+    rest, count = rows.p * ~kept, kept.sum(1, keepdim=True).clamp(min=1)
+    threshold = rest.sum(1, keepdim=True) / count
     for _ in range(20):  # until the probabilities add up to that number
-        chance = (rest / threshold).clamp(max=1)
-        threshold = threshold * (chance.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1))
+        threshold = threshold * ((rest / threshold).clamp(max=1).sum(1, keepdim=True) / count)
     chance = (rest / threshold).clamp(max=1).nan_to_num(0)
     drawn = torch.rand(chance.shape, generator=generator, dtype=chance.dtype) < chance
     return rows.p * kept + torch.where(drawn, rest.maximum(threshold), 0)
 
 
 WAYS: dict[str, Callable[[Rows, Tensor, torch.Generator], Tensor]] = {
-    "dropped": _dropped,
+    "dropped": lambda rows, kept, generator: rows.p * kept,
     "renormalised": _renormalised,
     "spread": _spread,
     "sampled": _sampled,
@@ -141,8 +136,8 @@ def compare(inputs: Inputs, tolerance: float) -> Iterator[Record]:
 
 
 def cce_filter(rows: Rows) -> tuple[Tensor, float]:
-    """(which dlogits cut-cross-entropy's default filter keeps [T, V], the share of its blocks): columns in the order of
-    their mean logits, a block skipped where |onehot - p| is below its threshold everywhere.
+    """(which dlogits cut-cross-entropy's default filter keeps [T, V], the share of its blocks). It sorts columns by
+    their mean logits, and skips a block where |onehot - p| is below its epsilon everywhere.
     """
     count, vocab = rows.p.shape
     order = (rows.hidden.mean(0) @ rows.weight.T).argsort()

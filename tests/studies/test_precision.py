@@ -1,6 +1,6 @@
 """The precision study: its bounds on the default path, its exact results, its records, tables and pictures."""
 
-import importlib.metadata
+import importlib.util
 import json
 import math
 import re
@@ -11,10 +11,11 @@ import torch
 
 import drpo_kernels as dk
 from benchmarks import report
+from benchmarks.harness import regimes
 from benchmarks.harness.records import read
 from benchmarks.harness.workloads import Shape
-from benchmarks.precision import mismatch, recipes, regimes
-from benchmarks.precision import study as precision
+from benchmarks.precision import __main__ as precision
+from benchmarks.precision import mismatch, recipes
 from benchmarks.precision import tables as precision_tables
 from drpo_kernels.options import LogprobOptions
 
@@ -39,7 +40,7 @@ def test_ratio_error_bound(name, backend, device):
     themselves are allowed more."""
     case = regimes.REGIMES[name].case(TINY, device=device)
     exact = exact_of(case)
-    errors = precision.errors_of(recipes.ours(case, backend=backend), exact, case)
+    errors = precision.errors_of(regimes.ours(case, backend=backend), exact, case)
     bound = precision.logprob_bound(TINY.hidden, exact.largest_sum, case.temperature)
     usual = max(1e-4, 4 * TINY.hidden**0.5 * 2**-24 * exact.largest_sum / case.temperature)
     assert errors["logprob"][0] <= min(bound, usual)
@@ -62,7 +63,7 @@ def test_one_read_on_a_gpu(name):
 def test_bf16_logits_break_it(name):
     """The bound says something: logits rounded to bf16 are outside it, but where p is 1 to rounding anyway."""
     case = regimes.REGIMES[name].case(TINY)
-    errors = precision.errors_of(recipes.ours(case, logits_dtype=torch.bfloat16), exact_of(case), case)
+    errors = precision.errors_of(regimes.ours(case, logits_dtype=torch.bfloat16), exact_of(case), case)
     assert (errors["ratio"][0] > 2e-4) == (name != "peaked")
     assert errors["weight"][2] > precision.GRADIENT_BOUND
 
@@ -83,7 +84,7 @@ def test_a_16_bit_bias_is_added_in_float32(device):
     case = regimes.REGIMES["bias+1e4"].case(TINY, device=device)
     plain = regimes.REGIMES["trained"].case(TINY, device=device)
     for backend in ("torch", "triton"):
-        logprobs = [recipes.ours(c, logits_dtype=torch.bfloat16, backend=backend).logprobs for c in (case, plain)]
+        logprobs = [regimes.ours(c, logits_dtype=torch.bfloat16, backend=backend).logprobs for c in (case, plain)]
         assert (logprobs[0] - logprobs[1]).abs().max().item() <= 4e-3  # 1e4 has an ulp of 1e-3
 
 
@@ -95,7 +96,8 @@ def test_exact_result_is_autograds(name):
     case = regimes.REGIMES[name].case(TINY)
     exact = exact_of(case, objective=dk.SPO())
     hidden, weight = (x.double().requires_grad_() for x in (case.hidden, case.weight))
-    logp = case.scaled(case.biased(hidden @ weight.T)).log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+    logits = case.scaled(hidden @ weight.T + (0 if case.bias is None else case.bias.double()))
+    logp = logits.log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
     loss = dk.SPO().token_loss(dk.Tokens(logp, case.old_logprobs.double(), case.advantages.double())).mean()
     found = regimes.Result(logp.detach(), loss.detach(), *torch.autograd.grad(loss, [hidden, weight]))
     assert all(max(values) < 1e-9 for values in precision.errors_of(found, exact, case).values())
@@ -127,30 +129,28 @@ def test_the_mismatch_vanishes_with_the_engines_numerics(logits):
 def test_nan_is_an_error_of_nan():
     want = torch.ones(4, dtype=torch.float64)
     assert all(x != x for x in precision._summary(torch.tensor([1, 1, float("nan"), 1]).double(), want))
-    assert precision.quantile(torch.arange(1, 201.0)) == 198
-    assert precision.quantile(torch.tensor([3.0])) == 3
+    assert mismatch.percentile_99(torch.arange(1, 201.0)) == 198
+    assert mismatch.percentile_99(torch.arange(1, 152.0)) == 150  # 149 values are 98.7 %
+    assert mismatch.percentile_99(torch.tensor([3.0])) == 3
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """(folder, records) of a run without peers."""
-
-    def version(package):
-        raise importlib.metadata.PackageNotFoundError(package)
-
-    folder = tmp_path_factory.mktemp("precision")
+    """(results, records) of a run without peers."""
+    find_spec, peers = importlib.util.find_spec, {recipe.package for recipe in recipes.RECIPES.values()}
+    results = tmp_path_factory.mktemp("precision") / "quick.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.metadata, "version", version)
-        assert precision.main(["--quick", "--regimes", "moderate", "softcap", "--out", str(folder)]) == 0
-    return folder, read(folder / precision.NAME)
+        patch.setattr(importlib.util, "find_spec", lambda name: None if name in peers else find_spec(name))
+        assert precision.main(["--quick", "--regimes", "moderate", "softcap", "--out", str(results)]) == 0
+    return results, read(results)
 
 
 def test_quick_run(quick):
-    folder, records = quick
+    results, records = quick
     run, *rest = records
     assert run["command"] == "python -m benchmarks.precision --regimes moderate softcap --quick"
     assert {"device", "versions", "commit", "dirty", "date"} <= set(run)
-    assert str(folder) not in json.dumps(records)
+    assert str(results.parent) not in json.dumps(records)
     assert {record["kind"] for record in rest} == {"regime", "errors", "mismatch", "bar", "sweep"}
     by_recipe = {r["recipe"]: r for r in rest if r["kind"] == "errors" and r["regime"] == "moderate"}
     assert list(by_recipe) == list(recipes.RECIPES)
@@ -168,31 +168,30 @@ def test_quick_run(quick):
     assert len(bars) == 12 and all(r["met"] for r in bars)
 
 
-def test_pictures(quick):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    folder, _ = quick
-    assert {path.name for path in folder.glob("*.png")} == {"ratio.png", "gradient.png", "logit.png", "mismatch.png"}
-    assert all(path.stat().st_size > 10_000 for path in folder.glob("*.png"))
+def test_pictures(quick, tmp_path):
+    plots = pytest.importorskip("benchmarks.precision.plots", reason="matplotlib is not installed")
+    plots.draw(quick[1], tmp_path, "quick")
+    assert {path.name for path in tmp_path.iterdir()} == {"ratio.png", "gradient.png", "logit.png", "mismatch.png"}
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("block", [b for b in report.BLOCKS.values() if b.results.startswith("precision/")])
 def test_page_and_blocks(quick, block, capsys, tmp_path):
     """Each table renders from the records, and the page has its markers; a quick run does not reach a page."""
-    folder, records = quick
+    results, records = quick
     assert "|:---" in block.render(records)
     text = (ROOT / block.page).read_text(encoding="utf-8")
     assert all(marker in text for marker in block.markers)
     page = tmp_path / "page.md"
     page.write_text("\n".join(block.markers))
-    assert report.main(["--block", block.name, "--results", str(folder / precision.NAME), "--page", str(page)]) == 0
+    assert report.main(["--block", block.name, "--results", str(results), "--page", str(page)]) == 0
     assert page.read_text() == "\n".join(block.markers)
     assert "|:---" in capsys.readouterr().out
 
 
 def test_the_page_shows_the_results_that_are_there():
     """The tables are those of the results, the pictures exist, and the option's documentation quotes the study."""
-    results = precision.FOLDER / precision.NAME
-    records = read(results)
+    records = read(precision.RESULTS)
     for block in report.BLOCKS.values():
         if block.results.startswith("precision/"):
             assert block.render(records) in (ROOT / block.page).read_text(encoding="utf-8"), block.name

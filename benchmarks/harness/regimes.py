@@ -1,7 +1,7 @@
-"""Regimes of the precision study: the distributions on which a recipe may fail, each made once from a seed.
+"""Regimes: the inputs on which a numerical recipe may fail, each made once from a seed; their exact results, and ours.
 
-hidden and weight are bfloat16, as a model's are: every recipe starts from the same values, and the exact result is that
-of these values.
+Hidden states and weight are bfloat16, as a model's are. Every recipe starts from these values, and a result is exact if
+it is that of these values in float64.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.workloads import Shape, peaked, zipf
-from drpo_kernels import DRPO, Tokens
+from benchmarks.harness.method import sparsity_of
+from benchmarks.harness.workloads import Shape, capped, peaked, zipf
+from drpo_kernels import DRPO, Tokens, linear_policy_loss, policy_loss
 from drpo_kernels.objectives import Objective
 
 OBJECTIVE = DRPO(delta=0.2)
-ENTROPY = 0.3  # of the trained-looking regimes, in nats
+ENTROPY = 0.3  # mean entropy of the trained-looking regimes, in nats
 MISS = 1e-7  # 1 - p of the peaked regime
-RARE = 1e-6  # μ of the long-tailed one
-OFFSET = 1e4
+RARE = 1e-6  # μ of the regime with rare targets
+OFFSET = 1e4  # what the regimes with large logits add to each of them
 SPREAD = 2.5  # standard deviation of the logits of the moderate regime
-NOISE = 0.2  # of log μ around log π, in nats
-ROWS = 256  # float64 logits at a time
+NOISE = 0.2  # standard deviation of log μ - log π, in nats
+ROWS = 256  # rows whose float64 logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -47,72 +48,98 @@ class Case:
         """How hidden @ weight.T becomes z, as keywords of the linear functions."""
         return {"temperature": self.temperature, "softcap": self.softcap, "bias": self.bias}
 
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden @ weight.T + bias, in the dtype of the operands."""
+        return self.biased(hidden @ weight.T)
+
     def biased(self, logits: Tensor) -> Tensor:
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def scaled(self, logits: Tensor) -> Tensor:
         """z = softcap(logits) / temperature, in the dtype of the logits."""
-        z = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        return z / self.temperature
+        return capped(logits, self.softcap) / self.temperature
 
-
-class Operands(NamedTuple):
-    """What a recipe multiplies, [T, H] and [V, H] in float64: for the logits, and for the gradients."""
-
-    hidden: Tensor
-    weight: Tensor
-    gradient_hidden: Tensor
-    gradient_weight: Tensor
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """log π [T] of the targets."""
+        return self.scaled(logits).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
 
 
 class Result(NamedTuple):
-    """logprobs [T], the mean token loss, its gradients [T, H] and [V, H]; None for what a peer does not report."""
+    """logprobs [T], the mean token loss, its gradients [T, H] and [V, H]; None for what a recipe does not compute."""
 
     logprobs: Tensor | None
     loss: Tensor
-    hidden: Tensor | None
-    weight: Tensor | None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    sparsity: dict[str, float] | None = None  # what `sparse_grad` reports
 
 
 class Exact(NamedTuple):
     """A result in float64, and what an error is measured against."""
 
     result: Result
-    loss_scale: float  # Σ |terms of the loss|
+    loss_scale: float  # the sum of |term of the loss| over the tokens
     largest_logit: float
-    largest_sum: float  # of the absolute products of a logit, with the bias
+    largest_sum: float  # the largest sum of |products| and |bias| of a logit
     entropy: float
 
 
-def exact_result(case: Case, operands: Operands, objective: Objective = OBJECTIVE) -> Exact:
-    """Everything in float64, in blocks of rows, from the formulas."""
-    hidden, weight, gradient_hidden, gradient_weight = operands
+def exact_result(case: Case, operands: tuple[Tensor, Tensor] | None = None, objective: Objective = OBJECTIVE) -> Exact:
+    """Everything in float64 from the formulas, a block of rows at a time.
+
+    `operands`, hidden and weight by default, are multiplied to logits. The gradients are products of hidden and weight
+    even where the operands are others: what is rounded for the logits is differentiated straight-through.
+    """
+    own = case.hidden.double(), case.weight.double()
+    hidden, weight = own if operands is None else (x.double() for x in operands)
     count = hidden.shape[0]
     logprobs, terms = hidden.new_empty(count), hidden.new_empty(count)
     dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
     largest = largest_sum = entropy = 0.0
+    bias = 0.0 if case.bias is None else case.bias.double().abs()
     for rows in (slice(start, start + ROWS) for start in range(0, count, ROWS)):
-        logits = case.biased(hidden[rows] @ weight.T)
+        logits = case.logits(hidden[rows], weight)
         largest = max(largest, logits.abs().max().item())
-        bias = 0.0 if case.bias is None else case.bias.double().abs()
         largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
         logp = case.scaled(logits).log_softmax(-1)
         target = case.targets[rows, None]
         leaf = logp.gather(1, target)[:, 0].requires_grad_()
         tokens = Tokens(leaf, case.old_logprobs[rows].double(), case.advantages[rows].double())
-        terms[rows] = objective.token_loss(tokens) / count
-        slope = torch.autograd.grad(objective.token_loss(tokens).sum() / count, leaf)[0]
-        logprobs[rows] = leaf.detach()
+        losses = objective.token_loss(tokens) / count
+        slope = torch.autograd.grad(losses.sum(), leaf)[0]
+        logprobs[rows], terms[rows] = leaf.detach(), losses.detach()
         p = logp.exp()
         entropy -= (p * logp).sum().item() / count
         dlogits = p.neg_().scatter_(1, target, -torch.expm1(leaf.detach())[:, None]).mul_(slope[:, None])
         if case.softcap is not None:
             dlogits *= 1 - torch.tanh(logits / case.softcap) ** 2
         dlogits /= case.temperature
-        dx[rows] = dlogits @ gradient_weight
-        dw += dlogits.T @ gradient_hidden[rows]
-    terms = terms.detach()
+        dx[rows] = dlogits @ own[1]
+        dw += dlogits.T @ own[0][rows]
     return Exact(Result(logprobs, terms.sum(), dx, dw), terms.abs().sum().item(), largest, largest_sum, entropy)
+
+
+def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **options) -> Result:
+    """`linear_policy_loss` on inputs of this dtype; gradients of `scale` times the loss, divided by it in float64."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
+    out = linear_policy_loss(
+        *leaves, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, **case.transform, **options
+    )
+    gradients = torch.autograd.grad(out.loss * scale, leaves)
+    sparsity = {name: value.item() for name, value in sparsity_of(out.metrics).items()}
+    return Result(
+        out.logprobs, out.loss.detach(), *(g if scale == 1 else g.double() / scale for g in gradients), sparsity
+    )
+
+
+def bf16_dlogits(case: Case, logits: Tensor | None = None) -> tuple[Result, Tensor]:
+    """(the result without gradients, dlogits rounded to bf16) of float32 logits: those of the case, or the given."""
+    leaf = (case.logits(case.hidden.float(), case.weight.float()) if logits is None else logits).requires_grad_()
+    out = policy_loss(
+        leaf, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, temperature=case.temperature,
+        softcap=case.softcap,
+    )  # fmt: skip
+    return Result(out.logprobs, out.loss.detach()), torch.autograd.grad(out.loss, leaf)[0].bfloat16()
 
 
 # --- the regimes ------------------------------------------------------------------------------------------------------
@@ -120,8 +147,10 @@ def exact_result(case: Case, operands: Operands, objective: Objective = OBJECTIV
 
 @dataclass(frozen=True)
 class Regime:
-    """make   (shape, generator) -> (hidden, weight, targets) in float32
-    shape  its own shape where the study's does not fit
+    """make   (shape, generator) -> (hidden, weight, targets), the first two in float32
+    shape  what the regime needs where the study's own shape does not fit
+    rare   True: the targets are tokens of a probability near RARE
+    bias   added to every logit
     """
 
     label: str
@@ -129,11 +158,11 @@ class Regime:
     temperature: float = 1.0
     softcap: float | None = None
     shape: Shape | None = None
-    rare: bool = False  # targets of probability RARE in place of the likely ones
-    bias: float | None = None  # on every logit
+    rare: bool = False
+    bias: float | None = None
 
     def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Case:
-        """Drawn by the device's own generator."""
+        """Inputs drawn by the device's own generator."""
         with torch.device(device):
             return self._drawn(shape, torch.Generator(device).manual_seed(seed))
 
@@ -141,16 +170,16 @@ class Regime:
         hidden, weight, targets = self.make(shape, generator)
         blank = torch.zeros(shape.tokens)
         bias = None if self.bias is None else torch.full((shape.vocab,), self.bias, dtype=torch.bfloat16)
-        operands = hidden.bfloat16(), weight.bfloat16()
-        case = Case(*operands, targets, blank, blank, self.temperature, self.softcap, bias)
-        logp = case.scaled(operands[0].double() @ operands[1].double().T).log_softmax(-1)
+        case = Case(hidden.bfloat16(), weight.bfloat16(), targets, blank, blank, self.temperature, self.softcap, bias)
+        # The bias shifts all logits of a row alike, which leaves the log-probs as they are.
+        logp = case.scaled(case.hidden.double() @ case.weight.double().T).log_softmax(-1)
         if self.rare:
             targets = (logp - math.log(RARE)).abs().argmin(-1)
-        old = logp.gather(1, targets[:, None])[:, 0] + NOISE * torch.randn(shape.tokens, generator=generator)
+        chosen = logp.gather(1, targets[:, None])[:, 0]
+        old = chosen + NOISE * torch.randn(shape.tokens, generator=generator)
         advantages = torch.randn(shape.tokens, generator=generator)
-        # on a peaked row the noise is of 1 - p
-        certain = logp.gather(1, targets[:, None])[:, 0] * torch.rand(shape.tokens, generator=generator) * 2
-        old = torch.where(old < 0, old, certain)
+        # A log-prob is at most 0. Where the noise leads beyond, it scales the log-prob instead.
+        old = torch.where(old < 0, old, chosen * torch.rand(shape.tokens, generator=generator) * 2)
         return dataclasses.replace(case, targets=targets, old_logprobs=old.float(), advantages=advantages)
 
 
@@ -171,8 +200,8 @@ def trained(shape: Shape, generator: torch.Generator, scale: float = 1.0) -> tup
 
 
 def moderate(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits as a language model's: a spread of SPREAD over the vocabulary, and targets that stand out to different
-    degrees, on average as far as gives the entropy.
+    """Logits like a language model's: they have a standard deviation of SPREAD over the vocabulary, and targets stand
+    out to different degrees, so far that the mean entropy is ENTROPY.
     """
     weight, targets = _weight(shape, generator), zipf(shape, generator)
     noise = SPREAD * torch.randn(shape.tokens, shape.hidden, generator=generator)
@@ -187,7 +216,7 @@ def moderate(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def certain(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states along their targets' rows, each as long as gives p = 1 - MISS."""
+    """Hidden states along their targets' rows of the weight, each so long that its target has p = 1 - MISS."""
     weight, targets = _weight(shape, generator), zipf(shape, generator)
     aim = weight[targets] + 0.1 * torch.randn(shape.tokens, shape.hidden, generator=generator) / shape.hidden**0.5
     logits = (aim @ weight.T).double()
