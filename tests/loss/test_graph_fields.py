@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import drpo_kernels as dk
 from drpo_kernels import inputs
 from drpo_kernels.backends.rows import Terms, Transform
+from drpo_kernels.backends.sparse.torch_ops import TorchEntries
 from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.backends.torch_rows import TorchRows
 from drpo_kernels.backends.triton.launch import TritonRows
@@ -67,8 +68,12 @@ def swept(monkeypatch):
 
         monkeypatch.setattr(cls, name, recorded)
 
-    for number, cls in enumerate((TorchRows, TritonRows)):
-        for name in ("policy", "statistics", "consume"):
+    for number, cls, names in (
+        (0, TorchRows, ("policy", "statistics")),
+        (0, TorchEntries, ("consume",)),
+        (1, TritonRows, ("policy", "statistics")),
+    ):
+        for name in names:
             record(cls, name, lambda batch, *_, number=number: (number, batch.rows.shape[1]))
     record(TritonRows, "invariant", lambda: (1, -1))
     return seen
@@ -153,4 +158,4 @@ def test_every_field_of_what_a_call_becomes_differs_in_a_case(swept, monkeypatch
     plain = fields({})
     differ = {(cls, name) for options in CASES.values() for cls, name, _ in fields(options) - plain}
     every = {(cls, field.name) for cls in (Spec, Transform, Execution, Terms) for field in dataclasses.fields(cls)}
-    assert every - differ == {(Execution, "shard")}
+    assert every - differ == {(Execution, "vocab_shard")}
