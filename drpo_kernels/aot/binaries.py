@@ -22,7 +22,7 @@ from drpo_kernels.aot.loops import Instruction, Loop, amdgcn, innermost_loops, s
 from drpo_kernels.backends.devices import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from drpo_kernels.aot.cases import Bounds, Expected, KernelCase
+    from drpo_kernels.aot.case import Bounds, Expected, KernelCase
 
 # status -> what so many kernels do
 FAULTS = {

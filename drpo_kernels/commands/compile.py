@@ -21,7 +21,7 @@ from drpo_kernels.triton_support import HAS_TRITON
 from drpo_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from drpo_kernels.aot.cases import KernelCase
+    from drpo_kernels.aot.case import KernelCase
 
 NUMBERS = (
     "regs", "local B", "spill ld/st", "shared B", "load bits", "store bits", "loop ld B", "ins/elem", "special/elem",

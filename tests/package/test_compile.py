@@ -14,7 +14,10 @@ from drpo_kernels.aot.binaries import TARGETS, CompiledKernel, Usage, faults
 from drpo_kernels.aot.loops import Loop, amdgcn, innermost_loops, sass
 
 pytest.importorskip("triton")
-from drpo_kernels.aot.cases import BOUNDS, Bounds, Expected, kernel_cases
+from drpo_kernels import objectives
+from drpo_kernels.aot.case import Bounds, Expected
+from drpo_kernels.aot.cases import BOUNDS, kernel_cases
+from drpo_kernels.objective import built_in_objectives
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,6 +180,16 @@ def test_faults_say_what_is_taken_and_what_is_allowed():
 def test_every_bound_is_some_kernels():
     bounds = [case.expected.bounds for case in kernel_cases()]
     assert [name for name, bound in BOUNDS.items() if not any(bound is found for found in bounds)] == []
+
+
+def test_every_twin_of_an_objective_has_a_case():
+    """Those of the registered objectives, with whatever settings choose them: a twin is told by its arguments."""
+    compiled = {case.constexprs.get("terms.objective") for case in kernel_cases() if case.name.startswith("policy[")}
+    functions = (value for value in vars(objectives).values() if hasattr(value, "arg_names"))
+    twins = {value for value in functions if list(value.arg_names) == ["logp", "old", "adv", "hyper"]}
+    assert len(twins) > 5 and twins - compiled == set()
+    chosen = (cls().twin for cls in built_in_objectives())
+    assert {twin for twin in chosen if twin is not None} <= compiled
 
 
 def outside_the_interpreter(*command: str) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,8 @@ PROGRAMS = 8
 METRICS_BLOCK = 512
 # rows per program of the kernel that computes losses alone
 LOSSES_BLOCK = 128
+# constants in a tuple, by their truth: a bool there would be an argument at run time
+FLAGS = tl.constexpr(False), tl.constexpr(True)
 
 
 class TritonRows:
@@ -153,7 +155,7 @@ def _output(out: Tensor | None) -> kernels.Output | None:
 
 def _loss_terms(terms: Terms) -> kernels.LossTerms:
     objective, kl = terms.objective, _kl_twin(terms.kl_estimator)
-    flags = (tl.constexpr(flag) for flag in (terms.kl_importance, terms.entropy_bonus, terms.z_loss))
+    flags = (FLAGS[flag] for flag in (terms.kl_importance, terms.entropy_bonus, terms.z_loss))
     return kernels.LossTerms(objective.twin, objective.hyper, kl, terms.kl_cap, *flags)
 
 

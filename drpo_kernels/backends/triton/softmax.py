@@ -51,7 +51,7 @@ class Logits(NamedTuple):
 
 
 class LogitRow(NamedTuple):
-    """One row of `Logits`. It repeats none of their fields: before Triton 3.7 a function cannot return a None."""
+    """One row of `Logits`, without their fields: up to Triton 3.6 a function cannot return a NamedTuple with a None."""
 
     x: Any  # pointer to the row's first logit
     target: Any  # int64; 0 where the target is outside the vocabulary
