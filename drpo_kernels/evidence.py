@@ -176,27 +176,12 @@ def evidence(
         logsumexp_least = larger(logsumexp_least, computed, -logsumexp)
         computed_count = add(computed_count, computed, 1.0)
     n = tl.sum(computed_count, 0)
-    tl.store(values, mean(floored_sum, n))
-    tl.store(values + 1, mean(d_sum, n))
-    tl.store(values + 2, mean(pp_sum, n))
-    tl.store(values + 3, mean(dd_sum, n))
-    tl.store(values + 4, mean(pd_sum, n))
-    tl.store(values + 5, mean(centred_sum, n))
-    tl.store(values + 6, mean(cc_sum, n))
-    tl.store(values + 7, mean(ce_sum, n))
-    tl.store(values + 8, mean(ee_sum, n))
-    tl.store(values + 9, mean(cr_sum, n))
-    tl.store(values + 10, mean(er_sum, n))
-    tl.store(values + 11, mean(rr_sum, n))
-    tl.store(values + 12, mean(misfit_sum, n))
-    tl.store(values + 13, mean(above_sum, n))
-    tl.store(values + 14, mean(before_sum, n))
-    tl.store(values + 15, mean(after_sum, n))
-    tl.store(values + 16, mean(cumulative_sum, n))
-    tl.store(values + 17, mean(misfit_zero_sum, n))
-    tl.store(values + 18, mean(unsure_sum, n))
-    tl.store(values + 19, mean(repeated_sum, n))
-    tl.store(values + 20, mean(sign_sum, n))
-    tl.store(values + 21, mean(toward_sum, n))
+    sums = (
+        floored_sum, d_sum, pp_sum, dd_sum, pd_sum, centred_sum, cc_sum, ce_sum, ee_sum, cr_sum, er_sum, rr_sum,
+        misfit_sum, above_sum, before_sum, after_sum, cumulative_sum, misfit_zero_sum, unsure_sum, repeated_sum,
+        sign_sum, toward_sum,
+    )  # fmt: skip
+    for i in tl.static_range(22):
+        tl.store(values + i, mean(sums[i], n))
     tl.store(values + 22, largest(logsumexp_most, n))
     tl.store(values + 23, 0.0 - largest(logsumexp_least, n))

@@ -206,30 +206,17 @@ def metrics_of_rows(
         weighted_count = add(weighted_count, weighted, 1.0)
     n, w = tl.sum(computed_count, 0), tl.sum(weighted_count, 0)
     all_tokens = tl.sum(token_count, 0)
-    tl.store(values, mean(ratio_sum, n))
-    tl.store(values + 1, largest(ratio_most, n))
-    tl.store(values + 2, mean(k1_sum, n))
-    tl.store(values + 3, mean(k3_sum, n))
-    tl.store(values + 4, mean(shift_sum, n))
-    tl.store(values + 5, largest(shift_most, n))
-    tl.store(values + 6, mean(weight_sum, w))
-    tl.store(values + 7, 0.0 - largest(weight_least, w))
-    tl.store(values + 8, largest(weight_most, w))
-    tl.store(values + 9, mean(beyond_sum, w))
-    tl.store(values + 10, mean(clipped_sum, w))
-    tl.store(values + 11, mean(entropy_sum, n))
-    tl.store(values + 12, mean(logp_sum, n))
-    tl.store(values + 13, largest(old_most, n))
-    tl.store(values + 14, mean(below_sum, n))
-    tl.store(values + 15, mean(zero_sum, n))
-    tl.store(values + 16, mean(computed_count, all_tokens))
-    tl.store(values + 17, mean(kl_sum, n))
-    tl.store(counts, tl.sum(unscorable_count, 0).to(tl.int64))
-    tl.store(counts + 1, tl.sum(sentinel_count, 0).to(tl.int64))
-    tl.store(counts + 2, tl.sum(nonfinite_count, 0).to(tl.int64))
-    tl.store(counts + 3, all_tokens.to(tl.int64))
-    tl.store(counts + 4, n.to(tl.int64))
-    tl.store(counts + 5, w.to(tl.int64))
+    results = (
+        mean(ratio_sum, n), largest(ratio_most, n), mean(k1_sum, n), mean(k3_sum, n), mean(shift_sum, n),
+        largest(shift_most, n), mean(weight_sum, w), 0.0 - largest(weight_least, w), largest(weight_most, w),
+        mean(beyond_sum, w), mean(clipped_sum, w), mean(entropy_sum, n), mean(logp_sum, n), largest(old_most, n),
+        mean(below_sum, n), mean(zero_sum, n), mean(computed_count, all_tokens), mean(kl_sum, n),
+    )  # fmt: skip
+    for i in tl.static_range(18):
+        tl.store(values + i, results[i])
+    totals = (tl.sum(unscorable_count, 0), tl.sum(sentinel_count, 0), tl.sum(nonfinite_count, 0), all_tokens, n, w)
+    for i in tl.static_range(6):
+        tl.store(counts + i, totals[i].to(tl.int64))
 
 
 @jit(do_not_specialize=["rows_stride", "outcome_stride", "count"])
