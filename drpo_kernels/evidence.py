@@ -122,8 +122,7 @@ def neighbour(rows, outcome, valid, t, count, LEAST: tl.constexpr):
 
 @jit
 def evidence(
-    rows, rows_stride, outcome, outcome_stride, valid, values, count, FAR_BELOW_ONE: tl.constexpr,
-    LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    rows, rows_stride, outcome, outcome_stride, valid, values, count, terms, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The twin of `evidence_metrics` -> values fp32 [24] in the order of EVIDENCE_METRICS, added in fp32.
 
@@ -147,13 +146,13 @@ def evidence(
         old = tl.where(old == old, old, logp)  # on-policy
         advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
         computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
-        p, m = floored(logp, LEAST), floored(old, LEAST)
+        p, m = floored(logp, terms.least_logprob), floored(old, terms.least_logprob)
         d, centred, evenness = p - m, p + entropy, entropy / (1 + entropy)
         size = tl.where(tl.abs(centred) > 1, tl.abs(centred), 1.0)
         c, e, r = centred / size, evenness / size, d / size
-        before, has_before = neighbour(rows, outcome, valid, t - 1, count, LEAST)
-        after, has_after = neighbour(rows, outcome, valid, t + 1, count, LEAST)
-        misfit, unsure = bounded(d), p < -FAR_BELOW_ONE
+        before, has_before = neighbour(rows, outcome, valid, t - 1, count, terms.least_logprob)
+        after, has_after = neighbour(rows, outcome, valid, t + 1, count, terms.least_logprob)
+        misfit, unsure = bounded(d), p < -terms.far_below_one
         sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0))
         logsumexp = tl.load(outcome + 2 * outcome_stride + t, mask=inside, other=0.0)
         floored_sum, d_sum = add(floored_sum, computed, p), add(d_sum, computed, d)
