@@ -122,8 +122,7 @@ def neighbour(rows, outcome, valid, t, count, LEAST: tl.constexpr):
 
 @jit
 def evidence(
-    rows, rows_stride, outcome, outcome_stride, valid, values, count, FAR_BELOW_ONE: tl.constexpr,
-    LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    rows, rows_stride, outcome, outcome_stride, valid, values, count, terms, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The twin of `evidence_metrics` -> values fp32 [24] in the order of EVIDENCE_METRICS, added in fp32.
 
@@ -147,13 +146,13 @@ def evidence(
         old = tl.where(old == old, old, logp)  # on-policy
         advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
         computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
-        p, m = floored(logp, LEAST), floored(old, LEAST)
+        p, m = floored(logp, terms.least_logprob), floored(old, terms.least_logprob)
         d, centred, evenness = p - m, p + entropy, entropy / (1 + entropy)
         size = tl.where(tl.abs(centred) > 1, tl.abs(centred), 1.0)
         c, e, r = centred / size, evenness / size, d / size
-        before, has_before = neighbour(rows, outcome, valid, t - 1, count, LEAST)
-        after, has_after = neighbour(rows, outcome, valid, t + 1, count, LEAST)
-        misfit, unsure = bounded(d), p < -FAR_BELOW_ONE
+        before, has_before = neighbour(rows, outcome, valid, t - 1, count, terms.least_logprob)
+        after, has_after = neighbour(rows, outcome, valid, t + 1, count, terms.least_logprob)
+        misfit, unsure = bounded(d), p < -terms.far_below_one
         sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0))
         logsumexp = tl.load(outcome + 2 * outcome_stride + t, mask=inside, other=0.0)
         floored_sum, d_sum = add(floored_sum, computed, p), add(d_sum, computed, d)
@@ -176,27 +175,12 @@ def evidence(
         logsumexp_least = larger(logsumexp_least, computed, -logsumexp)
         computed_count = add(computed_count, computed, 1.0)
     n = tl.sum(computed_count, 0)
-    tl.store(values, mean(floored_sum, n))
-    tl.store(values + 1, mean(d_sum, n))
-    tl.store(values + 2, mean(pp_sum, n))
-    tl.store(values + 3, mean(dd_sum, n))
-    tl.store(values + 4, mean(pd_sum, n))
-    tl.store(values + 5, mean(centred_sum, n))
-    tl.store(values + 6, mean(cc_sum, n))
-    tl.store(values + 7, mean(ce_sum, n))
-    tl.store(values + 8, mean(ee_sum, n))
-    tl.store(values + 9, mean(cr_sum, n))
-    tl.store(values + 10, mean(er_sum, n))
-    tl.store(values + 11, mean(rr_sum, n))
-    tl.store(values + 12, mean(misfit_sum, n))
-    tl.store(values + 13, mean(above_sum, n))
-    tl.store(values + 14, mean(before_sum, n))
-    tl.store(values + 15, mean(after_sum, n))
-    tl.store(values + 16, mean(cumulative_sum, n))
-    tl.store(values + 17, mean(misfit_zero_sum, n))
-    tl.store(values + 18, mean(unsure_sum, n))
-    tl.store(values + 19, mean(repeated_sum, n))
-    tl.store(values + 20, mean(sign_sum, n))
-    tl.store(values + 21, mean(toward_sum, n))
+    sums = (
+        floored_sum, d_sum, pp_sum, dd_sum, pd_sum, centred_sum, cc_sum, ce_sum, ee_sum, cr_sum, er_sum, rr_sum,
+        misfit_sum, above_sum, before_sum, after_sum, cumulative_sum, misfit_zero_sum, unsure_sum, repeated_sum,
+        sign_sum, toward_sum,
+    )  # fmt: skip
+    for i in tl.static_range(22):
+        tl.store(values + i, mean(sums[i], n))
     tl.store(values + 22, largest(logsumexp_most, n))
     tl.store(values + 23, 0.0 - largest(logsumexp_least, n))

@@ -5,6 +5,7 @@ and negative where the loss pushes the ratio back.
 """
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE, evidence
 from drpo_kernels.kl import clamped
 from drpo_kernels.objective import Objective
 from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest, mean, reduced
-from drpo_kernels.tokens import Tokens, clamped_log_ratio, expm1, prob_shift
+from drpo_kernels.tokens import LEAST_LOGPROB, Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl
 
 # The weight of a token that was not clipped differs from 1 by rounding only.
@@ -139,11 +140,35 @@ def clips_of(objective: Objective) -> int:
     return SLOPE_CLIPS if objective.sequence_level else WEIGHT_CLIPS
 
 
+class MetricTerms(NamedTuple):
+    """What the Triton twins need besides tensors. All fields but `kl_cap` are constants, for which Triton compiles."""
+
+    kl: Any  # twin of the KL estimator, or None
+    kl_cap: Any
+    clips: Any
+    unclipped: Any
+    far_below: Any
+    far_below_one: Any
+    least_logprob: Any
+    evidence_at: Any  # the place of the first value of `evidence_metrics`
+
+
+def metric_constants(objective: Objective) -> dict[str, float]:
+    """The fields of `MetricTerms` other than `kl` and `kl_cap`."""
+    return {
+        "clips": clips_of(objective),
+        "unclipped": UNCLIPPED,
+        "far_below": FAR_BELOW,
+        "far_below_one": FAR_BELOW_ONE,
+        "least_logprob": LEAST_LOGPROB,
+        "evidence_at": MEASURES + 1,
+    }
+
+
 @jit
 def metrics_of_rows(
-    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, kl_cap,
-    CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
-    FAR_BELOW_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, terms,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The twin of `policy_metrics`; `policy_metrics_kernel` describes the arguments."""
     nothing = tl.zeros([BLOCK], tl.float32)
@@ -170,9 +195,9 @@ def metrics_of_rows(
         shift = tl.abs(prob_shift(logp, old))
         weight = -slope / tl.where(weighted, advantage * ratio, 1.0)
         clipped = inside & False
-        if CLIPS == 1:
-            clipped = weight < UNCLIPPED
-        if CLIPS == 2:
+        if terms.clips == 1:
+            clipped = weight < terms.unclipped
+        if terms.clips == 2:
             clipped = slope == 0
         ratio_sum = add(ratio_sum, computed, ratio)
         ratio_most = larger(ratio_most, computed, ratio)
@@ -188,11 +213,11 @@ def metrics_of_rows(
         entropy_sum = add(entropy_sum, computed, entropy)
         logp_sum = add(logp_sum, computed, logp)
         old_most = larger(old_most, computed, old)
-        below_sum = add(below_sum, computed & (log_ratio < -FAR_BELOW), 1.0)
-        zero_sum = add(zero_sum, computed & (old == 0) & (logp < -FAR_BELOW_ONE), 1.0)
-        if KL is not None:
-            d, _ = clamped(logp - tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0), kl_cap)
-            kl, _, _ = KL(d)
+        below_sum = add(below_sum, computed & (log_ratio < -terms.far_below), 1.0)
+        zero_sum = add(zero_sum, computed & (old == 0) & (logp < -terms.far_below_one), 1.0)
+        if terms.kl is not None:
+            d, _ = clamped(logp - tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0), terms.kl_cap)
+            kl, _, _ = terms.kl(d)
             kl_sum = add(kl_sum, computed, kl)
         finite = (tl.abs(logp) < float("inf")) & (tl.abs(slope) < float("inf"))
         token_count = add(token_count, tl.load(valid + t, mask=inside, other=0) != 0, 1.0)
@@ -206,55 +231,37 @@ def metrics_of_rows(
         weighted_count = add(weighted_count, weighted, 1.0)
     n, w = tl.sum(computed_count, 0), tl.sum(weighted_count, 0)
     all_tokens = tl.sum(token_count, 0)
-    tl.store(values, mean(ratio_sum, n))
-    tl.store(values + 1, largest(ratio_most, n))
-    tl.store(values + 2, mean(k1_sum, n))
-    tl.store(values + 3, mean(k3_sum, n))
-    tl.store(values + 4, mean(shift_sum, n))
-    tl.store(values + 5, largest(shift_most, n))
-    tl.store(values + 6, mean(weight_sum, w))
-    tl.store(values + 7, 0.0 - largest(weight_least, w))
-    tl.store(values + 8, largest(weight_most, w))
-    tl.store(values + 9, mean(beyond_sum, w))
-    tl.store(values + 10, mean(clipped_sum, w))
-    tl.store(values + 11, mean(entropy_sum, n))
-    tl.store(values + 12, mean(logp_sum, n))
-    tl.store(values + 13, largest(old_most, n))
-    tl.store(values + 14, mean(below_sum, n))
-    tl.store(values + 15, mean(zero_sum, n))
-    tl.store(values + 16, mean(computed_count, all_tokens))
-    tl.store(values + 17, mean(kl_sum, n))
-    tl.store(counts, tl.sum(unscorable_count, 0).to(tl.int64))
-    tl.store(counts + 1, tl.sum(sentinel_count, 0).to(tl.int64))
-    tl.store(counts + 2, tl.sum(nonfinite_count, 0).to(tl.int64))
-    tl.store(counts + 3, all_tokens.to(tl.int64))
-    tl.store(counts + 4, n.to(tl.int64))
-    tl.store(counts + 5, w.to(tl.int64))
+    results = (
+        mean(ratio_sum, n), largest(ratio_most, n), mean(k1_sum, n), mean(k3_sum, n), mean(shift_sum, n),
+        largest(shift_most, n), mean(weight_sum, w), 0.0 - largest(weight_least, w), largest(weight_most, w),
+        mean(beyond_sum, w), mean(clipped_sum, w), mean(entropy_sum, n), mean(logp_sum, n), largest(old_most, n),
+        mean(below_sum, n), mean(zero_sum, n), mean(computed_count, all_tokens), mean(kl_sum, n),
+    )  # fmt: skip
+    for i in tl.static_range(18):
+        tl.store(values + i, results[i])
+    totals = (tl.sum(unscorable_count, 0), tl.sum(sentinel_count, 0), tl.sum(nonfinite_count, 0), all_tokens, n, w)
+    for i in tl.static_range(6):
+        tl.store(counts + i, totals[i].to(tl.int64))
 
 
 @jit(do_not_specialize=["rows_stride", "outcome_stride", "count"])
 def policy_metrics_kernel(
-    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, kl_cap,
-    CLIPS: tl.constexpr, KL: tl.constexpr, UNCLIPPED: tl.constexpr, FAR_BELOW: tl.constexpr,
-    FAR_BELOW_ONE: tl.constexpr, LEAST: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, terms: MetricTerms,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The twins of `policy_metrics` and `evidence_metrics`, one program each.
 
     rows [9, N] (`Row`), outcome [5, N] (`Outcome`), valid and unscorable uint8 [N], given (the old log-probs as the
     caller gave them, [N] of any float dtype, or None) -> values fp32 [42], counts int64 [6].
-    values holds the means and extremes of `METRICS`, then `ref_kl` (VALUES numbers so far), then `EVIDENCE_METRICS`;
-    counts holds the counts of `METRICS`. KL is the twin of the KL estimator, or None. Sums are in fp32, in which counts
-    are exact up to 2^24 tokens.
+    values holds the means and extremes of `METRICS`, then `ref_kl`, then `EVIDENCE_METRICS`; counts holds the counts of
+    `METRICS`. Sums are in fp32, in which counts are exact up to 2^24 tokens.
     """
     if tl.program_id(0) == 0:
         metrics_of_rows(
-            rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, kl_cap, CLIPS,
-            KL, UNCLIPPED, FAR_BELOW, FAR_BELOW_ONE, BLOCK,
-        )  # fmt: skip
-    else:
-        evidence(
-            rows, rows_stride, outcome, outcome_stride, valid, values + VALUES, count, FAR_BELOW_ONE, LEAST, BLOCK
+            rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, terms, BLOCK
         )
+    else:
+        evidence(rows, rows_stride, outcome, outcome_stride, valid, values + terms.evidence_at, count, terms, BLOCK)
 
 
 def sparsity_metrics(entries: Tensor, left_out: Tensor, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:

@@ -17,11 +17,9 @@ from drpo_kernels.backends.sparse.triton_ops import entry_capacity, gather_tile,
 from drpo_kernels.backends.triton import invariant, kernels
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, LOSSES_BLOCK, METRICS_BLOCK
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile, row_tile
-from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.kl import KL_ESTIMATORS
 from drpo_kernels.objective import Objective, built_in_objectives
 from drpo_kernels.objectives import DPPO, DRPO, PolicyGradient
-from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import tl
 
 VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
@@ -201,15 +199,14 @@ def _scale_cases() -> Iterator[KernelCase]:
 def _token_cases() -> Iterator[KernelCase]:
     """The kernels of [N]: losses between two kernels, and a batch's metrics."""
     losses = _terms(DRPO(), "k3", kl_importance=True, entropy_bonus=True, z_loss=True)
-    types = {**TYPES, "terms.hyper": ("fp32",) * len(losses.pop("hyper")), "kl_cap": "fp32", "values": "*fp32"}
+    types = {**TYPES, "terms.hyper": ("fp32",) * len(losses.pop("hyper")), "values": "*fp32"}
     types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
     terms = {f"terms.{name}": value for name, value in losses.items()}
-    clips = {"CLIPS": metrics.WEIGHT_CLIPS, "UNCLIPPED": metrics.UNCLIPPED, "FAR_BELOW": metrics.FAR_BELOW}
-    clips |= {"FAR_BELOW_ONE": FAR_BELOW_ONE, "LEAST": LEAST_LOGPROB, "VALUES": metrics.MEASURES + 1}
-    clips |= {"KL": KL_ESTIMATORS["k3"].twin}
+    measured = {f"terms.{name}": value for name, value in metrics.metric_constants(DPPO()).items()}
+    measured["terms.kl"] = KL_ESTIMATORS["k3"].twin
     for label, kernel, values, block in (
         ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, LOSSES_BLOCK),
-        ("policy_metrics", metrics.policy_metrics_kernel, clips, METRICS_BLOCK),
+        ("policy_metrics", metrics.policy_metrics_kernel, measured, METRICS_BLOCK),
     ):
         yield _case(label, kernel, types, values | {"BLOCK": block}, (), {"num_warps": block // 32})
 

@@ -12,11 +12,17 @@ from drpo_kernels.backends.rows import Outcome, RowBatch, Slope, Stat, Terms
 from drpo_kernels.backends.triton import kernels
 from drpo_kernels.backends.triton.softmax import Logits
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
-from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE
+from drpo_kernels.evidence import EVIDENCE_METRICS
 from drpo_kernels.kl import KL_ESTIMATORS
-from drpo_kernels.metrics import COUNTS, FAR_BELOW, MEASURES, UNCLIPPED, clips_of, named_metrics, policy_metrics_kernel
+from drpo_kernels.metrics import (
+    COUNTS,
+    MEASURES,
+    MetricTerms,
+    metric_constants,
+    named_metrics,
+    policy_metrics_kernel,
+)
 from drpo_kernels.objective import Objective
-from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import tl
 
 # fused multiply-adds, whatever the default of the installed Triton
@@ -99,14 +105,14 @@ class TritonRows:
         """
         given = given if given is None else given.contiguous()
         flags = (flag.contiguous().view(torch.uint8) for flag in (valid, unscorable))
+        constants = {name: tl.constexpr(value) for name, value in metric_constants(objective).items()}
+        terms = MetricTerms(_kl_twin(ref_kl), kl_cap, **constants)
         values = rows.new_empty(MEASURES + 1 + len(EVIDENCE_METRICS))
         counts = torch.empty(COUNTS, dtype=torch.int64, device=rows.device)
         with on_device(rows):
             policy_metrics_kernel[(2,)](
-                rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1], kl_cap,
-                CLIPS=clips_of(objective), KL=_kl_twin(ref_kl), UNCLIPPED=UNCLIPPED, FAR_BELOW=FAR_BELOW,
-                FAR_BELOW_ONE=FAR_BELOW_ONE, LEAST=LEAST_LOGPROB, VALUES=MEASURES + 1, BLOCK=METRICS_BLOCK,
-                num_warps=METRICS_BLOCK // 32, **LAUNCH_OPTIONS,
+                rows, rows.stride(0), outcome, outcome.stride(0), *flags, given, values, counts, rows.shape[1], terms,
+                BLOCK=METRICS_BLOCK, num_warps=METRICS_BLOCK // 32, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return named_metrics(values, counts, ref_kl is not None)
 
