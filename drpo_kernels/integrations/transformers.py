@@ -246,7 +246,7 @@ def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: boo
     # If PEFT wraps the head, TRL's float32 head is the forward of that wrapper.
     layer = next((layer for layer in layers if "forward" in layer.__dict__), linear)
     previous = layer.__dict__.get("forward")
-    layer.forward = forward  # type: ignore[assignment,method-assign]
+    layer.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
     try:
         return head(hidden)
     finally:
