@@ -1,8 +1,9 @@
 # make demo     train a small transformer with the fused loss, on whatever this machine has
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
+# make test-core  what must hold on every supported version of PyTorch and Triton, in the environment of `make test`
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
-# make lint     ruff
+# make lint     ruff, and the types by mypy and pyright
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make sparsity  what sparse_grad saves and costs on this machine (20 minutes), its plots, docs/sparse.md
@@ -15,7 +16,7 @@
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
 # make clean    remove what the above made, except the virtual environment; make distclean removes that too
 #
-# Everything runs in a virtual environment, made on first use and renewed when setup.py changes:
+# Everything runs in a virtual environment, made on first use and renewed when pyproject.toml changes:
 #   make test VENV=/elsewhere PYTHON=python3.12 PYTEST_ARGS="-x -k gspo"
 
 PYTHON ?= python3
@@ -41,8 +42,9 @@ PEERS := $(VENV)/.peers
 CORE := cases conformance edges error_messages errors exact_products fp8 fused_head fused_head_adapters graph_fields graphs \
 	invariance kept_ids launches layouts main_grad outputs planned_sweep saved_tensors sharded_rows sparse sparse_calls \
 	sparse_edges token_losses
+CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env versions demo test lint bench precision sparsity fuzz longrun stability compile doctor wheel \
+.PHONY: help venv verl-env versions demo test test-core lint bench precision sparsity fuzz longrun stability compile doctor wheel \
 	test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
@@ -51,7 +53,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml
+$(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
@@ -60,7 +62,7 @@ $(STAMP): setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
 
-# Apart from the environment, whose own versions of shared packages come first; a change of setup.py does not renew it.
+# Apart from the environment, whose own versions of shared packages come first; a change of pyproject.toml does not renew it.
 verl-env: $(VERL)/.installed
 
 $(VERL)/.installed: tests/requirements-verl.txt | $(STAMP)
@@ -72,6 +74,9 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory verl-env || echo "make verl-env failed: the tests against verl will be skipped"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
+test-core: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(CORE_TESTS) $(PYTEST_ARGS)
+
 # Several GB each, of PyTorch's CUDA builds: there are no others of these versions. The package is not installed in them.
 versions: $(VENV)/oldest/.installed $(VENV)/middle/.installed
 
@@ -81,13 +86,15 @@ $(VENV)/oldest/.installed $(VENV)/middle/.installed: $(VENV)/%/.installed: tests
 	@touch $@
 
 test-oldest test-middle: test-%: $(VENV)/%/.installed
-	$(VENV)/$*/bin/python -m pytest -n auto --dist worksteal $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(PYTEST_ARGS)
+	$(VENV)/$*/bin/python -m pytest -n auto --dist worksteal $(CORE_TESTS) $(PYTEST_ARGS)
 
 compile-oldest compile-middle: compile-%: $(VENV)/%/.installed
 	$(VENV)/$*/bin/python -m drpo_kernels compile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 # Without their dependencies, which are here: a peer must not bring another PyTorch.
 $(PEERS): $(STAMP)

@@ -43,11 +43,15 @@ def reduction_coefficients(
         return ones / (_count(valid, dtype) if normalizer is None else normalizer)
     if reduction in ("token-sum", "none"):
         return ones if normalizer is None else ones / normalizer
+    assert sequences is not None, reduction
     lengths = sequences.sum(valid.to(torch.int64))
     count = _count(lengths > 0, dtype) if normalizer is None else normalizer
     if reduction == "seq-mean-token-mean":
         return ones / (sequences.expand(lengths).clamp(min=1).to(dtype) * count)
-    return ones / (count * (horizon if reduction == "seq-mean-token-sum-norm" else 1))
+    if reduction == "seq-mean-token-sum-norm":
+        assert horizon is not None, reduction
+        return ones / (count * horizon)
+    return ones / count
 
 
 def _count(flags: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,9 @@ def start_sum(tensor: Tensor, group: ProcessGroup | None) -> Callable[[], object
     """Start to sum a contiguous tensor over the group, in place. Call the returned function before using the tensor."""
     if group_size(group) == 1:
         return lambda: None
-    return dist.all_reduce(tensor, group=group, async_op=True).wait
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    return work.wait
 
 
 def summed(tensor: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -346,8 +346,9 @@ def diagnose(
 def _on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     names = [name for name in metrics if name.startswith(PREFIX)]
     values = [metrics[name] for name in names]
-    if all(isinstance(value, Tensor) for value in values):
-        values = torch.stack([value.detach().float() for value in values]).tolist()
+    tensors = [value.detach().float() for value in values if isinstance(value, Tensor)]
+    if len(tensors) == len(values):
+        values = torch.stack(tensors).tolist()
     read = {name.removeprefix(PREFIX): float(value) for name, value in zip(names, values, strict=True)}
     read["log_ratio"] = -read["kl_k1"]
     return read | mismatch.statistics(read) if EVIDENCE + "misfit" in read else read

@@ -70,8 +70,9 @@ def global_normalizer(
     masks = _batches("masks", masks)
     count = torch.zeros((), dtype=torch.int64, device=_device(masks, device))
     validation.check_named_reduction(reduction)
-    offsets, old_logprobs = _aligned("cu_seqlens", cu_seqlens, masks), _aligned("old_logprobs", old_logprobs, masks)
-    for mask, offset, old in zip(masks, offsets, old_logprobs, strict=True):
+    offsets = _aligned_or_none("cu_seqlens", cu_seqlens, masks)
+    olds = _aligned_or_none("old_logprobs", old_logprobs, masks)
+    for mask, offset, old in zip(masks, offsets, olds, strict=True):
         valid = _valid(mask, old)
         if reduction == "token-mean":
             count += valid.sum()
@@ -124,7 +125,7 @@ def sequence_coefficients(
     device = _device(masks, device)
     validation.check_named_reduction(reduction)
     validation.check_horizon(horizon, reduction)
-    valid = list(map(_valid, masks, _aligned("old_logprobs", old_logprobs, masks)))
+    valid = list(map(_valid, masks, _aligned_or_none("old_logprobs", old_logprobs, masks)))
     ids, counts = _sequences_of(masks, sequence_ids, sequence_counts)
     flat = torch.zeros(sum(counts), dtype=torch.int64, device=device)
     for of_batch, v, i in zip(flat.split(counts), valid, ids, strict=True):
@@ -133,9 +134,10 @@ def sequence_coefficients(
     # Every rank of a context group has counted all sequences, or all tokens, of the group.
     count = summed(flat.sum() if reduction == "token-mean" else (flat > 0).sum(), group)
     size = group_size(context_group)
-    normalizer = _wide((count // size).clamp(min=1)) if reduction != "token-sum" else 1
-    normalizer = normalizer / _excess(group, gradients, loss_divisor)
+    number: Tensor | float = _wide((count // size).clamp(min=1)) if reduction != "token-sum" else 1
+    normalizer = number / _excess(group, gradients, loss_divisor)
     if reduction == "seq-mean-token-sum-norm":
+        assert horizon is not None
         normalizer = normalizer * horizon
     coefficients = []
     for v, i, of_sequence in zip(valid, ids, flat.split(counts), strict=True):
@@ -214,12 +216,18 @@ def _batches(name: str, values: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return values
 
 
-def _aligned(name: str, values: Tensor | Sequence[Tensor] | None, masks: list[Tensor]) -> list[Tensor | None]:
+def _aligned(name: str, values: Tensor | Sequence[Tensor], masks: list[Tensor]) -> list[Tensor]:
     """The values as a list with one entry per mask. Raises ValueError if their number differs."""
-    values = [None] * len(masks) if values is None else _batches(name, values)
-    if len(values) != len(masks):
-        raise ValueError(f"{name} must be given for each of the {len(masks)} masks, got {len(values)}")
-    return values
+    given = _batches(name, values)
+    if len(given) != len(masks):
+        raise ValueError(f"{name} must be given for each of the {len(masks)} masks, got {len(given)}")
+    return given
+
+
+def _aligned_or_none(
+    name: str, values: Tensor | Sequence[Tensor] | None, masks: list[Tensor]
+) -> list[Tensor] | list[None]:
+    return [None] * len(masks) if values is None else _aligned(name, values, masks)
 
 
 def _valid(mask: Tensor, old_logprobs: Tensor | None) -> Tensor:
@@ -234,14 +242,18 @@ def _valid(mask: Tensor, old_logprobs: Tensor | None) -> Tensor:
     return valid & scorable(old_logprobs)
 
 
-def _sequences_of(masks: list[Tensor], sequence_ids, sequence_counts) -> tuple[list[Tensor], list[int]]:
+def _sequences_of(
+    masks: list[Tensor],
+    sequence_ids: Tensor | Sequence[Tensor] | None,
+    sequence_counts: int | Sequence[int] | None,
+) -> tuple[list[Tensor], list[int]]:
     """-> (the sequence of each token [N] int64, the number of sequences), a list each with one entry per micro-batch.
 
     Without sequence_ids, each row of a mask is a sequence.
     """
     if (sequence_ids is None) != (sequence_counts is None):
         raise ValueError("sequence_ids and sequence_counts must be given together, got one of them")
-    if sequence_ids is None:
+    if sequence_ids is None or sequence_counts is None:
         for mask in masks:
             if mask.dim() < 2:
                 raise ValueError(f"sequence_ids must be given with masks of shape {tuple(mask.shape)}, got None")

@@ -36,8 +36,8 @@ def own_graph() -> contextlib.AbstractContextManager:
     The caller's hooks on saved tensors do not see the graph, because those of activation checkpointing would run the
     checkpointed model again for it.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return _unhooked_graph() if hooked else torch._C._InferenceMode(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._InferenceMode(False) if hooks is None else _unhooked_graph()
 
 
 @contextlib.contextmanager

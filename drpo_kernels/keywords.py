@@ -3,6 +3,9 @@
 import difflib
 import functools
 from collections.abc import Callable
+from typing import TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable)
 
 # What to write here in place of a name that other libraries (TRL, verl, Liger, transformers) use.
 _ELSEWHERE = {
@@ -31,8 +34,8 @@ _ELSEWHERE = {
 
 
 def with_known_keywords(
-    function: Callable, called: str, known: tuple[str, ...], hint: Callable[[str], str | None] = lambda name: None
-) -> Callable:
+    function: Function, called: str, known: tuple[str, ...], hint: Callable[[str], str | None] = lambda name: None
+) -> Function:
     """Make `function`, which users call by the name `called`, raise a TypeError for a keyword that is not `known`.
 
     The message says what to write instead: the `hint` for that keyword, our name for what another library calls so, or
@@ -47,7 +50,7 @@ def with_known_keywords(
                 raise TypeError(f"{called}() got an unexpected keyword argument {name!r}: {said}")
         return function(*args, **given)
 
-    return checked
+    return cast(Function, checked)
 
 
 def _said_of(name: str, known: tuple[str, ...]) -> str:

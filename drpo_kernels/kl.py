@@ -98,13 +98,16 @@ class _KLLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        (*logprobs, cap), (estimator, importance) = ctx.saved_tensors, ctx.how
-        return upstream * kl_term(estimator, *logprobs, importance, cap)[1], None, None, None, None, None
+        logprobs, old_logprobs, ref_logprobs, cap = ctx.saved_tensors
+        estimator, importance = ctx.how
+        slope = kl_term(estimator, logprobs, old_logprobs, ref_logprobs, importance, cap)[1]
+        return upstream * slope, None, None, None, None, None
 
 
 def kl_loss(
     estimator: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, importance: bool, cap: float
 ) -> Tensor:
     """`kl_term` as a loss [N] for autograd, whose backward may run more than once."""
-    cap = logprobs.new_ones(()) * cap  # a tensor, because the function of a graph cannot keep a number that changes
-    return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, cap, estimator, importance)
+    # The cap is a tensor, because the function of a graph cannot keep a number that changes.
+    cap_tensor = logprobs.new_ones(()) * cap
+    return _KLLoss.apply(logprobs, old_logprobs, ref_logprobs, cap_tensor, estimator, importance)

@@ -5,11 +5,12 @@ They take 2·T·V·H FLOP forward and 6·T·V·H backward, and never hold the lo
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from drpo_kernels.backends.rows import Row, RowKind
 from drpo_kernels.inputs import LinearSource, Problem, ReadySource, Source
 from drpo_kernels.kept import on_kept_ids
-from drpo_kernels.options import LINEAR_ONLY, LogprobOptions, takes
+from drpo_kernels.options import LinearLogprobKeywords, LogprobKeywords, LogprobOptions, takes
 from drpo_kernels.policy_loss import reference_logprobs_of
 
 
@@ -22,7 +23,7 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     return_logsumexp: bool = False,
-    **options,
+    **keywords: Unpack[LinearLogprobKeywords],
 ) -> tuple[Tensor, ...]:
     """-> (logprobs, entropy), both shaped like targets, float32 (float64 for float64 inputs) and differentiable. With
     `return_logsumexp` it returns (logprobs, entropy, logsumexp), where logsumexp is log Σ exp z, for a z-loss.
@@ -35,17 +36,22 @@ def linear_token_logprobs(
     Raises TypeError or ValueError, naming the argument, for anything malformed, and RuntimeError for a backend that
     cannot run.
     """
-    options = LogprobOptions(**options)
+    options = LogprobOptions(**keywords)
     source = LinearSource(hidden, weight, bias, options.main_grad)
     return _token_logprobs(source, targets, mask, return_logsumexp, options)
 
 
-@takes(LogprobOptions, omit=LINEAR_ONLY)
+@takes(LogprobOptions)
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, return_logsumexp: bool = False, **options
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    return_logsumexp: bool = False,
+    **keywords: Unpack[LogprobKeywords],
 ) -> tuple[Tensor, ...]:
     """`linear_token_logprobs` from logits [..., V] of any float dtype and any strides that exist already."""
-    return _token_logprobs(ReadySource(logits), targets, mask, return_logsumexp, LogprobOptions(**options))
+    return _token_logprobs(ReadySource(logits), targets, mask, return_logsumexp, LogprobOptions(**keywords))
 
 
 def _token_logprobs(

@@ -7,6 +7,7 @@ batches (`tests/support/diagnosis_batches.py`, and entropies of 0.05 to 4 nats) 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from drpo_kernels.evidence import EVIDENCE
 
@@ -28,7 +29,7 @@ LEFT_OVER = 0.4  # largest share of the misfit that remains if old log-probs are
 FEW_MISFITS = 3.0  # a sum of min(|d|, 1) over tokens up to this may be chance
 
 
-def statistics(read: Values) -> dict[str, float]:
+def statistics(read: Values) -> dict[str, Any]:
     """Statistics from the means of `evidence_metrics`, together with these means, whose names lose their prefix."""
     m = {name.removeprefix(EVIDENCE): value for name, value in read.items()}
     n, p, d, centred = max(m["computed"], 1.0), m["logprob"], m["log_ratio_mean"], m["logprob"] + m["entropy_mean"]
@@ -160,7 +161,7 @@ def temperature_differs(m: Values) -> bool:
 
 def scored_before_temperature(m: Values) -> bool:
     """Whether log μ is at another temperature, though the tokens were sampled at the trainer's."""
-    return of_another_temperature(m) and m["sampled_by_policy"]
+    return of_another_temperature(m) and bool(m["sampled_by_policy"])
 
 
 def not_sampled(m: Values) -> bool:

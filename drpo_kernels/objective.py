@@ -6,12 +6,14 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from drpo_kernels.keywords import with_known_keywords
 from drpo_kernels.tokens import Tokens
+
+ObjectiveClass = TypeVar("ObjectiveClass", bound=type["Objective"])
 
 _REGISTRY: dict[str, type["Objective"]] = {}
 # For each `token_loss` marked `built_in`, the function that chooses its Triton twin by an objective's settings, or None
@@ -39,7 +41,7 @@ class Objective:
     sequence_level: ClassVar[bool] = False
     clips: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         order = cls.__mro__
         down_to_formula = order[: 1 + next(i for i, base in enumerate(order) if "token_loss" in vars(base))]
@@ -58,7 +60,7 @@ class Objective:
         return None
 
     @property
-    def twin(self):
+    def twin(self) -> Callable | None:
         """The `@triton.jit` function (logp, old, adv, hyper) -> (ℓ, dℓ/dlogπ), or None. It is looked up by the
         `token_loss` that it belongs to, so a class that overrides `token_loss` does not get it.
         """
@@ -72,7 +74,7 @@ class Objective:
         return tuple(math.inf if value is None else float(value) for value in values if not isinstance(value, str))
 
 
-def built_in(twin_of: Callable[[Objective], Callable] | None = None) -> Callable[[Callable], Callable]:
+def built_in(twin_of: Callable[..., Callable] | None = None) -> Callable[[Callable], Callable]:
     """Decorator of a `token_loss` that our tests cover, so calls do not try it on made-up tokens. `twin_of` chooses its
     Triton twin by the objective's settings.
     """
@@ -94,7 +96,7 @@ def built_in_objectives() -> list[type[Objective]]:
     return [cls for cls in _REGISTRY.values() if cls.token_loss in _TWINS]
 
 
-def register_objective(cls: type[Objective]) -> type[Objective]:
+def register_objective(cls: ObjectiveClass) -> ObjectiveClass:
     """Class decorator: makes an objective reachable by its class name inside `torch.compile(fullgraph=True)` graphs.
 
     The class must be a frozen dataclass whose fields are numbers, bools, None or strings. A float may change from call
@@ -106,7 +108,7 @@ def register_objective(cls: type[Objective]) -> type[Objective]:
     _, *parameters = inspect.signature(cls.__init__).parameters.values()
     if "__init__" in vars(cls) and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
         names = tuple(parameter.name for parameter in parameters)
-        cls.__init__ = with_known_keywords(cls.__init__, cls.__name__, names)
+        cls.__init__ = with_known_keywords(cls.__init__, cls.__name__, names)  # type: ignore[method-assign]
     return cls
 
 

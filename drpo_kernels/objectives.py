@@ -169,6 +169,7 @@ class GSPO(Objective):
 
     @built_in()
     def token_loss(self, tokens: Tokens) -> Tensor:
+        assert tokens.sequences is not None and tokens.valid is not None  # because of `sequence_level`
         lengths = tokens.sequences.sum(tokens.valid.to(tokens.logprobs.dtype)).clamp(min=1)
         log_ratio = torch.where(tokens.valid, tokens.log_ratio, 0)
         ratio = tokens.sequences.expand((tokens.sequences.sum(log_ratio) / lengths).exp())
@@ -309,7 +310,7 @@ class PolicyGradient(Objective):
         _require_positive(self, "ratio_cap", optional=True)
 
     @property
-    def clips(self) -> bool:
+    def clips(self) -> bool:  # type: ignore[override]  # a constant of the other classes
         return self.ratio_cap is not None
 
     @built_in(lambda self: policy_gradient if self.ratio_cap is None else capped_policy_gradient)

@@ -1,13 +1,16 @@
-"""The keywords of the public functions, written once.
+"""The keywords of the public functions.
 
-`LogprobOptions` are what `token_logprobs` and `linear_token_logprobs` take; `PolicyOptions` adds what a policy loss
-takes. `@takes(Options)` gives a function declared with `**options` its full signature and documentation.
+`LogprobOptions` and `PolicyOptions` hold each keyword's documentation and default. The `...Keywords` below say which
+function takes which, for editors and type checkers, and `@takes(Options)` gives a function that ends in
+`**keywords: Unpack[...Keywords]` its full signature and documentation. A new option is a field here, an entry there and
+its use; `tests/package/test_types.py` compares the two.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,11 +20,10 @@ from drpo_kernels.collectives import VocabShard
 from drpo_kernels.keywords import with_known_keywords
 from drpo_kernels.objectives import DRPO, Objective
 
-# options that mean nothing where the logits exist already
-LINEAR_ONLY = (
-    "workspace_bytes", "logits_dtype", "head_dtype", "batch_invariant", "vocab_shard", "main_grad", "loss_scale",
-    "sparse_grad",
-)  # fmt: skip
+Function = TypeVar("Function", bound=Callable)
+
+# A graph cannot trace a dataclass's default that is itself an object; it can trace a function's.
+DEFAULT_OBJECTIVE = DRPO()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,7 +140,7 @@ class PolicyOptions(LogprobOptions):
                       reduction "none"
     """
 
-    objective: Objective = DRPO()
+    objective: Objective = DEFAULT_OBJECTIVE
     reduction: str | TokenCoefficients = "token-mean"
     normalizer: float | Tensor | None = None
     horizon: float | None = None
@@ -156,29 +158,85 @@ class PolicyOptions(LogprobOptions):
     sparse_grad: float = 0.0
 
 
-def _documentation(options: type) -> str:
-    classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
-    return "\n    ".join(inspect.cleandoc(cls.__doc__).replace("\n", "\n    ") for cls in classes)
+class LogprobKeywords(TypedDict, total=False):
+    """What every function takes."""
+
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int | None
+    kept_ids: Tensor | None
+    backend: str | None
+    validate: bool | None
 
 
-def takes(options: type, omit: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Give a function ending in `**options` the signature and the documentation of the options' fields. It then raises
-    TypeError for any other keyword, and says what to write instead.
+class HeadKeywords(TypedDict, total=False):
+    """What means nothing where the logits exist already."""
+
+    workspace_bytes: int | None
+    logits_dtype: torch.dtype | None
+    head_dtype: str | None
+    batch_invariant: bool
+    vocab_shard: VocabShard | None
+    main_grad: Tensor | None
+
+
+class LinearLogprobKeywords(LogprobKeywords, HeadKeywords, total=False):
+    """What `linear_token_logprobs` takes."""
+
+
+class LossKeywords(LogprobKeywords, total=False):
+    """What every policy loss takes, beside the objective."""
+
+    reduction: str | TokenCoefficients
+    normalizer: float | Tensor | None
+    horizon: float | None
+    cu_seqlens: Tensor | None
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: str
+    kl_importance: bool
+    kl_cap: float | None
+    entropy_coef: float
+    z_loss_coef: float
+    token_weights: Tensor | None
+    compact: str
+
+
+class LinearLossKeywords(LossKeywords, HeadKeywords, total=False):
+    """What `linear_policy_loss` and `linear_drpo_loss` take, beside the objective."""
+
+    loss_scale: float
+    sparse_grad: float
+
+
+def _documentation(of: Any) -> str:
+    return inspect.cleandoc(of.__doc__ or "")
+
+
+def takes(options: type) -> Callable[[Function], Function]:
+    """Give a function ending in `**keywords: Unpack[...Keywords]` the signature and the documentation of these options.
+    It then raises TypeError for any other keyword, and says what to write instead.
     """
+    classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
+    documented = "\n".join(_documentation(cls) for cls in classes).replace("\n", "\n    ")
 
-    def decorate(function: Callable) -> Callable:
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        fields = [f for f in dataclasses.fields(options) if f.name not in omit]
-        keywords = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields
+    def decorate(function: Function) -> Function:
+        *own, rest = inspect.signature(function).parameters.values()
+        (keywords,) = get_args(rest.annotation)
+        taken = get_type_hints(keywords)
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        own += [
+            inspect.Parameter(field.name, keyword_only, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(options)
+            if field.name in taken
         ]
-        known = tuple(p.name for p in own + keywords)
+        known = tuple(p.name for p in own)
         checked = with_known_keywords(
             function, function.__name__, known, lambda name: _of_another_function(name, known)
         )
-        checked.__signature__ = inspect.signature(function).replace(parameters=own + keywords)
-        checked.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions\n    {_documentation(options)}\n"
+        checked.__signature__ = inspect.signature(function).replace(parameters=own)  # type: ignore[attr-defined]
+        checked.__doc__ = f"{_documentation(function)}\n\nOptions\n    {documented}\n"
         return checked
 
     return decorate
@@ -186,7 +244,8 @@ def takes(options: type, omit: tuple[str, ...] = ()) -> Callable[[Callable], Cal
 
 def _of_another_function(name: str, known: tuple[str, ...]) -> str | None:
     """What to say of a keyword that another public function takes, or None."""
-    if "logits" in known and name in ("hidden", "weight", "bias", *LINEAR_ONLY):
+    linear_only = get_type_hints(LinearLossKeywords).keys() - get_type_hints(LossKeywords).keys()
+    if "logits" in known and name in ("hidden", "weight", "bias", *linear_only):
         return "the logits exist already; linear_policy_loss and linear_token_logprobs take hidden states"
     if name == "return_logsumexp":
         return "linear_token_logprobs and token_logprobs take it; out.logsumexp is there anyway"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
@@ -18,9 +19,9 @@ from drpo_kernels.inputs import LinearSource, PolicyInputs, Problem, ReadySource
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.kl import kl_term
 from drpo_kernels.metrics import policy_metrics, sparsity_metrics
-from drpo_kernels.objective import is_registered
+from drpo_kernels.objective import Objective, is_registered
 from drpo_kernels.objectives import DRPO
-from drpo_kernels.options import LINEAR_ONLY, PolicyOptions, takes
+from drpo_kernels.options import DEFAULT_OBJECTIVE, LinearLossKeywords, LossKeywords, PolicyOptions, takes
 from drpo_kernels.token_losses import check_objective
 
 
@@ -44,15 +45,6 @@ class PolicyLossOutput(NamedTuple):
     logsumexp: Tensor
 
 
-# a graph cannot trace a dataclass's default that is itself an object; it can trace a module's
-DEFAULT_OBJECTIVE = DRPO()
-
-
-def _options(keywords: dict) -> PolicyOptions:
-    keywords.setdefault("objective", DEFAULT_OBJECTIVE)
-    return PolicyOptions(**keywords)
-
-
 @takes(PolicyOptions)
 def linear_policy_loss(
     hidden: Tensor,
@@ -63,7 +55,8 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    **options,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> PolicyLossOutput:
     """RL policy loss of a language-model head, in 6·T·V·H FLOP and without the [T, V] logits.
 
@@ -114,14 +107,14 @@ def linear_policy_loss(
     Raises TypeError or ValueError, naming the argument, for anything malformed; RuntimeError for a backend that cannot
     run.
     """
-    options = _options(options)
+    options = PolicyOptions(objective=objective, **keywords)
     source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
     inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
     loss, outcome = _route(inputs)(inputs)
     return _output(inputs, loss, outcome)
 
 
-@takes(PolicyOptions, omit=LINEAR_ONLY)
+@takes(PolicyOptions)
 def policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -130,7 +123,8 @@ def policy_loss(
     mask: Tensor | None = None,
     *,
     inplace: bool = False,
-    **options,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    **keywords: Unpack[LossKeywords],
 ) -> PolicyLossOutput:
     """The same loss from logits [..., V] (any float dtype, any strides; statistics in float32, or float64 for float64
     logits).
@@ -142,13 +136,13 @@ def policy_loss(
     """
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
-    source, options = ReadySource(logits, inplace), _options(options)
+    source, options = ReadySource(logits, inplace), PolicyOptions(objective=objective, **keywords)
     inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
     loss, outcome = _route(inputs)(inputs)
     return _output(inputs, loss, outcome)
 
 
-@takes(PolicyOptions, omit=("objective",))
+@takes(PolicyOptions)
 def linear_drpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -159,15 +153,15 @@ def linear_drpo_loss(
     *,
     delta: float = 12.5,
     bias: Tensor | None = None,
-    **options,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> PolicyLossOutput:
     """`linear_policy_loss` with `objective=DRPO(delta)`."""
     return linear_policy_loss(
-        hidden, weight, targets, old_logprobs, advantages, mask, bias=bias, objective=DRPO(delta), **options
+        hidden, weight, targets, old_logprobs, advantages, mask, bias=bias, objective=DRPO(delta), **keywords
     )
 
 
-@takes(PolicyOptions, omit=("objective", *LINEAR_ONLY))
+@takes(PolicyOptions)
 def drpo_loss(
     logits: Tensor,
     targets: Tensor,
@@ -177,11 +171,11 @@ def drpo_loss(
     *,
     delta: float = 12.5,
     inplace: bool = False,
-    **options,
+    **keywords: Unpack[LossKeywords],
 ) -> PolicyLossOutput:
     """`policy_loss` with `objective=DRPO(delta)`."""
     return policy_loss(
-        logits, targets, old_logprobs, advantages, mask, inplace=inplace, objective=DRPO(delta), **options
+        logits, targets, old_logprobs, advantages, mask, inplace=inplace, objective=DRPO(delta), **keywords
     )
 
 

@@ -22,7 +22,7 @@ class Metric(NamedTuple):
     """
 
     how: str
-    count: str
+    count: str  # type: ignore[assignment]  # hides the method of tuples
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
@@ -59,12 +59,12 @@ def reduced(
     alike: dict[tuple[str, str], list[str]] = {}
     for name, (how, count) in metrics.items():
         alike.setdefault((how, "" if how == "sum" else count), []).append(name)
-    found = {}
+    found: dict[str, Tensor] = {}
     for (how, count), names in alike.items():
         counted = flags[count].flatten() if count else None
-        results = REDUCE[how](torch.stack([values[name] for name in names]).flatten(1), counted)
+        results = REDUCE[how](torch.stack([values[name] for name in names]).flatten(1), counted)  # type: ignore[arg-type]  # a sum counts nothing
         # Each metric gets memory of its own, because a trainer may change one of them in place.
-        found |= dict(zip(names, torch.unbind_copy(results), strict=True))
+        found |= dict(zip(names, torch.unbind_copy(results), strict=True))  # type: ignore  # PyTorch's stub of unbind_copy has no result
     return {PREFIX + name: found[name] for name in metrics}
 
 
@@ -88,5 +88,6 @@ def larger(most, flag, value):
 @jit
 def largest(most, count):
     """The largest value of all lanes: NaN if one lane has a NaN, 0 if nothing was counted."""
-    found = tl.where(tl.sum((most != most).to(tl.int32), 0) > 0, float("nan"), tl.max(most, 0))
+    nans = tl.sum((most != most).to(tl.int32), 0)
+    found = tl.where(nans > 0, float("nan"), tl.max(most, 0))  # pyright: ignore[reportOperatorIssue]
     return tl.where(count > 0, found, 0.0)

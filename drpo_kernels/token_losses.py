@@ -7,7 +7,7 @@ on nothing, and a loss that mixes tokens depends on how many of them fit into a 
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -185,9 +185,10 @@ def _require_no_other_gradient(objective: Objective, fields: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if getattr(node, "variable", logprobs) is not logprobs:
+        variable = getattr(node, "variable", logprobs)
+        if variable is not logprobs:
             raise ValueError(
-                f"{_name(objective)} has a tensor in it that requires grad, of shape {tuple(node.variable.shape)}, and "
+                f"{_name(objective)} has a tensor in it that requires grad, of shape {tuple(variable.shape)}, and "
                 "would leave it without a gradient: detach it, or use reduction='none' or backend='reference', which "
                 "differentiate the loss in everything"
             )
@@ -231,7 +232,7 @@ class _Same:
     def __init__(self, value: object):
         self._hash = hash((type(value), id(value)))
         try:
-            self._get = weakref.ref(value)
+            self._get: Callable[[], object] = weakref.ref(value)
         except TypeError:
             self._get = lambda: value  # this keeps the value alive, so no other object gets its id
 
@@ -258,8 +259,10 @@ def _setting(value: object, numbers: list[float]) -> object:
         return type(value), value
     if isinstance(value, tuple):
         return type(value), *(_setting(item, numbers) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen:
-        return _settings(value, numbers)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if value.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # the typing stubs lack it
+            return _settings(value, numbers)
+        return _Same(value)
     if isinstance(value, Tensor) and not value.is_inference():
         numbers.append(value._version)
         return _Same(value), value.requires_grad

@@ -33,8 +33,8 @@ def between(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         one = x.new_ones(())
-        low, high = one * low, one * high
-    return x.clamp(low, high)
+        return x.clamp(one * low, one * high)
+    return x.clamp(low, high)  # type: ignore[arg-type]  # two numbers or two tensors
 
 
 class Sequences:
@@ -47,14 +47,17 @@ class Sequences:
 
     def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None = None):
         self._tokens = shape.numel()
-        packed = cu_seqlens is not None
-        self.offsets = cu_seqlens.to(torch.int64).clamp(0, self._tokens).cummax(0).values if packed else None
-        self.length = None if packed else shape[-1]
-        self.count = cu_seqlens.numel() - 1 if packed else shape[:-1].numel()
+        self.offsets: Tensor | None = None
+        if cu_seqlens is None:
+            self.length, self.count = shape[-1], shape[:-1].numel()
+        else:
+            self.offsets = cu_seqlens.to(torch.int64).clamp(0, self._tokens).cummax(0).values
+            self.count = cu_seqlens.numel() - 1
 
     @property
     def ids(self) -> Tensor:
         """The sequence of each packed token, [N] int64; S for a token that is in no sequence."""
+        assert self.offsets is not None
         positions = torch.arange(self._tokens, device=self.offsets.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
 
@@ -73,6 +76,7 @@ class Sequences:
         return _SegmentExpand.apply(values, self)
 
     def _segment_sum(self, values: Tensor) -> Tensor:
+        assert self.offsets is not None
         # segment_reduce adds in order. index_add would use atomics on a GPU, which for integers changes nothing.
         if values.dtype in (torch.float32, torch.float64):
             offsets = torch.cat([self.offsets, self.offsets.new_full((1,), self._tokens)])

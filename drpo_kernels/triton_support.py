@@ -13,7 +13,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-    jit = triton.jit
+    jit = triton.jit  # pyright: ignore[reportAssignmentType]
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=object)  # kernels annotate their arguments with tl.constexpr
     HAS_TRITON = False

@@ -44,14 +44,14 @@ def check_tensor(name: str, value: object, *, floating: bool | None = None) -> N
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
 
 
-def check_number(name: str, value: object, *, positive: bool = True, hint: str = "") -> None:
+def check_number(name: str, value: float, *, positive: bool = True, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (0 if positive else -math.inf) < value < math.inf:  # math.isfinite cannot be traced in a graph
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}{hint}")
 
 
-def _check_scale(name: str, value: object) -> None:
+def _check_scale(name: str, value: float) -> None:
     check_number(name, value)
     if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
         raise ValueError(f"{name} must be in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}], got {value}")

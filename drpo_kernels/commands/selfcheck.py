@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def run_checks(backend: str, device: torch.device) -> Iterator[Check]:
     for dtype in BUDGETS:
         inputs = _problem(dtype, device)
         for name, (objective, options) in CASES.items():
-            options = dict(options, objective=objective)
+            given: dict[str, Any] = dict(options, objective=objective)
             if "kl_coef" in options:
-                options["ref_logprobs"] = inputs["old_logprobs"].nan_to_num(0.0) - 0.1
-            want = _evaluate({key: _double(value) for key, value in inputs.items()}, options, "reference")
-            got = _evaluate(inputs, options, backend)
+                given["ref_logprobs"] = inputs["old_logprobs"].nan_to_num(0.0) - 0.1
+            want = _evaluate({key: _double(value) for key, value in inputs.items()}, given, "reference")
+            got = _evaluate(inputs, given, backend)
             yield Check(name, dtype, _errors(got, want))
 
 
@@ -73,13 +74,15 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _evaluate(inputs: dict[str, Tensor], options: dict, backend: str) -> tuple[Tensor, ...]:
+def _evaluate(inputs: dict[str, Tensor], options: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
     """(loss, logprobs of the rows that contribute, dhidden, dweight) in fp64 on the CPU."""
     hidden = inputs["hidden"].clone().requires_grad_()
     weight = inputs["weight"].clone().requires_grad_()
-    out = linear_policy_loss(**{**inputs, "hidden": hidden, "weight": weight}, **options, backend=backend)
+    given: dict[str, Any] = {**inputs, **options, "hidden": hidden, "weight": weight}
+    out = linear_policy_loss(**given, backend=backend)
     out.loss.backward()
     contributes = inputs["mask"] & (inputs["advantages"] != 0)
+    assert hidden.grad is not None and weight.grad is not None
     results = (out.loss, out.logprobs[contributes], hidden.grad, weight.grad)
     return tuple(result.detach().cpu().double() for result in results)
 

@@ -115,11 +115,11 @@ def compare(batch: Batch, objective: Objective, repeats: int) -> Comparison:
     """Compare loss and gradients, then peak extra memory, then the time of forward and backward once all is warm."""
     eager, fused = (_forward_backward(batch, loss, objective) for loss in (eager_loss, fused_loss))
     (loss, *gradients), (expected, *expected_gradients) = fused(), eager()
-    differences = [_relative(*pair) for pair in zip(gradients, expected_gradients, strict=True)]
+    hidden, weight = (_relative(*pair) for pair in zip(gradients, expected_gradients, strict=True))
     device = batch.hidden.device
     peaks = (peak_extra_bytes(eager, device), peak_extra_bytes(fused, device))
-    seconds = median_times((eager, fused), device, repeats)
-    return Comparison(batch, (loss - expected).abs().item(), *differences, seconds, peaks)
+    eager_seconds, fused_seconds = median_times((eager, fused), device, repeats)
+    return Comparison(batch, (loss - expected).abs().item(), hidden, weight, (eager_seconds, fused_seconds), peaks)
 
 
 def _forward_backward(batch: Batch, loss: Callable, objective: Objective) -> Callable[[], tuple[Tensor, ...]]:

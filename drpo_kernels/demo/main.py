@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m drpo_kernels demo", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m drpo_kernels demo", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--objective", choices=("drpo", "ppo", "spo", "dppo"), help="the policy loss (default: drpo)")
     parser.add_argument("--steps", type=int, help="reinforcement learning steps (default: 150)")
     parser.add_argument("--seed", type=int, help="of the weights, the problems and the sampling (default: 0)")

@@ -1,5 +1,7 @@
 """The policy: the Qwen3 architecture of `transformers` with a few hundred thousand random weights and no download."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -19,13 +21,13 @@ def build_model(settings: Settings, device: torch.device) -> PreTrainedModel:
         max_position_embeddings=PROMPT_LENGTH + COMPLETION_LENGTH,
         eos_token_id=END_ID,
         pad_token_id=PAD_ID,
-    ).to(device)
+    ).to(device)  # type: ignore[arg-type]  # transformers' wrapper of it hides its own self
 
 
 def small_qwen3(seed: int, *, hidden_size: int, num_attention_heads: int, **config) -> PreTrainedModel:
     """A Qwen3 with seeded random weights on the CPU and an untied head; `config` overrides fields of Qwen3Config."""
     torch.manual_seed(seed)
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_attention_heads=num_attention_heads,

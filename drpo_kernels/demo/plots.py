@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from drpo_kernels import Objective, Tokens
@@ -58,15 +59,12 @@ def gradient_weight(objective: Objective, probs: Tensor, old_prob: float, advant
 
 def plot_weights(path: Path) -> None:
     """The weight w of each objective as a function of π for several μ, for A > 0 and A < 0."""
-    ppo, spo, dppo, drpo = (OBJECTIVES[name] for name in ("ppo", "spo", "dppo", "drpo"))
+    bounds = {"ppo": ("ε", "clip_high"), "spo": ("ε", "epsilon"), "dppo": ("δ", "delta_high"), "drpo": ("δ", "delta")}
     shown = {
-        f"PPO (ε = {ppo.clip_high})": ppo,
-        f"SPO (ε = {spo.epsilon})": spo,
-        f"DPPO (δ = {dppo.delta_high})": dppo,
-        f"DRPO (δ = {drpo.delta})": drpo,
+        f"{name.upper()} ({symbol} = {getattr(OBJECTIVES[name], field)})": OBJECTIVES[name]
+        for name, (symbol, field) in bounds.items()
     }
-    figure = Figure(figsize=(13, 6.4), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05)
+    figure = Figure(figsize=(13, 6.4), dpi=DPI, layout=ConstrainedLayoutEngine(wspace=0.05))
     grid = figure.subplots(2, len(shown), sharex=True, sharey=True)
     probs = torch.linspace(1e-4, 1 - 1e-4, 4001, dtype=torch.float64)
     for row, advantage in zip(grid, (1.0, -1.0), strict=True):

@@ -1,6 +1,7 @@
 """The settings of the demo."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from drpo_kernels import DPPO, DRPO, PPO, SPO
 
@@ -38,11 +39,14 @@ class Settings:
     sparse_grad: float = 0.0  # the option of `linear_policy_loss`; 0 gives exact gradients
     min_gain: float = 0.1  # the run fails unless the sampled reward on held-out problems rises by this
 
-    large_head: tuple[int, ...] = (16, 128, 256, 32768)  # sequences, length, width, vocabulary of the comparison
+    large_head: tuple[int, int, int, int] = (16, 128, 256, 32768)  # sequences, length, width, vocabulary compared
     repeats: int = 3  # timed calls of each loss in the comparison
 
     @classmethod
     def quick(cls, **changes) -> "Settings":
         """A run of seconds, for tests: too short to learn anything, so no gain is asked for."""
-        size = dict(hidden_size=32, layers=1, held_out=100, warmup_steps=30, warmup_batch=64, steps=5, prompts=8)
-        return cls(**(size | dict(min_gain=-1.0, large_head=(4, 32, 64, 2048)) | changes))
+        size: dict[str, Any] = dict(
+            hidden_size=32, layers=1, held_out=100, warmup_steps=30, warmup_batch=64, steps=5, prompts=8, min_gain=-1.0,
+            large_head=(4, 32, 64, 2048),
+        )  # fmt: skip
+        return cls(**{**size, **changes})

@@ -10,6 +10,6 @@ def needs(package: str, requirement: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != package:
+        if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise ImportError(f"{requirement} must be installed, got {error}: pip install '{requirement}'") from error

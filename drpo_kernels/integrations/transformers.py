@@ -12,13 +12,16 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from drpo_kernels.collectives import VocabShard
 from drpo_kernels.integrations.probing import Probe, standing_in, transform_of
+
+if TYPE_CHECKING:  # the import takes a second
+    from torch.distributed.tensor import DTensor
 
 _STATE, _WATCHES = "_drpo_fused_head", "_drpo_fused_head_watches"  # attributes that are set on the model
 _TENSOR_PARALLEL = "tp"  # the mesh dimension of a head split over its vocabulary, which tells it from FSDP's shards
@@ -166,7 +169,7 @@ def _refuse_lost(module: nn.Module, args: tuple, kwargs: dict) -> None:
             )
 
 
-def _calls(forward: Callable, function: Callable) -> bool:
+def _calls(forward: Callable | None, function: Callable) -> bool:
     """Whether this forward is the function or wraps it, as Accelerate's autocast does."""
     while forward is not None:
         if getattr(forward, "__func__", forward) is function:
@@ -187,11 +190,12 @@ def _fused_call(model: nn.Module, plain: Callable, fused_head: Callable, args: t
         kwargs["use_cache"] = False
     float32, head = model.__dict__[_STATE].float32, _head_of(model)
     _require_plain(head, float32)
-    probe = Probe(head, _layers(head)[-1].out_features)
+    probe = Probe(head, _linear(head).out_features)
     with standing_in(model, head, probe):
         outputs = _run(model, plain, probe, args, kwargs)
     transform = transform_of(model, outputs.logits, probe.width)
     function = functools.partial(fused_head, **transform.keywords())
+    assert probe.hidden is not None  # `_run` has seen its one call
     result = _call_head(head, probe.hidden, function, float32)
     aux_loss = getattr(outputs, "aux_loss", None)
     return result if aux_loss is None else WithAuxiliaryLoss(result, aux_loss)
@@ -202,7 +206,7 @@ def _takes_use_cache(model: nn.Module) -> bool:
     parameters = inspect.signature(type(model).forward).parameters.values()
     if any(parameter.name == "use_cache" for parameter in parameters):
         return True
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return hasattr(text_config, "use_cache") and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -227,8 +231,7 @@ def _run(model: nn.Module, plain: Callable, probe: Probe, args: tuple, kwargs: d
 
 def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: bool):
     """Call `function(hidden, weight, bias=...)` as the head's forward, inside the hooks that gather its weight."""
-    layers = _layers(head)
-    linear = layers[-1]
+    layers, linear = _layers(head), _linear(head)
 
     def forward(hidden: Tensor):
         weight, bias, shard = _whole_or_shard(linear.weight, linear.bias)
@@ -243,7 +246,7 @@ def _call_head(head: nn.Module, hidden: Tensor, function: Callable, float32: boo
     # If PEFT wraps the head, TRL's float32 head is the forward of that wrapper.
     layer = next((layer for layer in layers if "forward" in layer.__dict__), linear)
     previous = layer.__dict__.get("forward")
-    layer.forward = forward
+    layer.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
     try:
         return head(hidden)
     finally:
@@ -261,10 +264,12 @@ def _whole_or_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     """-> (weight, bias, further keywords of the function), once wrappers have gathered the head."""
     if type(weight) in (Tensor, nn.Parameter):
         return weight, bias, {}
-    if _mesh_of(weight) == (_TENSOR_PARALLEL,) and weight.placements[0].is_shard(0):
-        group, ranks = weight.device_mesh.get_group(), weight.device_mesh.size()
-        sizes = tuple(len(rows) for rows in torch.arange(weight.shape[0]).chunk(ranks))  # as DTensor splits
-        return weight.to_local(), None if bias is None else bias.to_local(), {"vocab_shard": VocabShard(group, sizes)}
+    split, split_bias = cast("DTensor", weight), cast("DTensor | None", bias)
+    if _mesh_of(weight) == (_TENSOR_PARALLEL,) and split.placements[0].is_shard(0):
+        group, ranks = split.device_mesh.get_group(), split.device_mesh.size()
+        sizes = tuple(len(rows) for rows in torch.arange(split.shape[0]).chunk(ranks))  # as DTensor splits
+        local_bias = None if split_bias is None else split_bias.to_local()
+        return split.to_local(), local_bias, {"vocab_shard": VocabShard(group, sizes)}
     raise TypeError(
         f"the head's weight must be a whole, plain tensor where the head runs, got {type(weight).__name__} (mesh "
         f"{_mesh_of(weight)}): call the wrapped model, so that FSDP gathers it; split a head by tensor parallelism "
@@ -280,7 +285,8 @@ def _causal_lm(model: nn.Module) -> nn.Module:
                 f"the fused head belongs to the model that DDP, FSDP, DeepSpeed or torch.compile wrap, got "
                 f"{type(model).__name__}: add it before wrapping, or to its .{name}"
             )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
 
 
 def _head_of(model: nn.Module) -> nn.Module:
@@ -300,7 +306,12 @@ def _layers(head: nn.Module) -> list[nn.Module]:
     return [head] if inner is None else [head, *_layers(inner)]
 
 
-def _wrapped_by(layer: nn.Module) -> nn.Module | None:
+def _linear(head: nn.Module) -> nn.Linear:
+    """The layer that multiplies, of a head that `_require_plain` has seen."""
+    return cast(nn.Linear, _layers(head)[-1])
+
+
+def _wrapped_by(layer: Any) -> nn.Module | None:
     if not _is_from_peft(layer, "ModulesToSaveWrapper"):
         return getattr(layer, "module", None)  # FSDP1 wraps the head if its policy says so
     active = layer.active_adapters

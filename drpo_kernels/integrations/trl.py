@@ -24,7 +24,7 @@ from drpo_kernels import (
 )
 from drpo_kernels.integrations import needs
 from drpo_kernels.integrations.trl_config import AGGREGATIONS, DRPOConfig, parse_objective
-from drpo_kernels.integrations.trl_objective import ObjectiveTrainer, Scored, parts
+from drpo_kernels.integrations.trl_objective import Scored, parts
 from drpo_kernels.integrations.trl_sampling import SampledBatches, engine_warning
 from drpo_kernels.policy_loss import PolicyLossOutput
 from drpo_kernels.tokens import scorable
@@ -73,9 +73,11 @@ class _LossHead:
 
         @torch.no_grad()
         def score(mask: Tensor) -> tuple[Tensor, Tensor]:
-            return linear_token_logprobs(hidden, weight, self.targets, mask=mask, **head)
+            logprobs, entropy = linear_token_logprobs(hidden, weight, self.targets, mask=mask, **head)
+            return logprobs, entropy
 
         coefficients = self.coefficients(score)
+        assert coefficients.entropy is not None
         out = linear_policy_loss(
             hidden, weight, self.targets, self.old_logprobs, self.advantages, self.mask,
             reduction=coefficients, **self.options, **head,
@@ -83,7 +85,7 @@ class _LossHead:
         return _FusedLoss(out, torch.where(out.computed, coefficients.entropy * out.entropy, 0).sum())
 
 
-class DRPOTrainer(ObjectiveTrainer, SampledBatches):
+class DRPOTrainer(SampledBatches):
     """TRL's `GRPOTrainer` with `args.objective` as its policy loss, from the hidden states and in 6·T·V·H FLOP.
 
     It takes the arguments of `GRPOTrainer`, with a `DRPOConfig` as `args`. TRL's metrics keep their names and meaning.
@@ -96,9 +98,10 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
     raises RuntimeError if something has replaced the model's forward, and ValueError if a router returns no loss.
     """
 
-    _tag_names: ClassVar = ["trl", "grpo", "drpo"]
+    _tag_names: ClassVar = ["trl", "grpo", "drpo"]  # type: ignore[misc]
     _name = "DRPO"
-    _config, _trl = DRPOConfig, grpo_trainer
+    _config: ClassVar = DRPOConfig
+    _trl: ClassVar = grpo_trainer
 
     def __init__(self, model, reward_funcs=None, args: DRPOConfig | None = None, *positional, **keywords):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
@@ -151,7 +154,8 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
 
         def head(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Tensor]:
             predicting = hidden[:, -labels.shape[1] : -1]  # skips the virtual tokens of prompt tuning
-            return linear_token_logprobs(predicting, weight, targets, mask=mask, **options, **head)
+            logprobs, entropy = linear_token_logprobs(predicting, weight, targets, mask=mask, **options, **head)
+            return logprobs, entropy
 
         (logprobs, entropy), aux_loss = parts(model(**model_inputs, fused_head=head), tuple)
         return Scored(logprobs, entropy, aux_loss)
@@ -243,6 +247,7 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
         if self.loss_type == "bnpo":
             return mask / (mask.sum().clamp(min=1.0) * accumulation)
         if self.loss_type == "dr_grpo":
+            assert self.max_completion_length is not None
             return mask / (len(mask) * self.max_completion_length * accumulation)
         if self.loss_type == "luspo":
             return mask / (len(mask) * accumulation)
@@ -270,4 +275,4 @@ class DRPOTrainer(ObjectiveTrainer, SampledBatches):
 
 
 # help() and editors show the arguments of GRPOTrainer, because DRPOTrainer takes exactly these.
-DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)
+DRPOTrainer.__init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ call also computes the loss, in 6·T·V·H FLOP. TRL's own formula then runs on 
 import inspect
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class AsyncDRPOConfig(ObjectiveOptions, AsyncGRPOConfig):
                 )
 
 
-class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
+class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):  # type: ignore[misc]  # `objective` is not transformers'
     """TRL's `AsyncGRPOTrainer` with `args.objective` as its policy loss, from the hidden states and in 6·T·V·H FLOP.
 
     It takes the arguments of `AsyncGRPOTrainer`, with an `AsyncDRPOConfig` as `args`. log μ is what the sampling engine
@@ -73,9 +74,10 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
     it raises RuntimeError if something has replaced the model's forward, and ValueError if a router returns no loss.
     """
 
-    _tag_names = ("trl", "async-grpo", "drpo")
+    _tag_names: ClassVar = ["trl", "async-grpo", "drpo"]  # type: ignore[misc]
     _name = "AsyncDRPO"
-    _config, _trl = AsyncDRPOConfig, async_grpo_trainer
+    _config: ClassVar = AsyncDRPOConfig
+    _trl: ClassVar = async_grpo_trainer
 
     def __init__(self, model, reward_funcs=None, args: AsyncDRPOConfig | None = None, *positional, **keywords):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
@@ -90,6 +92,7 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
         filters = filters_of(vars(self.args))
         if self.temperature == 1 and not filters:
             return
+        assert self.vllm_client is not None
         self.vllm_client.wait_for_server_ready()
         mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
         if warning := engine_warning(mode, self.temperature, filters):
@@ -127,11 +130,12 @@ class AsyncDRPOTrainer(ObjectiveTrainer, AsyncGRPOTrainer):
         # TRL's formula feeds only its metrics. It gets one log-prob for each trained token, not for each position.
         index = torch.where(trained, trained.cumsum(-1) - 1, -1)
         known = inputs["old_log_probs"].masked_scatter(trained, unchanged)
-        super().compute_loss(score, {**inputs, "token_index": index, "old_log_probs": known})
+        known_inputs = {**inputs, "token_index": index, "old_log_probs": known}
+        super().compute_loss(score, known_inputs)  # pyright: ignore[reportArgumentType]  # TRL only calls the model
         ((loss, metrics),) = results
         self._log_objective("train", metrics)
         return loss
 
 
 # help() and editors show the arguments of AsyncGRPOTrainer, because AsyncDRPOTrainer takes exactly these.
-AsyncDRPOTrainer.__init__.__signature__ = inspect.signature(AsyncGRPOTrainer.__init__)
+AsyncDRPOTrainer.__init__.__signature__ = inspect.signature(AsyncGRPOTrainer.__init__)  # type: ignore[attr-defined]

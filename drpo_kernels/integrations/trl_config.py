@@ -4,9 +4,9 @@ import ast
 import difflib
 import functools
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from drpo_kernels.validation import check_logprob_options, check_policy_options
 
 with needs("trl", "trl>=1.16"):
     from trl import GRPOConfig
+
+Config = TypeVar("Config", bound=type)
 
 OBJECTIVES = (DRPO, PPO, CISPO, GSPO, SPO, DPPO, PolicyGradient)
 # These loss types of TRL are aggregations. With objective=CISPO(...), "cispo" is one too and aggregates as "dapo" does.
@@ -59,7 +61,7 @@ def parse_objective(text: str) -> Objective:
         raise ValueError(f"objective {text!r} has the wrong arguments: {error}") from error
 
 
-def read_objective(objective: Objective | str) -> Objective:
+def read_objective(objective: Objective | str | None) -> Objective:
     """The objective itself, or the objective that a text names.
 
     Raises TypeError for anything else, and ValueError for a text that names no objective or for an objective that a
@@ -78,36 +80,37 @@ def read_objective(objective: Objective | str) -> Objective:
     return objective
 
 
-def _suggest(name: str, value: Any, objective: Any, fields: Iterable[str]) -> str:
+def _suggest(name: str, value: Any, objective: Any, options: Collection[str]) -> str:
     """What to write in place of the keyword `name`, which is not among the fields of a configuration."""
     chosen = objective.split("(")[0].strip() if isinstance(objective, str) else type(objective).__name__
     for cls in sorted(OBJECTIVES, key=lambda cls: cls.__name__ != chosen):
         option = name.removeprefix(f"{cls.__name__.lower()}_")
-        if option in cls.__dataclass_fields__:
+        if option in [of_class.name for of_class in fields(cls)]:
             return f"objective={cls.__name__}({option}={value!r})"
-    if RENAMED.get(name) in fields:
+    if RENAMED.get(name) in options:
         return f"{RENAMED[name]}=..."
     if name in CLIPS:
         return "objective=PPO(clip_low=..., clip_high=...)"
-    close = difflib.get_close_matches(name, fields, 1, cutoff=0.75)
+    close = difflib.get_close_matches(name, options, 1, cutoff=0.75)
     return f"{close[0]}={value!r}" if close else "one of those that its help() lists"
 
 
-def named_options(config: type) -> type:
+def named_options(config: Config) -> Config:
     """Class decorator: a configuration raises a TypeError for an unknown keyword that says what to write instead."""
-    init, fields = config.__init__, config.__dataclass_fields__
+    init = config.__init__  # type: ignore[misc]  # this class's, which the next one down gets anew
+    options = [of_class.name for of_class in fields(config)]
 
     @functools.wraps(init)
     def __init__(self, *args, **keywords):
         for name, value in keywords.items():
-            if name not in fields:
+            if name not in options:
                 raise TypeError(
                     f"{config.__name__} must be given its own options, got {name}={value!r}: write "
-                    f"{_suggest(name, value, keywords.get('objective'), fields)}"
+                    f"{_suggest(name, value, keywords.get('objective'), options)}"
                 )
         init(self, *args, **keywords)
 
-    config.__init__ = __init__  # a subclass may have more options and must be decorated itself
+    config.__init__ = __init__  # type: ignore[misc]  # a subclass may have more options and must be decorated itself
     return config
 
 
@@ -161,8 +164,9 @@ class ObjectiveOptions:
             raise ValueError(f"compact must be 'mask' or 'active', got {self.compact!r}")
         if self.logits_dtype is not None:
             self.logits_dtype = str(self.logits_dtype).removeprefix("torch.")
+        temperature = self.temperature  # type: ignore[attr-defined]  # of the trainer's own configuration
         options = PolicyOptions(
-            objective=self.objective, temperature=self.temperature, entropy_coef=entropy_coef,
+            objective=self.objective, temperature=temperature, entropy_coef=entropy_coef,
             sparse_grad=self.sparse_grad, **self.head_options(),
         )  # fmt: skip
         one = torch.ones(1, 1)
@@ -177,7 +181,8 @@ class ObjectiveOptions:
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "objective": repr(self.objective)}
+        of_trainer = super().to_dict()  # type: ignore[misc]  # the trainer's own configuration has it
+        return {**of_trainer, "objective": repr(self.objective)}
 
 
 @named_options
@@ -234,8 +239,9 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
 
     def _check_formula_options(self) -> None:
         """Refuse options of TRL's formula that an objective would ignore."""
-        fields = GRPOConfig.__dataclass_fields__.items()
-        changed = {name: getattr(self, name) for name, field in fields if getattr(self, name) != field.default}
+        assert isinstance(self.objective, Objective)  # `check` has read it
+        given = {option.name: (getattr(self, option.name), option.default) for option in fields(GRPOConfig)}
+        changed = {name: value for name, (value, default) in given.items() if value != default}
         for name in CLIP_OPTIONS:
             if name in changed:
                 raise ValueError(
@@ -265,6 +271,7 @@ class DRPOConfig(ObjectiveOptions, GRPOConfig):
 
     def _as_objective(self, changed: dict[str, Any]) -> str:
         """How to write the objective that means the same as these options of TRL's formula."""
+        assert isinstance(self.objective, Objective)
         bounds = getattr(self.objective, "clip_low", None), getattr(self.objective, "clip_high", None)
         low = changed.get("epsilon", bounds[0] or GRPOConfig.epsilon)
         high = changed.get("epsilon_high", changed.get("epsilon", bounds[1] or GRPOConfig.epsilon))

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from drpo_kernels import GSPO, PPO, diagnose
+from drpo_kernels import GSPO, PPO, Objective, diagnose
 from drpo_kernels.distributed import reduce_metrics
 from drpo_kernels.evidence import EVIDENCE
 from drpo_kernels.integrations.transformers import WithAuxiliaryLoss, add_fused_head
@@ -30,6 +30,16 @@ class ObjectiveTrainer:
 
     _config: ClassVar[type]
     _trl: ClassVar[ModuleType]  # TRL's module that defines the trainer
+    _name: str
+    objective: Objective
+    # TRL's trainer has these.
+    args: Any
+    model: Any
+    accelerator: Any
+    temperature: float
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _metrics: Any
     _paper: ClassVar = {
         "title": "Divergence Regularized Policy Optimization",
         "id": "2606.09821",
@@ -57,7 +67,7 @@ class ObjectiveTrainer:
         self._diagnosed: dict[str, set[str]] = {"train": set(), "eval": set()}
         # TRL calls this when every model, the reference too, exists and is not wrapped yet.
         with mock.patch.object(self._trl, "add_fused_lm_head", _add_head):
-            super().__init__(model, reward_funcs, args, *positional, **keywords)
+            super().__init__(model, reward_funcs, args, *positional, **keywords)  # pyright: ignore[reportCallIssue]
         self.objective = args.objective
         if self.objective.remark:
             logger.info(self.objective.remark)

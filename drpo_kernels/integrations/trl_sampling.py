@@ -5,12 +5,14 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drpo_kernels.evidence import FAR_BELOW_ONE
 from drpo_kernels.integrations import needs
+from drpo_kernels.integrations.trl_objective import ObjectiveTrainer
 from drpo_kernels.tokens import scorable
 
 with needs("trl", "trl>=1.16"):
@@ -55,9 +57,9 @@ def engine_warning(mode: str, temperature: float, filters: list[str]) -> str | N
     )
 
 
-class SampledBatches(GRPOTrainer):
+class SampledBatches(ObjectiveTrainer, GRPOTrainer):  # type: ignore[misc]  # `objective` is not transformers'
     """TRL's `GRPOTrainer` whose batches hold real log-probs or none: placeholders are removed. With a `rollout_func`
-    they may also hold "kept_ids". It is combined with `ObjectiveTrainer`.
+    they may also hold "kept_ids".
     """
 
     _generated_ids: Tensor | None = None  # the kept ids of the batch that is being generated, [B, K, ids]
@@ -69,14 +71,14 @@ class SampledBatches(GRPOTrainer):
 
     def _generate(self, prompts):
         """TRL's batch. Every token of a `rollout_func` has a log-prob or None; TRL would pad missing ones with 0."""
-        output = list(super()._generate(prompts))
+        output: list[Any] = list(super()._generate(prompts))
         completions, logprobs, kept_ids = output[1], output[4], output[5].pop("kept_ids", None)
         self._generated_ids = None
         if self.rollout_func is None:
             return tuple(output)
         self._require_everywhere(logprobs is not None)
         if kept_ids is not None:
-            ids = padded_ids(kept_ids, completions, output[2], self.pad_to_multiple_of or 1)
+            ids = padded_ids(kept_ids, completions, output[2], int(self.pad_to_multiple_of or 1))
             self._generated_ids = ids.to(self.accelerator.device)
         if logprobs is None:
             return tuple(output)
@@ -87,9 +89,9 @@ class SampledBatches(GRPOTrainer):
         output[4] = rows = []
         for tokens, row in zip_longest(completions, logprobs, fillvalue=()):
             rows.append([None] * len(tokens) if row is None else row)
-            if len(rows[-1]) != len(tokens):
+            if (given := len(rows[-1])) != len(tokens):
                 raise ValueError(
-                    f"rollout_func must return one log-prob per completion token, got {len(row)} for the {len(tokens)} "
+                    f"rollout_func must return one log-prob per completion token, got {given} for the {len(tokens)} "
                     f'tokens of completion {len(rows) - 1}: write None for those that have none, or "logprobs": None'
                 )
         return tuple(output)

@@ -206,7 +206,7 @@ def _replace(head: Callable, replacement: Callable) -> None:
     # Megatron's modules copy the name when they are loaded; other modules look it up in verl_kernel at each call.
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is head:
-            module.linear_cross_entropy = replacement
+            vars(module)["linear_cross_entropy"] = replacement
 
 
 def _register() -> None:

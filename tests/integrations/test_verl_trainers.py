@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import types
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ import torch
 import drpo_kernels
 from snippets import ROOT, run, snippet
 from verl_calls import DELTA, batch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 
 def test_configured_as_the_documentation_says(verl, restored_head):
@@ -130,9 +136,8 @@ def test_bypass_mode_is_refused(verl):
 
 
 def entry_points():
-    """The entry points in setup.py, {group: [line]}."""
-    calls = [x for x in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))) if isinstance(x, ast.Call)]
-    return next(ast.literal_eval(k.value) for call in calls for k in call.keywords if k.arg == "entry_points")
+    """The entry points in pyproject.toml, {group: {name: module}}."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
 
 
 LOADS = {
@@ -148,8 +153,10 @@ def test_verl_loads_the_plugin(verl, tmp_path, load):
     metadata = tmp_path / f"drpo_kernels-{drpo_kernels.__version__}.dist-info"
     metadata.mkdir()
     metadata.joinpath("METADATA").write_text(f"Name: drpo_kernels\nVersion: {drpo_kernels.__version__}\n")
-    lines = [line for group, names in entry_points().items() for line in (f"[{group}]", *names)]
-    metadata.joinpath("entry_points.txt").write_text("\n".join(lines))
+    written = ConfigParser()
+    written.read_dict(entry_points())
+    with metadata.joinpath("entry_points.txt").open("w") as file:
+        written.write(file)
     path = [str(tmp_path), str(ROOT)]
     environment = [] if verl.environment is None else [str(verl.environment)]
     script = f"""

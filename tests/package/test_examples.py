@@ -1,0 +1,34 @@
+"""The scripts of examples/ run as they are and show what they say."""
+
+import runpy
+
+import pytest
+
+from snippets import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def shown(name: str, capsys: pytest.CaptureFixture) -> object:
+    """What the main() of a script returns; it prints something that fits on a screen."""
+    result = runpy.run_path(str(EXAMPLES / name))["main"]()
+    assert 0 < len(capsys.readouterr().out.splitlines()) <= 24
+    return result
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"grpo_loop.py", "own_objective.py", "fused_head.py"}
+
+
+def test_the_loop_learns(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    rewards = shown("grpo_loop.py", capsys)
+    assert rewards[0] < 0.6
+    assert rewards[-1] > 0.8
+
+
+@pytest.mark.parametrize("name", ["own_objective.py", "fused_head.py"])
+def test_the_fused_loss_is_the_plain_one(name, capsys):
+    if name == "fused_head.py":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    assert shown(name, capsys) < 5e-5  # float32: what the README promises of gradients
