@@ -15,7 +15,6 @@ from benchmarks.harness.tables import times, two_figures
 from benchmarks.invariance import broken
 from benchmarks.invariance import render as invariance_tables
 from benchmarks.precision import tables as precision_tables
-from benchmarks.roofline import tables as roofline
 from benchmarks.sparsity import tables as sparsity_tables
 from benchmarks.speed import tables as speed_tables
 from benchmarks.speed.tables import LABELS, largest_error
@@ -183,10 +182,6 @@ def render_sparse_speed(run: Run) -> str:
     return "\n".join([*lines, origin_with_samples(records)])
 
 
-def render_roofline(run: Run) -> str:
-    return roofline.comparison(once(run[SPEED])) if run[SPEED] else NOT_YET
-
-
 def render_invariance_cost(run: Run) -> str:
     """The time of `batch_invariant` over that of the default."""
     found = timed(run, part="ours").get((MAIN.model, MAIN.tokens), {})
@@ -240,7 +235,6 @@ BLOCKS = (
     _block("gpu-findings", "docs/gpu.md", render_findings),
     _block("gpu-tests", "docs/gpu.md", render_tests),
     _block("every-gpu", "docs/benchmarks.md", render_every_speed),
-    _block("roofline-gpu", "docs/roofline.md", render_roofline),
     _block("sparse-gpu", "docs/sparse.md", render_sparse_speed),
     _block("invariance-gpu", "docs/determinism.md", render_invariance),
     _block("invariance-cost", "docs/determinism.md", render_invariance_cost),

@@ -1,1 +1,1 @@
-"""Predicted time and memory of every method on chips we may never hold; `python -m benchmarks.roofline`."""
+"""Predicted time and memory of the speed benchmark's methods on chips that are not here, beside what was measured."""

@@ -1,4 +1,4 @@
-"""Published figures of the chips that the roofline model plans for, and what share of them is assumed to be reached."""
+"""Published figures of the chips that the model knows, and the shares of them that are assumed to be reached."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and where it is published (or, of a calibrated chip, the record that it was measured in)."""
+    """A number and where it is published."""
 
     value: float
     source: str
@@ -15,7 +15,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Assumption:
-    """A share of a published rate that is taken to be reached, and where that comes from."""
+    """The share of a published rate that is assumed to be reached, and the reason."""
 
     share: float
     source: str
@@ -27,50 +27,47 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Chip:
-    """Dense peaks, never the ones "with sparsity", which are twice as large. None where nothing is published.
+    """Published dense rates, never those "with sparsity", which are twice as large.
 
-    preset      its name among the devices that the planning knows
     matrix      FLOP/s of 16-bit operands with float32 accumulation
     vector      FLOP/s of float32 operands, without TF32
-    bandwidth   bytes/s of the memory; None: no stage is charged for its bytes
+    bandwidth   bytes/s of the memory
     capacity    bytes of memory
     cache       bytes of the last cache that all processors share
-    processors  SMs or compute units, one tile of a product and one row of the row kernels at a time; None: not modelled
-    lanes       float32 results of a processor in a clock, by which `vector` tells the clock; None: instructions are not
-                charged
+    processors  SMs or compute units; each works on one tile of a product, or one row, at a time
+    lanes       float32 results of a processor in a clock, which give the clock; None if instructions are not charged
     """
 
     name: str
-    preset: str
-    matrix: Figure | None
+    matrix: Figure
     vector: Figure
-    bandwidth: Figure | None
-    capacity: Figure | None
-    cache: Figure | None
-    processors: Figure | None
+    bandwidth: Figure
+    capacity: Figure
+    cache: Figure
+    processors: Figure
     matmul_efficiency: Assumption
     memory_efficiency: Assumption
     lanes: int | None = None
 
-    def flops_per_second(self, itemsize: int) -> float:
-        """The rate that products of operands of this size are assumed to reach."""
-        peak = self.matrix if itemsize < 4 else self.vector
-        if peak is None:
-            raise ValueError(f"no rate is known for {8 * itemsize}-bit operands on {self.name}")
-        return peak.value * self.matmul_efficiency.share
-
-    def seconds_for_bytes(self, count: float) -> float:
-        return 0.0 if self.bandwidth is None else count / (self.bandwidth.value * self.memory_efficiency.share)
+    @property
+    def preset(self) -> str:
+        """Its name among the devices that the planning knows."""
+        return self.name.lower()
 
     @property
     def clock(self) -> float | None:
-        """Hz: every lane does a multiplication and an addition."""
+        """In Hz, from a multiplication and an addition in every lane."""
         return None if self.lanes is None else self.vector.value / (2 * self.lanes * self.processors.value)
+
+    def flops_per_second(self, itemsize: int) -> float:
+        """The rate that products of operands of this size are assumed to reach."""
+        return (self.matrix if itemsize < 4 else self.vector).value * self.matmul_efficiency.share
+
+    def seconds_for_bytes(self, count: float) -> float:
+        return count / (self.bandwidth.value * self.memory_efficiency.share)
 
     def keeps(self, row_bytes: float) -> bool:
         """Whether the cache holds one row per processor, so that a row's second read need not go to memory."""
-        if self.cache is None or self.processors is None:
-            return False
         return self.processors.value * row_bytes <= self.cache.value
 
     def with_efficiency(self, matmul: float | None, memory: float | None) -> Chip:
@@ -114,7 +111,6 @@ CHIPS = {
     for chip in (
         Chip(
             "A100",
-            "a100",
             matrix=Figure(312 * TERA, A100_PAGE),
             vector=Figure(19.5 * TERA, A100_PAGE),
             bandwidth=Figure(2.039 * TB, A100_PAGE),
@@ -127,7 +123,6 @@ CHIPS = {
         ),
         Chip(
             "H100",
-            "h100",
             matrix=Figure(989 * TERA, H100_PAGE),
             vector=Figure(67 * TERA, H100_PAGE),
             bandwidth=Figure(3.35 * TB, H100_PAGE),
@@ -140,7 +135,6 @@ CHIPS = {
         ),
         Chip(
             "H200",
-            "h200",
             matrix=Figure(989 * TERA, H200_PAGE),
             vector=Figure(67 * TERA, H200_PAGE),
             bandwidth=Figure(4.8 * TB, H200_PAGE),
@@ -153,7 +147,6 @@ CHIPS = {
         ),
         Chip(
             "B200",
-            "b200",
             matrix=Figure(2250 * TERA, DGX_B200_SHEET),
             vector=Figure(80 * TERA, DGX_B200_SHEET),
             bandwidth=Figure(8 * TB, DGX_B200_SHEET),
@@ -166,7 +159,6 @@ CHIPS = {
         ),
         Chip(
             "MI300X",
-            "mi300x",
             matrix=Figure(1307.4 * TERA, MI300X_PAGE),
             vector=Figure(163.4 * TERA, MI300X_PAGE),
             bandwidth=Figure(5.3 * TB, MI300X_PAGE),

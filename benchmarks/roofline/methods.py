@@ -11,10 +11,7 @@ from benchmarks.roofline.work import Cost, Problem
 
 @dataclass(frozen=True)
 class Method:
-    """label    for tables
-    cost      problem -> its work
-    held_to   the floor whose work it cannot avoid; None for a floor
-    """
+    """The label in tables, the work on a problem, and the floor whose work it cannot avoid (None for a floor)."""
 
     label: str
     cost: Callable[[Problem], Cost]
@@ -39,10 +36,6 @@ METHODS = {
     "eager": Method("eager PyTorch", peers.eager),
     "eager_compiled": Method("`torch.compile`, all fused", peers.eager_compiled),
     "trl": Method("TRL's fused head", peers.trl),
-    "verl": Method("verl's Triton head", peers.verl),
     "liger_grpo": Method("Liger's chunked GRPO loss", peers.liger_grpo),
     "cce_exact": Method("cut-cross-entropy, no filter", peers.cce_exact),
-    "bound_8f": Method("any fused 8F head, at least", peers.bound_8f),
 }
-# not in the tables of predictions, though measured
-UNPREDICTED = "cut-cross-entropy as it comes skips blocks of small probabilities: between 2F and 8F, as the inputs are"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,18 +15,8 @@ from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, SweepPlan,
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-@dataclass(frozen=True)
-class Design:
-    """A variant of `linear_policy_loss`, to see what it costs.
-
-    one_read  of float32 logits with 16-bit gradients: False with an entropy bonus, a z-loss or `sparse_grad`
-    """
-
-    one_read: bool = True
-
-
 def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
-    """How the package would cut up `active` rows with a gradient and `forward` rows without."""
+    """How the package cuts up `active` rows with a gradient and `forward` rows without one."""
     operand = DTYPES[problem.itemsize]
     gathers = 0 < active < problem.tokens
     return plan(
@@ -41,7 +31,7 @@ def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
 
 
 def _accumulator(problem: Problem, cut: SweepPlan) -> int:
-    """Bytes of what dW is summed or written in; none with a frozen head."""
+    """Bytes of the buffer in which dW is summed or written; 0 with a frozen head."""
     if cut.weight_gradient is WeightGradient.NONE:
         return 0
     wide = cut.weight_gradient is WeightGradient.WIDE_SUM
@@ -49,14 +39,14 @@ def _accumulator(problem: Problem, cut: SweepPlan) -> int:
 
 
 def held_bytes(problem: Problem, cut: SweepPlan) -> int:
-    """While rows with a gradient are swept: logits, dlogits, dX, dW or its sum, a window's copied hidden rows."""
+    """Bytes held while rows with a gradient are swept: logits, dlogits, dX, dW or its sum, copies of hidden rows."""
     copies = cut.storage.copied * cut.windows.largest * problem.hidden
     return cut.buffer_bytes + problem.itemsize * problem.states + _accumulator(problem, cut) + copies
 
 
 def _gradient_stages(problem: Problem, cut: SweepPlan, scales: bool = False) -> list[Stage]:
-    """dX and dW, a product each for every window; `scales`: a row's factor is applied to its dX in float32 and, for dW,
-    to its hidden row, in the room of the logits where no more of them are to come.
+    """dX and dW take a product each for every window. With `scales` a row's factor multiplies its dX in float32 and its
+    hidden row for dW. These copies lie where the logits were if there is one window.
     """
     item, width, vocab = problem.itemsize, problem.hidden, problem.vocab
     windows = [window.stop - window.start for window in cut.windows]
@@ -98,12 +88,14 @@ def _logits(name: str, problem: Problem, chunks: Sequence[int], live: int) -> St
     return products(name, shapes, problem.itemsize, problem.logits_itemsize, live)
 
 
-def linear(problem: Problem, design: Design = Design()) -> Cost:
-    """`linear_policy_loss`: 6F, 4F with a frozen head, of the active rows."""
+def linear(problem: Problem, one_read: bool = True) -> Cost:
+    """`linear_policy_loss` takes 6F of the active rows, or 4F with a frozen head. Its row kernel reads float32 logits
+    once if the gradients have 16 bits and there is no entropy bonus, z-loss or `sparse_grad` (`one_read`).
+    """
     rows, item, wide = problem.active, problem.itemsize, problem.logits_itemsize
     cut = sweep_plan(problem, rows)
     live, count, chunks = held_bytes(problem, cut), rows * problem.vocab, _chunks(cut)
-    one_read = design.one_read and item < FLOAT32 == wide
+    one_read = one_read and item < FLOAT32 == wide
     stages = [
         Stage("small kernels", live=live, launches=_small_kernels(chunks), waits=1),
         _logits("logits", problem, chunks, live),
@@ -119,16 +111,14 @@ def linear(problem: Problem, design: Design = Design()) -> Cost:
         ),
         *_gradient_stages(problem, cut, scales=one_read),
     ]
-    if problem.upstream:
-        stages.append(Stage("upstream factor", read=problem.gradients, written=problem.gradients, live=live))
-    if rows < problem.tokens:  # rows out of hidden, for the logits and again for dW, and zeros in dX
+    if rows < problem.tokens:  # The active rows are copied for the logits and again for dW, and dX is zeroed.
         moved = item * rows * problem.hidden * (2 if problem.trainable_head else 1)
         stages.insert(0, Stage("gather", read=moved, written=moved + item * problem.states, live=live))
     return Cost(tuple(stages), problem.gradients)
 
 
 def recompute(problem: Problem) -> Cost:
-    """`linear_token_logprobs`: 2F forward, 6F backward, of all rows."""
+    """`linear_token_logprobs` takes 2F in the forward and 6F in the backward of all rows."""
     forward, cut = sweep_plan(problem, 0, problem.tokens), sweep_plan(problem, problem.tokens)
     live, moved = held_bytes(problem, cut), problem.logits_itemsize * problem.logits
     chunks, again = [chunk.stop - chunk.start for chunk in forward.forward], _chunks(cut)
@@ -146,7 +136,7 @@ def recompute(problem: Problem) -> Cost:
 
 
 def ready(problem: Problem, in_place: bool = False) -> Cost:
-    """`policy_loss` from logits of the inputs' dtype, the gradient in the same; the upstream gradient is 1."""
+    """`policy_loss` from logits of the inputs' dtype, with a gradient of the same dtype."""
     size = problem.itemsize * problem.logits
     live = 0 if in_place else size
     rows = Stage(
@@ -162,13 +152,13 @@ def ready(problem: Problem, in_place: bool = False) -> Cost:
 
 
 def copy(problem: Problem) -> Cost:
-    """The floor of `ready`: one read and one write of the logits."""
+    """The floor of `policy_loss` is one read and one write of the logits."""
     size = problem.itemsize * problem.logits
     return Cost((Stage("copy", read=size, written=size, live=size),), size)
 
 
 def whole_products(problem: Problem, forwards: int = 1) -> Cost:
-    """The floor of the paths from hidden states: the bare products, unchunked, results in the inputs' dtype."""
+    """The floor of the methods that take hidden states: bare, unchunked products with results in the inputs' dtype."""
     size = problem.itemsize * problem.logits
     forward = [whole_logits(problem, "logits" if i == 0 else "logits again", size) for i in range(forwards)]
     return Cost((*forward, *whole_gradients(problem, size)), problem.gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from benchmarks.roofline.work import (
     FLOAT32,
@@ -14,52 +14,18 @@ from benchmarks.roofline.work import (
     together,
     whole_gradients,
     whole_logits,
-)  # fmt: skip
+)
 
-# TRL 1.16: rows and vocabulary of a tile of logits
+# rows and columns of a tile of logits in TRL 1.16
 TRL_ROWS, TRL_COLUMNS = 4096, 32_768
-# Liger 0.8.2's chunked GRPO loss takes one sequence at a time, taken to be this long: its rows, and those of a tile
+# Liger 0.8.2's chunked GRPO loss takes one sequence at a time. Assumed length of a sequence; rows and columns of a tile
 LIGER_SEQUENCE, LIGER_ROWS, LIGER_COLUMNS = 1024, 2048, 4096
-# verl 0.9: vocabulary of a slice of dlogits
-VERL_COLUMNS = 9504
-# cut-cross-entropy: rows and vocabulary of a block
+# rows, and columns, of a block in cut-cross-entropy
 CCE_BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Published:
-    """A head whose authors publish how fast it is.
-
-    products  of the head with every row, 2F each, that it takes
-    rates     TFLOP/s of these FLOPs at H=4096; None where `of_floor` is known
-    of_floor  the time in those of its bare products
-    """
-
-    label: str
-    chip: str
-    products: int
-    remark: str
-    source: str
-    rates: tuple[float, float] | None = None
-    of_floor: tuple[float, float] | None = None
-
-
-LIGER = "https://github.com/linkedin/Liger-Kernel/pull"
-PUBLISHED = (
-    Published(
-        "Liger's scaled cross-entropy for sm_90", "H200", 4, "logits staged in fp16, dW added in bf16", f"{LIGER}/1422",
-        rates=(763, 788),
-    ),
-    Published("Liger's scaled cross-entropy for sm_100", "B200", 4, "", f"{LIGER}/1458", rates=(1465, 1465)),
-    Published(
-        "quack's scaled exponentials", "H200", 3, "plain cross-entropy", "https://github.com/Dao-AILab/quack",
-        of_floor=(0.97, 1.09),
-    ),
-)  # fmt: skip
-
-
 def eager(problem: Problem) -> Cost:
-    """Logits in the inputs' dtype, `log_softmax` in float32, `gather`, autograd; each operation a kernel of its own."""
+    """Logits in the inputs' dtype, `log_softmax` in float32, `gather` and autograd, a kernel for each operation."""
     item, narrow = problem.itemsize, problem.itemsize < FLOAT32
     size, wide, row = item * problem.logits, FLOAT32 * problem.logits, FLOAT32 * problem.vocab
     held = size if narrow else 0
@@ -77,7 +43,7 @@ def eager(problem: Problem) -> Cost:
 
 
 def eager_compiled(problem: Problem) -> Cost:
-    """The same if the compiler fuses all it can: a read for the statistics, a read and a write for the gradient."""
+    """Eager code under a compiler that fuses all it can: one read for the statistics, and one read and write after."""
     size = problem.itemsize * problem.logits
     stages = [
         whole_logits(problem, live=size),
@@ -89,7 +55,7 @@ def eager_compiled(problem: Problem) -> Cost:
 
 
 def trl(problem: Problem) -> Cost:
-    """TRL's fused head: 8F in tiles of rows and vocabulary, gradients accumulated in float32. Its Triton path."""
+    """TRL's fused head on a GPU takes 8F in tiles of rows and vocabulary and adds its gradients in float32."""
     item, width = problem.itemsize, problem.hidden
     rows, columns = slices(problem.tokens, TRL_ROWS), slices(problem.vocab, TRL_COLUMNS)
     size, tile = item * problem.logits, item * max(rows) * TRL_COLUMNS
@@ -110,31 +76,8 @@ def trl(problem: Problem) -> Cost:
     return Cost(tuple(stages), problem.gradients)
 
 
-def verl(problem: Problem) -> Cost:
-    """verl's Triton head: 8F; no logits leave the forward, dlogits do for a slice of the vocabulary at a time."""
-    item, tokens, width = problem.itemsize, problem.tokens, problem.hidden
-    columns = slices(problem.vocab, VERL_COLUMNS)
-    live = item * tokens * VERL_COLUMNS + problem.gradients
-    states = item * problem.states * (len(columns) - 1)
-    stages = [
-        whole_logits(problem, "logits and statistics", keep=False),
-        products("dlogits", [(tokens, n, width) for n in columns], item, item, live),
-        products("dX", [(tokens, width, n) for n in columns], item, item, live + item * problem.states),
-        Stage("sums of dX", read=2 * states, written=states, live=live + item * problem.states),
-        products("dW", [(n, width, tokens) for n in columns], item, item, live),
-    ]
-    return Cost(tuple(stages), problem.gradients)
-
-
-def bound_8f(problem: Problem) -> Cost:
-    """The least that any fused 8F head takes, such as Liger's Hopper kernels: its products, and dlogits once."""
-    forward = whole_logits(problem, "logits and statistics", keep=False)
-    dlogits = whole_logits(problem, "dlogits", live=problem.gradients)
-    return Cost((forward, dlogits, *whole_gradients(problem, 0)), problem.gradients)
-
-
 def cce_exact(problem: Problem) -> Cost:
-    """cut-cross-entropy without its filter: 8F in one kernel each way, every block adding to dX and dW under locks."""
+    """cut-cross-entropy without its filter takes 8F in one kernel each way; blocks add to dX and dW under locks."""
     item, live = problem.itemsize, problem.gradients
     blocks = problem.states * -(-problem.vocab // CCE_BLOCK) + problem.head * -(-problem.tokens // CCE_BLOCK)
     forward, again = whole_logits(problem, "logits and statistics", keep=False), whole_logits(problem, keep=False)
@@ -143,7 +86,7 @@ def cce_exact(problem: Problem) -> Cost:
 
 
 def liger_grpo(problem: Problem) -> Cost:
-    """Liger's chunked GRPO loss: 2F + 2F in 16 bits and 4F in float32, operands cast up, with eager PyTorch between."""
+    """Liger's chunked GRPO loss takes 4F in 16 bits and, with operands cast up, 4F in float32, in eager PyTorch."""
     item, width, head = problem.itemsize, problem.hidden, problem.head
     columns = slices(problem.vocab, LIGER_COLUMNS)
     sequences = slices(problem.tokens, LIGER_SEQUENCE)
@@ -153,9 +96,9 @@ def liger_grpo(problem: Problem) -> Cost:
     live = problem.gradients + FLOAT32 * (head + max(sequences) * width) + item * head + 4 * FLOAT32 * tile
     hidden = [products("dX", [(m, width, n) for n in columns], FLOAT32, FLOAT32, live) for m in rows]
     weight = [products("dW", [(n, width, m) for n in columns], FLOAT32, FLOAT32, live) for m in rows]
-    # float(), mul_, amax, subtract, exp, sum; and float(), mul_, subtract, exp, two products with a scalar
+    # bytes per logit: float(), mul_, amax, subtract, exp, sum; then float(), mul_, subtract, exp, two products
     forward, backward = 38 * problem.logits, 46 * problem.logits
-    # of each sequence: the weight cast up; a float32 dW zeroed, added to, cast; the sum over sequences
+    # For each sequence the weight is cast up, a float32 dW is zeroed, added to and cast, and added to the total.
     per_sequence = head * ((item + FLOAT32) + (FLOAT32 + 3 * FLOAT32 + FLOAT32 + item) + 3 * item)
     additions = per_sequence * len(sequences) + 3 * FLOAT32 * problem.states * len(columns)
     return Cost(

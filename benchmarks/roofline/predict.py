@@ -1,10 +1,4 @@
-"""Seconds for a method on a chip, as a range.
-
-Least: every stage takes the longest of its arithmetic, its bytes and its instructions; second reads of a row hit where
-the cache keeps one row per processor. Most: nothing hits; what epilogues move beyond one write of a result is not
-hidden; instructions are issued at the share of the peak that was measured; and a product's tiles occupy whole waves of
-processors, without splitting its inner dimension. Launches and waits for the host are added to both.
-"""
+"""The seconds that a method takes on a chip, as a range; docs/roofline.md says how both ends are counted."""
 
 from __future__ import annotations
 
@@ -16,13 +10,13 @@ from benchmarks.roofline.chips import Chip
 from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.work import Cost, Problem, Stage
 
-# rows and columns that one processor computes at a time: cuBLAS's usual tile for large 16-bit products
+# Rows and columns of a product that one processor computes at a time, as cuBLAS usually does for large products
 TILE = (128, 256)
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds; `bound` is "arithmetic", "memory" or "instructions", whichever takes longest, or "launches"."""
+    """Seconds, and which of "arithmetic", "memory", "instructions" and "launches" takes longest."""
 
     name: str
     least: float
@@ -32,7 +26,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a method, or a variant of one, on a chip; `floor` of the method it is held to, or None of a floor."""
+    """What a method takes on a chip. `floor` is the prediction of the floor it is held to; a floor has None."""
 
     method: str
     chip: Chip
@@ -51,24 +45,20 @@ class Prediction:
 
     @property
     def times_floor(self) -> tuple[float, float] | None:
-        """The range relative to the floor's: least to least, most to most."""
+        """The least time over the floor's least, and the most over the floor's most."""
         return None if self.floor is None else (self.least / self.floor.least, self.most / self.floor.most)
 
     @property
     def fits(self) -> bool:
-        """Beside hidden and weight (or the logits) in the chip's memory."""
+        """Whether it fits into the chip's memory beside hidden and weight (or the logits)."""
         floor = self.method if self.floor is None else self.floor.method
         inputs = self.problem.logits if floor == "copy" else self.problem.states + self.problem.head
-        capacity = self.chip.capacity
-        return capacity is None or self.cost.extra + self.problem.itemsize * inputs <= capacity.value
+        return self.cost.extra + self.problem.itemsize * inputs <= self.chip.capacity.value
 
 
-def predict(chip: Chip, method: str, problem: Problem, cost: Cost | None = None) -> Prediction:
-    """`cost` replaces the method's own, for a variant of it."""
+def predict(chip: Chip, method: str, problem: Problem) -> Prediction:
     problem = replace(problem, device=chip.preset)
-    cost = METHODS[method].cost(problem) if cost is None else cost
-    held_to = METHODS[method].held_to
-    # a floor has no rows to skip and no workspace
+    cost, held_to = METHODS[method].cost(problem), METHODS[method].held_to
     floor = None if held_to is None else predict(chip, held_to, problem)
     return Prediction(method, chip, problem, cost, tuple(stage_time(chip, stage) for stage in cost.stages), floor)
 
@@ -82,8 +72,7 @@ def stage_time(chip: Chip, stage: Stage) -> StageTime:
     instructions = 0.0
     if chip.clock is not None:
         instructions = stage.instructions / (ISSUED * chip.processors.value * chip.clock)
-    # a CPU's calls are not launches
-    launches = 0.0 if chip.processors is None else LAUNCH * stage.kernels + READ_BACK * stage.waits
+    launches = LAUNCH * stage.kernels + READ_BACK * stage.waits
     bounds = {"arithmetic": arithmetic, "memory": memory, "instructions": instructions}
     longest = max(bounds, key=bounds.get)
     return StageTime(
@@ -96,7 +85,7 @@ def stage_time(chip: Chip, stage: Stage) -> StageTime:
 
 def occupied(chip: Chip, results: Sequence[tuple[int, int]]) -> float:
     """The share of the processors' time that products with these results use, in whole waves of tiles."""
-    if chip.processors is None or not results:
+    if not results:
         return 1.0
     count = int(chip.processors.value)
     tiles = [-(-rows // TILE[0]) * -(-columns // TILE[1]) for rows, columns in results]

@@ -1,42 +1,175 @@
-"""The model's tables, as Markdown. Everything predicted says so."""
+"""The model's tables in Markdown, and the block of docs/roofline.md that `benchmarks.report` writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 
-from benchmarks.harness.blocks import Block
+from benchmarks.harness.blocks import NOT_YET, Block, origin
 from benchmarks.harness.records import Record
-from benchmarks.harness.tables import NOTHING, table
+from benchmarks.harness.tables import NOTHING, table, times
 from benchmarks.harness.workloads import MODELS
-from benchmarks.roofline import charges, measured
-from benchmarks.roofline.bars import GIB, LINEAR, bars, span
+from benchmarks.roofline import charges
 from benchmarks.roofline.chips import CHIPS, Chip, Figure
-from benchmarks.roofline.methods import METHODS, UNPREDICTED
-from benchmarks.roofline.peers import PUBLISHED, Published
+from benchmarks.roofline.measured import Comparison, compared
+from benchmarks.roofline.methods import METHODS
 from benchmarks.roofline.predict import Prediction, predict
 from benchmarks.roofline.work import Problem
 
-# the case of the bars
-MODEL, TOKENS, CHIP = "Qwen3-8B", 8192, "H200"
+GIB = 1 << 30
+MODEL, TOKENS = "Qwen3-8B", 8192
+CLOSE = 0.02  # A predicted peak of memory that is no further off than this is called close.
 
 
-def headline() -> Problem:
-    return Problem(TOKENS, MODELS[MODEL].hidden, MODELS[MODEL].vocab)
+def problem_of(model: str = MODEL, tokens: int = TOKENS) -> Problem:
+    return Problem(tokens, MODELS[model].hidden, MODELS[model].vocab)
+
+
+def span(low: float, high: float, digits: int = 2) -> str:
+    """Both ends, or one number where they round to the same."""
+    ends = [f"{end:.{digits}f}" for end in sorted((low, high))]
+    return ends[0] if ends[0] == ends[1] else "–".join(ends)
+
+
+# --- the tables of the command ----------------------------------------------------------------------------------------
+
+
+def method_table(chip: Chip, methods: Sequence[str], problem: Problem) -> str:
+    """A row per method, each against the floor that it is held to."""
+    header = ("method", "TFLOP", "GB moved", "ms", "of its floor", "peak extra GiB", "beyond gradients")
+    return table(header, [_row(predict(chip, method, problem)) for method in methods])
+
+
+def _row(found: Prediction) -> tuple[str, ...]:
+    cost = found.cost
+    row = (
+        METHODS[found.method].label, f"{cost.flops / 1e12:.1f}", f"{cost.moved / 1e9:.0f}",
+        span(found.least * 1e3, found.most * 1e3, 1),
+    )  # fmt: skip
+    if found.floor is None:
+        return (*row, NOTHING, NOTHING, NOTHING)
+    extra = f"{cost.extra / GIB:.2f}" + ("" if found.fits else ", does not fit")
+    return (*row, f"{span(*found.times_floor)}×", extra, f"{(cost.extra - cost.gradients) / GIB:.2f}")
+
+
+def stage_table(found: Prediction) -> str:
+    """Where the time and the memory of a method go."""
+    rows = [
+        (
+            time.name, f"{stage.flops / 1e12:.1f}", f"{stage.read / 1e9:.1f}", f"{stage.written / 1e9:.1f}",
+            span(time.least * 1e3, time.most * 1e3), time.bound, f"{stage.live / GIB:.2f}",
+        )
+        for stage, time in zip(found.cost.stages, found.stages, strict=True)
+    ]  # fmt: skip
+    return table(("stage", "TFLOP", "GB read", "GB written", "ms", "bound by", "GiB live"), rows)
+
+
+# --- the block of the page --------------------------------------------------------------------------------------------
+
+
+def render(records: Sequence[Record]) -> str:
+    """What came out, what is predicted, and the figures and assumptions behind it."""
+    return "\n\n".join([
+        f"## Prediction beside measurement\n\n{comparison(records)}",
+        f"## Predicted times\n\n{predictions()}",
+        f"## The chips\n\n{chips()}\n\n{assumed()}",
+    ])  # fmt: skip
+
+
+def comparison(records: Sequence[Record]) -> str:
+    """What came out, in sentences and case by case."""
+    rows = compared(records)
+    if not rows:
+        return NOT_YET
+    header = (
+        "model", "T", "dtype", "method", "predicted ms", "measured ms", "over the least predicted", "predicted MiB",
+        "measured MiB",
+    )  # fmt: skip
+    return "\n\n".join([
+        " ".join(conclusions(rows)),
+        "![Predicted stages and measured time of every method](../bench_results/gpu/roofline.png)",
+        table(header, [_compared(row) for row in rows], left=4),
+        origin([row.record for row in rows]),
+    ])  # fmt: skip
+
+
+def conclusions(rows: Sequence[Comparison]) -> Iterator[str]:
+    """How good the predictions of time and of memory were."""
+    ratios = [row.ratio for row in rows]
+    yield (
+        f"Of {len(rows)} times measured on {rows[0].prediction.chip.name}, {sum(row.within for row in rows)} lie in "
+        f"the predicted range; half take at most {times(statistics.median(ratios))} the least that was predicted."
+    )
+    for name in ("gemms_whole", "linear_policy_loss"):
+        for row in rows:
+            if row.prediction.method == name and row.prediction.problem == _headline_of(row):
+                least, most = row.prediction.least * 1e3, row.prediction.most * 1e3
+                yield (
+                    f"At {MODEL} and T={TOKENS}, {METHODS[name].label} took {row.record['median_s'] * 1e3:.1f} ms "
+                    f"where {span(least, most, 1)} were predicted."
+                )
+    worst = max(rows, key=lambda row: row.ratio)
+    yield f"The time is furthest off for {_case(worst)}, with {times(worst.ratio)} the least predicted."
+    peaks = [row for row in rows if row.peak_off is not None]
+    if peaks:
+        worst = max(peaks, key=lambda row: abs(row.peak_off))
+        close = sum(abs(row.peak_off) <= CLOSE for row in peaks)
+        yield (
+            f"Of {len(peaks)} peaks of memory, {close} are within {CLOSE:.0%} of the prediction; {_case(worst)} is "
+            f"furthest off, by {worst.peak_off:+.0%}."
+        )
+
+
+def _headline_of(row: Comparison) -> Problem:
+    """The problem of the predictions on the row's chip."""
+    return Problem(**vars(problem_of()) | {"device": row.prediction.chip.preset})
+
+
+def _case(row: Comparison) -> str:
+    return f"{METHODS[row.prediction.method].label} at {row.record['workload']} T={row.record['shape']['tokens']}"
+
+
+def _compared(row: Comparison) -> tuple[str, ...]:
+    record, found = row.record, row.prediction
+    share, peak, milliseconds = record["active_share"], record["peak_extra_bytes"], record["median_s"] * 1e3
+    digits = 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2
+    return (
+        record["workload"],
+        str(record["shape"]["tokens"]),
+        record["dtype"],
+        METHODS[found.method].label + ("" if share == 1 else f", {share:.0%} of rows active"),
+        span(found.least * 1e3, found.most * 1e3, digits),
+        f"{milliseconds:.{digits}f}",
+        times(row.ratio),
+        NOTHING if peak is None else f"{found.cost.extra / 2**20:.0f}",
+        NOTHING if peak is None else f"{peak / 2**20:.0f}",
+    )
+
+
+def predictions() -> str:
+    """The range of milliseconds on every chip, and in brackets what it is of the floor."""
+    problem, rows = problem_of(), []
+    for name, method in METHODS.items():
+        found = [predict(chip, name, problem) for chip in CHIPS.values()]
+        rows.append((method.label, *map(_cell, found), f"{found[0].cost.extra / GIB:.1f}"))
+    return (
+        f"PREDICTED milliseconds (times the floor it is held to) for {MODEL}, T={problem.tokens} H={problem.hidden} "
+        f"V={problem.vocab}, bf16, default workspace; not measured:\n\n"
+        + table(("method", *CHIPS, "peak extra GiB"), rows)
+    )
+
+
+def _cell(found: Prediction) -> str:
+    text = span(found.least * 1e3, found.most * 1e3, 1)
+    text += "" if found.floor is None else f" ({span(*found.times_floor)}×)"
+    return text if found.fits else f"{text}, does not fit"
 
 
 def chips() -> str:
     """The published figures, each with its source, and the assumed efficiencies with their reasons."""
     header = (
-        "chip",
-        "16-bit TFLOP/s",
-        "float32 TFLOP/s",
-        "TB/s",
-        "GB",
-        "cache MiB",
-        "SMs or CUs",
-        "products",
-        "memory",
-    )
+        "chip", "16-bit TFLOP/s", "float32 TFLOP/s", "TB/s", "GB", "cache MiB", "SMs or CUs", "products", "memory",
+    )  # fmt: skip
     rows, sources = [], {}
     for chip in CHIPS.values():
         figures = (
@@ -51,13 +184,10 @@ def chips() -> str:
         f"[{number}] <{source}>" if source.startswith("https:") else f"[{number}] {source}"
         for source, number in sources.items()
     )
-    lines = [
-        table(header, rows),
-        "",
-        "Published figures, dense, never those with sparsity. The last two columns are **assumptions**: the shares of "
-        f"the published rates that products and copies reach. {origins}.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{table(header, rows)}\n\nPublished figures, dense, never those with sparsity. The last two columns are "
+        f"**assumptions**: the shares of the published rates that products and copies reach. {origins}."
+    )
 
 
 def _figure(figure: Figure, unit: float, sources: dict[str, int]) -> str:
@@ -66,90 +196,6 @@ def _figure(figure: Figure, unit: float, sources: dict[str, int]) -> str:
 
 def _number(source: str, sources: dict[str, int]) -> int:
     return sources.setdefault(source, len(sources) + 1)
-
-
-def chip_table(chip: Chip, methods: Sequence[str], problem: Problem) -> str:
-    """Methods down; each against the floor that it is held to."""
-    header = ("method", "TFLOP", "GB moved", "ms", "of its floor", "peak extra GiB", "beyond gradients")
-    return table(header, [_row(predict(chip, method, problem)) for method in methods])
-
-
-def _row(found: Prediction) -> tuple[str, ...]:
-    cost, extra = found.cost, NOTHING
-    if found.floor is not None:
-        extra = f"{cost.extra / GIB:.2f}" + ("" if found.fits else ", does not fit")
-    return (
-        METHODS[found.method].label,
-        f"{cost.flops / 1e12:.1f}",
-        f"{cost.moved / 1e9:.0f}",
-        span(found.least * 1e3, found.most * 1e3, 1),
-        NOTHING if found.floor is None else f"{span(*found.times_floor)}×",
-        extra,
-        NOTHING if found.floor is None else f"{(cost.extra - cost.gradients) / GIB:.2f}",
-    )
-
-
-def stage_table(found: Prediction) -> str:
-    """Where the time and the memory go."""
-    rows = [
-        (
-            time.name, f"{stage.flops / 1e12:.1f}", f"{stage.read / 1e9:.1f}", f"{stage.written / 1e9:.1f}",
-            span(time.least * 1e3, time.most * 1e3), time.bound, f"{stage.live / GIB:.2f}",
-        )
-        for stage, time in zip(found.cost.stages, found.stages, strict=True)
-    ]  # fmt: skip
-    return table(("stage", "TFLOP", "GB read", "GB written", "ms", "bound by", "GiB live"), rows)
-
-
-def predictions() -> str:
-    """The case of the bars on every chip: the range of milliseconds, and of the least what it is of the floor."""
-    problem = headline()
-    rows = []
-    for name, method in METHODS.items():
-        found = [predict(chip, name, problem) for chip in CHIPS.values()]
-        rows.append((method.label, *(_cell(each) for each in found), f"{found[0].cost.extra / GIB:.1f}"))
-    lines = [
-        f"PREDICTED milliseconds (times the floor it is held to) for {MODEL}, T={problem.tokens} H={problem.hidden} "
-        f"V={problem.vocab}, bf16, default workspace; not measured:",
-        "",
-        table(("method", *CHIPS, "peak extra GiB"), rows),
-        "",
-        f"Not predicted: {UNPREDICTED}.",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(found: Prediction) -> str:
-    text = span(found.least * 1e3, found.most * 1e3, 1)
-    text += "" if found.floor is None else f" ({span(*found.times_floor)}×)"
-    return text if found.fits else f"{text}, does not fit"
-
-
-def published() -> str:
-    """Heads with rates of their authors, at the shape of the bars, beside ours."""
-    header = ("head", "chip", "FLOPs", "TFLOP/s", "ms", "in times of ours", "remark")
-    lines = [
-        f"PREDICTED for {MODEL}, T={TOKENS}, from the rates at H=4096 that their authors publish, or the time beside "
-        "bare products; none of it is measured here:",
-        "",
-        table(header, [_published(head) for head in PUBLISHED], 2),
-    ]
-    return "\n".join(lines)
-
-
-def _published(head: Published) -> tuple[str, ...]:
-    problem, chip = headline(), CHIPS[head.chip]
-    flops = 2 * head.products * problem.logits * problem.hidden
-    if head.rates is None:
-        rate, least = NOTHING, predict(chip, "gemms_whole", problem).least
-        times = [share * least for share in head.of_floor]
-    else:
-        rate, times = span(*head.rates, 0), [flops / 1e12 / each for each in head.rates]
-    ours = predict(chip, LINEAR, problem)
-    milliseconds = span(times[0] * 1e3, times[1] * 1e3, 1)
-    ratios = f"{span(min(times) / ours.most, max(times) / ours.least)}×"
-    remark = f"{head.remark}, <{head.source}>" if head.remark else f"<{head.source}>"
-    return head.label, head.chip, f"{2 * head.products}F", rate, milliseconds, ratios, remark
 
 
 def assumed() -> str:
@@ -167,62 +213,6 @@ def assumed() -> str:
     )
 
 
-def verdicts(chip: Chip | None = None) -> str:
-    chip = CHIPS[CHIP] if chip is None else chip
-    found = bars(chip, headline())
-    rows = [(bar.what, bar.bound, f"{span(bar.low, bar.high, 3)}×", f"predicted {bar.verdict}") for bar in found]
-    lines = [f"PREDICTED on {chip.name} for {MODEL}, bf16, T={TOKENS} unless said otherwise; not measured:", ""]
-    lines.append(table(("what", "bar", "predicted", ""), rows))
-    for bar in found:
-        lines += ["", f"**{bar.what}.** {' '.join(bar.why)}"]
-    return "\n".join(lines)
-
-
-def comparison(records: Sequence[Record]) -> str:
-    """Prediction beside measurement, for every device there is."""
-    lines = []
-    for chip, rows in measured.compared(records):
-        record = rows[0].record
-        shape = "T={tokens} H={hidden} V={vocab}".format(**record["shape"])
-        lines += [f"{chip.name}, {shape}, {record['dtype']}, {measured.inputs_of(record)} inputs. {_basis(chip)}", ""]
-        header = ("method", "predicted ms", "measured ms", "over the least predicted", "predicted MiB", "measured MiB")
-        lines += [table(header, [_compared(row) for row in rows]), ""]
-    return "\n".join(lines).rstrip() or "No measurement of a known chip is there yet."
-
-
-def _basis(chip: Chip) -> str:
-    if chip.matrix is not None:
-        return "Predicted from published rates and the assumed efficiencies."
-    text = f"Predicted from {chip.vector.value / 1e9:.0f} GFLOP/s, measured in the same run: {chip.vector.source}."
-    if chip.bandwidth is None:
-        text += " No copy was measured there, so bytes cost nothing in the prediction: it is of the products alone."
-    return f"{text} TRL's head is predicted as it is on a GPU; here it folds its tiles in eager PyTorch."
-
-
-def _compared(row: measured.Comparison) -> tuple[str, ...]:
-    record, found = row.record, row.prediction
-    share = record["active_share"]
-    peak, milliseconds = record["peak_extra_bytes"], record["median_s"] * 1e3
-    digits = 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2
-    return (
-        METHODS[found.method].label + ("" if share == 1 else f", {share:.0%} of rows active"),
-        span(found.least * 1e3, found.most * 1e3, digits),
-        f"{milliseconds:.{digits}f}",
-        f"{row.ratio:.2f}×",
-        f"{found.cost.extra / 2**20:.0f}",
-        NOTHING if peak is None else f"{peak / 2**20:.0f}",
-    )
-
-
-def render(records: Sequence[Record]) -> str:
-    """The page's main block: predictions, bars, these measurements beside their predictions, and the assumptions."""
-    return "\n\n".join([
-        f"## Predicted times\n\n{predictions()}",
-        f"## The bars, predicted\n\n{verdicts()}",
-        f"## Heads with published rates\n\n{published()}",
-        f"## Prediction beside measurement\n\n{comparison(records)}",
-        f"## The chips\n\n{chips()}\n\n{assumed()}",
-    ])  # fmt: skip
-
-
-BLOCKS = (Block("roofline", "speed", "cpu.jsonl", "docs/roofline.md", render),)
+BLOCKS = (
+    Block("roofline", "speed", "gpu/speed.jsonl", "docs/roofline.md", render, NOT_YET, "benchmarks.roofline.plots"),
+)

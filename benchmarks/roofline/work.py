@@ -1,7 +1,7 @@
-"""The vocabulary of the model: a problem, and the work of a method on it as stages of FLOPs, bytes and live memory.
+"""A problem, and the work of a method on it: stages of FLOPs, bytes and live memory.
 
-F = T·V·H; a product of the head with every row is 2F. Operands of a product are counted once per launch: what its tiles
-read again overlaps with the arithmetic. Vectors of T and of V are left out.
+F = T·V·H, so a product of the head with every row takes 2F. The operands of a product are counted once per launch,
+because what its tiles read again overlaps with the arithmetic. Vectors of T or V elements are left out.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """T, H, V, the bytes of an element of hidden and weight and of a logit of ours, and what our methods are told.
+    """The sizes T, H and V, and what a method is told.
 
+    itemsize        bytes of an element of the hidden states and the weight
+    logits_itemsize bytes of a logit in our methods
     workspace       bytes, or None for the default of this kind of device
-    active_share    of the rows, those with an advantage; only `linear_policy_loss` skips the others
-    trainable_head  False: nobody wants dW
-    device          of `devices.PRESETS`, which the planning knows
-    upstream        whether the loss is differentiated with a factor that is not 1; only `linear_policy_loss` minds
+    active_share    share of the rows that have an advantage; only `linear_policy_loss` skips the others
+    trainable_head  False where dW is not wanted
+    device          a name in `devices.PRESETS`, for the planning
     """
 
     tokens: int
@@ -32,7 +33,6 @@ class Problem:
     active_share: float = 1.0
     trainable_head: bool = True
     device: str = "h200"
-    upstream: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden", "vocab"):
@@ -67,16 +67,16 @@ class Problem:
 class Stage:
     """Kernels of one kind, one after another.
 
-    itemsize   of the operands of its products, if it has any
-    read, written  bytes to and from memory
-    reread     bytes read a second time, from the cache where it keeps a row of `row_bytes` per processor
-    exposed    of the bytes, those that a product's epilogue moves beyond one write of its result in the operands' size:
-               between not hidden at all and hidden altogether behind the arithmetic
-    results    (rows, columns) of each product, for the share of processors that its tiles occupy
-    instructions  of all threads together, where they are known
-    launches   kernels, None for one, or one for each product
-    waits      how often the device waits for the host
-    live       bytes allocated beyond the inputs while it runs, gradients included
+    itemsize       bytes of an element of the products' operands
+    read, written  bytes from and to memory
+    reread         bytes that are read a second time, from the cache if it keeps a row of `row_bytes` per processor
+    exposed        the bytes of both that a product's epilogue moves beyond one write of its result in the
+                   operands' dtype; the arithmetic may hide all of it or none
+    results        (rows, columns) of each product, for the share of processors that its tiles occupy
+    instructions   the number that all threads execute together, where it is known
+    launches       the number of kernels; None for one kernel, or one for each product
+    waits          how often the device waits for the host
+    live           bytes allocated beyond the inputs while it runs, gradients included
     """
 
     name: str
@@ -100,7 +100,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cost:
-    """`gradients` of the `extra` bytes are handed back to the caller."""
+    """The stages of a method. Of the `extra` bytes at their peak, `gradients` are handed back to the caller."""
 
     stages: tuple[Stage, ...]
     gradients: int
@@ -111,7 +111,7 @@ class Cost:
 
     @property
     def moved(self) -> float:
-        """Bytes, the second reads of rows among them."""
+        """Bytes, including the second reads of rows."""
         return sum(stage.read + stage.reread + stage.written for stage in self.stages)
 
     @property
@@ -134,8 +134,8 @@ def products(
 ) -> Stage:
     """Products [m, k] @ [k, n], given as (m, n, k), with operands of `itemsize` and results of `out` bytes.
 
-    sums  all add to one result: each but the first reads it back
-    keep  False: the result never leaves the chip
+    sums  all products add to one result, which each but the first reads back
+    keep  False where the result never leaves the chip
     """
     results = [m * n for m, n, _ in shapes]
     again = out * sum(results[1:]) if sums else 0
@@ -158,7 +158,7 @@ def slices(count: int, size: int) -> list[int]:
 
 
 def together(stages: Sequence[Stage]) -> Stage:
-    """Products of one name and one size of operands as one stage."""
+    """One stage of several, whose products have one name and operands of one size."""
     total = {name: sum(getattr(stage, name) for stage in stages) for name in ("flops", "read", "written", "exposed")}
     return replace(stages[0], **total, results=tuple(result for stage in stages for result in stage.results))
 
