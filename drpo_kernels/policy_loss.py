@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.row_loss import row_loss, row_terms
+from drpo_kernels.backends.row_loss import other_terms, row_loss, row_tokens
 from drpo_kernels.backends.rows import Outcome, Row, RowKind
 from drpo_kernels.backends.sparse.contract import Sparsity
 from drpo_kernels.evidence import evidence_metrics
@@ -22,7 +22,7 @@ from drpo_kernels.metrics import policy_metrics, sparsity_metrics
 from drpo_kernels.objective import Objective, is_registered
 from drpo_kernels.objectives import DRPO
 from drpo_kernels.options import DEFAULT_OBJECTIVE, LinearLossKeywords, LossKeywords, PolicyOptions, takes
-from drpo_kernels.token_losses import check_objective
+from drpo_kernels.token_losses import check_objective, token_losses
 
 
 class PolicyLossOutput(NamedTuple):
@@ -270,12 +270,14 @@ def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     else:
         values = problem.source.logprobs(problem.flat_targets, rows, problem.spec(None, inputs.every_row))
     groups = (inputs.computed, inputs.sequences) if terms.objective.sequence_level else ()
-    loss = row_loss(*row_terms(*values, rows, terms, *groups), rows)
+    tokens = row_tokens(values[0], rows, *groups)
+    policy = token_losses(terms.objective, tokens)
+    loss = row_loss(policy, other_terms(tokens, *values[1:], rows, terms), rows)
     logprobs, logsumexp, entropy = (x.detach() for x in values)
-    shape, old = problem.targets.shape, rows[Row.OLD_LOGPROB]
+    shape = problem.targets.shape
     slope = ops.sequence_slope.on(rows)(
-        logprobs, torch.where(old.isnan(), logprobs, old), rows[Row.ADVANTAGE], inputs.computed,
-        problem.options.cu_seqlens, problem.spec(terms), list(shape),
+        logprobs, tokens.old_logprobs, rows[Row.ADVANTAGE], inputs.computed, problem.options.cu_seqlens,
+        problem.spec(terms), list(shape),
     )  # fmt: skip
     total = loss.reshape(shape) if problem.options.reduction == "none" else loss.sum()
     return total, torch.stack([logprobs, entropy, logsumexp, loss.detach(), slope])

@@ -15,38 +15,38 @@ from drpo_kernels.token_losses import not_differentiable, token_losses
 from drpo_kernels.tokens import Sequences, Tokens
 
 
-def row_terms(
-    logprobs: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    rows: Tensor,
-    terms: Terms,
-    valid: Tensor | None = None,
-    sequences: Sequences | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """-> (ℓ [N] of the policy term without its coefficient, all other terms with theirs [N], or None where there are
-    none), differentiable in logprobs, logsumexp and entropy [N]. `valid` and `sequences` are those of `Tokens`.
-    """
+def row_tokens(
+    logprobs: Tensor, rows: Tensor, valid: Tensor | None = None, sequences: Sequences | None = None
+) -> Tokens:
+    """What the objective sees of the rows: without an old log-prob, the row's own detached one."""
     old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
-    policy = token_losses(terms.objective, Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=valid, sequences=sequences))
-    others = None
+    return Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=valid, sequences=sequences)
+
+
+def other_terms(tokens: Tokens, logsumexp: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> Tensor | None:
+    """The terms beside that of the objective, with their coefficients, [N], or None if there are none. They are
+    differentiable in `tokens.logprobs`, logsumexp and entropy.
+    """
+    found = None
     if terms.kl_estimator is not None:
         # A row without a KL term may be infinitely far from the reference, and 0 · inf is no loss and no gradient.
         reference = rows[Row.REF_LOGPROB]
-        compared = torch.where(rows[Row.KL] != 0, logprobs, reference)
-        kl = kl_loss(terms.kl_estimator, compared, old, reference, terms.kl_importance, terms.kl_cap)
-        others = rows[Row.KL] * kl
+        compared = torch.where(rows[Row.KL] != 0, tokens.logprobs, reference)
+        kl = kl_loss(
+            terms.kl_estimator, compared, tokens.old_logprobs, reference, terms.kl_importance, terms.kl_cap
+        )
+        found = rows[Row.KL] * kl
     if terms.z_loss:
         z_loss = rows[Row.Z_LOSS] * logsumexp.square()
-        others = z_loss if others is None else others + z_loss
+        found = z_loss if found is None else found + z_loss
     if terms.entropy_bonus:
         penalty = -rows[Row.ENTROPY] * entropy
-        others = penalty if others is None else others + penalty
-    return policy, others
+        found = penalty if found is None else found + penalty
+    return found
 
 
 def row_loss(policy: Tensor, others: Tensor | None, rows: Tensor) -> Tensor:
-    """The terms of `row_terms` added up, [N]; 0 where the row is SKIPPED."""
+    """The loss of each row from the objective's ℓ and its other terms, [N]; 0 where the row is SKIPPED."""
     loss = rows[Row.POLICY] * policy
     loss = loss if others is None else loss + others
     return torch.where(rows[Row.KIND] > RowKind.SKIPPED.value, loss, 0)
@@ -58,7 +58,9 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         rows = recordable(rows)
         values = [recordable(statistics[stat]).detach() for stat in (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)]
         leaves = [x.requires_grad_() for x in values[: 3 if terms.entropy_bonus else 1 + terms.z_loss]]
-        policy, others = row_terms(*values, rows, terms)
+        tokens = row_tokens(values[0], rows)
+        policy = token_losses(terms.objective, tokens)
+        others = other_terms(tokens, *values[1:], rows, terms)
         slope = derivative(policy, leaves[0], terms.objective)
         loss = row_loss(policy, others, rows)
         slopes = [rows[Row.POLICY] * slope, *(torch.zeros_like(slope) for _ in leaves[1:])]
