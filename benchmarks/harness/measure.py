@@ -147,7 +147,7 @@ def measured(
         if time.monotonic() <= deadline:
             try:
                 chosen, exact = inputs.of(case)
-                _check_one(attempt, chosen, exact)
+                check(attempt, chosen, exact)
                 _take_peak(attempt, chosen)
                 _take_times(attempt, chosen, device, rounds, deadline)
             except torch.OutOfMemoryError as error:  # The inputs or the exact gradients do not fit.
@@ -177,13 +177,8 @@ class Prepared:
         return self._exact.inputs, self._exact
 
 
-def check(attempt: Attempt, inputs: Inputs) -> None:
-    """Run it once and compare its gradients with the exact ones: only what is right keeps its step."""
-    chosen = inputs.with_active_share(attempt.case.active_share)
-    _check_one(attempt, chosen, Exact(chosen, attempt.method.same_loss))
-
-
-def _check_one(attempt: Attempt, inputs: Inputs, exact: Exact) -> None:
+def check(attempt: Attempt, inputs: Inputs, exact: Exact) -> None:
+    """Run it once and compare its gradients with the exact ones. Only what is right keeps its step."""
     method, dtype = attempt.method, inputs.hidden.dtype
     reason = _unsuited(method, dtype, inputs.hidden.device)
     if reason is not None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.measure import Case
+from benchmarks.harness.measure import Case, in_order
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.workloads import Workload
 
@@ -15,6 +15,11 @@ SHARES = (1.0, 0.5, 0.25, 0.1)
 SHARED = ("linear_policy_loss", "linear_policy_loss_not_compacted")
 HIDDEN = tuple(name for name, method in METHODS.items() if method.takes == "hidden")
 LOGITS = tuple(name for name, method in METHODS.items() if method.takes == "logits")
+# of `pytest benchmarks` on a CPU, which is to take minutes: the shares of active rows, and what it leaves out
+FRONT_SHARES = (1.0, 0.25)
+BEHIND = (
+    "gemms", "gemms_frozen", "gemms_recompute", "linear_policy_loss_not_compacted", "linear_policy_loss_sparse_tight",
+)  # fmt: skip
 QUICK_MODEL, QUICK_TOKENS = "cpu_small", 4
 
 
@@ -27,6 +32,7 @@ class Standard:
     sweep, swept              the other T, and the methods measured at them
     other_models              at the same T
     other_dtype               of the logits at the same T, and of the linear methods at the first T of the sweep
+    front_tokens              the T of `pytest benchmarks`, which then runs the main workload alone; None: all cases
     """
 
     model: str
@@ -37,6 +43,7 @@ class Standard:
     swept: tuple[str, ...]
     other_models: tuple[str, ...] = ()
     other_dtype: str | None = None
+    front_tokens: int | None = None
 
     def cases(self) -> list[Case]:
         main = Workload(self.model, self.tokens, "trained", self.dtype)
@@ -61,6 +68,7 @@ STANDARD = {
         random=("gemms_whole", "eager", "cce", "linear_policy_loss"),
         sweep=(256, 512, 1024, 4096),
         swept=("gemms_whole", "eager", "trl", "linear_policy_loss"),
+        front_tokens=1024,
     ),
     "cuda": Standard(
         "Qwen3-8B",
@@ -73,6 +81,21 @@ STANDARD = {
         other_dtype="float32",
     ),
 }
+
+
+def front_door(device_type: str, rehearse: bool) -> list[Case]:
+    """The cases of `pytest benchmarks`, in the order in which neighbours share their inputs."""
+    standard = STANDARD[device_type]
+    cases = standard.cases()
+    if standard.front_tokens is not None:
+        main = Workload(standard.model, standard.tokens, "trained", standard.dtype)
+        front = replace(main, tokens=standard.front_tokens)
+        cases = [
+            replace(case, workload=front)
+            for case in cases
+            if case.workload == main and case.active_share in FRONT_SHARES and case.method not in BEHIND
+        ]
+    return in_order(quick(cases) if rehearse else cases)
 
 
 def quick(plan: Sequence[Case]) -> list[Case]:

@@ -20,6 +20,7 @@ from benchmarks.harness.memory import peak_on_device
 from benchmarks.harness.method import FROZEN_HEAD, HEAD, LOGITS, Method, Result, Unsupported, differentiated
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.mixes import MIXES
+from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import read
 from benchmarks.harness.timing import clock, interleaved_seconds
 from benchmarks.harness.workloads import TRAINED_ENTROPY, Inputs, Shape, Workload, logit_blocks, make_inputs
@@ -348,14 +349,25 @@ def test_options_are_a_product():
     assert cases == expected
 
 
-def test_pytest_benchmarks_has_readable_names():
+def test_pytest_benchmarks(tmp_path):
+    """Every head under pytest-benchmark at tiny shapes: groups by workload and start, and what is told of each."""
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    from benchmarks import test_speed
-
-    names = [parameters.id for parameters in test_speed.cases()]
-    assert len(set(names)) == len(names)
-    if not torch.cuda.is_available():
-        assert {"linear_policy_loss-cpu_small-float32-all", "trl-cpu_small-bfloat16-active25"} <= set(names)
+    out = tmp_path / "heads.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "-p", "no:cacheprovider"]
+    chosen = "eager or (linear_policy_loss and not sparse and not bf16) or policy_loss- or gemms_whole or liger_scaled"
+    command += ["-k", chosen, "--benchmark-json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(out.read_text())["benchmarks"]
+    names = {benchmark["name"].partition("[")[2].partition("-")[0] for benchmark in found}
+    assert {"eager", "eager_from_logits", "linear_policy_loss", "policy_loss", "gemms_whole"} <= names
+    starts = {benchmark["group"].partition("from ")[2] for benchmark in found}
+    assert {"hidden states", "logits", "hidden states, 25% of the rows active"} <= starts
+    for benchmark in found:
+        told = benchmark["extra_info"]
+        assert told["status"].startswith("ok") and told["tokens_per_second"] > 0
+        if "gemms" not in benchmark["name"]:
+            assert told["gradient_error"] <= 1e-3 and told["peak_extra_mib"] >= 0
 
 
 # --- trainers and invariance ------------------------------------------------------------------------------------------
