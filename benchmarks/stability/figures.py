@@ -96,7 +96,7 @@ def draw_boundaries(runs: Runs, path: Path) -> None:
             ax=axes, legend=False, width=0.7, xlabel=label, ylabel="", color=[SKY, BLUE, ORANGE, GREY, PINK]
         )
         if label.startswith("share"):
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.axvline(0, color=GREY, linewidth=0.9)
         frame(axes, "x")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels import Objective, Tokens
-from drpo_kernels.backends.rows import derivative
+from drpo_kernels.backends.row_loss import derivative
 
 
 def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
