@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import cli
 from benchmarks.harness.blocks import Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
-from benchmarks.harness.records import Record, append, write
+from benchmarks.harness.records import Record, append, line, write
 from benchmarks.harness.tables import NOTHING, table
 from benchmarks.harness.workloads import Shape
 from drpo_kernels import DRPO, linear_policy_loss
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is not None:
         write(out, [])
     for record in _records(options.device, shapes, options.dtypes):
-        print(_line(record), flush=True)
+        print(line(record), flush=True)
         failed |= broken(record)
         if out is not None:
             append(out, record | source)
@@ -150,16 +150,6 @@ def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Ite
                     continue
                 for record in measure(Batch(shape, DTYPES[name], device), shape, batch_invariant=batch_invariant):
                     yield {**common, "status": "ok", **record}
-
-
-def _line(record: Record) -> str:
-    shape = "H={hidden} V={vocab}".format(**record["shape"])
-    head = f"{record['method']:<16} {record['dtype']:<9} {shape:<16}"
-    if record["status"] != "ok":
-        return f"{head} {record['status']}"
-    changed = " ".join(f"{name} {count}" for name, count in record["changed"].items())
-    dw = f", dW {record['dW_change']:.1e}" if "dW_change" in record else ""
-    return f"{head} {record['variation']:<17} of {record['rows']}: {changed}{dw}"
 
 
 def render(records: Sequence[Record]) -> str:
