@@ -1,12 +1,12 @@
-"""A hundred steps of the long run (`make longrun`: 2,000): ours, eager float32 and fp64 stay together, nothing grows.
+"""Sixty steps of the long run (`make longrun`: 2,000): ours, eager float32 and fp64 stay together, nothing grows.
 
-Bounds. One step's loss is a float32 number: 2^-24 of Σ|c_t ℓ_t|, about 1 here, is 6e-8. Each of 100 AdamW steps moves
+Bounds. One step's loss is a float32 number: 2^-24 of Σ|c_t ℓ_t|, about 1 here, is 6e-8. Each of 60 AdamW steps moves
 the weights by at most the learning rate in the worst entry, and by its relative gradient error (1e-6) elsewhere, which
-a curvature of order one turns into 100 · lr · 1e-6 = 2e-7 on the loss. 1e-5 leaves room for entries whose gradient is
+a curvature of order one turns into 60 · lr · 1e-6 = 6e-8 on the loss. 1e-5 leaves room for entries whose gradient is
 near 0. Against eager float32, whose rounding is of the same size, ours may be 10 times as far off.
 
-And 60 steps of the long run of `sparse_grad`, whose bound is derived in `benchmarks/longrun/sparse.py`: its loss curve
-is no further from the exact one than that of a learning rate lower by τ.
+And as many steps of the long run of `sparse_grad`, whose bound is derived in `benchmarks/longrun/sparse.py`: its loss
+curve is no further from the exact one than that of a learning rate lower by τ.
 """
 
 import copy
@@ -20,7 +20,7 @@ from benchmarks.longrun import __main__ as longrun
 from benchmarks.longrun import sparse as longrun_sparse
 from benchmarks.longrun import stream as longrun_stream
 
-SIZE = longrun_stream.Size(steps=100, batch=6, length=8, vocab=48, hidden=16)
+SIZE = longrun_stream.Size(steps=60, batch=6, length=8, vocab=48, hidden=16)
 SPARSE_SIZE = longrun_stream.Size(steps=60, batch=8, length=8, vocab=64, hidden=32)
 
 
