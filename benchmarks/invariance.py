@@ -1,14 +1,15 @@
 """`python -m benchmarks.invariance`: which bits of a row change with what is computed beside it, a JSON line per case.
 
 A batch is computed once, then parts of it, permutations, other compactions and other chunks; what a row reports
-(log-prob, entropy, loss) and its dX are compared bit for bit. On a GPU with and without `batch_invariant`, on real
-shapes; on a CPU, which runs no Triton kernels, without.
+(log-prob, entropy) and its dX are compared bit for bit. On a GPU with and without `batch_invariant`, on real shapes; on
+a CPU, which runs no Triton kernels, without.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +17,34 @@ from torch import Tensor
 from benchmarks.harness import cli
 from benchmarks.harness.blocks import Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
-from benchmarks.harness.records import Record, append, write
+from benchmarks.harness.records import Record, append, line, write
 from benchmarks.harness.tables import NOTHING, table
 from benchmarks.harness.workloads import Shape
-from drpo_kernels import DRPO
-from drpo_kernels.backends.rows import Outcome
-from drpo_kernels.inputs import LinearSource, Problem, policy_inputs
-from drpo_kernels.options import PolicyOptions
+from drpo_kernels import DRPO, linear_policy_loss
 
 RESULTS = ROOT / "bench_results" / "invariance.jsonl"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-# odd sizes, and a head whose weight is cast in two blocks
+# The sizes are odd, or the weight of the head is cast in two blocks.
 CPU_SHAPES = (Shape(64, 63, 1001), Shape(64, 512, 8192))
-BATCHES, PIECES = (1, 2, 5, 16, 17, 33), 4  # rows in a batch, and how many such batches
 CUDA_SHAPES = (Shape(512, 1024, 32_003), Shape(512, 4096, 151_936))
 QUICK_SHAPES = (Shape(8, 5, 33),)
-QUANTITIES = {"logprob": Outcome.LOGPROB, "entropy": Outcome.ENTROPY, "loss": Outcome.LOSS}
+BATCHES, PIECES = (1, 2, 5, 16, 17, 33), 4  # rows in a batch, and how many such batches
 METHODS = {"default": False, "batch_invariant": True}
-LOGIT_BYTES = 4  # of the workspace; a GPU keeps 16-bit dlogits beside them and takes two rows for three
+LOGIT_BYTES = 4  # of workspace; a GPU keeps 16-bit dlogits beside the logits and takes two rows for three
+
+
+class Found(NamedTuple):
+    """What a call gives for the rows [n] of the batch: logprobs and entropy [n], dX [n, H], dW [V, H]."""
+
+    rows: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    dx: Tensor
+    dw: Tensor
 
 
 class Batch:
-    """Rows against one head; a row's coefficient is 1, so that its loss and dX are its own."""
+    """Rows against one head; a row's coefficient is 1, so that its dX is its own."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         g, on = torch.Generator(device).manual_seed(0), {"device": device}
@@ -46,54 +53,52 @@ class Batch:
         targets = torch.randint(shape.vocab, (shape.tokens,), generator=g, **on)
         old = -2 - torch.rand(shape.tokens, generator=g, **on)
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.rows = [targets, old, torch.randn(shape.tokens, generator=g, **on)]
-        self.mask = (torch.arange(shape.tokens) % 3 > 0).to(device)
+        self.per_row = [targets, old, torch.randn(shape.tokens, generator=g, **on)]
+        self.everyone = torch.arange(shape.tokens, **on)
 
-    def run(self, rows: Tensor | None = None, masked: bool = False, **options) -> tuple[Tensor, Tensor, Tensor]:
-        """(outcome [len(Outcome), n], dX [n, H], dW [V, H]) of those rows, in that order; None: of all."""
-        rows = torch.arange(len(self.hidden), device=self.hidden.device) if rows is None else rows
+    def run(self, rows: Tensor | None = None, **options) -> Found:
+        """Those rows, in that order; None: all of them."""
+        rows = self.everyone if rows is None else rows
         leaves = [self.hidden[rows].requires_grad_(), self.weight.detach().requires_grad_()]
-        targets, old, advantages = (x[rows] for x in self.rows)
-        chosen = PolicyOptions(objective=DRPO(delta=0.2), reduction="token-sum", entropy_coef=0.01, **options)
-        source = LinearSource(*leaves, None)
-        problem = Problem.checked(source, targets, self.mask[rows] if masked else None, chosen)
-        loss, outcome = problem.source.policy_loss(policy_inputs(problem, old, advantages))
-        return outcome, *torch.autograd.grad(loss, leaves)
+        out = linear_policy_loss(
+            *leaves, *(x[rows] for x in self.per_row), objective=DRPO(delta=0.2), reduction="token-sum",
+            entropy_coef=0.01, **options,
+        )  # fmt: skip
+        return Found(rows, out.logprobs, out.entropy, *torch.autograd.grad(out.loss, leaves))
+
+
+def compared(pieces: Sequence[Found], whole: Found) -> Record:
+    """How many rows differ from the same rows of `whole`, which has all, in what, and how far."""
+    rows = torch.cat([found.rows for found in pieces])
+    logprobs, entropy, dx = (torch.cat([found[i] for found in pieces]) for i in (1, 2, 3))
+    changed = {
+        "logprob": int((logprobs != whole.logprobs[rows]).sum()),
+        "entropy": int((entropy != whole.entropy[rows]).sum()),
+        "dX": int((dx != whole.dx[rows]).any(1).sum()),
+    }
+    largest = (logprobs - whole.logprobs[rows]).abs().max().item()
+    return {"rows": len(rows), "changed": changed, "largest_logprob_change": largest}
 
 
 def measure(batch: Batch, shape: Shape, **options) -> Iterator[Record]:
-    """A record per variation: how many rows differ from the same rows of the whole batch, in what, and how far."""
-    count, g = shape.tokens, torch.Generator().manual_seed(1)
-    order = torch.randperm(count, generator=g).to(batch.hidden.device)
+    """A record per variation; a change of dW is recorded where it is computed from the same rows."""
+    count = shape.tokens
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).to(batch.everyone.device)
     whole = batch.run(**options)
-
-    def compared(pieces: Sequence[tuple[Tensor, tuple]], base: tuple = whole) -> Record:
-        rows = torch.cat([rows for rows, _ in pieces])
-        outcome = torch.cat([found[0] for _, found in pieces], 1)
-        dx = torch.cat([found[1] for _, found in pieces])
-        want, want_dx = base[0][:, rows], base[1][rows]
-        changed = {name: int((outcome[field] != want[field]).sum()) for name, field in QUANTITIES.items()}
-        changed["dX"] = int((dx != want_dx).any(1).sum())
-        largest = (outcome[Outcome.LOGPROB] - want[Outcome.LOGPROB]).abs().max().item()
-        return {"rows": len(rows), "changed": changed, "largest_logprob_change": largest}
-
-    def parts(size: int) -> list[tuple[Tensor, tuple]]:
-        return [(rows, batch.run(rows, **options)) for rows in order[: min(count, PIECES * size)].split(size)]
-
     for size in BATCHES:
-        yield {"variation": f"in batches of {size}", **compared(parts(size))}
-    yield {"variation": "permuted", **compared([(order, batch.run(order, **options))])}
-    masked, every = (batch.run(masked=True, compact=compact, **options) for compact in ("active", "none"))
-    kept = batch.mask.nonzero()[:, 0]
-    record = compared([(kept, (every[0][:, kept], every[1][kept]))], masked)
-    yield {"variation": "not compacted", **record, "dW_change": _distance(every[2], masked[2])}
-    everyone = torch.arange(count, device=order.device)
+        pieces = [batch.run(rows, **options) for rows in order[: min(count, PIECES * size)].split(size)]
+        yield {"variation": f"in batches of {size}", **compared(pieces, whole)}
+    yield {"variation": "permuted", **compared([batch.run(order, **options)], whole)}
+    mask = batch.everyone % 3 > 0
+    masked, every = (batch.run(mask=mask, compact=compact, **options) for compact in ("active", "none"))
+    kept = Found(*(x[mask] for x in every[:4]), every.dw)
+    yield {"variation": "not compacted", **compared([kept], masked), "dW_change": _distance(every.dw, masked.dw)}
     for rows in (1, 7, count // 2):
         found = batch.run(workspace_bytes=rows * shape.vocab * LOGIT_BYTES, **options)
-        record = compared([(everyone, found)])
-        yield {"variation": f"in chunks of {rows}", **record, "dW_change": _distance(found[2], whole[2])}
+        record = compared([found], whole)
+        yield {"variation": f"in chunks of {rows}", **record, "dW_change": _distance(found.dw, whole.dw)}
     again = batch.run(**options)
-    yield {"variation": "run again", **compared([(everyone, again)]), "dW_change": _distance(again[2], whole[2])}
+    yield {"variation": "run again", **compared([again], whole), "dW_change": _distance(again.dw, whole.dw)}
 
 
 def _distance(found: Tensor, want: Tensor) -> float:
@@ -101,26 +106,6 @@ def _distance(found: Tensor, want: Tensor) -> float:
     if torch.equal(found, want):
         return 0.0
     return max(((found.double() - want.double()).norm() / want.double().norm()).item(), 1e-30)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print; 1 if a row of `batch_invariant` or a second run changed a bit."""
-    parser = cli.parser("benchmarks.invariance", __doc__)
-    cli.add_device(parser)
-    cli.add_quick(parser, "a tiny shape")
-    cli.add_out(parser, RESULTS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    options = parser.parse_args(argv)
-    shapes = QUICK_SHAPES if options.quick else CPU_SHAPES if options.device == "cpu" else CUDA_SHAPES
-    source = provenance(cli.command(parser, options), torch.device(options.device))
-    out, records = cli.results(options, RESULTS), []
-    if out is not None:
-        write(out, [])
-    for record in _records(options.device, shapes, options.dtypes):
-        records.append({**record, **source})
-        if out is not None:
-            append(out, records[-1])
-    return int(any(broken(record) for record in records))
 
 
 def broken(record: Record) -> bool:
@@ -134,35 +119,37 @@ def broken(record: Record) -> bool:
     return record["method"] == "batch_invariant" and (rows_changed or (chunked and record["dW_change"] != 0))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write, print; 1 if a row of `batch_invariant` or a second run changed a bit."""
+    parser = cli.parser("benchmarks.invariance", __doc__)
+    cli.add_device(parser)
+    cli.add_quick(parser, "a tiny shape")
+    cli.add_out(parser, RESULTS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options = parser.parse_args(argv)
+    shapes = QUICK_SHAPES if options.quick else CPU_SHAPES if options.device == "cpu" else CUDA_SHAPES
+    source = provenance(cli.command(parser, options), torch.device(options.device))
+    out, failed = cli.results(options, RESULTS), False
+    if out is not None:
+        write(out, [])
+    for record in _records(options.device, shapes, options.dtypes):
+        print(line(record), flush=True)
+        failed |= broken(record)
+        if out is not None:
+            append(out, record | source)
+    return int(failed)
+
+
 def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[Record]:
     for name in dtypes:
         for method, batch_invariant in METHODS.items():
             for shape in shapes:
                 common = {"benchmark": "invariance", "method": method, "dtype": name, "shape": vars(shape)}
-                for record in _measured(device, shape, DTYPES[name], batch_invariant):
-                    print(_line({**common, **record}), flush=True)
-                    yield {**common, **record}
-
-
-def _measured(device: str, shape: Shape, dtype: torch.dtype, batch_invariant: bool) -> Iterator[Record]:
-    batch = Batch(shape, dtype, device)
-    try:
-        for record in measure(batch, shape, batch_invariant=batch_invariant):
-            yield {"status": "ok", **record}
-    except RuntimeError as error:
-        if not batch_invariant or "batch_invariant" not in str(error):
-            raise
-        yield {"status": "needs a GPU", "variation": None}
-
-
-def _line(record: Record) -> str:
-    shape = "H={hidden} V={vocab}".format(**record["shape"])
-    head = f"{record['method']:<16} {record['dtype']:<9} {shape:<16}"
-    if record["status"] != "ok":
-        return f"{head} {record['status']}"
-    changed = " ".join(f"{name} {count}" for name, count in record["changed"].items())
-    dw = f", dW {record['dW_change']:.1e}" if "dW_change" in record else ""
-    return f"{head} {record['variation']:<17} of {record['rows']}: {changed}{dw}"
+                if batch_invariant and device == "cpu":
+                    yield {**common, "status": "needs a GPU", "variation": None}
+                    continue
+                for record in measure(Batch(shape, DTYPES[name], device), shape, batch_invariant=batch_invariant):
+                    yield {**common, "status": "ok", **record}
 
 
 def render(records: Sequence[Record]) -> str:

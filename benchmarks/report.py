@@ -15,7 +15,7 @@ from benchmarks.harness import cli
 from benchmarks.harness.blocks import Block, rewrite
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, read
-from benchmarks.longrun import tables as longrun
+from benchmarks.longrun import sparse as longrun
 from benchmarks.precision import tables as precision
 from benchmarks.roofline import tables as roofline
 from benchmarks.sparsity import tables as sparsity

@@ -3,21 +3,18 @@
 Both trainers get the same weights and the same batch, and `objective=PPO()` is TRL's own formula: losses and gradients
 are compared first, then times interleaved in this process, then the peak memory of each in a process of its own. The
 step is `_compute_loss` and its backward, backbone and metrics included; generation is the same code in both.
-
-As `python -m benchmarks.trainers --peak TRAINER` it prints the peak extra bytes of one step as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,8 +28,7 @@ from benchmarks.harness.timing import interleaved_seconds
 
 RESULTS = ROOT / "bench_results" / "trainers.jsonl"
 TRAINERS = ("GRPOTrainer", "DRPOTrainer")
-# two correct fp32 heads: log-probs differ by about 1e-6
-AGREEMENT = 2e-5
+AGREEMENT = 2e-5  # relative; the log-probs of two correct fp32 heads differ by about 1e-6
 
 
 @dataclass(frozen=True)
@@ -106,8 +102,8 @@ def make_batch(size: Size) -> dict[str, torch.Tensor]:
     }
 
 
-def step_of(name: str, size: Size):
-    """-> a function that runs one step and returns (loss, gradient of the head)."""
+def step_of(name: str, size: Size) -> Callable[[], tuple[float, torch.Tensor]]:
+    """A function that runs one step and returns the loss and the gradient of the head."""
     trainer, batch = make_trainer(name, size), make_batch(size)
     head = trainer.model.get_output_embeddings().weight
 
@@ -127,13 +123,12 @@ def peak_bytes(name: str, size: Size) -> int | None:
     return memory.peak_of(step_of(name, size))
 
 
-def peak_in_fresh_process(name: str, quick: bool) -> int | None:
-    command = [sys.executable, "-m", "benchmarks.trainers", "--peak", name, *(["--quick"] if quick else [])]
-    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+def peak_in_fresh_process(name: str, size: Size) -> int | None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_bytes, name, size).result()
 
 
-def measure(size: Size, rounds: int, quick: bool) -> list[Record]:
+def measure(size: Size, rounds: int) -> list[Record]:
     """A record per trainer; AssertionError where the two do not compute the same."""
     steps = {name: step_of(name, size) for name in TRAINERS}
     (their_loss, theirs), (our_loss, ours) = (step() for step in steps.values())
@@ -142,7 +137,7 @@ def measure(size: Size, rounds: int, quick: bool) -> list[Record]:
         raise AssertionError(f"losses {our_loss} and {their_loss}, head gradients {error} apart: nothing is timed")
     seconds = interleaved_seconds(steps, rounds, after_each=lambda: None)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
-    peaks = {name: peak_in_fresh_process(name, quick) for name in TRAINERS}
+    peaks = {name: peak_in_fresh_process(name, size) for name in TRAINERS}
     return [
         {
             "benchmark": "trainers", "size": asdict(size), "dtype": "float32", "trainer": name, "gradient_error": error,
@@ -159,21 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_quick(parser, "a tiny batch")
     cli.add_out(parser, RESULTS)
     parser.add_argument("--rounds", type=int, default=7, help="samples of each trainer (default 7)")
-    parser.add_argument("--peak", choices=TRAINERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    size = QUICK if options.quick else FULL
-    if options.peak:
-        print(json.dumps(peak_bytes(options.peak, size)))
-        return 0
+    size, rounds = (QUICK, 2) if options.quick else (FULL, options.rounds)
     source = provenance(cli.command(parser, options))
-    records = [{**record, **source} for record in measure(size, 2 if options.quick else options.rounds, options.quick)]
+    records = [{**record, **source} for record in measure(size, rounds)]
     out = cli.results(options, RESULTS)
     if out is not None:
         write(out, records)
-    for record in records:
-        peak = record["peak_extra_bytes"]
-        megabytes = "" if peak is None else f"{peak / 2**20:.0f} MiB"
-        print(f"{record['trainer']:<14} {record['median_s'] * 1e3:9.1f} ms {megabytes:>10}")
+    print(render(records))
     return 0
 
 
@@ -183,8 +171,8 @@ def render(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         peak = record["peak_extra_bytes"]
-        memory = NOTHING if peak is None else f"{peak / 2**20:.0f}"
-        rows.append((record["trainer"], milliseconds(record), times(record["time_ratio"]), memory))
+        peak = NOTHING if peak is None else f"{peak / 2**20:.0f}"
+        rows.append((record["trainer"], milliseconds(record), times(record["time_ratio"]), peak))
     return "\n".join([
         "One training step on a batch of {batch} × ({prompt} + {completion}) tokens, a {layers}-layer Qwen3 with "
         "H={hidden} and V={vocab},".format(**size),

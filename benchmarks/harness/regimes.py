@@ -85,7 +85,7 @@ class Exact(NamedTuple):
 
 
 def exact_result(case: Case, operands: tuple[Tensor, Tensor] | None = None, objective: Objective = OBJECTIVE) -> Exact:
-    """Everything in float64 from the formulas, a block of rows at a time.
+    """Everything in float64 by autograd, a block of rows at a time.
 
     `operands`, hidden and weight by default, are multiplied to logits. The gradients are products of hidden and weight
     even where the operands are others: what is rounded for the logits is differentiated straight-through.
@@ -98,24 +98,19 @@ def exact_result(case: Case, operands: tuple[Tensor, Tensor] | None = None, obje
     largest = largest_sum = entropy = 0.0
     bias = 0.0 if case.bias is None else case.bias.double().abs()
     for rows in (slice(start, start + ROWS) for start in range(0, count, ROWS)):
-        logits = case.logits(hidden[rows], weight)
-        largest = max(largest, logits.abs().max().item())
-        largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
-        logp = case.scaled(logits).log_softmax(-1)
-        target = case.targets[rows, None]
-        leaf = logp.gather(1, target)[:, 0].requires_grad_()
-        tokens = Tokens(leaf, case.old_logprobs[rows].double(), case.advantages[rows].double())
+        leaf = case.logits(hidden[rows], weight).requires_grad_()
+        logp = case.scaled(leaf).log_softmax(-1)
+        chosen = logp.gather(1, case.targets[rows, None])[:, 0]
+        tokens = Tokens(chosen, case.old_logprobs[rows].double(), case.advantages[rows].double())
         losses = objective.token_loss(tokens) / count
-        slope = torch.autograd.grad(losses.sum(), leaf)[0]
-        logprobs[rows], terms[rows] = leaf.detach(), losses.detach()
-        p = logp.exp()
-        entropy -= (p * logp).sum().item() / count
-        dlogits = p.neg_().scatter_(1, target, -torch.expm1(leaf.detach())[:, None]).mul_(slope[:, None])
-        if case.softcap is not None:
-            dlogits *= 1 - torch.tanh(logits / case.softcap) ** 2
-        dlogits /= case.temperature
+        (dlogits,) = torch.autograd.grad(losses.sum(), leaf)
+        logprobs[rows], terms[rows] = chosen.detach(), losses.detach()
         dx[rows] = dlogits @ own[1]
         dw += dlogits.T @ own[0][rows]
+        with torch.no_grad():
+            entropy -= (logp.exp() * logp).sum().item() / count
+            largest = max(largest, leaf.abs().max().item())
+            largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
     return Exact(Result(logprobs, terms.sum(), dx, dw), terms.abs().sum().item(), largest, largest_sum, entropy)
 
 

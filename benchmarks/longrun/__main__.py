@@ -46,15 +46,17 @@ def stays_together(records: Mapping[str, Record]) -> bool:
 
 
 def plot(records: Mapping[str, Record], path: Path) -> None:
-    from benchmarks.harness.pictures import frame, plt, save
+    from benchmarks.harness.pictures import BLACK, BLUE, VERMILION, frame, plt, save
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     exact = records["exact"]["loss"]
+    colours = {"exact": BLACK, "eager": VERMILION, "ours": BLUE}
     for name, record in records.items():
         mean = smoothed(record["loss"])
-        top.plot(range(len(exact) - len(mean), len(exact)), mean, label=name, linewidth=1)
+        top.plot(range(len(exact) - len(mean), len(exact)), mean, label=name, color=colours[name], linewidth=1)
         if name != "exact":
-            bottom.semilogy(distance(record["loss"], exact) + 1e-12, label=f"|{name} - exact|", linewidth=0.6)
+            gap = distance(record["loss"], exact) + 1e-12
+            bottom.semilogy(gap, label=f"|{name} - exact|", color=colours[name], linewidth=0.6)
     top.set(ylabel="loss, running mean", title="One recorded stream, three copies of the weights")
     bottom.set(xlabel="optimiser step", ylabel="distance of the loss")
     for axes in (top, bottom):

@@ -35,8 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import cli
+from benchmarks.harness.blocks import Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record
+from benchmarks.harness.tables import table
 from benchmarks.longrun.stream import (
     Policy,
     Run,
@@ -54,6 +56,13 @@ SIZE = Size(vocab=4096, hidden=64, learning_rate=2e-4)  # slow enough to learn u
 PRETRAINING = 800  # steps
 LEAST_SHARE = 0.5
 BF16_ROUNDING = 0.0018  # root mean square of the relative error of a number rounded to bf16
+
+LABELS = {
+    "sparse": "`sparse_grad={tau:g}`",
+    "slower": "exact, learning rate lower by {tau:.0%}: **the bound**",
+    "bf16": "exact, hidden states and head in bf16",
+    "noise": "exact, dX and dW with random noise of 0.18 %",
+}
 
 
 def runs(tau: float) -> dict[str, Run]:
@@ -104,9 +113,7 @@ def measure(size: Size, tau: float) -> dict[str, Record]:
 
 def stays_together(records: Mapping[str, Record]) -> bool:
     sparse, slower = records["sparse"], records["slower"]
-    return (
-        np.mean(sparse["sparse_share"]) >= LEAST_SHARE and sparse["smoothed_gap_max"] <= slower["smoothed_gap_max"]
-    )
+    return np.mean(sparse["sparse_share"]) >= LEAST_SHARE and sparse["smoothed_gap_max"] <= slower["smoothed_gap_max"]
 
 
 def plot(records: Mapping[str, Record], tau: float, path: Path) -> None:
@@ -139,6 +146,29 @@ def plot(records: Mapping[str, Record], tau: float, path: Path) -> None:
     top.legend(frameon=False)
     middle.legend(frameon=False, ncols=2, loc="upper right")
     save(figure, path)
+
+
+def render(records: Sequence[Record]) -> str:
+    """How many rows were sparse, and a row per run."""
+    by_name = {record["run"]: record for record in records}
+    sparse = by_name["sparse"]
+    shares = sparse["sparse_share"]
+    summary = (
+        "{steps} steps, V={vocab} H={hidden}, ".format(**sparse["size"])
+        + f"a mean |loss| of {sparse['loss_scale']:.2f}; {np.mean(shares):.0%} of the rows were sparse, "
+        f"{shares[0]:.0%} at the beginning and {shares[-1]:.0%} at the end."
+    )
+    rows = []
+    for name, label in LABELS.items():
+        record = by_name[name]
+        error = f"{record['gradient_error_mean']:.2%} ({record['gradient_error_max']:.2%})"
+        gaps = f"{record['smoothed_gap_max']:.1e}", f"{record['weight_gap']:.2%}"
+        rows.append((label.format(tau=record["sparse_grad"]), error, *gaps))
+    header = ("run", "gradient error, mean (max)", "furthest from the exact loss", "weights: distance over way")
+    return "\n".join([summary, "", table(header, rows), "", origin(records[:1])])
+
+
+BLOCKS = (Block("sparse-longrun", "longrun_sparse", "longrun_sparse.jsonl", "docs/sparse.md", render),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from benchmarks.harness import measure
 from benchmarks.harness.blocks import NOT_YET
 from benchmarks.harness.records import read
 from benchmarks.harness.workloads import Shape, make_inputs
+from benchmarks.sparsity import __main__ as sparsity
 from benchmarks.sparsity import plots as sparsity_plots
-from benchmarks.sparsity import study as sparsity
 from benchmarks.sparsity import tables as sparsity_tables
 from benchmarks.sparsity import tails
 from benchmarks.sparsity.tails import WAYS, Rows, cce_filter, compare, with_common_mean
@@ -108,8 +108,8 @@ def records(tmp_path_factory):
     out = tmp_path_factory.mktemp("sparsity") / "sparsity.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "peak_in_fresh_process", lambda inputs, method: 1 << 20)
-        methods = ["--methods", *(method for method in sparsity_tables.METHODS if method != "cce")]
-        arguments = ["--quick", "--device", "cpu", "--out", str(out), *methods]
+        patch.setattr(sparsity, "METHODS", [name for name in sparsity_tables.METHODS if name != "cce"])
+        arguments = ["--quick", "--device", "cpu", "--out", str(out)]
         assert sparsity.main([*arguments, "--parts", "ways", "regimes"]) == 0
         assert sparsity.main([*arguments, "--parts", "speed"]) == 0
     return out
@@ -127,10 +127,10 @@ def test_tables(records):
     found = read(records)
     speed = unpadded(sparsity_tables.render_speed(found))
     assert "| mixed entropies | 0.064, 0.96 | 0.01 |" in speed and "random inputs" in speed
-    assert "spread evenly (this package)" in sparsity_tables.render_part("ways", sparsity_tables.ways, found)
-    over_tolerance = unpadded(sparsity_tables.render_part("regimes", sparsity_tables.regimes, found))
+    assert "spread evenly (this package)" in sparsity_tables.render_part(sparsity_tables.ways, found)
+    over_tolerance = unpadded(sparsity_tables.render_part(sparsity_tables.regimes, found))
     assert over_tolerance.count("| trained-looking, large logits |") == 2
-    assert sparsity_tables.render_part("demo", sparsity_tables.demo, found) == NOT_YET
+    assert sparsity_tables.render_part(sparsity_tables.demo, found) == NOT_YET
     assert sparsity_tables.render_speed([]) == NOT_YET
 
 
@@ -154,7 +154,7 @@ def test_the_trained_demo(tmp_path):
     assert sparsity.main(["--quick", "--parts", "demo", "--out", str(out)]) == 0
     (record,) = read(out)
     assert record["shape"]["vocab"] == 14 and set(record["over_tolerance"]) == {str(t) for t in sparsity.TOLERANCES}
-    text = unpadded(sparsity_tables.render_part("demo", sparsity_tables.demo, [record]))
+    text = unpadded(sparsity_tables.render_part(sparsity_tables.demo, [record]))
     assert text.startswith("T=") and "| 0.01 | " in text
 
 
