@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 
@@ -18,17 +17,16 @@ from trl_runs import WEIGHT_BOUND, close
 RECIPES = ROOT / "docs" / "recipes"
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """The synchronous and the asynchronous runs, from one launch of two processes."""
-    status, output = torchrun(2, "trl_worker.py", str(tmp_path_factory.mktemp("runs")))
-    assert status == 0, output[-4000:]
-    return {name: json.loads(text) for name, text in re.findall(r"^RECORD (\w+) (.*)$", output, re.MULTILINE)}
+def record_of(runs, folder):
+    """Run ours beside TRL's on two processes, and return the record that they print."""
+    status, output = torchrun(2, "trl_worker.py", runs, str(folder))
+    assert status == 0, output[-12000:]
+    return json.loads(next(line for line in output.splitlines() if line.startswith("RECORD "))[len("RECORD ") :])
 
 
-def test_two_processes(records):
+def test_two_processes(tmp_path):
     """The same run as TRL's on two processes, and metrics of both ranks' tokens."""
-    record = records["synchronous"]
+    record = record_of("synchronous", tmp_path)
     theirs, ours = record["theirs"], record["ours"]
     for name in set(theirs) - {"step_time", "epoch"}:
         assert close(ours[name], theirs[name]), f"{name}: {ours[name]} instead of {theirs[name]}"
@@ -41,9 +39,9 @@ def test_two_processes(records):
     assert ours["drpo/entropy_mean"] == pytest.approx(theirs["entropy"], rel=0.02)
 
 
-def test_two_asynchronous_processes(records):
+def test_two_asynchronous_processes(tmp_path):
     """The same run as TRL's where the tokens of a step are on two ranks, and metrics of both ranks' tokens."""
-    record = records["asynchronous"]
+    record = record_of("asynchronous", tmp_path)
     assert_same_logs(record["ours"], record["theirs"])
     assert record["weights"] <= WEIGHT_BOUND
     assert record["ours"]["drpo/tokens"] == record["theirs"]["batch/trained_tokens_per_step"]

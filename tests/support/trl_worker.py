@@ -1,6 +1,6 @@
-"""Two processes of TRL runs (torchrun, gloo), ours beside TRL's: synchronous ones, then asynchronous ones.
+"""Two processes of TRL runs (torchrun, gloo), ours beside TRL's: `trl_worker.py synchronous|asynchronous FOLDER`.
 
-The first process prints a JSON line for each, with what was logged and how far the weights are from each other.
+The first process prints a JSON line with what was logged, and how far the weights are from each other.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def count_tokens(trainer) -> list[int]:
     return counts
 
 
-def report(name: str, **record) -> None:
+def report(**record) -> None:
     if torch.distributed.get_rank() == 0:
-        print(f"RECORD {name} {json.dumps(record)}", flush=True)
+        print("RECORD " + json.dumps(record), flush=True)
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -61,7 +61,7 @@ def synchronous(folder: Path) -> None:
     torch.distributed.all_gather(group, our_weights)
     start = torch.cat([p.reshape(-1) for p in tiny_trl.model().parameters()])
     report(
-        "synchronous", theirs=theirs, ours=ours, tokens=tokens, moved=(their_weights - start).norm().item(),
+        theirs=theirs, ours=ours, tokens=tokens, moved=(their_weights - start).norm().item(),
         weights=distance(our_weights, their_weights), ranks=(group[0] - group[1]).abs().max().item(),
     )  # fmt: skip
 
@@ -79,10 +79,9 @@ def asynchronous(folder: Path) -> None:
         run = trl_async_runs.trainer(cls, config, own, ddp_backend="gloo", **options, **objective)
         runs.append((tiny_trl.run(run), tiny_trl.weights(run)))
     (theirs, their_weights), (ours, our_weights) = runs
-    report("asynchronous", theirs=theirs, ours=ours, weights=distance(our_weights, their_weights))
+    report(theirs=theirs, ours=ours, weights=distance(our_weights, their_weights))
 
 
 if __name__ == "__main__":
-    synchronous(Path(sys.argv[1]))
-    asynchronous(Path(sys.argv[1]))
+    {"synchronous": synchronous, "asynchronous": asynchronous}[sys.argv[1]](Path(sys.argv[2]))
     leave()
