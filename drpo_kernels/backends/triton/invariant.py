@@ -6,13 +6,11 @@ the inner dimension, in steps of `MatmulTile.depth`, by one program. The tile is
 alone. n, and where a row lies, decide which program computes an element and how wide its loads are; not the order.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, on_device
 from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile
 from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
@@ -145,7 +143,7 @@ class InvariantMatmul:
     def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: None) -> None:
         """out [V] += Σ_rows dlogits [n, V], or = for the first chunk."""
         rows, columns = dlogits.shape
-        with _on(dlogits.device):
+        with on_device(dlogits):
             column_sum_kernel[(triton.cdiv(columns, COLUMN_BLOCK),)](
                 dlogits, dlogits.stride(0), out, rows, columns,
                 ACCUMULATE=not first, BLOCK_ROWS=self.row_multiple, BLOCK_COLUMNS=COLUMN_BLOCK,
@@ -166,7 +164,7 @@ class InvariantMatmul:
         (rows, depth), columns = a.shape, b.shape[1]
         # so that stores are wide for an odd vocabulary too; the stride of a single row promises no room behind it
         padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0)) if rows > 1 else columns
-        with _on(a.device):
+        with on_device(a):
             matmul_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
                 Matrix(a, *a.stride()), Matrix(b, *b.stride()), Matrix(out, out.stride(0), 1), rows, columns, padded,
                 depth, ROUNDED=TRITON_TYPES[self.compute_dtype], COMPUTE=TRITON_TYPES[compute],
@@ -174,8 +172,3 @@ class InvariantMatmul:
                 GROUP=tile.group, num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH_OPTIONS,
             )  # fmt: skip
         return out
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device; make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
