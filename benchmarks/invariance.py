@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import cli
-from benchmarks.harness.blocks import Block, origin
+from benchmarks.harness.blocks import NOT_YET, Block, origin
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, line, write
 from benchmarks.harness.tables import NOTHING, table
@@ -184,7 +184,33 @@ def _changed_share(records: Sequence[Record]) -> str:
     return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
 
 
-BLOCKS = (Block("invariance", "invariance", "invariance.jsonl", "docs/determinism.md", render),)
+def render_gpu(records: Sequence[Record]) -> str:
+    """Whether the promises hold on a GPU, and the tables."""
+    return f"With `batch_invariant` and run to run, {promises(records)}\n\n{render(records)}"
+
+
+def promises(records: Sequence[Record]) -> str:
+    """A sentence about the promises that are broken."""
+    wrong = [record for record in records if broken(record)]
+    dtypes = ", ".join(dict.fromkeys(record["dtype"] for record in records))
+    if not wrong:
+        return f"every promise holds in {len(records)} cases ({dtypes})."
+    cases = "; ".join(map(_broken_case, wrong))
+    return f"**a promise is broken in {len(wrong)} of {len(records)} cases ({dtypes})**: {cases}."
+
+
+def _broken_case(record: Record) -> str:
+    shape = "T={tokens} H={hidden} V={vocab}".format(**record["shape"])
+    changed = ", ".join(f"{name} of {count}" for name, count in record["changed"].items() if count) or "dW, in none"
+    case = f"`{record['method']}` in {record['dtype']}, {record['variation']}, {shape}"
+    return f"{case}, bits changed in {changed} of {record['rows']} rows"
+
+
+PAGE = "docs/determinism.md"
+BLOCKS = (
+    Block("invariance", "invariance", "invariance.jsonl", PAGE, render),
+    Block("invariance-gpu", "invariance", "gpu/invariance.jsonl", PAGE, render_gpu, NOT_YET),
+)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,23 @@ from pathlib import Path
 
 from benchmarks import invariance, trainers
 from benchmarks.device import page as device
-from benchmarks.device.parts import DEVICE
-from benchmarks.device.results import Run, read_run
 from benchmarks.harness import cli
 from benchmarks.harness.blocks import Block, rewrite
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, read
+from benchmarks.harness.runs import Run, read_run
 from benchmarks.longrun import sparse as longrun
+from benchmarks.precision import gpu as precision_gpu
 from benchmarks.precision import tables as precision
 from benchmarks.roofline import tables as roofline
+from benchmarks.sparsity import gpu as sparsity_gpu
 from benchmarks.sparsity import tables as sparsity
 from benchmarks.speed import tables as speed
 
-STUDIES = (speed, device, roofline, sparsity, longrun, precision, invariance, trainers)
+STUDIES = (
+    speed, device, roofline, sparsity, sparsity_gpu, longrun, precision, precision_gpu, invariance, trainers,
+)  # fmt: skip
+REHEARSALS = ("--quick", "--rehearse")  # A run whose command has one of these has measured nothing that counts.
 BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}
 
 
@@ -44,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             complaints.append(f"{results.name} is missing: run `python -m {block.module}` first")
         elif results.is_dir():
             run = read_run(results)
-            _report(block, run, page, any(record.get("rehearsal") for record in run[DEVICE]))
+            _report(block, run, page, [record for lines in run.values() for record in lines])
         elif results.exists():
             records = read(results)
             if records[0]["benchmark"] != block.benchmark:
                 complaints.append(f"{results.name} is of another version: run `python -m {block.module}` again")
                 continue
-            _report(block, records, page, any("--quick" in record.get("command", "") for record in records))
+            _report(block, records, page, records)
         if results.exists() and block.plots is not None:
             draw_plots(block.plots, read_run(results) if results.is_dir() else records, results)
     for complaint in dict.fromkeys(complaints):
@@ -58,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if complaints else 0
 
 
-def _report(block: Block, records: Sequence[Record] | Run, page: Path, rehearsal: bool) -> None:
-    """The numbers of a rehearsal say nothing to a reader: they are printed."""
-    text = block.render(records)
+def _report(block: Block, results: Sequence[Record] | Run, page: Path, records: Sequence[Record]) -> None:
+    """Write the block, or print it where the page has no place for it or its numbers are those of a rehearsal."""
+    text = block.render(results)
+    rehearsal = any(word in REHEARSALS for record in records for word in record.get("command", "").split())
     if rehearsal or not rewrite(page, block.markers, text):
         print(text)
 

@@ -1,4 +1,4 @@
-"""What a GPU run is held to: each bar with its limit, and how its number comes from the records of `device`."""
+"""What a GPU run is held to: each bar with its limit, and how its number comes from the records of the run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from functools import partial
 
 import torch
 
-from benchmarks.device.parts import MAIN, MIDDLE, SMALL
+from benchmarks.device.parts import MIDDLE, SMALL
 from benchmarks.device.tiles import COPY
 from benchmarks.harness.measure import OVER_BUDGET
 from benchmarks.harness.method import HEAD
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.peers import PEERS
 from benchmarks.harness.records import Record
+from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run
+from benchmarks.harness.tables import gibibytes
 from drpo_kernels.backends.planning import workspace_bytes
 
 GIB = 1 << 30
+LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
+FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
 PEER_PARTS = ("peers", "liger_sm90", "slow_peers")
-# log-probs to any loss from hidden states, and every gradient; logits may be rounded, what filters is another bargain
+# Heads that take log-probs to any loss and give every gradient. They may round the logits, but filter nothing.
 RL_PEERS = tuple(
     name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter"
 )
@@ -32,46 +36,41 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """The lines of speed.jsonl, each with the part of the run that wrote it, and those of device.jsonl."""
+    """The lines of speed.jsonl and device.jsonl; `used` collects the records from which a bar's number comes."""
 
-    records: Sequence[Record]
-    device: Sequence[Record] = ()
-    used: list[Record] = field(default_factory=list)  # the records that `one` has given
+    speed: Sequence[Record]
+    device: Sequence[Record]
+    used: list[Record] = field(default_factory=list)
 
     def of(self, part: str, method: str, share: float = 1.0, inputs: str = "trained") -> list[Record]:
         wanted = {"part": part, "method": method, "dtype": "bfloat16", "active_share": share, "inputs": inputs}
-        return [record for record in self.records if wanted.items() <= record.items()]
+        return [record for record in self.speed if wanted.items() <= record.items()]
 
     def one(
         self, part: str, method: str, share: float = 1.0, inputs: str = "trained", model=MAIN.model, tokens=MAIN.tokens
     ) -> Record:
-        """The timed record."""
+        """The record of the case, which must have a time."""
         found = [
             record
             for record in self.of(part, method, share, inputs)
             if (record["workload"], record["shape"]["tokens"]) == (model, tokens)
         ]
-        timed = [record for record in found if record["median_s"] is not None]
-        if not timed:
+        if not found or found[-1]["median_s"] is None:
             raise NotMeasured(f"{method}: {found[-1]['status'] if found else 'no record'}")
-        self.used.append(timed[-1])
-        return timed[-1]
+        self.used.append(found[-1])
+        return found[-1]
 
     @property
     def earlier(self) -> str:
         """The older commits among the records used. A run may take several sittings, each at its own commit."""
-        newest = newest_commit(self.records)
+        newest = max(self.speed, key=lambda record: record["date"])["commit"] if self.speed else None
         return ", ".join(dict.fromkeys(r["commit"][:12] for r in self.used if r["commit"] not in (None, newest)))
-
-
-def newest_commit(records: Sequence[Record]) -> str | None:
-    return max(records, key=lambda record: record["date"])["commit"] if records else None
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`value` gives the number and a remark, or raises `NotMeasured`; `at_least`: it must reach the limit, not stay
-    below it.
+    """A limit and a function that gives the number and a remark, or raises `NotMeasured`. With `at_least` the number
+    must reach the limit, without it must not exceed the limit.
     """
 
     what: str
@@ -86,7 +85,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is PASS, MISS or "not measured"."""
+    """What became of a bar: `word` is PASS, MISS or "not measured"."""
 
     bar: Bar
     word: str
@@ -94,12 +93,12 @@ class Verdict:
     remark: str
 
 
-def verdicts(records: Sequence[Record], device: Sequence[Record] = ()) -> list[Verdict]:
-    """Of every bar; a CPU's records are a rehearsal, whose numbers are computed and not shown."""
+def verdicts(run: Run) -> list[Verdict]:
+    """A verdict on every bar. The numbers of a CPU, on which a run is a rehearsal, are computed and not shown."""
     found = []
-    rehearsal = not all("gpu" in record["device"] for record in records)
+    rehearsal = not all("gpu" in record["device"] for record in run[SPEED])
     for bar in BARS:
-        results = Results(records, device)
+        results = Results(run[SPEED], run[DEVICE])
         try:
             value, remark = bar.value(results)
         except NotMeasured as missing:
@@ -114,8 +113,11 @@ def verdicts(records: Sequence[Record], device: Sequence[Record] = ()) -> list[V
     return found
 
 
+# --- how the numbers come from the records ----------------------------------------------------------------------------
+
+
 def failed_tests(results: Results) -> tuple[float, str]:
-    """Of every part that runs tests; one that has not come to its end counts as one more."""
+    """The number of failed tests. A part that runs tests and has not come to its end counts as one more."""
     runs = [record for record in results.device if "tests" in record]
     if not runs:
         raise NotMeasured("no test was run")
@@ -127,27 +129,28 @@ def failed_tests(results: Results) -> tuple[float, str]:
 
 
 def of_floor(record: Record) -> tuple[float, str]:
-    """Its median over that of its floor, the samples of the two interleaved."""
+    """The method's median over that of its floor, whose samples were interleaved with its own."""
     if record["floor_median_s"] is None:
         raise NotMeasured(f"{record['method']}: its floor has no time")
-    times = record["median_s"], record["floor_median_s"]
-    return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
+    return _over(record["median_s"], record["floor_median_s"])
+
+
+def _over(one: float, other: float) -> tuple[float, str]:
+    return one / other, f"{1e3 * one:.2f} ms over {1e3 * other:.2f} ms"
 
 
 def held(method: str, results: Results, part: str = "ours", **where) -> tuple[float, str]:
-    """Over the floor it is held to."""
     return of_floor(results.one(part, method, **where))
 
 
 def against_dense(method: str, share: float, results: Results) -> tuple[float, str]:
-    """Over `linear_policy_loss` with every row active."""
+    """The method's median over that of `linear_policy_loss` with every row active."""
     record = results.one("ours", method, share)
-    times = record["median_s"], dense_beside(record, results.records)["median_s"]
-    return times[0] / times[1], "{:.2f} ms over {:.2f} ms".format(*(1e3 * seconds for seconds in times))
+    return _over(record["median_s"], dense_beside(record, results.speed)["median_s"])
 
 
 def dense_beside(record: Record, records: Sequence[Record]) -> Record:
-    """`linear_policy_loss` on the same inputs, all rows active, at the same commit: of the same part, else another."""
+    """`linear_policy_loss` with every row active on the same inputs at the same commit, preferably of the same part."""
     same = {name: record[name] for name in ("workload", "shape", "inputs", "dtype", "commit")}
     wanted = {"method": LOSS, "active_share": 1.0, **same}
     found = [r for r in records if wanted.items() <= r.items() and r["median_s"] is not None]
@@ -157,7 +160,6 @@ def dense_beside(record: Record, records: Sequence[Record]) -> Record:
 
 
 def sparse_over_floor(results: Results) -> tuple[float, str]:
-    """On the mixed entropies that sparse gradients are held to."""
     record = results.one("sparse", SPARSE, inputs="mixed")
     value, remark = of_floor(record)
     return value, f"{remark}, gradient error {max(record['gradient_error'].values()):.2%}"
@@ -165,9 +167,8 @@ def sparse_over_floor(results: Results) -> tuple[float, str]:
 
 def over_eager(results: Results) -> tuple[float, str]:
     """The smallest of eager's times over ours, over the shapes of small models."""
-    shapes = (*SMALL, MIDDLE)
     found = []
-    for model, tokens in shapes:
+    for model, tokens in (*SMALL, MIDDLE):
         ours, eager = (results.one("small", name, model=model, tokens=tokens) for name in (LOSS, "eager"))
         found.append((eager["median_s"] / ours["median_s"], model, tokens))
     value, model, tokens = min(found)
@@ -176,7 +177,7 @@ def over_eager(results: Results) -> tuple[float, str]:
 
 
 def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
-    """The row kernel's TB/s at the tile that is chosen, over a copy's, both by themselves."""
+    """The TB/s of the row kernel at the tile that is chosen, over a copy's."""
     rows = [r for r in results.device if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
     kernels, copies = [r for r in rows if r["chosen"]], [r["TB/s"] for r in rows if r["row_kernel"] == COPY]
     if not kernels or not copies:
@@ -200,18 +201,18 @@ def against(method: str, peers: Sequence[str], results: Results) -> tuple[float,
     if not found:
         raise NotMeasured("; ".join(missing))
     value, peer, ours, theirs = min(found, key=lambda row: row[0])
-    memory = " against ".join(_gib(record["peak_beyond_gradients_bytes"]) for record in (ours, theirs))
+    memory = " against ".join(gibibytes(record["peak_beyond_gradients_bytes"]) for record in (ours, theirs))
     return value, "; ".join([f"fastest: {peer}", f"beyond the gradients {memory}", *missing])
 
 
 def in_floors(record: Record) -> float:
-    """A time in units of the three bare products, whatever its own floor is."""
+    """A time in units of the three bare products, also for a method whose floor has four of them."""
     products = {WHOLE: 3, "gemms_recompute": 4}[METHODS[record["method"]].held_to]
     return of_floor(record)[0] * products / 3
 
 
-def beyond_allowance(method: str, trains_weight: bool, results: Results) -> tuple[float, str]:
-    """The most over all T, in GiB, beyond gradients, workspace and what dW is granted."""
+def beyond_allowance(method: str, results: Results) -> tuple[float, str]:
+    """How far the peak is above what is allowed, in GiB, at the T where it is furthest."""
     records = [record for record in results.of("memory", method) if record["status"] != OVER_BUDGET]
     if not records:
         raise NotMeasured(f"{method}: no record")
@@ -219,26 +220,23 @@ def beyond_allowance(method: str, trains_weight: bool, results: Results) -> tupl
         if record["peak_beyond_gradients_bytes"] is None:
             raise NotMeasured(f"T={record['shape']['tokens']}: {record['status']}")
     results.used.extend(records)
-    worst = max(records, key=partial(excess, trains_weight))
-    tokens = [record["shape"]["tokens"] for record in records]
-    remark = f"worst at T={worst['shape']['tokens']}, {_gib(worst['peak_beyond_gradients_bytes'])} beyond the gradients"
-    return excess(trains_weight, worst) / GIB, f"{remark}; T of {', '.join(map(str, sorted(tokens)))}"
+    worst = max(records, key=lambda record: record["peak_beyond_gradients_bytes"] - allowance(record))
+    peak, tokens = worst["peak_beyond_gradients_bytes"], sorted(record["shape"]["tokens"] for record in records)
+    remark = f"worst at T={worst['shape']['tokens']}, {gibibytes(peak)} beyond the gradients"
+    return (peak - allowance(worst)) / GIB, f"{remark}; T of {', '.join(map(str, tokens))}"
 
 
-def excess(trains_weight: bool, record: Record) -> int:
+def allowance(record: Record) -> int:
+    """The bytes beyond the gradients that a step may hold: the workspace and, unless the head is frozen, one float32 dW
+    or the retained bf16 dlogits of up to 2H tokens, whichever are larger.
+    """
     tokens, hidden, vocab = (record["shape"][name] for name in ("tokens", "hidden", "vocab"))
     workspace = workspace_bytes(torch.device("cuda" if "gpu" in record["device"] else "cpu"), vocab, 4, None)
     retained = 2 * tokens * vocab if tokens <= 2 * hidden else 0
-    granted = max(4 * vocab * hidden, retained) if trains_weight else 0
-    return record["peak_beyond_gradients_bytes"] - workspace - granted
+    return workspace + (0 if record["method"] == FROZEN else max(4 * vocab * hidden, retained))
 
 
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / GIB:.2f} GiB"
-
-
-LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
-FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
+GIBIBYTES = "{:.3f} GiB"
 BARS = (
     Bar("GPU tests that fail", 0, failed_tests, form="{:.0f}"),
     Bar("T=8192 H=4096 V=151936, over three bare products", 1.10, partial(held, LOSS)),
@@ -252,18 +250,8 @@ BARS = (
         )
     ),
     Bar("the slowest small shape: eager's time over ours", 1.0, over_eager, at_least=True),
-    Bar(
-        "peak memory of a frozen head above the workspace, beyond gradients",
-        0.1,
-        partial(beyond_allowance, FROZEN, False),
-        form="{:.3f} GiB",
-    ),
-    Bar(
-        "peak memory above workspace and what dW is granted",
-        0.1,
-        partial(beyond_allowance, LOSS, True),
-        form="{:.3f} GiB",
-    ),
+    Bar("peak memory of a frozen head above what is allowed", 0.1, partial(beyond_allowance, FROZEN), form=GIBIBYTES),
+    Bar("peak memory above what is allowed", 0.1, partial(beyond_allowance, LOSS), form=GIBIBYTES),
     Bar("25 % of rows active, over dense", 0.29, partial(against_dense, LOSS, 0.25)),
     Bar("frozen head, over dense", 0.72, partial(against_dense, FROZEN, 1.0)),
     Bar("sparse gradients of mixed entropies, over three bare products", 0.60, sparse_over_floor),

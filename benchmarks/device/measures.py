@@ -1,10 +1,10 @@
-"""What only a GPU can decide, in numbers: rates of bare products, where the time of a step goes, a whole run."""
+"""Measurements of a GPU run: rates of bare products, a profile of a step, and the demo's training."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,10 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.timing import clock, interleaved_seconds
 from benchmarks.harness.workloads import MODELS, Workload
 
-# Products are measured at these sizes: a chunk's logits have CHUNKS rows and WIDTHS hidden sizes, and a window, whose
-# dX and dW are one product each, has WINDOWS rows.
+# The logits of a chunk are measured at CHUNKS rows and WIDTHS hidden sizes, dX and dW of a window at WINDOWS rows.
 CHUNKS, WIDTHS, WINDOWS = (512, 1664, 8192), (1536, 4096), (2048, 2432, 4096, 8192)
 VOCAB = MODELS["Qwen3-8B"].vocab
-# kernels shorter than this are overhead, not work
+# Kernels shorter than this are counted as overhead.
 SHORT_US = 10.0
 # A profile keeps this many kernels, those with the most time, and this many gaps, the longest between kernels.
 KERNELS, GAPS = 24, 6
@@ -74,9 +73,9 @@ def products(device: torch.device, rehearse: bool, deadline: float) -> Iterator[
 
 
 def _multiplication(product: Product, device: torch.device) -> Callable[[], object]:
-    """As `backends/matmul.py` calls it; operands are transposed views where they are there."""
+    """A call as in `backends/matmul.py`, with operands that are transposed views where they are views there."""
     a, b, out = _operands(product, device)
-    if device.type == "cpu":  # whose products of 16-bit operands have no float32 result
+    if device.type == "cpu":  # A CPU has no products of 16-bit operands with float32 results.
         return lambda: out.copy_(a @ b)
     if out.dtype == a.dtype:
         return lambda: torch.mm(a, b, out=out)
@@ -110,7 +109,7 @@ class Span:
 
 
 def profile(steps: Sequence[tuple[str, Workload]], device: torch.device) -> Iterator[Record]:
-    """Of a step of each method on its workload: what takes the time, how much of it is short kernels, and the gaps."""
+    """The kernels of a step of each method on its workload, the time in short ones, and the gaps between kernels."""
     for method, workload in steps:
         step = METHODS[method].prepare(workload.inputs(device))
         for _ in range(3):
@@ -156,7 +155,7 @@ def overheads(spans: Sequence[Span]) -> Record:
 
 
 def by_kernel(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
-    """(name, calls, microseconds), the most time first."""
+    """(name, calls, microseconds) of every kernel, the one with the most time first."""
     found: dict[str, list[float]] = {}
     for span in spans:
         found.setdefault(span.name, []).append(span.end - span.start)
@@ -194,8 +193,5 @@ def demo(device: torch.device, rehearse: bool) -> Iterator[Record]:
     batches = run_batch(model, result.rollout), large_head_batch(*settings.large_head, generator)
     for batch in batches:
         found = compare(batch, OBJECTIVES[settings.objective], settings.repeats)
-        yield {"comparison": batch.title, "shape": batch.shape, **_pairs(vars(found))}
-
-
-def _pairs(fields: Mapping[str, object]) -> Record:
-    return {name: fields[name] for name in ("loss", "hidden_gradient", "weight_gradient", "seconds", "peak_bytes")}
+        fields = ("loss", "hidden_gradient", "weight_gradient", "seconds", "peak_bytes")
+        yield {"comparison": batch.title, "shape": batch.shape, **{name: getattr(found, name) for name in fields}}

@@ -23,43 +23,38 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device import measures as device_measures
-from benchmarks.device import tiles
+from benchmarks.device import measures, tiles
 from benchmarks.harness import plans
 from benchmarks.harness.measure import FAILED, Case, in_order, measured, started
 from benchmarks.harness.method import Unsupported
 from benchmarks.harness.methods import FLOORS, METHODS, OURS
+from benchmarks.harness.mixes import MIXES
 from benchmarks.harness.peers import PEERS
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, read
+from benchmarks.harness.runs import DEVICE, INVARIANCE, MAIN, PRECISION, SPEED, key_of
 from benchmarks.harness.timing import clock, interleaved_seconds
-from benchmarks.harness.workloads import Workload
-from benchmarks.sparsity import tables as sparsity_tables
-from benchmarks.speed.study import summary
 
-STANDARD = plans.STANDARD["cuda"]
-MAIN = Workload(STANDARD.model, STANDARD.tokens, "trained", STANDARD.dtype)
-# Small models and small batches, where most runs are, as (model, T)
+# (model, T) of small models and small batches, which most runs have
 SMALL = tuple((model, tokens) for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tokens in (512, 1024, 256, 2048))
 MIDDLE = ("Qwen3-30B-A3B", 8192)
 LOSS = "linear_policy_loss"
-# Liger's Hopper head: its backward is one kernel with a barrier across the whole device, which may never be passed
+# The backward of Liger's Hopper head is one kernel with a barrier across the device, which may never be passed.
 HANGS = "liger_scaled_sm90"
-# the shapes of SMALL at which the eager loss is compiled too: each compilation takes seconds
+# The shapes of SMALL at which the eager loss is compiled too; each compilation takes seconds.
 COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
-DEVICE, SPEED, INVARIANCE, PRECISION = "device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl"
 # A part exits with one of these when it cannot run on this machine, when it had to stop what it had started, or when
 # the device is lost.
 UNAVAILABLE, STOPPED, LOST = 3, 4, 5
-# what a rehearsal measures: the first few of these in every part
+# A rehearsal measures the first few of these in every part.
 REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled_sm90", "copy", "policy_loss"), 4
-# seconds that a program started by a part leaves for writing down how it ended
+# Seconds that a part keeps for writing down how a program that it started has ended.
 RESERVE = 3.0
-# the tests of sizes, streams and graphs, and the other files that have tests of a GPU
+# The tests of sizes, streams and graphs, and the other files that have tests of a GPU.
 SCALE = "tests/loss/test_scale.py"
 OTHERS = ("cases", "invariance", "fp8", "exact_products", "benchmarks", "distributed", "verl")
 OTHERS = sorted(str(path.relative_to(ROOT)) for name in OTHERS for path in ROOT.glob(f"tests/*/test_{name}.py"))
-# pytest processes of a part; they share the device
+# The number of pytest processes of a part. They share the device.
 WORKERS = {"scale": 3, "tests": 6, "gpu": 6, "suite": 12}
 
 
@@ -84,11 +79,18 @@ class Run:
     def seconds(self) -> float:
         return max(self.deadline - RESERVE - time.monotonic(), 0.0)
 
+    def source(self, part: str) -> Record:
+        """What every record of the part says of its origin."""
+        rehearse = " --rehearse" if self.rehearse else ""
+        return provenance(f"python -m benchmarks.device{rehearse} --parts {part}", self.device)
+
 
 @dataclass(frozen=True)
 class Part:
-    """seconds   its share of the whole run's time
-    run       raises `Unsupported` where it cannot, `Lost` where a new process may go on
+    """A function that yields records.
+
+    seconds   its share of the whole run's time
+    run       raises `Unsupported` if it cannot run here, and `Lost` if a new process may go on
     patience  seconds without a new line after which it is taken to hang
     """
 
@@ -122,7 +124,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def environment(run: Run) -> Iterator[Record]:
-    """The driver, clocks, and which peers can be imported; device and versions are in every line."""
+    """The driver, the clocks, and which peers can be imported. Device and versions are in every line anyway."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.used"
     if shutil.which("nvidia-smi"):
         status, lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], run.seconds)
@@ -133,13 +135,13 @@ def environment(run: Run) -> Iterator[Record]:
     yield {"packages": found}
 
 
-# of `pytest -v`, alone and under xdist
+# a line of `pytest -v`, alone and under xdist
 TEST_LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 XDIST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/\S+::.+?) *$")
 
 
 def tests_of(part: str, selection: Sequence[str], rehearsed: str, run: Run) -> Iterator[Record]:
-    """What was passed, and what failed, by name; also of a run that was stopped."""
+    """The counts of a run of tests and the names of those that failed, also if it had to be stopped."""
     spread = []
     if importlib.util.find_spec("xdist") and not run.rehearse:
         spread = ["-n", str(WORKERS[part]), "--dist", "worksteal"]
@@ -159,36 +161,26 @@ def tests_of(part: str, selection: Sequence[str], rehearsed: str, run: Run) -> I
         raise RuntimeError("every test was skipped")
 
 
-def invariance(run: Run) -> Iterator[Record]:
-    """All dtypes in one program: a promise that one of them breaks shows in its exit status when all have been seen."""
-    yield from _written_by("invariance", run)
-
-
-def precision(run: Run) -> Iterator[Record]:
-    yield from _written_by("precision", run, *([] if run.rehearse else ["--device", run.device]))
-
-
-def _written_by(module: str, run: Run, *arguments: object) -> Iterator[Record]:
-    """The lines that `python -m benchmarks.<module>` writes."""
+def study(name: str, run: Run) -> Iterator[Record]:
+    """The lines that `python -m benchmarks.<name>` writes."""
     with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--quick"] if run.rehearse else ["--device", run.device]
         out = Path(folder, "records.jsonl")
-        quick = ["--quick"] if run.rehearse else []
-        status, _ = output(python(f"benchmarks.{module}", *arguments, *quick, "--out", out), run.seconds)
-        for path in Path(folder).glob("*.jsonl"):
-            yield from read(path)
+        status, _ = output(python(f"benchmarks.{name}", *arguments, "--out", out), run.seconds)
+        yield from read(out)
         if status is None:
             raise Stopped
         if status != 0:
-            raise RuntimeError(f"benchmarks.{module} exited with {status}")
+            raise RuntimeError(f"benchmarks.{name} exited with {status}")
 
 
 def sanitizer(run: Run) -> Iterator[Record]:
-    """The row kernels under memcheck: views of logits whose surroundings must not be touched."""
+    """The row kernels under memcheck, on views of logits whose surroundings they must not touch."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         raise Unsupported("not on this machine")
     test = python("pytest", "-q", "-p", "no:cacheprovider", "tests/loss/test_scale.py", "-k", "not_contiguous and tiny")
-    # without PyTorch's caching, every tensor is an allocation of its own, whose end is seen
+    # Without PyTorch's caching every tensor is an allocation of its own, so that memcheck sees where it ends.
     command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, "--tool", "memcheck", "--error-exitcode", "9", *test]
     status, lines = output(command, run.seconds)
     verdicts = [line.strip("= ") for line in lines if "ERROR SUMMARY" in line]
@@ -199,18 +191,16 @@ def sanitizer(run: Run) -> Iterator[Record]:
 
 
 def plan_of(part: str) -> list[Case]:
-    """At the workload of the bars: floors and ours; peers with ours and floors beside them; then ours over T; then
-    whatever else the standard plan of a GPU holds.
-    """
+    """The cases of a part of speed. `sweep` has what the standard plan of a GPU holds and no earlier part does."""
     logits = [name for name in ("copy", *OURS) if METHODS[name].takes == "logits"]
     hidden = [name for name in (*FLOORS, *OURS) if METHODS[name].takes == "hidden"]
     beside = ("gemms_whole", "linear_policy_loss", "linear_token_logprobs")
-    # compile or tune themselves at their first call
+    # These compile or tune themselves at their first call.
     slow = ("liger_grpo", "cce_exact", "cce", "eager_compiled")
     quick = [name for name in PEERS if name not in (*slow, HANGS) and METHODS[name].takes == "hidden"]
     by_logits = ("copy", "policy_loss", "eager_from_logits", "liger_triton_grpo")
     small = ("gemms_whole", "eager", "linear_policy_loss", "eager_compiled")
-    sparse = [name for name in sparsity_tables.METHODS if name != "cce"]
+    sparse = ("gemms_whole", LOSS, f"{LOSS}_sparse", f"{LOSS}_sparse_tight")
     wide = replace(MAIN, dtype="float32")
     cases = {
         "ours": [Case(name, MAIN) for name in hidden]
@@ -225,7 +215,7 @@ def plan_of(part: str) -> list[Case]:
             for name in small
             if name != "eager_compiled" or (model, tokens) in COMPILED
         ],
-        "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in sparsity_tables.KINDS for name in sparse],
+        "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in (*MIXES, "trained", "random") for name in sparse],
         "memory": [
             Case(name, replace(MAIN, tokens=tokens))
             for tokens in (8192, 65_536, 2048, 32_768, 16_384)
@@ -233,7 +223,7 @@ def plan_of(part: str) -> list[Case]:
         ],
     }
     taken = {case for name in ("ours", "peers", "liger_sm90", "slow_peers") for case in cases[name]}
-    cases["sweep"] = [case for case in STANDARD.cases() if case not in taken]
+    cases["sweep"] = [case for case in plans.STANDARD["cuda"].cases() if case not in taken]
     return list(dict.fromkeys(cases[part]))
 
 
@@ -246,23 +236,17 @@ def speed(part: str, rounds: int, run: Run) -> Iterator[Record]:
         rounds = 2
     path = run.folder / SPEED
     begun = {key_of(record) for record in read(path) if record["part"] == part}
-    source = provenance(f"python -m benchmarks.device --parts {part}", run.device)
+    source = run.source(part)
 
     def begin(case: Case) -> None:
         append(path, {"part": part, **started(case), **source})
 
     plan = [case for case in in_order(plan) if key_of({"part": part, **started(case)}) not in begun]
     for record in measured(plan, source, run.device, rounds, run.deadline - RESERVE, begin):
-        print("\n".join(summary([record])), flush=True)
+        print(f"{record['method']}, {record['workload']}: {record['median_s']} s, {record['status']}", flush=True)
         yield record
         if record["status"].startswith(FAILED) and run.device.type == "cuda":
             _still_there(run.device)
-
-
-def key_of(record: Record) -> tuple:
-    """Of a line of speed.jsonl: of two with the same key, the later one counts."""
-    names = ("part", "workload", "inputs", "dtype", "method", "active_share")
-    return (*(record[name] for name in names), record["shape"]["tokens"])
 
 
 def _still_there(device: torch.device) -> None:
@@ -297,7 +281,7 @@ def floors(run: Run) -> Iterator[Record]:
         median = statistics.median(samples)
         rate = {"TB/s": 2 * logits.nbytes / median / 1e12} if name == "copy" else {"TFLOP/s": flop / median / 1e12}
         yield {"floor": name, "shape": vars(shape), "dtype": MAIN.dtype, "median_s": median, **rate}
-    yield from device_measures.products(run.device, run.rehearse, run.deadline)
+    yield from measures.products(run.device, run.rehearse, run.deadline)
 
 
 def rows(run: Run) -> Iterator[Record]:
@@ -311,11 +295,11 @@ def profile(run: Run) -> Iterator[Record]:
     steps.append((f"{LOSS}_sparse", replace(MAIN, kind="mixed")))
     if run.rehearse:
         steps = [(LOSS, plans.quick([Case("gemms_whole", MAIN)])[0].workload)]
-    yield from device_measures.profile(steps, run.device)
+    yield from measures.profile(steps, run.device)
 
 
 def demo(run: Run) -> Iterator[Record]:
-    yield from device_measures.demo(run.device, run.rehearse)
+    yield from measures.demo(run.device, run.rehearse)
 
 
 def _speed_part(seconds: float, what: str, name: str, rounds: int, patience: float = 45) -> Part:
@@ -343,14 +327,14 @@ PARTS = {
     "liger_sm90": _speed_part(80, "Liger's Hopper kernels, alone: they may hang", "liger_sm90", 10, 75),
     "slow_peers": _speed_part(60, "the peers that compile or tune themselves first", "slow_peers", 10, 40),
     "demo": Part(36, "the demo's training, before and after", demo),
-    "invariance": Part(50, "python -m benchmarks.invariance", invariance, INVARIANCE),
-    "precision": Part(33, "python -m benchmarks.precision", precision, PRECISION),
+    "invariance": Part(50, "python -m benchmarks.invariance", functools.partial(study, "invariance"), INVARIANCE),
+    "precision": Part(33, "python -m benchmarks.precision", functools.partial(study, "precision"), PRECISION),
     "sanitizer": Part(40, "compute-sanitizer on the row kernels", sanitizer),
     "sweep": _speed_part(60, "other inputs, shares, models and T", "sweep", 5),
     "suite": _tests_part(180, "every other test, on the device", "suite", "-m", "not gpu",
                          rehearsed="tests/loss/test_layouts.py"),
 }  # fmt: skip
-# Every sitting has its parts in the order in which they run, and the seconds that all of them may take.
+# Every sitting's parts in the order in which they run, and the seconds that all of them together may take.
 SITTINGS = {
     "first": (("environment", "floors", "ours", "scale"), 160.0),
     "second": (
@@ -373,8 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
     run = Run(options.out, time.monotonic() + options.seconds, options.rehearse, device)
     part = PARTS[options.part]
-    # the lines of the other files bring their own
-    source = provenance(f"python -m benchmarks.device --parts {options.part}", device) if part.file == DEVICE else {}
+    # The lines of the other files bring their own source.
+    source = run.source(options.part) if part.file == DEVICE else {}
     try:
         for record in part.run(run):
             append(run.folder / part.file, {"part": options.part, **record, **source})

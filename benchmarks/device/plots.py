@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,39 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks.device import bars
-from benchmarks.device.findings import GIB, TRAINS_WEIGHT, main_heads, peaks, row_kernels, small_shapes, threads
-from benchmarks.device.parts import SPEED
-from benchmarks.device.results import Run
-from benchmarks.device.tiles import COPY, ONE_READ, TWO_READS
-from benchmarks.harness.pictures import (
-    GREEN,
-    GREY,
-    LIGHT_GREY,
-    ORANGE,
-    PALE,
-    STYLES,
-    finish,
-    frame,
-    new_axes,
-    plt,
-    save,
-)
+from benchmarks.device.findings import main_heads, small_shapes
+from benchmarks.harness.measure import largest_error
+from benchmarks.harness.pictures import GREY, ORANGE, STYLES, frame, plt, save
 from benchmarks.harness.records import Record
+from benchmarks.harness.runs import Run
 from benchmarks.speed.plots import plain
-from benchmarks.speed.tables import largest_error
 
 OURS, OTHER = STYLES[bars.LOSS][0], STYLES["eager"][0]
 SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": (ORANGE, "D")}
-ROW_LOOKS = {TWO_READS: OURS, ONE_READ: GREEN, COPY: LIGHT_GREY}
-ROW_TITLES = {"float32": "a chunk of the linear path: float32 in, bf16 out", "bfloat16": "ready logits: bf16, in place"}
 
 
 def draw(run: Run, folder: Path, stem: str) -> None:
-    """Write {stem}_{rows,small,peers,memory}.png into `folder`, each where there is something to show."""
-    figures: dict[str, Callable[[Run], tuple[Figure, list[Record]] | None]] = {
-        "rows": rows_figure, "small": small_figure, "peers": peers_figure, "memory": memory_figure,
-    }  # fmt: skip
-    for name, make in figures.items():
+    """Write {stem}_small.png and {stem}_peers.png into `folder`, each where there is something to show."""
+    for name, make in (("small", small_figure), ("peers", peers_figure)):
         if (made := make(run)) is not None:
             figure, records = made
             save(figure, folder / f"{stem}_{name}.png", records)
@@ -50,7 +31,7 @@ def draw(run: Run, folder: Path, stem: str) -> None:
 
 def small_figure(run: Run) -> tuple[Figure, list[Record]] | None:
     """A column per model with several T: time of a token above, share of the floor below."""
-    found = small_shapes(run, latest=True)
+    found = small_shapes(run)
     models = [m for m in dict.fromkeys(model for model, _ in found) if sum(model == m for model, _ in found) > 1]
     if not models:
         return None
@@ -75,8 +56,7 @@ def small_figure(run: Run) -> tuple[Figure, list[Record]] | None:
         panels[1][column].set_xlabel("tokens T in the batch (log scale)")
     for axes in panels.flat:
         axes.set_ylim(0, None)
-        axes.grid(color=PALE, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     panels[0][0].set_ylabel("µs per token, forward and backward")
     panels[1][0].set_ylabel("three bare products' time in % of its own")
     panels[0][-1].legend(fontsize=9.5, frameon=False, loc="upper right")
@@ -115,7 +95,7 @@ def _head(record: Record) -> str:
 
 
 def _gibibytes(record: Record) -> float:
-    return (record["peak_beyond_gradients_bytes"] or 0) / GIB
+    return (record["peak_beyond_gradients_bytes"] or 0) / bars.GIB
 
 
 def _bars(axes: Axes, values: Sequence[float], colours: Sequence[str]) -> None:
@@ -131,58 +111,3 @@ def _bars(axes: Axes, values: Sequence[float], colours: Sequence[str]) -> None:
             axes.annotate(f"{value:.2f}", (value, y), (4, 0), **look)
     axes.set_xlim(0, end)
     frame(axes, "x")
-
-
-def memory_figure(run: Run) -> tuple[Figure, list[Record]] | None:
-    """Measured peaks over T, and the allowance of each as a dashed line."""
-    found = {method: points for method in TRAINS_WEIGHT if len(points := peaks(run, method)) > 1}
-    if not found:
-        return None
-    records = [record for record in run[SPEED] if record["part"] == "memory"]
-    shape = "H={hidden} V={vocab}".format(**records[0]["shape"])
-    figure, axes = new_axes(
-        f"What does a step hold beyond its inputs and gradients? {records[0]['workload']}, {shape}, bf16"
-    )
-    for method, points in found.items():
-        colour, marker = STYLES[method]
-        tokens, beyond, allowed = zip(*points, strict=True)
-        look = {"color": colour, "label": plain(method)}
-        axes.plot(tokens, [count / GIB for count in beyond], marker=marker, linewidth=2.4, **look)
-        axes.plot(tokens, [count / GIB for count in allowed], "--", linewidth=1.3, **look | {"label": "allowed"})
-    axes.set_ylim(0, None)
-    every = sorted({tokens for points in found.values() for tokens, *_ in points})
-    finish(axes, every, "peak beyond the gradients, GiB")
-    drawn = [record for record in records if record["peak_beyond_gradients_bytes"] is not None]
-    return figure, [{**record, "seconds": None} for record in drawn]
-
-
-def rows_figure(run: Run) -> tuple[Figure, list[Record]] | None:
-    """TB/s by kernel and threads, beside a copy of the same logits."""
-    panels = {logits: kernels for logits in ("float32", "bfloat16") if COPY in (kernels := row_kernels(run, logits))}
-    if not panels:
-        return None
-    figure, places = plt.subplots(1, len(panels), figsize=(6 * len(panels), 3.8), layout="constrained", squeeze=False)
-    orders = {
-        logits: [record for name in (COPY, ONE_READ, TWO_READS) for record in kernels.get(name, [])]
-        for logits, kernels in panels.items()
-    }
-    for axes, (logits, order) in zip(places[0], orders.items(), strict=True):
-        copy = panels[logits][COPY][-1]["TB/s"]
-        for y, record in enumerate(order):
-            rate = record["TB/s"]
-            axes.barh(y, rate, 0.66, color=ROW_LOOKS[record["row_kernel"]], zorder=2)
-            look = {"textcoords": "offset points", "ha": "right", "va": "center", "color": "white", "fontsize": 9.5}
-            axes.annotate(f"{rate:.2f} ({rate / copy:.0%})", (rate, y), (-5, 0), zorder=3, **look)
-        names = [record["row_kernel"] + (f", {threads(record)} threads" if record["tile"] else "") for record in order]
-        names = [name + (" (in use then)" if r["chosen"] else "") for name, r in zip(names, order, strict=True)]
-        axes.set_yticks(range(len(order)), names, fontsize=9.5)
-        axes.set_ylim(max(map(len, orders.values())) - 0.4, -0.6)
-        axes.axvline(copy, color=GREY, linewidth=1.4, linestyle="--")
-        axes.set_xlim(0, 1.08 * copy)
-        frame(axes, "x")
-        axes.set_xlabel("TB/s, one read and one write of the logits counted")
-        axes.set_title(ROW_TITLES[logits], fontsize=10.5, loc="left")
-    shape = next(iter(panels.values()))[COPY][-1]["shape"]
-    title = "How close is the row kernel to a copy? {rows} rows of {vocab} logits".format(**shape)
-    figure.suptitle(title, fontsize=12)
-    return figure, [{**record, "seconds": None} for order in orders.values() for record in order]

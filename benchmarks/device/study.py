@@ -1,19 +1,17 @@
 """`python -m benchmarks.device --sitting first --out DIR`: what only a GPU can tell, for one that is there for minutes.
 
-Three sittings, by what a failure would cost: `first` (under three minutes) is the device, bare products, our own
-methods and the tests of size, graphs and streams; `second` (eight minutes) is peers, small models, memory, row kernels,
-a profile, the other GPU tests and a run; `third` is what is left, or `--parts` for what has failed.
+There are three sittings: `first` takes under three minutes and has the device, bare products, our own methods and the
+tests of sizes, graphs and streams; `second` takes eight minutes and has peers, small models, memory, row kernels, a
+profile, the other GPU tests and a run; `third` is what is left. `--parts` names parts in place of a sitting's.
 
-Parts run in order, each in a process and a time box of its own: a share of what is left, so that one that ends early
-leaves its time to the rest. Results are lines of at most six files in DIR as soon as they are measured. A process that
-dies, hangs or loses the device costs the case that it had begun: the next one goes on behind it. summary.md, rewritten
-after every part and printed last, puts each bar beside its number. A part that is done in DIR is skipped unless
---again. Peers are measured where Python finds them (PYTHONPATH); nothing is installed or fetched. Without a repository
-around it, the environment's DRPO_COMMIT names the commit.
+Parts run in order, each in a process of its own and for a share of the time that is left. Every result is a line of a
+file in DIR as soon as it is measured. A process that dies, hangs or loses the device costs the case that it had begun;
+a new one goes on behind that case. summary.md is rewritten after every part and printed in the end. A part that is done
+in DIR is skipped unless --again is given. Nothing is installed or fetched: peers are measured where Python finds them.
+Without a repository around it, the environment's DRPO_COMMIT names the commit.
 
-The exit status is 0 if every part came to its end and no test failed, else 1: another sitting is worth it.
-speed.jsonl is what `benchmarks.report` reads. `--rehearse` goes through the same lines on a CPU at tiny shapes; its
-numbers mean nothing.
+The exit status is 0 if every part came to its end and no test failed, else 1. `--rehearse` goes through the same lines
+on a CPU at tiny shapes, where its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -30,17 +28,18 @@ from typing import IO
 
 import torch
 
-from benchmarks.device.parts import DEVICE, LOST, PARTS, SITTINGS, SPEED, STOPPED, UNAVAILABLE
-from benchmarks.device.results import FILES, read_run
-from benchmarks.device.summary import summary
+from benchmarks.device.page import summary
+from benchmarks.device.parts import LOST, PARTS, SITTINGS, STOPPED, UNAVAILABLE
+from benchmarks.harness import cli
 from benchmarks.harness.measure import is_broken
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, append, read, replace_part
+from benchmarks.harness.runs import DEVICE, FILES, SPEED, read_run
 
 SUMMARY, LOG = "summary.md", "log.txt"
-# beyond its box, for a part that watches the clock itself; and of the limit, for the summary
+# Seconds by which a part, which watches the clock itself, may overrun its box; and seconds kept for the summary.
 GRACE, LAST = 8.0, 5.0
-# a box is no shorter: importing PyTorch takes as long
+# No box is shorter than this, because importing PyTorch takes as long.
 LEAST = 5.0
 # A running part is looked at every GLANCE seconds. If it has to be ended, one of the two words says why.
 GLANCE = 0.2
@@ -76,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _done(folder: Path, rehearsal: bool) -> set[str]:
-    """A rehearsal does not stand for the run."""
+    """The parts that have come to their end. A rehearsal does not stand for a run."""
     ends = [record for record in read_run(folder)[DEVICE] if "end" in record]
     return {record["part"] for record in ends if record["end"] == "done" and record["rehearsal"] == rehearsal}
 
 
 def _bad(record: Record) -> bool:
-    """A part that has not come to its end, tests that failed in one that has, and methods of ours that are wrong."""
+    """Whether a part has not come to its end, tests have failed, or a method of ours is wrong."""
     if "method" in record:
         return is_broken(record["method"], record["status"])
     return record.get("end", "").startswith(("failed", "stopped", "not run")) or bool(record.get("failed"))
@@ -126,7 +125,7 @@ def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
 
 
 def _process(part: str, seconds: float, folder: Path, rehearse: bool, log: IO[str]) -> int | str:
-    """Its exit status, or why it had to be stopped: no line for as long as the part has patience, or out of its box."""
+    """The exit status, or the reason why the process had to be stopped: SILENT or OVERTIME."""
     command = [sys.executable, "-m", "benchmarks.device.parts", part, "--out", str(folder.resolve())]
     command += ["--seconds", f"{seconds:.1f}", *(["--rehearse"] if rehearse else [])]
     settings = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
@@ -157,7 +156,7 @@ def _size(folder: Path, part: str) -> int:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """It and what it started, which is one process group: a stopped part must not go on using the device."""
+    """End the process and all that it started, which is one process group, so that nothing goes on using the device."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -166,13 +165,13 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _forget(part: str, folder: Path) -> None:
-    """What an earlier try has left."""
+    """Remove the lines of an earlier try."""
     for name in FILES:
         replace_part(folder / name, part, [])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__.splitlines()[0])
+    parser = cli.parser("benchmarks.device", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder")
     parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which parts, and for how long")
     parser.add_argument("--parts", type=_parts, help="in place of the sitting's: names with commas between; see --list")

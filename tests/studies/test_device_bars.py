@@ -4,10 +4,11 @@ import pytest
 
 from benchmarks.device import bars
 from benchmarks.device import parts as device_parts
-from benchmarks.device.parts import DEVICE, INVARIANCE, MAIN, MIDDLE, PARTS, PRECISION, SMALL, SPEED
-from benchmarks.device.summary import summary
+from benchmarks.device.page import summary
+from benchmarks.device.parts import MIDDLE, PARTS, SMALL
 from benchmarks.harness.methods import METHODS
-from benchmarks.harness.workloads import MODELS
+from benchmarks.harness.runs import DEVICE, MAIN, SPEED
+from benchmarks.harness.workloads import MODELS, Workload
 from drpo_kernels.backends.planning import workspace_bytes
 from pages import unpadded
 
@@ -66,7 +67,7 @@ NAMES = (
 
 
 def found(records=PASSING, lines=DEVICE_LINES):
-    return dict(zip(NAMES, bars.verdicts(records, lines), strict=True))
+    return dict(zip(NAMES, bars.verdicts({SPEED: records, DEVICE: lines}), strict=True))
 
 
 def test_bars_that_are_met():
@@ -172,13 +173,13 @@ def test_bars_name_methods_and_parts_that_exist():
         for case in device_parts.plan_of(part)
     }
     for row in PASSING:
-        workload = device_parts.Workload(row["workload"], row["shape"]["tokens"], row["inputs"], row["dtype"])
+        workload = Workload(row["workload"], row["shape"]["tokens"], row["inputs"], row["dtype"])
         assert (row["part"], row["method"], workload, row["active_share"]) in planned, row
     assert set(bars.RL_PEERS) <= set(METHODS)
 
 
 def test_a_summary_puts_bars_first():
     failed = run_of_tests("scale", failed=["tests/test_a.py::test_one"]) | {"skipped": 0, "exit": 1}
-    text = unpadded(summary({SPEED: [], DEVICE: [failed], INVARIANCE: [], PRECISION: []}, short=True))
+    text = unpadded(summary({SPEED: [], DEVICE: [failed]}, short=True))
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Bars", "## Tests"]
     assert "| GPU tests that fail | ≤ 0 | 1 | MISS | 10 passed |" in text and "`tests/test_a.py::test_one`" in text

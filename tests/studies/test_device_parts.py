@@ -12,12 +12,12 @@ import torch
 from benchmarks.device import measures as device_measures
 from benchmarks.device import parts as device_parts
 from benchmarks.device.measures import Span
-from benchmarks.device.parts import DEVICE, LOST, OTHERS, PARTS, SCALE, SPEED, STOPPED, UNAVAILABLE
-from benchmarks.device.results import read_run
+from benchmarks.device.parts import LOST, OTHERS, PARTS, SCALE, STOPPED, UNAVAILABLE
 from benchmarks.harness import measure, plans, provenance
 from benchmarks.harness.measure import DIED
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.records import append, read
+from benchmarks.harness.runs import DEVICE, SPEED, read_run
 
 SPEED_PARTS = [name for name, part in PARTS.items() if part.file == SPEED]
 CPU = torch.device("cpu")
@@ -211,7 +211,6 @@ def test_lines_of_another_benchmark(part, status, code, tmp_path, monkeypatch):
 
     def output(command, seconds):
         out = Path(command[command.index("--out") + 1])
-        out = out / "precision.jsonl" if part == "precision" else out
         out.write_text('{"kind": "line"}\n')
         out.with_name("plot.png").write_bytes(b"")
         return status, []
