@@ -153,13 +153,7 @@ class LinearSweep:
         return self.make_plan(
             device,
             Sizes(self.active, self.swept - self.active, hidden.shape[-1], vocab),
-            Storage(
-                logits_dtype,
-                matmul.operand_dtype,
-                matmul.accumulator,
-                self.head.weight.dtype,
-                copied,
-            ),
+            Storage(logits_dtype, matmul.operand_dtype, matmul.accumulator, self.head.weight.dtype, copied),
             self.needs_grad,
             workspace=self.execution.workspace_bytes,
             row_multiple=matmul.row_multiple,
@@ -352,15 +346,9 @@ def exact_products() -> contextlib.AbstractContextManager:
 
 
 def policy_sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    main_grad: Tensor | None,
-    spec: Spec,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, main_grad: Tensor | None,
+    spec: Spec, needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The fused route, 6F with both gradients, 4F with a frozen head, 2F with none.
 
     hidden [..., H] of N rows, with any strides; targets [N]; rows [len(Row), N].
@@ -391,17 +379,9 @@ def statistics_sweep(
 
 
 def recompute_sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    statistics: Tensor,
-    slopes: Tensor,
-    main_grad: Tensor | None,
-    spec: Spec,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, statistics: Tensor,
+    slopes: Tensor, main_grad: Tensor | None, spec: Spec, needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The recompute route's backward, 6F: the gradients of Σ slopes · (logprob, logsumexp, entropy), returned as those
     of `policy_sweep` are.
     """
