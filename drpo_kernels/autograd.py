@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.rows import Outcome, Row, Stat
+from drpo_kernels.backends.rows import Field, Outcome, Stat
 from drpo_kernels.graphs import traced
 
 # two ways to round the same factor, well below what the gradients promise
@@ -63,9 +63,9 @@ def _spend(ctx, name: str) -> None:
 
 
 def _scaled(rows: Tensor, loss_scale: float) -> Tensor:
-    """Rows [len(Row), N] of the loss times `loss_scale`."""
+    """Rows [len(Field), N] of the loss times `loss_scale`."""
     rows = rows.clone()
-    for coefficients in (Row.POLICY, Row.KL, Row.ENTROPY, Row.Z_LOSS):
+    for coefficients in (Field.POLICY, Field.KL, Field.ENTROPY, Field.Z_LOSS):
         rows[coefficients] *= loss_scale
     return rows
 

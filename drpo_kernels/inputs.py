@@ -11,7 +11,7 @@ from drpo_kernels.aggregation import TokenCoefficients, reduction_coefficients
 from drpo_kernels.autograd import KeptLogits, LinearLogprobs, LinearPolicyLoss, ReadyLogprobs, ReadyPolicyLoss
 from drpo_kernels.backends import choose_backend
 from drpo_kernels.backends.row_loss import recordable
-from drpo_kernels.backends.rows import ROWS, Row, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import FIELDS, Field, RowKind, Terms, Transform
 from drpo_kernels.backends.spec import Execution, Spec, op_spec
 from drpo_kernels.graphs import check_not_exported, positions
 from drpo_kernels.options import LogprobOptions, PolicyOptions
@@ -202,16 +202,16 @@ class Problem:
         return 1 / self.flat(self.temperature, valid, self.constant(valid, 1.0))
 
     def logprob_rows(self) -> Tensor:
-        """[len(Row), N] of a log-prob call, checked: every unmasked row carries a gradient."""
+        """[len(Field), N] of a log-prob call, checked: every unmasked row carries a gradient."""
         if self.wants_values:
             self.check_values(self.unmasked)
         valid = self.unmasked.reshape(-1)
         fields = {
-            Row.INV_TEMPERATURE: self.inv_temperature(valid),
-            Row.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value,
+            Field.INV_TEMPERATURE: self.inv_temperature(valid),
+            Field.KIND: valid.to(self.dtype) * RowKind.ACTIVE.value,
         }
-        zeros = torch.zeros_like(fields[Row.KIND])
-        return torch.stack([fields.get(row, zeros) for row in ROWS])
+        zeros = torch.zeros_like(fields[Field.KIND])
+        return torch.stack([fields.get(row, zeros) for row in FIELDS])
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ class PolicyInputs:
 
     @property
     def computed(self) -> Tensor:
-        return self.rows[Row.KIND] > RowKind.SKIPPED.value
+        return self.rows[Field.KIND] > RowKind.SKIPPED.value
 
 
 def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
-    """Check, flatten and pack: targets' shape -> rows [len(Row), N]."""
+    """Check, flatten and pack: targets' shape -> rows [len(Field), N]."""
     options: PolicyOptions = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages)
     sequences, unmasked, on_policy = problem.sequences, problem.unmasked, old_logprobs is None
@@ -251,20 +251,20 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     given = None if on_policy else old_logprobs.detach().reshape(-1)
     zeros = problem.constant(valid, 0.0)
     fields = _coefficients(problem, valid, sequences, zeros)
-    fields[Row.OLD_LOGPROB] = (
+    fields[Field.OLD_LOGPROB] = (
         problem.constant(valid, torch.nan) if on_policy else problem.flat(old_logprobs, valid, zeros)
     )
-    fields[Row.ADVANTAGE] = problem.flat(advantages, valid, zeros)
+    fields[Field.ADVANTAGE] = problem.flat(advantages, valid, zeros)
     ref = options.ref_logprobs
-    fields[Row.REF_LOGPROB] = zeros if ref is None else problem.flat(ref, valid, zeros)
-    fields[Row.INV_TEMPERATURE] = problem.inv_temperature(valid)
-    fields[Row.KIND] = _kinds(options, fields, valid, sequences)
+    fields[Field.REF_LOGPROB] = zeros if ref is None else problem.flat(ref, valid, zeros)
+    fields[Field.INV_TEMPERATURE] = problem.inv_temperature(valid)
+    fields[Field.KIND] = _kinds(options, fields, valid, sequences)
     if sequences is not None and sequences.offsets is not None:
         # a token in the mask but in no sequence is an error; where values are not read, it makes the loss NaN
         stray = valid & (sequences.ids == sequences.count)
-        fields[Row.POLICY] = fields[Row.POLICY].masked_fill(stray, torch.nan)
-        fields[Row.KIND] = fields[Row.KIND].masked_fill(stray, RowKind.ACTIVE.value)
-    rows = torch.stack([fields[row] for row in ROWS])
+        fields[Field.POLICY] = fields[Field.POLICY].masked_fill(stray, torch.nan)
+        fields[Field.KIND] = fields[Field.KIND].masked_fill(stray, RowKind.ACTIVE.value)
+    rows = torch.stack([fields[row] for row in FIELDS])
     kl_estimator = options.kl_estimator if options.kl_coef else None
     cap = math.inf if options.kl_cap is None else options.kl_cap
     flags = {"entropy_bonus": options.entropy_coef != 0, "z_loss": options.z_loss_coef != 0}
@@ -294,7 +294,7 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
 
 def _coefficients(
     problem: Problem, valid: Tensor, sequences: Sequences | None, zeros: Tensor
-) -> dict[Row, Tensor]:
+) -> dict[Field, Tensor]:
     """Coefficients of the policy, KL, entropy and z-loss terms, [N] each, 0 where masked."""
     options: PolicyOptions = problem.options
     if isinstance(options.reduction, TokenCoefficients):
@@ -312,22 +312,22 @@ def _coefficients(
         policy = policy * problem.flat(options.token_weights, valid, zeros)
     scales = options.kl_coef, options.entropy_coef, options.z_loss_coef
     others = [scale * values if scale else zeros for scale, values in zip(scales, others, strict=True)]
-    return dict(zip((Row.POLICY, Row.KL, Row.ENTROPY, Row.Z_LOSS), (policy, *others), strict=True))
+    return dict(zip((Field.POLICY, Field.KL, Field.ENTROPY, Field.Z_LOSS), (policy, *others), strict=True))
 
 
-def _kinds(options: PolicyOptions, fields: dict[Row, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
+def _kinds(options: PolicyOptions, fields: dict[Field, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
     """RowKind of each row, [N]."""
     contributes = valid
     if options.objective.zero_if_no_advantage and options.compact != "none":
-        contributes = needed = fields[Row.ADVANTAGE] != 0  # which is 0 where a row is not valid
+        contributes = needed = fields[Field.ADVANTAGE] != 0  # which is 0 where a row is not valid
         if options.objective.sequence_level:
             # one token's advantage keeps its whole sequence: the others are in its ratio
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
-        scales = {Row.KL: options.kl_coef, Row.ENTROPY: options.entropy_coef, Row.Z_LOSS: options.z_loss_coef}
+        scales = {Field.KL: options.kl_coef, Field.ENTROPY: options.entropy_coef, Field.Z_LOSS: options.z_loss_coef}
         for term, scale in scales.items():
             if scale:
                 needed = needed | (fields[term] != 0)
         if needed is not contributes:
             contributes = valid & needed
-    kinds = contributes.to(fields[Row.ADVANTAGE].dtype)
+    kinds = contributes.to(fields[Field.ADVANTAGE].dtype)
     return kinds + valid if options.compact == "mask" else RowKind.ACTIVE.value * kinds

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from drpo_kernels.backends.rows import Row, RowKind
+from drpo_kernels.backends.rows import Field, RowKind
 from drpo_kernels.inputs import LinearSource, Problem, ReadySource, Source
 from drpo_kernels.kept import on_kept_ids
 from drpo_kernels.options import LinearLogprobKeywords, LogprobKeywords, LogprobOptions, takes
@@ -64,7 +64,7 @@ def _token_logprobs(
     problem = Problem.checked(source, targets, mask, options)
     rows = problem.logprob_rows()
     if problem.backend == "reference":
-        results = reference_logprobs_of(problem, rows, rows[Row.KIND] > RowKind.SKIPPED)
+        results = reference_logprobs_of(problem, rows, rows[Field.KIND] > RowKind.SKIPPED)
     else:
         # without a mask every row is computed: nothing to compact, nothing to ask the device
         arguments = problem.flat_targets, rows, problem.spec(every_row=mask is None)

@@ -251,7 +251,7 @@ def policy_metrics_kernel(
 ):  # fmt: skip
     """The twins of `policy_metrics` and `evidence_metrics`, one program each.
 
-    rows [9, N] (`Row`), outcome [5, N] (`Outcome`), valid and unscorable uint8 [N], given (the old log-probs as the
+    rows [9, N] (`Field`), outcome [5, N] (`Outcome`), valid and unscorable uint8 [N], given (the old log-probs as the
     caller gave them, [N] of any float dtype, or None) -> values fp32 [42], counts int64 [6].
     values holds the means and extremes of `METRICS`, then `ref_kl`, then `EVIDENCE_METRICS`; counts holds the counts of
     `METRICS`. Sums are in fp32, in which counts are exact up to 2^24 tokens.

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.row_loss import other_terms, row_loss, row_tokens
-from drpo_kernels.backends.rows import Outcome, Row, RowKind
+from drpo_kernels.backends.rows import Field, Outcome, RowKind
 from drpo_kernels.backends.sparse.contract import Sparsity
 from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.graphs import positions, traced
@@ -217,7 +217,7 @@ def _output(inputs: PolicyInputs, loss: Tensor, outcome: Tensor) -> PolicyLossOu
     shape = problem.targets.shape
     logprobs, entropy, logsumexp = reported.view(len(reported), *shape)
     if problem.options.sparse_grad:
-        active = inputs.rows[Row.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
+        active = inputs.rows[Field.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
         metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], reported[0], active)
     return PolicyLossOutput(loss, logprobs, entropy, computed.reshape(shape), metrics, logsumexp)
 
@@ -232,11 +232,12 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
         )
     logprobs = outcome[Outcome.LOGPROB]
     on_policy = inputs.given is None
-    old = logprobs if on_policy else rows[Row.OLD_LOGPROB]
+    old = logprobs if on_policy else rows[Field.OLD_LOGPROB]
     ref_kl = None
     if estimator is not None:
-        ref_kl, _ = kl_term(estimator, logprobs, old, rows[Row.REF_LOGPROB], False, inputs.terms.kl_cap)
-    entropy, advantages, computed, valid = outcome[Outcome.ENTROPY], rows[Row.ADVANTAGE], inputs.computed, inputs.valid
+        ref_kl, _ = kl_term(estimator, logprobs, old, rows[Field.REF_LOGPROB], False, inputs.terms.kl_cap)
+    entropy, advantages = outcome[Outcome.ENTROPY], rows[Field.ADVANTAGE]
+    computed, valid = inputs.computed, inputs.valid
     return policy_metrics(
         objective, logprobs, entropy, outcome[Outcome.SLOPE], old, advantages, computed, valid, inputs.unscorable,
         inputs.unscorable if on_policy else inputs.unscorable & inputs.given.isfinite(), ref_kl,
@@ -252,7 +253,7 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
     index = positions(computed)
     with torch.autocast(rows.device.type, enabled=False):
         x = problem.source.selected_logits(index, problem.vocab, rows.dtype)
-        z = transformed(x, problem.spec().transform, rows[Row.INV_TEMPERATURE, index])
+        z = transformed(x, problem.spec().transform, rows[Field.INV_TEMPERATURE, index])
         parts = reference_logprobs(z, problem.flat_targets[index])
     zeros = rows.new_zeros(rows.shape[1])
     return tuple(zeros.index_put((index,), part) for part in parts)
@@ -276,7 +277,7 @@ def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     logprobs, logsumexp, entropy = (x.detach() for x in values)
     shape = problem.targets.shape
     slope = ops.sequence_slope.on(rows)(
-        logprobs, tokens.old_logprobs, rows[Row.ADVANTAGE], inputs.computed, problem.options.cu_seqlens,
+        logprobs, tokens.old_logprobs, rows[Field.ADVANTAGE], inputs.computed, problem.options.cu_seqlens,
         problem.spec(terms), list(shape),
     )  # fmt: skip
     total = loss.reshape(shape) if problem.options.reduction == "none" else loss.sum()

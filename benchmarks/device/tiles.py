@@ -18,7 +18,7 @@ from benchmarks.harness.method import OBJECTIVE, Unsupported
 from benchmarks.harness.records import Record
 from benchmarks.harness.timing import clock, interleaved_seconds
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Terms, Transform
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.triton_support import INTERPRETING
 
@@ -84,10 +84,10 @@ def _batch(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
     logits = 3 * torch.randn(count, vocab, device=device)
     targets = torch.randint(vocab, (count,), device=device)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-    rows = torch.zeros(len(Row), count, device=device)
-    rows[Row.OLD_LOGPROB] = (logprobs + 0.2 * torch.randn(count, device=device)).clamp(max=0)
-    rows[Row.ADVANTAGE] = rows[Row.POLICY] = rows[Row.INV_TEMPERATURE] = 1.0
-    rows[Row.KIND] = RowKind.ACTIVE
+    rows = torch.zeros(len(Field), count, device=device)
+    rows[Field.OLD_LOGPROB] = (logprobs + 0.2 * torch.randn(count, device=device)).clamp(max=0)
+    rows[Field.ADVANTAGE] = rows[Field.POLICY] = rows[Field.INV_TEMPERATURE] = 1.0
+    rows[Field.KIND] = RowKind.ACTIVE
     return RowBatch(logits.to(dtype), targets, rows, Transform())
 
 

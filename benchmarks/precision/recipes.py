@@ -16,7 +16,7 @@ from benchmarks.harness.workloads import capped
 from drpo_kernels import PolicyGradient, Tokens
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.quantize import FORMATS, per_row
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import Field, Outcome, RowBatch, RowKind, Terms, Transform
 from drpo_kernels.objectives import Objective
 
 TRL_CHUNK = 32_768  # TRL's vocabulary tile
@@ -81,9 +81,9 @@ def one_read(case: Case) -> Result:
     """
     hidden, weight = case.hidden.float(), case.weight.float()
     logits, count = case.logits(hidden, weight), len(case.targets)
-    rows = logits.new_zeros(len(Row), count)
-    rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = case.old_logprobs, case.advantages, 1 / count
-    rows[Row.INV_TEMPERATURE], rows[Row.KIND] = 1 / case.temperature, RowKind.ACTIVE
+    rows = logits.new_zeros(len(Field), count)
+    rows[Field.OLD_LOGPROB], rows[Field.ADVANTAGE], rows[Field.POLICY] = case.old_logprobs, case.advantages, 1 / count
+    rows[Field.INV_TEMPERATURE], rows[Field.KIND] = 1 / case.temperature, RowKind.ACTIVE
     exponentials, factors = torch.empty_like(logits, dtype=torch.bfloat16), logits.new_empty(count)
     batch = RowBatch(logits, case.targets, rows, Transform(softcap=case.softcap))
     outcome = row_ops("torch").policy(batch, Terms(OBJECTIVE), exponentials, factors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, float16_scale
+from drpo_kernels.backends.rows import Field, Outcome, RowBatch, RowKind, RowOps, Stat, Terms, float16_scale
 from drpo_kernels.backends.spec import Spec
 
 
@@ -54,8 +54,8 @@ def gradient_rows(
     unscale = None
     if out.dtype == torch.float16:
         # with dz/dx; a SKIPPED row's slopes may be anything
-        chained = slopes * (batch.transform.logit_scale * batch.rows[Row.INV_TEMPERATURE])
-        scale, unscale = float16_scale(torch.where(batch.rows[Row.KIND] == RowKind.ACTIVE, chained, 0))
+        chained = slopes * (batch.transform.logit_scale * batch.rows[Field.INV_TEMPERATURE])
+        scale, unscale = float16_scale(torch.where(batch.rows[Field.KIND] == RowKind.ACTIVE, chained, 0))
         slopes = slopes * scale
     for part, piece, gradient in _parts(batch, vocab, out):
         ops.write_gradient(piece, statistics[:, part], slopes[:, part], gradient)

@@ -7,7 +7,7 @@ loss_t = c_t · ℓ_t + c_kl · KL_t + c_z · (log Σ exp z_t)² - c_entropy · 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms
+from drpo_kernels.backends.rows import Field, RowKind, Stat, Terms
 from drpo_kernels.graphs import own_graph
 from drpo_kernels.kl import kl_loss
 from drpo_kernels.objective import Objective
@@ -19,8 +19,8 @@ def row_tokens(
     logprobs: Tensor, rows: Tensor, valid: Tensor | None = None, sequences: Sequences | None = None
 ) -> Tokens:
     """What the objective sees of the rows: without an old log-prob, the row's own detached one."""
-    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Row.OLD_LOGPROB])
-    return Tokens(logprobs, old, rows[Row.ADVANTAGE], valid=valid, sequences=sequences)
+    old = torch.where(rows[Field.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Field.OLD_LOGPROB])
+    return Tokens(logprobs, old, rows[Field.ADVANTAGE], valid=valid, sequences=sequences)
 
 
 def other_terms(tokens: Tokens, logsumexp: Tensor, entropy: Tensor, rows: Tensor, terms: Terms) -> Tensor | None:
@@ -30,26 +30,26 @@ def other_terms(tokens: Tokens, logsumexp: Tensor, entropy: Tensor, rows: Tensor
     found = None
     if terms.kl_estimator is not None:
         # A row without a KL term may be infinitely far from the reference, and 0 · inf is no loss and no gradient.
-        reference = rows[Row.REF_LOGPROB]
-        compared = torch.where(rows[Row.KL] != 0, tokens.logprobs, reference)
+        reference = rows[Field.REF_LOGPROB]
+        compared = torch.where(rows[Field.KL] != 0, tokens.logprobs, reference)
         kl = kl_loss(
             terms.kl_estimator, compared, tokens.old_logprobs, reference, terms.kl_importance, terms.kl_cap
         )
-        found = rows[Row.KL] * kl
+        found = rows[Field.KL] * kl
     if terms.z_loss:
-        z_loss = rows[Row.Z_LOSS] * logsumexp.square()
+        z_loss = rows[Field.Z_LOSS] * logsumexp.square()
         found = z_loss if found is None else found + z_loss
     if terms.entropy_bonus:
-        penalty = -rows[Row.ENTROPY] * entropy
+        penalty = -rows[Field.ENTROPY] * entropy
         found = penalty if found is None else found + penalty
     return found
 
 
 def row_loss(policy: Tensor, others: Tensor | None, rows: Tensor) -> Tensor:
     """The loss of each row from the objective's ℓ and its other terms, [N]; 0 where the row is SKIPPED."""
-    loss = rows[Row.POLICY] * policy
+    loss = rows[Field.POLICY] * policy
     loss = loss if others is None else loss + others
-    return torch.where(rows[Row.KIND] > RowKind.SKIPPED.value, loss, 0)
+    return torch.where(rows[Field.KIND] > RowKind.SKIPPED.value, loss, 0)
 
 
 def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
         others = other_terms(tokens, *values[1:], rows, terms)
         slope = derivative(policy, leaves[0], terms.objective)
         loss = row_loss(policy, others, rows)
-        slopes = [rows[Row.POLICY] * slope, *(torch.zeros_like(slope) for _ in leaves[1:])]
+        slopes = [rows[Field.POLICY] * slope, *(torch.zeros_like(slope) for _ in leaves[1:])]
         if others is not None:
             found = torch.autograd.grad(others.sum(), leaves, allow_unused=True)
             slopes = [a if b is None else a + b for a, b in zip(slopes, found, strict=True)]

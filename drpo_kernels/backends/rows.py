@@ -15,8 +15,8 @@ from torch import Tensor
 from drpo_kernels.objective import Objective
 
 
-class Row(IntEnum):
-    """Inputs, packed [len(Row), N] in the statistics dtype."""
+class Field(IntEnum):
+    """Inputs, packed [len(Field), N] in the statistics dtype."""
 
     OLD_LOGPROB = 0  # NaN means on-policy: the row's own detached logprob
     ADVANTAGE = 1
@@ -29,7 +29,7 @@ class Row(IntEnum):
     Z_LOSS = 8  # coefficient of the z-loss, z_loss_coef included
 
 
-ROWS = tuple(Row)  # a graph of PyTorch 2.11 cannot iterate over an enumeration
+FIELDS = tuple(Field)  # a graph of PyTorch 2.11 cannot iterate over an enumeration
 
 
 class RowKind(IntEnum):
@@ -101,7 +101,7 @@ class RowBatch(NamedTuple):
 
     logits: Tensor  # [N, V]; [..., V] with any strides where a function says so
     targets: Tensor  # [N] int64
-    rows: Tensor  # [len(Row), N]
+    rows: Tensor  # [len(Field), N]
     transform: Transform
     bias: Tensor | None = None  # [V]
     sharded: bool = False  # a target outside [0, V) belongs to another shard: no bad one, in no column here

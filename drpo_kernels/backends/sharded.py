@@ -8,7 +8,7 @@ rounding those of one process.
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, RowOps, Stat, Terms
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, RowOps, Stat, Terms
 from drpo_kernels.collectives import VocabShard, gather
 
 # of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
@@ -26,9 +26,9 @@ class ShardedRows:
 
     def statistics(self, batch: RowBatch) -> Tensor:
         parts = gather(self.contribution(batch), self.shard.group)
-        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
+        factor = batch.transform.factor(batch.rows[Field.INV_TEMPERATURE])
         statistics = combined(parts, self.shard.owner(batch.targets), factor)
-        return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
+        return statistics.masked_fill_(batch.rows[Field.KIND] < RowKind.FORWARD, 0)
 
     def contribution(self, batch: RowBatch) -> Tensor:
         """The statistics of this rank's columns alone, without LOGSUMEXP [6, n]: LOGPROB and MISS are NaN where the

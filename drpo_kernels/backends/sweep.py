@@ -20,7 +20,7 @@ from drpo_kernels.backends.fp8_head import Fp8Logits
 from drpo_kernels.backends.matmul import HeadProducts
 from drpo_kernels.backends.planning import ChunkPlan, NeedsGrad, Sizes, Storage, SweepPlan, WeightGradient, plan
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, RowKind, RowOps, Stat, Terms, Transform
+from drpo_kernels.backends.rows import Field, Outcome, RowBatch, RowKind, RowOps, Stat, Terms, Transform
 from drpo_kernels.backends.sharded import ShardedRows
 from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.collectives import start_sum
@@ -124,7 +124,7 @@ class LinearSweep:
         if self.execution.every_row:
             self.active, self.swept = (count if with_gradient else 0), count
         else:
-            kinds = rows[Row.KIND]
+            kinds = rows[Field.KIND]
             levels = torch.arange(RowKind.FORWARD, RowKind.ACTIVE + 1, device=kinds.device)
             forward, active = (kinds == levels[:, None]).sum(1).tolist()
             self.swept = active + forward
@@ -217,7 +217,7 @@ class LinearSweep:
         """Hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
         x = self.matmul.operand(self._selected(rows))
         if self.execution.every_row:
-            x = torch.where((self.rows[Row.KIND, rows] > RowKind.SKIPPED)[:, None], x, 0)
+            x = torch.where((self.rows[Field.KIND, rows] > RowKind.SKIPPED)[:, None], x, 0)
         return x
 
     def _selected(self, rows: slice | Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def policy_sweep(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The fused route, 6F with both gradients, 4F with a frozen head, 2F with none.
 
-    hidden [..., H] of N rows, with any strides; targets [N]; rows [len(Row), N].
+    hidden [..., H] of N rows, with any strides; targets [N]; rows [len(Field), N].
     -> (outcome [len(Outcome), N], gradients of the summed loss for hidden, weight and bias). An empty tensor stands for
     a gradient that is not needed, and for the weight's where it was added to `main_grad` [V, H].
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.row_loss import row_losses
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Slope, Stat, Terms
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Slope, Stat, Terms
 from drpo_kernels.softcap import tanh_slope
 
 LOG2E = 1 / math.log(2)
@@ -39,7 +39,7 @@ class TorchRows:
         in_place = kept is not None and kept.dtype == batch.rows.dtype and not capped
         scratch = Scratch(batch)
         index, outside = safe_targets(batch)
-        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
+        factor = batch.transform.factor(batch.rows[Field.INV_TEMPERATURE])
         sums = batch.rows.new_ones(4, batch.rows.shape[1])
         for block in scratch.blocks(RowKind.FORWARD):
             base, buffers = scratch.base(block)
@@ -49,7 +49,7 @@ class TorchRows:
             if kept is not None and not direct:
                 kept[block] = (e.mul_(scratch.cap_slope(block)) if capped else e).to(kept.dtype)
         statistics = _from_sums(*sums, factor, outside)
-        return statistics.masked_fill_(batch.rows[Row.KIND] < RowKind.FORWARD, 0)
+        return statistics.masked_fill_(batch.rows[Field.KIND] < RowKind.FORWARD, 0)
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         vocab = batch.logits.shape[1]
@@ -62,7 +62,7 @@ class TorchRows:
                 gradient.mul_(scratch.cap_slope(block))
             out[block, :vocab] = gradient.to(out.dtype)
         out[:, vocab:] = 0
-        inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
+        inactive = batch.rows[Field.KIND] < RowKind.ACTIVE
         if not scratch.on_cpu or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
 
@@ -113,9 +113,9 @@ class TorchRows:
         """Write the targets' places of `out` and the `factors` of `RowOps.policy`, where `out` holds exponentials."""
         others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
         out.scatter_(1, safe_targets(batch)[0], (-cap_slope * others).to(out.dtype))
-        chain = batch.rows[Row.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
+        chain = batch.rows[Field.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
         torch.div(slopes[0] * chain, statistics[Stat.SUM], out=factors)
-        inactive = batch.rows[Row.KIND] < RowKind.ACTIVE
+        inactive = batch.rows[Field.KIND] < RowKind.ACTIVE
         if out.device.type != "cpu" or inactive.any():
             out.masked_fill_(inactive[:, None], 0)
             factors.masked_fill_(inactive, 0)
@@ -137,7 +137,7 @@ class Scratch:
     def blocks(self, least: RowKind) -> list[slice | Tensor]:
         """Blocks of the rows of at least this kind; away from the CPU, where asking would synchronise, of all rows."""
         count = self.batch.rows.shape[1]
-        wanted = self.batch.rows[Row.KIND] >= least
+        wanted = self.batch.rows[Field.KIND] >= least
         if self.on_cpu and not wanted.all():
             return list(wanted.nonzero()[:, 0].split(self.block)) if wanted.any() else []
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
@@ -239,7 +239,7 @@ class GradientRows(NamedTuple):
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "GradientRows":
         index, outside = safe_targets(batch)
         logprob, _, reference, total, miss, mean, _ = statistics[:, :, None]
-        transform, inv_temperature = batch.transform, batch.rows[Row.INV_TEMPERATURE, :, None]
+        transform, inv_temperature = batch.transform, batch.rows[Field.INV_TEMPERATURE, :, None]
         slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
         at_target, slope, per_q, constant, spread = slopes[0] * miss, slopes[0], None, None, None
         if len(slopes) > Slope.LOGSUMEXP:

@@ -123,8 +123,8 @@ def assert_products(matmul, hidden, weight, device):
     bias = torch.full((vocab,), torch.nan, device=device)
     logits, dx = matmul.logits(hidden, empty[:, :vocab]), torch.full(hidden.shape, torch.nan, device=device)
     matmul.hidden_gradient(dlogits, dx)
-    matmul.add_weight_gradient(dlogits, hidden, gradient, first=True, undo=None)
-    matmul.add_bias_gradient(dlogits, bias, first=True, undo=None)
+    matmul.add_weight_gradient(dlogits, hidden, gradient, first=True, unscale=None)
+    matmul.add_bias_gradient(dlogits, bias, first=True, unscale=None)
     products = [(logits, hidden, weight.T), (dx, dlogits, weight), (gradient, dlogits.T, hidden)]
     products.append((bias[None], torch.ones(1, rows, device=device), dlogits))
     for got, a, b in products:

@@ -5,7 +5,7 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from drpo_kernels.backends.rows import Row, Terms, Transform
+from drpo_kernels.backends.rows import Field, Terms, Transform
 from drpo_kernels.backends.spec import Execution, Spec
 from problems import SMALL_WORKSPACE, SPECS, full_problem, random_problem, relative
 
@@ -192,8 +192,8 @@ def test_in_one_graph():
 def test_the_ops_say_what_they_write(given):
     g = problems.generator(0)
     hidden, weight, targets = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g), torch.arange(5)
-    rows = 0.5 + torch.rand(len(Row), 5, generator=g)
-    rows[Row.KIND], rows[Row.OLD_LOGPROB] = 2, -3
+    rows = 0.5 + torch.rand(len(Field), 5, generator=g)
+    rows[Field.KIND], rows[Field.OLD_LOGPROB] = 2, -3
     spec = Spec(11, Transform(), Execution("torch", torch.float32), Terms(dk.DRPO()))
     buffer = torch.ones(11, 8) if given else None
     words, numbers = spec.encode()

@@ -9,7 +9,7 @@ import drpo_kernels as dk
 import problems
 from drpo_kernels.backends import matmul, planning
 from drpo_kernels.backends.planning import NeedsGrad, plan
-from drpo_kernels.backends.rows import Row, RowKind, Transform
+from drpo_kernels.backends.rows import Field, RowKind, Transform
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.backends.torch_rows import TorchRows
@@ -66,7 +66,7 @@ def small_tile(*_, accumulates):
 @pytest.mark.parametrize("given, compute, copied", [(FP32, FP32, 0), (BF16, BF16, 4), (FP32, BF16, 6), (BF16, FP16, 6)])
 def test_every_copy_of_the_hidden_rows_is_counted(given, compute, copied, every_row):
     """On a CPU, elements are rounded to autocast's dtype, upcast for the product, and zeroed where a row is SKIPPED."""
-    rows = torch.full((len(Row), 4), float(RowKind.ACTIVE))
+    rows = torch.full((len(Field), 4), float(RowKind.ACTIVE))
     head = Head(torch.zeros(7, 3), None, 7, Transform())
     execution = Execution("torch", compute, every_row=every_row)
     sweep = LinearSweep(torch.zeros(4, 3, dtype=given), head, torch.zeros(4).long(), rows, execution, FROZEN)

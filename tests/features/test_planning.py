@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from drpo_kernels.backends import planning
 from drpo_kernels.backends.devices import ARCHITECTURES, GIB, MIB, PRESETS, device_properties
 from drpo_kernels.backends.planning import NeedsGrad, Sizes, Storage, WeightGradient
-from drpo_kernels.backends.rows import Row, Transform
+from drpo_kernels.backends.rows import Field, Transform
 from drpo_kernels.backends.sparse.contract import entry_limit
 from drpo_kernels.backends.sparse.plan import sparse_plan
 from drpo_kernels.backends.spec import Execution
@@ -265,7 +265,7 @@ def test_ranks_on_other_gpus_cut_alike(monkeypatch):
 
     shard, meta = VocabShard(None, (151_936, 151_936)), torch.device("meta")
     hidden, weight = (torch.empty(n, 4096, dtype=BF16, device=meta) for n in (16_384, 151_936))
-    rows, targets = torch.empty(len(Row), 16_384, device=meta), torch.empty(16_384, dtype=torch.int64, device=meta)
+    rows, targets = torch.empty(len(Field), 16_384, device=meta), torch.empty(16_384, dtype=torch.int64, device=meta)
     plans = {}
     for name, split in itertools.product(("h200", "b200"), (shard, None)):
         monkeypatch.setattr(sweep, "device_properties", lambda _, name=name: PRESETS[name])

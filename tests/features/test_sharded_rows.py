@@ -10,7 +10,7 @@ import torch
 
 import drpo_kernels as dk
 from drpo_kernels.backends import row_ops
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Slope, Stat, Transform
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Slope, Stat, Transform
 from drpo_kernels.backends.sharded import ShardedRows, combined
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep, NeedsGrad
@@ -36,9 +36,9 @@ class Place(VocabShard):
 
 
 def rows_of(count, kinds=None, temperature=1.0, device=None):
-    rows = torch.zeros(len(Row), count, device=device)
-    rows[Row.INV_TEMPERATURE] = 1 / temperature
-    rows[Row.KIND] = RowKind.ACTIVE.value if kinds is None else kinds
+    rows = torch.zeros(len(Field), count, device=device)
+    rows[Field.INV_TEMPERATURE] = 1 / temperature
+    rows[Field.KIND] = RowKind.ACTIVE.value if kinds is None else kinds
     return rows
 
 
@@ -57,8 +57,8 @@ def together(backend, logits, targets, sizes, vocab, transform=PLAIN, rows=None,
         for place, part in shards(logits, sizes, vocab)
     ]
     owner = Place(None, sizes).owner(targets)
-    statistics = combined(torch.stack(parts), owner, transform.factor(rows[Row.INV_TEMPERATURE]))
-    statistics[:, rows[Row.KIND] < RowKind.FORWARD] = 0
+    statistics = combined(torch.stack(parts), owner, transform.factor(rows[Field.INV_TEMPERATURE]))
+    statistics[:, rows[Field.KIND] < RowKind.FORWARD] = 0
     gradients = []
     for place, part in shards(logits, sizes, vocab):
         out = torch.full_like(part, 7.0)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import drpo_kernels as dk
 from drpo_kernels.backends import matmul, row_ops
-from drpo_kernels.backends.rows import Outcome, Row
+from drpo_kernels.backends.rows import Field, Outcome
 from drpo_kernels.backends.sweep import LinearSweep
 from drpo_kernels.evidence import evidence_metrics
 from drpo_kernels.kl import kl_term
@@ -116,31 +116,31 @@ def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
 def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device):
     """This holds over several blocks. A NaN shows in the metrics in which the formula shows it, and in no other."""
     generator = torch.Generator().manual_seed(count)
-    rows, outcome = torch.zeros(len(Row), count), torch.zeros(len(Outcome), count)
-    rows[Row.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
-    rows[Row.OLD_LOGPROB, ::5], rows[Row.OLD_LOGPROB, 2::11] = 0.0, rows[Row.OLD_LOGPROB, 1::11]
-    rows[Row.REF_LOGPROB] = rows[Row.OLD_LOGPROB] - 1
-    rows[Row.ADVANTAGE] = torch.randn(count, generator=generator) * (torch.rand(count, generator=generator) < 0.8)
-    rows[Row.KIND] = torch.randint(3, (count,), generator=generator).float()
-    outcome[Outcome.LOGPROB] = rows[Row.OLD_LOGPROB] + 3 * torch.randn(count, generator=generator)
+    rows, outcome = torch.zeros(len(Field), count), torch.zeros(len(Outcome), count)
+    rows[Field.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
+    rows[Field.OLD_LOGPROB, ::5], rows[Field.OLD_LOGPROB, 2::11] = 0.0, rows[Field.OLD_LOGPROB, 1::11]
+    rows[Field.REF_LOGPROB] = rows[Field.OLD_LOGPROB] - 1
+    rows[Field.ADVANTAGE] = torch.randn(count, generator=generator) * (torch.rand(count, generator=generator) < 0.8)
+    rows[Field.KIND] = torch.randint(3, (count,), generator=generator).float()
+    outcome[Outcome.LOGPROB] = rows[Field.OLD_LOGPROB] + 3 * torch.randn(count, generator=generator)
     outcome[Outcome.ENTROPY] = torch.rand(count, generator=generator)
     outcome[Outcome.LOGSUMEXP] = torch.randn(count, generator=generator)
     outcome[Outcome.SLOPE] = torch.randn(count, generator=generator).clamp(min=-0.5)
-    rows[Row.OLD_LOGPROB, ::7] = torch.nan  # on-policy
+    rows[Field.OLD_LOGPROB, ::7] = torch.nan  # on-policy
     if poison and count:
-        rows[Row.KIND, -1] = 2
+        rows[Field.KIND, -1] = 2
         outcome[Outcome[poison.upper()], -1] = torch.nan
     given = torch.full((count,), -9999.0)
     given[::2] = -torch.inf
     dropped, unscorable = (torch.rand(count, generator=generator) < share for share in (0.2, 0.1))
-    valid = (rows[Row.KIND] > 0) | dropped
-    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Row.OLD_LOGPROB])
+    valid = (rows[Field.KIND] > 0) | dropped
+    old = torch.where(rows[Field.OLD_LOGPROB].isnan(), outcome[Outcome.LOGPROB], rows[Field.OLD_LOGPROB])
     logprobs, entropy, logsumexp, _, slope = outcome
     want = policy_metrics(
-        objective, logprobs, entropy, slope, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid, unscorable,
-        unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Row.REF_LOGPROB], False, 2.0)[0],
+        objective, logprobs, entropy, slope, old, rows[Field.ADVANTAGE], rows[Field.KIND] > 0, valid, unscorable,
+        unscorable & given.isfinite(), kl_term("k2", logprobs, old, rows[Field.REF_LOGPROB], False, 2.0)[0],
     ) | evidence_metrics(
-        logprobs, entropy, logsumexp, old, rows[Row.ADVANTAGE], rows[Row.KIND] > 0, valid
+        logprobs, entropy, logsumexp, old, rows[Field.ADVANTAGE], rows[Field.KIND] > 0, valid
     )  # fmt: skip
     placed = (x.to(device) for x in (rows, outcome, valid, unscorable, given))
     found = row_ops("triton").metrics(objective, *placed, "k2", 2.0)
@@ -154,8 +154,8 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
 def test_means_of_ones_are_one(device):
     """The mean of n ones is 1 for every n. A reciprocal would make it 0.99999994 for 41 of the counts."""
     for count in range(1, 130):
-        rows, outcome = torch.zeros(len(Row), count, device=device), torch.zeros(len(Outcome), count, device=device)
-        rows[Row.ADVANTAGE], rows[Row.KIND] = 0.0, 2.0
+        rows, outcome = torch.zeros(len(Field), count, device=device), torch.zeros(len(Outcome), count, device=device)
+        rows[Field.ADVANTAGE], rows[Field.KIND] = 0.0, 2.0
         flags = torch.ones(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.bool, device=device)
         found = row_ops("triton").metrics(dk.DRPO(), rows, outcome, *flags, None, None, math.inf)
         assert found["drpo/ratio_mean"] == found["drpo/active_share"] == 1, count

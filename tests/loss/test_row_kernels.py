@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from benchmarks.device import tiles
 from benchmarks.harness.method import OBJECTIVE
 from drpo_kernels import Tokens
-from drpo_kernels.backends.rows import Row, RowKind, Stat, Terms, Transform
+from drpo_kernels.backends.rows import Field, RowKind, Stat, Terms, Transform
 from drpo_kernels.backends.triton.launch import TritonRows
 from drpo_kernels.backends.triton.tiles import RowTile
 from drpo_kernels.triton_support import INTERPRETING
@@ -20,17 +20,17 @@ VOCAB, TILE = 700, RowTile(256, 1)
 def exact(batch):
     """Return (outcome [len(Outcome), n], dlogits) in float64. 1 - p_y is a sum of the others, which autograd lacks."""
     rows, targets = batch.rows.double(), batch.targets[:, None]
-    z = batch.logits.double() * rows[Row.INV_TEMPERATURE][:, None]
+    z = batch.logits.double() * rows[Field.INV_TEMPERATURE][:, None]
     logsumexp = z.logsumexp(-1)
     p = (z - logsumexp[:, None]).exp()
     miss = p.scatter(1, targets, 0).sum(1)
     logp = torch.where(miss < 0.5, (-miss).log1p(), z.gather(1, targets)[:, 0] - logsumexp).requires_grad_()
-    old = torch.where(rows[Row.OLD_LOGPROB].isnan(), logp.detach(), rows[Row.OLD_LOGPROB])
-    losses = OBJECTIVE.token_loss(Tokens(logp, old, rows[Row.ADVANTAGE]))
+    old = torch.where(rows[Field.OLD_LOGPROB].isnan(), logp.detach(), rows[Field.OLD_LOGPROB])
+    losses = OBJECTIVE.token_loss(Tokens(logp, old, rows[Field.ADVANTAGE]))
     (slope,) = torch.autograd.grad(losses.sum(), logp)
     entropy = -torch.special.xlogy(p, p).sum(-1)
-    outcome = torch.stack([logp, entropy, logsumexp, rows[Row.POLICY] * losses, slope]).detach()
-    scale = (rows[Row.POLICY] * slope * rows[Row.INV_TEMPERATURE])[:, None]
+    outcome = torch.stack([logp, entropy, logsumexp, rows[Field.POLICY] * losses, slope]).detach()
+    scale = (rows[Field.POLICY] * slope * rows[Field.INV_TEMPERATURE])[:, None]
     return outcome, scale * (-p).scatter(1, targets, miss[:, None])
 
 
@@ -39,8 +39,8 @@ def hostile(device):
     certain.
     """
     batch = tiles._batch(16, VOCAB, torch.float32, device)
-    old, targets, logits = batch.rows[Row.OLD_LOGPROB], batch.targets, batch.logits
-    batch.rows[Row.INV_TEMPERATURE] = torch.linspace(0.7, 1.3, 16, device=device)
+    old, targets, logits = batch.rows[Field.OLD_LOGPROB], batch.targets, batch.logits
+    batch.rows[Field.INV_TEMPERATURE] = torch.linspace(0.7, 1.3, 16, device=device)
     logits[1] -= 1e4
     logits[2, targets[2]] = 60.0  # p = 1 - 1e-20
     logits[3, targets[3]] = -180.0
@@ -61,7 +61,7 @@ def hostile(device):
 def test_one_read_agrees_with_float64(device):
     torch.manual_seed(0)
     batch = hostile(device)
-    batch.rows[Row.KIND, 15] = RowKind.SKIPPED
+    batch.rows[Field.KIND, 15] = RowKind.SKIPPED
     batch.logits[15] = float("nan")
     out = torch.full((16, VOCAB), float("nan"), dtype=torch.bfloat16, device=device)
     factors = torch.full((16,), float("nan"), device=device)
@@ -122,9 +122,9 @@ def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio,
     target = batch.targets[0]
     batch.logits.zero_()
     batch.logits[0, target if of_target else (target + 1) % VOCAB] = lead
-    batch.rows[Row.ADVANTAGE], batch.rows[Row.ENTROPY] = 0.0, 1.0
+    batch.rows[Field.ADVANTAGE], batch.rows[Field.ENTROPY] = 0.0, 1.0
     logp = batch.logits.double().log_softmax(1)
-    batch.rows[Row.OLD_LOGPROB] = (logp[0, target] - math.log(ratio)).clamp(max=0.0)
+    batch.rows[Field.OLD_LOGPROB] = (logp[0, target] - math.log(ratio)).clamp(max=0.0)
     out = torch.empty_like(batch.logits)
     TritonRows(TILE).policy(batch, Terms(OBJECTIVE, entropy_bonus=True), out)
     entropy = -(logp.exp() * logp).sum()

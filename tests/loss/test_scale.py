@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 import drpo_kernels as dk
 import oracle
 from drpo_kernels.backends import sweep
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Terms, Transform
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Terms, Transform
 from drpo_kernels.backends.triton.launch import TritonRows
 from problems import row_relative
 
@@ -352,9 +352,9 @@ def test_gradient_over_the_logits(size, dtype, device):
     """
     inputs = Inputs(size, device)
     logits = (inputs.hidden @ inputs.weight.T).to(dtype)
-    rows = torch.zeros(len(Row), size.tokens, device=device)
-    rows[Row.OLD_LOGPROB], rows[Row.ADVANTAGE], rows[Row.POLICY] = inputs.old, inputs.advantages, 1
-    rows[Row.INV_TEMPERATURE], rows[Row.KIND] = 1, RowKind.ACTIVE
+    rows = torch.zeros(len(Field), size.tokens, device=device)
+    rows[Field.OLD_LOGPROB], rows[Field.ADVANTAGE], rows[Field.POLICY] = inputs.old, inputs.advantages, 1
+    rows[Field.INV_TEMPERATURE], rows[Field.KIND] = 1, RowKind.ACTIVE
     ops, terms = TritonRows(), Terms(dk.DRPO(delta=0.2))
     slopes = inputs.advantages[None].contiguous()
 

@@ -18,7 +18,7 @@ from benchmarks.roofline.work import Problem, products
 from drpo_kernels.backends import sweep
 from drpo_kernels.backends.devices import PRESETS
 from drpo_kernels.backends.planning import NeedsGrad
-from drpo_kernels.backends.rows import Row, Transform
+from drpo_kernels.backends.rows import Field, Transform
 from drpo_kernels.backends.spec import Execution
 from drpo_kernels.backends.sweep import Head, LinearSweep
 from drpo_kernels.triton_support import HAS_TRITON
@@ -132,7 +132,7 @@ def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
     hidden = torch.empty(problem.tokens, problem.hidden, dtype=dtype, device=meta)
     weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device=meta)
     targets = torch.empty(problem.tokens, dtype=torch.int64, device=meta)
-    rows = torch.empty(len(Row), problem.tokens, device=meta)
+    rows = torch.empty(len(Field), problem.tokens, device=meta)
     # every row: counting the active ones would need their values
     logits = DTYPES[problem.logits_itemsize]
     execution = Execution("torch", dtype, every_row=True, logits_dtype=logits, workspace_bytes=problem.workspace)

@@ -20,7 +20,7 @@ from torch import Tensor
 from drpo_kernels.backends.matmul import product
 from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
-from drpo_kernels.backends.rows import Outcome, Row, RowBatch, Terms, float16_scale
+from drpo_kernels.backends.rows import Field, Outcome, RowBatch, Terms, float16_scale
 from drpo_kernels.backends.sparse.contract import (
     SPARSE_OUTCOME,
     EntryOps,
@@ -121,7 +121,7 @@ class SparseSweep(LinearSweep):
             self._flush(unscale)
 
     def _coordinates(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
-        slope = slope * batch.transform.factor(batch.rows[Row.INV_TEMPERATURE])
+        slope = slope * batch.transform.factor(batch.rows[Field.INV_TEMPERATURE])
         values = -slope[chosen.rows] * chosen.weights
         spread = torch.where(chosen.left_out > 0, -slope * chosen.left_out, 0)
         if self.needs_grad.weight:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drpo_kernels.backends import torch_rows
 from drpo_kernels.backends.matmul import cast_rows
-from drpo_kernels.backends.rows import Row, RowBatch, RowKind, Stat
+from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Stat
 from drpo_kernels.backends.sparse.contract import LEAST_OTHERS, GatheredSums, Selection
 from drpo_kernels.backends.sparse.selection import above, fewest, too_flat
 from drpo_kernels.backends.torch_rows import LOG2E, GradientRows, Scratch, TorchRows, safe_targets
@@ -29,7 +29,7 @@ class TorchEntries(TorchRows):
             batch.transform.softcap is None
             and batch.logits.dtype == batch.rows.dtype
             and batch.logits.device.type == "cpu"
-            and bool((batch.rows[Row.KIND] == RowKind.ACTIVE).all())
+            and bool((batch.rows[Field.KIND] == RowKind.ACTIVE).all())
         )
         statistics = self._statistics(batch, batch.logits if kept else None)
         return statistics, Exponentials(*batch._replace(bias=None)) if kept else batch
@@ -37,9 +37,9 @@ class TorchEntries(TorchRows):
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         scratch, miss, total = Scratch(batch), statistics[Stat.MISS], statistics[Stat.SUM]
         index, _ = safe_targets(batch)
-        factor = batch.transform.factor(batch.rows[Row.INV_TEMPERATURE]) * LOG2E
+        factor = batch.transform.factor(batch.rows[Field.INV_TEMPERATURE]) * LOG2E
         others = miss * total
-        active = batch.rows[Row.KIND] == RowKind.ACTIVE
+        active = batch.rows[Field.KIND] == RowKind.ACTIVE
         dense = ~active | ~(others >= LEAST_OTHERS) | too_flat(statistics, batch.logits.shape[1], tolerance, limit)
         others = others.masked_fill(dense, torch.nan)  # than which nothing is larger
         candidates = (~dense).nonzero()[:, 0]

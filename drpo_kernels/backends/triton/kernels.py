@@ -1,5 +1,5 @@
 """Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it. The
-mathematics is that of softmax.py; the packed per-row layouts are `Row`, `Stat`, `Outcome` and `Slope` of
+mathematics is that of softmax.py; the packed per-row layouts are `Field`, `Stat`, `Outcome` and `Slope` of
 backends/rows.py.
 """
 
@@ -30,7 +30,7 @@ VARYING = (
 )  # fmt: skip
 
 OLD_LOGPROB, ADVANTAGE, POLICY_COEF, KL_COEF, ENTROPY_COEF, REF_LOGPROB, INV_TEMPERATURE, KIND, Z_LOSS_COEF = (
-    tl.constexpr(int(field)) for field in contract.Row
+    tl.constexpr(int(field)) for field in contract.Field
 )
 FORWARD, ACTIVE = tl.constexpr(int(contract.RowKind.FORWARD)), tl.constexpr(int(contract.RowKind.ACTIVE))
 
