@@ -98,6 +98,7 @@ def draw_boundaries(runs: Runs, path: Path) -> None:
         if label.startswith("share"):
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.axvline(0, color=GREY, linewidth=0.9)
+        axes.set_axisbelow(True)
         frame(axes, "x")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle("How many tokens lie beyond the boundaries, and what does each loss do to them?")
