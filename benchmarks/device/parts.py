@@ -52,7 +52,7 @@ REHEARSED, REHEARSED_CASES = ("gemms_whole", "linear_policy_loss", "liger_scaled
 RESERVE = 3.0
 # The tests of sizes, streams and graphs, and the other files that have tests of a GPU.
 SCALE = "tests/loss/test_scale.py"
-OTHERS = ("cases", "invariance", "fp8", "exact_products", "benchmarks", "distributed", "verl")
+OTHERS = ("cases", "invariance", "fp8", "exact_products", "benchmarks", "distributed", "verl_head")
 OTHERS = sorted(str(path.relative_to(ROOT)) for name in OTHERS for path in ROOT.glob(f"tests/*/test_{name}.py"))
 # The number of pytest processes of a part. They share the device.
 WORKERS = {"scale": 3, "tests": 6, "gpu": 6, "suite": 12}
