@@ -67,7 +67,7 @@ class TorchRows:
             out.masked_fill_(inactive[:, None], 0)
 
     def fuses(self, terms: Terms) -> bool:
-        return not terms.entropy_bonus
+        return True
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
