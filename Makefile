@@ -4,6 +4,7 @@
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
 # make lint     ruff, and the types by mypy and pyright
+# make peers    install the heads that the benchmarks compare with: Liger's and cut-cross-entropy's
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make sparsity  what sparse_grad saves and costs on this machine (20 minutes), its plots, docs/sparse.md
@@ -44,7 +45,7 @@ CORE := cases conformance edges error_messages errors exact_products fp8 fused_h
 	sparse_edges token_losses
 CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env versions demo test test-core lint bench precision sparsity fuzz longrun stability compile doctor wheel \
+.PHONY: help venv verl-env versions demo test test-core lint peers bench precision sparsity fuzz longrun stability compile doctor wheel \
 	test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
@@ -97,6 +98,8 @@ lint: $(STAMP)
 	$(BIN)/basedpyright
 
 # Without their dependencies, which are here: a peer must not bring another PyTorch.
+peers: $(PEERS)
+
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "liger-kernel>=0.8" "cut-cross-entropy>=25.1"
 	@touch $@
