@@ -142,7 +142,7 @@ wheel: $(STAMP)
 	rm -rf build
 
 clean:
-	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find drpo_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
