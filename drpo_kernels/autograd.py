@@ -15,13 +15,15 @@ from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.rows import Field, Outcome, Stat
 from drpo_kernels.graphs import traced
 
-# two ways to round the same factor, well below what the gradients promise
+# Two ways to round the same factor differ by less than this, which is far below the bound on the gradients' error.
 SCALE_TOLERANCE = 1e-5
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """PyTorch's decorator, which notices a second derivative only where the upstream gradient has one: under
-    create_graph=True anything else would get a gradient without a graph, and a penalty on it would silently be nothing.
+    """PyTorch's decorator of this name, which also refuses create_graph=True.
+
+    PyTorch's own raises an error only if the upstream gradient requires grad. In all other cases create_graph=True
+    would give a gradient without a graph, and a penalty on that gradient would silently have no effect.
     """
     inner = torch.autograd.function.once_differentiable(backward)
 
@@ -38,16 +40,16 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 def _finished(gradient: Tensor, factor: Tensor, dtype: torch.dtype, spec: ops.Spec) -> Tensor:
-    """factor · gradient in `dtype`, rounded once; in place where nobody can see it."""
+    """factor · gradient in `dtype`, rounded once. Outside of a graph it overwrites the gradient."""
     if traced(gradient):
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    # where the factor can be read for nothing no kernel is needed; Triton's interpreter, there, truncates to bf16
+    # On a CPU PyTorch scales, whatever the backend: Triton's interpreter would truncate to bf16.
     row_ops("torch" if factor.device.type == "cpu" else spec.execution.backend).scale(gradient, factor)
     return gradient.to(dtype)
 
 
 def _total(outcome: Tensor) -> Tensor:
-    """The loss: summed in float64, where the device has it, because advantages of both signs cancel."""
+    """The loss. It is summed in float64, if the device has it, because advantages of both signs cancel."""
     wide = outcome.dtype if outcome.device.type == "mps" else torch.float64
     return outcome[Outcome.LOSS].sum(dtype=wide).to(outcome.dtype)
 
@@ -63,7 +65,7 @@ def _spend(ctx, name: str) -> None:
 
 
 def _scaled(rows: Tensor, loss_scale: float) -> Tensor:
-    """Rows [len(Field), N] of the loss times `loss_scale`."""
+    """The rows [len(Field), N] of the loss multiplied by `loss_scale`."""
     rows = rows.clone()
     for coefficients in (Field.POLICY, Field.KL, Field.ENTROPY, Field.Z_LOSS):
         rows[coefficients] *= loss_scale
@@ -71,7 +73,7 @@ def _scaled(rows: Tensor, loss_scale: float) -> Tensor:
 
 
 def _assert_declared(factor: Tensor, loss_scale: float) -> None:
-    """`factor`: what the loss was multiplied by, over what it was said to be; no synchronisation on a GPU."""
+    """Assert that `factor`, the true scale of the loss divided by `loss_scale`, is 1. This does not wait for a GPU."""
     torch._assert_async(
         (factor - 1).abs() <= SCALE_TOLERANCE,
         f"loss_scale must be what the loss is multiplied by before its backward, got {loss_scale}: main_grad has the "
@@ -79,12 +81,12 @@ def _assert_declared(factor: Tensor, loss_scale: float) -> None:
     )
 
 
-# the statistics that the log-prob functions give out, in the order of `Slope`
+# The log-prob functions return these statistics, in the order of `Slope`.
 DIFFERENTIABLE = (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)
 
 
 def _slopes(*slopes: Tensor | None) -> Tensor | None:
-    """`Slope` packed up to the last one that is used, or None where none is."""
+    """Pack slopes in the order of `Slope`, up to the last one that is used. The result is None if none is used."""
     used = [i for i, slope in enumerate(slopes) if slope is not None]
     if not used:
         return None
@@ -115,13 +117,13 @@ class LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        if upstream is None:  # what the loss went into has no gradient
+        if upstream is None:  # nothing that is differentiated depends on the loss
             return (None,) * 10
         _spend(ctx, "linear_policy_loss")
         factor = upstream
         if ctx.loss_scale != 1:
             factor = upstream / ctx.loss_scale
-            factor = torch.where((factor - 1).abs() <= SCALE_TOLERANCE, 1, factor)  # by which nothing is rounded
+            factor = torch.where((factor - 1).abs() <= SCALE_TOLERANCE, 1, factor)  # 1 rounds nothing
         if ctx.declares:
             _assert_declared(factor, ctx.loss_scale)
         gradients = [
@@ -143,7 +145,7 @@ class LinearLogprobs(torch.autograd.Function):
         statistics = ops.linear_statistics.on(hidden)(hidden, weight, bias, targets, rows, spec)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, statistics)
         ctx.spec, ctx.needs_grad = spec, needs_grad
-        ctx.main_grad = main_grad  # not saved: it may change before the backward, and is only added to
+        ctx.main_grad = main_grad  # a saved tensor must not change until the backward, but this one may
         ctx.set_materialize_grads(False)
         return tuple(statistics[stat].clone() for stat in DIFFERENTIABLE)
 
@@ -153,7 +155,7 @@ class LinearLogprobs(torch.autograd.Function):
         slopes = _slopes(*slopes)
         if slopes is None:
             return (None,) * 8
-        saved = ctx.saved_tensors  # read once: the hooks of activation checkpointing give each tensor a single time
+        saved = ctx.saved_tensors  # read only once, because hooks of activation checkpointing give a tensor once
         gradients = ops.linear_recompute.on(slopes)(*saved, slopes, ctx.main_grad, ctx.spec, ctx.needs_grad)
         returned = [ctx.needs_grad[0], ctx.needs_grad[1] and ctx.main_grad is None, ctx.needs_grad[2]]
         gradients = [

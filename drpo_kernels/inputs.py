@@ -17,7 +17,7 @@ from drpo_kernels.graphs import check_not_exported, positions
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
 
-# The fields of an `Execution` that are options of the same name.
+# These fields of an `Execution` are options of the same name.
 EXECUTION_OPTIONS = (
     "logits_dtype", "workspace_bytes", "vocab_shard", "head_dtype", "batch_invariant", "sparse_grad",
 )  # fmt: skip
@@ -33,7 +33,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class LinearSource:
-    """Logits as hidden [..., H] @ weight [V, H].T + bias. `main_grad`, `loss_scale`: the options so named."""
+    """The logits hidden [..., H] @ weight [V, H].T + bias. `main_grad` and `loss_scale` are the options so named."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class LinearSource:
         self.main_grad, self.loss_scale = main_grad, loss_scale
 
     def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
-        """The fused route -> (loss, outcome [len(Outcome), N])."""
+        """Compute the loss by the fused route -> (loss, outcome [len(Outcome), N])."""
         spec = inputs.problem.spec(inputs.terms, inputs.every_row)
         return LinearPolicyLoss.apply(
             self.tensor, self.weight, self.bias, inputs.problem.flat_targets, inputs.rows, self.main_grad,
@@ -66,9 +66,9 @@ class LinearSource:
         return LinearLogprobs.apply(*inputs, op_spec(spec, self.tensor), self.needs_grad)
 
     def kept_logits(self, ids: Tensor, spec: Spec) -> Tensor:
-        """[N, K] of ids [N, K] int64, differentiable; a finite number where an id is below 0."""
+        """The differentiable logits [N, K] of ids [N, K] int64. Where an id is below 0, a logit is a finite number."""
         if spec.execution.backend == "reference":
-            index = positions((ids >= 0).any(1))  # the others may carry anything
+            index = positions((ids >= 0).any(1))  # the other rows may carry anything
             with torch.autocast(ids.device.type, enabled=False):
                 x = self.selected_logits(index, spec.vocab, statistics_dtype(self.compute_dtype))
             x = x.gather(1, ids[index].clamp(min=0))
@@ -76,7 +76,7 @@ class LinearSource:
         return KeptLogits.apply(self.tensor, self.weight, self.bias, ids, op_spec(spec, self.tensor), self.needs_grad)
 
     def selected_logits(self, index: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-        """The naive logits of the indexed rows, for the reference."""
+        """Compute the logits of the indexed rows in the naive way, for the reference backend."""
         from drpo_kernels.reference import head_logits, rounded
 
         hidden, weight, bias = self.tensor.reshape(-1, self.tensor.shape[-1]), self.weight, self.bias
@@ -86,7 +86,7 @@ class LinearSource:
 
 
 class ReadySource:
-    """Logits [..., V] that exist already."""
+    """A source whose logits [..., V] exist already."""
 
     def __init__(self, logits: Tensor, inplace: bool = False):
         validation.check_logits(logits)
@@ -94,9 +94,9 @@ class ReadySource:
         self.lead, self.vocab, self.compute_dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
 
     def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
-        """The fused route -> (loss, outcome [len(Outcome), N])."""
+        """Compute the loss by the fused route -> (loss, outcome [len(Outcome), N])."""
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
-        # a permission: not used on strided rows, nor in a graph, whose ops may not write to what they were given
+        # `inplace` only permits it. Strided rows do without, and so does a graph, whose ops may not write to inputs.
         inplace = self.inplace and self.tensor.is_contiguous() and not torch.compiler.is_compiling()
         spec = op_spec(inputs.problem.spec(inputs.terms, inputs.every_row), self.tensor)
         targets, rows = inputs.problem.flat_targets, inputs.rows
@@ -119,16 +119,16 @@ Source = LinearSource | ReadySource
 
 @dataclass(frozen=True)
 class Problem:
-    """A validated call: where the logits come from, which tokens they are scored on, and how."""
+    """A validated call: the source of its logits, its tokens, and its options."""
 
     source: Source
     targets: Tensor
     mask: Tensor | None
     options: LogprobOptions
     unmasked: Tensor  # bool, shaped like targets
-    sequences: Sequences | None  # how the tokens group, where they do
+    sequences: Sequences | None  # how the tokens are grouped; None if they are not
     backend: str
-    vocab: int  # real entries, of all shards
+    vocab: int  # the number of real entries, of all shards together
 
     @staticmethod
     def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
@@ -154,7 +154,7 @@ class Problem:
         return value_checks.wants_values(self.options, self.targets)
 
     def check_values(self, valid: Tensor) -> None:
-        """Of all but the policy's own inputs, where `valid` [shaped like targets]."""
+        """Check the values of every input but the policy's own, at the tokens in `valid` (shaped like targets)."""
         value_checks.check_mask_values(self.mask)
         cu_seqlens = getattr(self.options, "cu_seqlens", None)
         if cu_seqlens is not None:
@@ -164,18 +164,18 @@ class Problem:
 
     @property
     def temperature(self) -> Tensor | None:
-        """Shaped like targets; None where it is a number."""
+        """The temperature of each token, shaped like targets, or None if the option is a number."""
         given = self.options.temperature
         return _per_token(given, self.targets.shape, self.sequences) if isinstance(given, Tensor) else None
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, or float64 for float64 inputs: what statistics and losses are computed in."""
+        """The dtype of statistics and losses: float32, or float64 for float64 inputs."""
         return statistics_dtype(self.source.compute_dtype)
 
     @property
     def flat_targets(self) -> Tensor:
-        """[N] int64, contiguous."""
+        """The targets as a contiguous tensor [N] int64."""
         return recordable(self.targets.reshape(-1).to(torch.int64).contiguous())
 
     def spec(self, terms: Terms | None = None, every_row: bool = False) -> Spec:
@@ -186,13 +186,13 @@ class Problem:
         return Spec(local_vocab, Transform(options.logit_scale, options.softcap), execution, terms)
 
     def constant(self, valid: Tensor, value: float) -> Tensor:
-        """[N] in the statistics dtype."""
+        """A tensor [N] of one value, in the statistics dtype."""
         if torch.compiler.is_compiling():  # `full` would compile again for each new value
             return torch.ones(valid.shape, dtype=self.dtype, device=valid.device) * value
         return torch.full(valid.shape, value, dtype=self.dtype, device=valid.device)
 
     def flat(self, values: Tensor, valid: Tensor, otherwise: Tensor) -> Tensor:
-        """Per-token values as [N] in the statistics dtype; masked positions, which may carry anything, replaced."""
+        """Per-token values as [N] in the statistics dtype. Masked positions may carry anything and get `otherwise`."""
         return torch.where(valid, values.detach().reshape(-1).to(self.dtype), otherwise)
 
     def inv_temperature(self, valid: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class Problem:
         return 1 / self.flat(self.temperature, valid, self.constant(valid, 1.0))
 
     def logprob_rows(self) -> Tensor:
-        """[len(Field), N] of a log-prob call, checked: every unmasked row carries a gradient."""
+        """Check the values of a log-prob call and pack its rows, [len(Field), N]. Every unmasked row has a gradient."""
         if self.wants_values:
             self.check_values(self.unmasked)
         valid = self.unmasked.reshape(-1)
@@ -216,14 +216,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """Everything per token of a policy loss, flattened to [N] and free of what masked positions carried."""
+    """The inputs of a policy loss that each token has, flattened to [N]. `rows` holds nothing of masked positions."""
 
     problem: Problem
     terms: Terms
     rows: Tensor
-    valid: Tensor  # in the mask and scorable
-    unscorable: Tensor  # in the mask, but without an old log-prob
-    given: Tensor | None  # the old log-probs as they came, [N]
+    valid: Tensor  # tokens in the mask that are scorable
+    unscorable: Tensor  # tokens in the mask that have no old log-prob
+    given: Tensor | None  # the old log-probs as the caller gave them, [N]; None if on-policy
     sequences: Sequences | None
 
     @property
@@ -237,7 +237,7 @@ class PolicyInputs:
 
 
 def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
-    """Check, flatten and pack: targets' shape -> rows [len(Field), N]."""
+    """Check the inputs of a policy loss, flatten them from the targets' shape and pack them as rows [len(Field), N]."""
     options: PolicyOptions = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages)
     sequences, unmasked, on_policy = problem.sequences, problem.unmasked, old_logprobs is None
@@ -260,7 +260,7 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
     fields[Field.INV_TEMPERATURE] = problem.inv_temperature(valid)
     fields[Field.KIND] = _kinds(options, fields, valid, sequences)
     if sequences is not None and sequences.offsets is not None:
-        # a token in the mask but in no sequence is an error; where values are not read, it makes the loss NaN
+        # A token in the mask but in no sequence is an error. If values are not checked, it makes the loss NaN.
         stray = valid & (sequences.ids == sequences.count)
         fields[Field.POLICY] = fields[Field.POLICY].masked_fill(stray, torch.nan)
         fields[Field.KIND] = fields[Field.KIND].masked_fill(stray, RowKind.ACTIVE.value)
@@ -273,7 +273,7 @@ def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Ten
 
 
 def _unmasked(mask: Tensor | None, targets: Tensor) -> Tensor:
-    """bool, shaped like targets; a NaN in the mask masks."""
+    """Which tokens the mask leaves, bool and shaped like targets. A NaN in the mask counts as masked."""
     if mask is None:
         return torch.ones_like(targets, dtype=torch.bool)
     if not mask.dtype.is_floating_point:
@@ -282,7 +282,7 @@ def _unmasked(mask: Tensor | None, targets: Tensor) -> Tensor:
 
 
 def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -> Tensor:
-    """Values shaped like targets from per-token, [B], [B, 1], packed per-sequence or 0-d ones."""
+    """Expand values to the targets' shape. They are per token, [B], [B, 1], per packed sequence, or 0-d."""
     if values.shape == shape:
         return values
     if sequences is not None and sequences.offsets is not None and values.shape == (sequences.count,):
@@ -295,7 +295,7 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
 def _coefficients(
     problem: Problem, valid: Tensor, sequences: Sequences | None, zeros: Tensor
 ) -> dict[Field, Tensor]:
-    """Coefficients of the policy, KL, entropy and z-loss terms, [N] each, 0 where masked."""
+    """The coefficients of the policy, KL, entropy and z-loss terms, [N] each. They are 0 where masked."""
     options: PolicyOptions = problem.options
     if isinstance(options.reduction, TokenCoefficients):
         policy = problem.flat(options.reduction.policy, valid, zeros)
@@ -316,12 +316,12 @@ def _coefficients(
 
 
 def _kinds(options: PolicyOptions, fields: dict[Field, Tensor], valid: Tensor, sequences: Sequences | None) -> Tensor:
-    """RowKind of each row, [N]."""
+    """The RowKind of each row, [N]."""
     contributes = valid
     if options.objective.zero_if_no_advantage and options.compact != "none":
-        contributes = needed = fields[Field.ADVANTAGE] != 0  # which is 0 where a row is not valid
+        contributes = needed = fields[Field.ADVANTAGE] != 0  # the advantage is 0 where a row is not valid
         if options.objective.sequence_level:
-            # one token's advantage keeps its whole sequence: the others are in its ratio
+            # One token's advantage keeps its whole sequence, because its ratio is made of all tokens.
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
         scales = {Field.KL: options.kl_coef, Field.ENTROPY: options.entropy_coef, Field.Z_LOSS: options.z_loss_coef}
         for term, scale in scales.items():

@@ -66,10 +66,10 @@ def _token_logprobs(
     if problem.backend == "reference":
         results = reference_logprobs_of(problem, rows, rows[Field.KIND] > RowKind.SKIPPED)
     else:
-        # without a mask every row is computed: nothing to compact, nothing to ask the device
+        # Without a mask every row is computed, so no count has to be read back from the device.
         arguments = problem.flat_targets, rows, problem.spec(every_row=mask is None)
         if torch.compiler.is_compiling() and options.vocab_shard is not None:
-            # imported here: torch.compiler.disable loads all of torch._dynamo
+            # The import stands here because torch.compiler.disable loads all of torch._dynamo.
             from drpo_kernels.uncompiled import outside_graph
 
             results = outside_graph(source.logprobs, *arguments)

@@ -1,7 +1,7 @@
 """The computations of autograd.py as custom ops, which stand in for them inside compiled graphs.
 
-Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` and `FakeTensorMode` cannot follow:
-there each computation is one opaque op.
+Row compaction has data-dependent shapes, which `torch.compile(fullgraph=True)` and `FakeTensorMode` cannot follow. For
+them each computation is one opaque op.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,9 @@ _SPEC = "str[] words, Tensor numbers"
 
 
 def _recording_autograd():
-    """A compiled graph excludes autograd's dispatch keys from its ops; inside, objectives differentiate themselves."""
+    """A context with autograd's dispatch keys, which a compiled graph excludes from its ops. Objectives need them to be
+    differentiated inside of an op.
+    """
     keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set() - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
@@ -44,13 +46,13 @@ class Computation(NamedTuple):
     op: Callable
 
     def on(self, tensor: Tensor) -> Callable:
-        """The one to call with `tensor` among the arguments."""
+        """The op if `tensor`, one of the arguments, is traced, and the function otherwise."""
         return self.op if traced(tensor) else self.function
 
 
 def _define(name: str, arguments: str, returns: str, function, fake):
-    """Register `function(*tensors, spec, *rest)` as an op `(tensors, words, numbers, rest)` shaped by `fake`.
-
+    """Register `function(*tensors, spec, *rest)` as an op `(*tensors, words, numbers, *rest)`. `fake` takes the op's
+    arguments and returns empty tensors like its results.
     """
     _library.define(f"{name}({arguments}) -> {returns}")
     tensors = arguments.split(", str[] words")[0].count(",") + 1
@@ -161,7 +163,7 @@ kept_gradients = _define(
 
 
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
-    """`policy_slope` of targets of that shape, for an op, whose arguments cannot be `Sequences`."""
+    """Call `policy_slope` for targets of this shape. An op cannot take `Sequences`, so they are made here."""
     objective = spec.terms.objective
     if not objective.sequence_level:
         return policy_slope(logprobs, old, advantages, None, None, objective)

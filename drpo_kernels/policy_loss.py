@@ -29,12 +29,12 @@ class PolicyLossOutput(NamedTuple):
     """loss        0-d float32 (float64 for float64 inputs), or shaped like targets with reduction="none"; the only
                 field that carries a gradient
     logprobs    log π of each target, shaped like targets; 0 where masked, and NaN where a row of the mask was not
-                computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes the former
-    entropy     of each row's distribution in nats, likewise
+                computed: A = 0 with compact="active", or no old log-prob. compact="mask" computes rows with A = 0 too
+    entropy     entropy of each row's distribution in nats, shaped and left out as logprobs is
     computed    bool, shaped like targets: which rows were computed
     metrics     0-d detached tensors under "drpo/...", see `drpo_kernels.metrics`; those under "drpo/evidence/..." are
                 for `diagnose`, and no numbers for a dashboard
-    logsumexp   log Σ exp z of each row, shaped like targets and left out as logprobs is; what z_loss_coef drives to 0
+    logsumexp   log Σ exp z of each row, shaped and left out as logprobs is; z_loss_coef drives it to 0
     """
 
     loss: Tensor
@@ -64,23 +64,23 @@ def linear_policy_loss(
     weight        [V, H], the head's weight as in `nn.Linear`; bias [V] or None
     targets       [...] integer, the sampled tokens, already aligned: hidden[i] predicts targets[i], nothing is shifted
                   inside
-    old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, the row's own detached
-                  log-prob. A row whose value is NaN or -100 and below (-inf, -9999: no token that was sampled has
-                  such a μ, `drpo_kernels.tokens.LEAST_LOGPROB`) is treated as masked and counted in
-                  metrics["drpo/unscorable"]. Values up to 0.01 are taken, because rounding may add as much to a
-                  log-prob of 0; a larger one is an error on a CPU, and elsewhere with validate=True
-    advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens` (where both fit,
-                  per token); at most 1e12 in size
+    old_logprobs  [...] log μ of the targets under the behaviour policy; None: on-policy, so that each row takes its own
+                  detached log-prob. A row whose value is NaN, or -100 or less, is treated as masked and counted in
+                  metrics["drpo/unscorable"]: no token that was sampled has such a μ
+                  (`drpo_kernels.tokens.LEAST_LOGPROB`). Values up to 0.01 are accepted, because rounding may add as
+                  much to a log-prob of 0; a larger one is an error on a CPU, and elsewhere with validate=True
+    advantages    [...], or [B] or [B, 1] for targets [B, L], or one per sequence with `cu_seqlens` (if both fit, they
+                  are per token); at most 1e12 in size
     mask          [...] bool or 0/1 of any dtype; masked positions may carry anything. None: all valid
 
-    Gradients are those of hidden, weight and bias. All other tensors, those among the options too, are constants of the
-    loss: outside of torch.no_grad() one that requires grad is an error, whatever the backend and the reduction.
+    hidden, weight and bias get gradients. All other tensors, also those among the options, are constants of the loss:
+    outside of torch.no_grad() one that requires grad is an error, whatever the backend and the reduction.
 
     loss = Σ_t c_t · [token_weight_t · ℓ_t + kl_coef · KL_t - entropy_coef · H_t + z_loss_coef · (log Σ exp z_t)²] with
     c_t from `reduction` (arXiv 2606.09821 for DRPO's ℓ). Gradients are computed in the forward, so a loss can be
     backpropagated once. Logits are float32 whatever the inputs; under autocast, products take autocast's dtype.
 
-    A logit of -inf bans its token: p = 0, no gradient, nothing in the entropy. Where the *target* of a valid row is
+    A logit of -inf bans its token, which has p = 0, no gradient and no entropy. Where the *target* of a valid row is
     banned, log π = -inf and r = e^-20: losses in r stay finite, with a zero gradient beyond the clamp on Δ; objectives
     in sg(·) log π (CISPO, DPPO, capped PolicyGradient) and k1, k2 are infinite, as their formulas say, unless A = 0.
     Mask such tokens. A row with a NaN or +inf logit, or with every token banned, has no log π: it reports NaN and makes
@@ -126,8 +126,8 @@ def policy_loss(
     objective: Objective = DEFAULT_OBJECTIVE,
     **keywords: Unpack[LossKeywords],
 ) -> PolicyLossOutput:
-    """The same loss from logits [..., V] (any float dtype, any strides; statistics in float32, or float64 for float64
-    logits).
+    """The loss of `linear_policy_loss` from logits [..., V] of any float dtype and any strides. Statistics are float32,
+    or float64 for float64 logits.
 
     inplace       True: the gradient may be written over `logits`, which saves their size in memory; they must not be
                   used afterwards
@@ -187,21 +187,21 @@ def _prepared(
     mask: Tensor | None,
     options: PolicyOptions,
 ) -> PolicyInputs:
-    """The arguments of a call, checked, flattened and packed."""
+    """Check, flatten and pack the arguments of a call."""
     if options.kept_ids is not None:
         source, targets, options = on_kept_ids(source, targets, mask, options, old_logprobs)
     return policy_inputs(Problem.checked(source, targets, mask, options), old_logprobs, advantages)
 
 
 def _route(inputs: PolicyInputs) -> Callable[[PolicyInputs], tuple[Tensor, Tensor]]:
-    """The cheapest way to (loss, outcome [len(Outcome), N]) that is right."""
+    """Choose the cheapest function that computes (loss, outcome [len(Outcome), N]) of this call correctly."""
     options = inputs.problem.options
     objective, route = options.objective, _loss_from_logprobs
     if not (objective.sequence_level or options.reduction == "none" or inputs.problem.backend == "reference"):
         check_objective(objective, inputs.rows, alone=True)
         route = inputs.problem.source.policy_loss
     if torch.compiler.is_compiling() and (options.vocab_shard is not None or not is_registered(objective)):
-        # imported here: torch.compiler.disable loads all of torch._dynamo
+        # The import stands here because torch.compiler.disable loads all of torch._dynamo.
         from drpo_kernels.uncompiled import outside_graph
 
         return partial(outside_graph, route)
@@ -209,7 +209,7 @@ def _route(inputs: PolicyInputs) -> Callable[[PolicyInputs], tuple[Tensor, Tenso
 
 
 def _output(inputs: PolicyInputs, loss: Tensor, outcome: Tensor) -> PolicyLossOutput:
-    """What the caller gets, in the shape of the targets."""
+    """Make the result of a call, in the shape of the targets."""
     problem, computed, metrics = inputs.problem, inputs.computed, _metrics(inputs, outcome)
     # A mean over the mask must not take a 0 for the log-prob of a row that was left out.
     left_out = problem.unmasked.reshape(-1) > computed
@@ -217,13 +217,13 @@ def _output(inputs: PolicyInputs, loss: Tensor, outcome: Tensor) -> PolicyLossOu
     shape = problem.targets.shape
     logprobs, entropy, logsumexp = reported.view(len(reported), *shape)
     if problem.options.sparse_grad:
-        active = inputs.rows[Field.KIND] == RowKind.ACTIVE.value  # torch.compile takes the enum for unequal
+        active = inputs.rows[Field.KIND] == RowKind.ACTIVE.value  # torch.compile would find the enum unequal
         metrics |= sparsity_metrics(outcome[Sparsity.ENTRIES], outcome[Sparsity.LEFT_OUT], reported[0], active)
     return PolicyLossOutput(loss, logprobs, entropy, computed.reshape(shape), metrics, logsumexp)
 
 
 def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
-    """One launch where Triton runs; a graph fuses the formula itself."""
+    """The metrics of a call. The Triton backend computes them in one launch, unless a graph can fuse their formula."""
     objective, rows, options = inputs.terms.objective, inputs.rows, inputs.problem.options
     estimator = None if options.ref_logprobs is None else options.kl_estimator
     if inputs.problem.backend == "triton" and not traced(rows):
@@ -247,23 +247,23 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
 
 
 def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Naive log-probs, log-sum-exp and entropy of the computed rows, 0 elsewhere, [N] each and differentiable."""
+    """The naive log-probs, log-sum-exp and entropy of the computed rows, differentiable, [N] each and 0 elsewhere."""
     from drpo_kernels.reference import reference_logprobs, transformed
 
     index = positions(computed)
     with torch.autocast(rows.device.type, enabled=False):
         x = problem.source.selected_logits(index, problem.vocab, rows.dtype)
         z = transformed(x, problem.spec().transform, rows[Field.INV_TEMPERATURE, index])
-        parts = reference_logprobs(z, problem.flat_targets[index])
+        values = reference_logprobs(z, problem.flat_targets[index])
     zeros = rows.new_zeros(rows.shape[1])
-    return tuple(zeros.index_put((index,), part) for part in parts)
+    return tuple(zeros.index_put((index,), value) for value in values)
 
 
 def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-    """The loss in PyTorch from differentiable log-probs, 8F -> (loss, outcome [len(Outcome), N]).
+    """Compute the loss in PyTorch from differentiable log-probs, in 8F -> (loss, outcome [len(Outcome), N]).
 
-    For what the fused route cannot do: a token's loss that depends on other tokens' log-probs, a gradient of the loss
-    that is not known yet, and the reference.
+    It serves calls that the fused route cannot: those in which a token's loss depends on other tokens' log-probs, those
+    whose caller reduces the loss, and the reference.
     """
     rows, terms, problem = inputs.rows, inputs.terms, inputs.problem
     if problem.backend == "reference":
