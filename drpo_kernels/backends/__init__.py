@@ -21,7 +21,7 @@ class BackendChoice:
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot run here, or None."""
+    """The reason why Triton cannot run here, or None."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if dtype == torch.float64:

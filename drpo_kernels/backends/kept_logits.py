@@ -1,9 +1,9 @@
 """Logits of each row's kept ids, [N, K], and their gradients, without the logits [N, V] of the whole vocabulary.
 
-An entry is a row t with one of its kept ids v = ids[t, k]; places without one have an id below 0.
+An entry is a row t with one of its kept ids v = ids[t, k]. An id below 0 marks a place without an entry.
     logits[t, k] = W[v] · x_t + b[v]
     dX[t] = Σ_k d[t, k] W[v]        dW[v] = Σ d[t, k] x_t over the entries of v, in row order        db[v] = Σ d[t, k]
-That is 6H FLOP for an entry, where a row of all the vocabulary pays 6VH.
+An entry costs 6H FLOP. A row of the whole vocabulary costs 6VH.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from drpo_kernels.collectives import summed
 
 
 class KeptEntries(NamedTuple):
-    """The M entries of this rank's part of the head, row by row, int64."""
+    """The M entries whose ids this rank holds, row by row, int64."""
 
     rows: Tensor  # [M]
-    columns: Tensor  # [M], rows of this rank's weight
-    places: tuple[Tensor, Tensor]  # where they are among ids [N, K]
+    columns: Tensor  # [M], as rows of this rank's weight
+    places: tuple[Tensor, Tensor]  # the places of the entries among ids [N, K]
 
     def where(self, wanted: Tensor) -> "KeptEntries":
         rows, columns = self.places
@@ -41,7 +41,8 @@ def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> KeptEntries:
 def kept_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, spec: Spec) -> Tensor:
     """hidden [..., H], ids [N, K] int64 -> [N, K], 0 where an id is below 0; float32, or float64 for float64 inputs.
 
-    Products of operands in the compute dtype, and sums, are in that precision. With a shard every rank gets the same.
+    Operands are rounded to the compute dtype; products and sums have the precision of the result. With a shard every
+    rank gets the same result.
     """
     execution = spec.execution
     entries, rows = _entries(ids, weight, execution), hidden.reshape(-1, hidden.shape[-1])
@@ -62,13 +63,13 @@ def kept_gradients(
     spec: Spec,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """`slopes` [N, K] of the logits -> gradients for hidden, weight and bias in their dtypes, each rounded once; an
-    empty tensor for one that is not needed.
+    """`slopes` [N, K] of the logits -> gradients for hidden, weight and bias in their dtypes, each rounded once. An
+    empty tensor stands for one that is not needed.
     """
     execution, needs_grad = spec.execution, NeedsGrad(*needs_grad)
     entries, ops = _entries(ids, weight, execution), entry_ops(execution.backend)
     values = slopes[entries.places]
-    with_gradient = values != 0  # not those of rows that were left out
+    with_gradient = values != 0  # rows that were left out have none
     entries, values = entries.where(with_gradient), values[with_gradient]
     found: list[Tensor | None] = [None, None, None]
     if needs_grad.hidden:
@@ -82,7 +83,7 @@ def kept_gradients(
         out = summed(out, shard.group) if sums else out
         found[0] = out.to(hidden.dtype).view(hidden.shape)
     if needs_grad.weight or needs_grad.bias:
-        order = entries.columns.argsort(stable=True)  # by column, and within one by row
+        order = entries.columns.argsort(stable=True)  # by column, and by row within a column
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
         ordered, offsets = values[order], offsets_of(counts)
     if needs_grad.weight:

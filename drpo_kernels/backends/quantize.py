@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Their largest finite values are 448 and 57344.
+# The largest finite values of these formats are 448 and 57344.
 FORMATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32; a smaller scale would lose bits, and a scale of 0 give NaN
 

@@ -18,7 +18,7 @@ from drpo_kernels.tokens import Sequences, Tokens
 def row_tokens(
     logprobs: Tensor, rows: Tensor, valid: Tensor | None = None, sequences: Sequences | None = None
 ) -> Tokens:
-    """What the objective sees of the rows: without an old log-prob, the row's own detached one."""
+    """The rows as an objective sees them. A row without an old log-prob gets its own detached log-prob."""
     old = torch.where(rows[Field.OLD_LOGPROB].isnan(), logprobs.detach(), rows[Field.OLD_LOGPROB])
     return Tokens(logprobs, old, rows[Field.ADVANTAGE], valid=valid, sequences=sequences)
 
@@ -90,14 +90,14 @@ def policy_slope(
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that autograd may record of one made in inference mode."""
+    """The tensor, or a copy of it if it was made in inference mode, because autograd cannot record such a tensor."""
     if torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor.clone()
 
 
 def derivative(losses: Tensor, logprobs: Tensor, objective: Objective) -> Tensor:
-    """∂(Σ losses)/∂logprobs, [N]. Raises ValueError where the objective's losses depend on something else alone."""
+    """∂(Σ losses)/∂logprobs, [N]. Raises ValueError if the losses do not depend on `logprobs`."""
     (slope,) = torch.autograd.grad(losses.sum(), logprobs, allow_unused=True)
     if slope is None:
         raise not_differentiable(objective)

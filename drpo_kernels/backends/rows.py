@@ -1,7 +1,6 @@
-"""The contract between the sweeps and a backend's row operations: what a row carries in, what it gives back.
+"""The contract between the sweeps and a backend's row operations: the inputs and the results of a row.
 
-A *row* is one token's logits [V]. Everything per row travels in three packed tensors, so that a kernel takes three
-pointers, not twenty.
+They travel in three packed tensors (`Field`, `Stat`, `Outcome`), so that a kernel takes three pointers, not twenty.
 """
 
 import math
@@ -16,9 +15,9 @@ from drpo_kernels.objective import Objective
 
 
 class Field(IntEnum):
-    """Inputs, packed [len(Field), N] in the statistics dtype."""
+    """The inputs of a row, packed [len(Field), N] in the statistics dtype."""
 
-    OLD_LOGPROB = 0  # NaN means on-policy: the row's own detached logprob
+    OLD_LOGPROB = 0  # NaN means on-policy: the row's own detached log-prob is taken
     ADVANTAGE = 1
     POLICY = 2  # coefficient of the policy term, token weight included
     KL = 3  # coefficient of the KL term, kl_coef included
@@ -33,13 +32,13 @@ FIELDS = tuple(Field)  # a graph of PyTorch 2.11 cannot iterate over an enumerat
 
 
 class RowKind(IntEnum):
-    SKIPPED = 0  # reports zeros, gradient zero
-    FORWARD = 1  # statistics only, gradient zero
-    ACTIVE = 2
+    SKIPPED = 0  # the row reports zeros, and its gradient is zero
+    FORWARD = 1  # the row is computed, and its gradient is zero
+    ACTIVE = 2  # the row is computed and has a gradient
 
 
 class Stat(IntEnum):
-    """Statistics of a row, packed [len(Stat), N]; z and base logits as in `Transform`."""
+    """The statistics of a row, packed [len(Stat), N]. `Transform` defines z and the base logits b."""
 
     LOGPROB = 0
     ENTROPY = 1
@@ -51,7 +50,7 @@ class Stat(IntEnum):
 
 
 class Outcome(IntEnum):
-    """What the policy loss reports of a row, packed [len(Outcome), N]."""
+    """The results that the policy loss reports of a row, packed [len(Outcome), N]."""
 
     LOGPROB = 0
     ENTROPY = 1
@@ -61,10 +60,10 @@ class Outcome(IntEnum):
 
 
 class Slope(IntEnum):
-    """The statistics whose slopes make up a row's gradient, [1 to 3, N]: the first alone, the first two, or all."""
+    """The statistics whose slopes make up a row's gradient. Slopes are packed [1 to 3, N]: the first, two or all."""
 
     LOGPROB = 0
-    LOGSUMEXP = 1  # costs nothing per element
+    LOGSUMEXP = 1  # its slope costs nothing per element
     ENTROPY = 2
 
 
@@ -86,7 +85,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss is made of, beyond its coefficients."""
+    """The terms of the loss, without their coefficients."""
 
     objective: Objective
     kl_estimator: str | None = None
@@ -97,65 +96,64 @@ class Terms:
 
 
 class RowBatch(NamedTuple):
-    """Rows whose logits are ready, with what they carry in."""
+    """Rows whose logits are ready, with their inputs."""
 
     logits: Tensor  # [N, V]; [..., V] with any strides where a function says so
     targets: Tensor  # [N] int64
     rows: Tensor  # [len(Field), N]
     transform: Transform
     bias: Tensor | None = None  # [V]
-    sharded: bool = False  # a target outside [0, V) belongs to another shard: no bad one, in no column here
-    order: Tensor | None = None  # [N] int64, ascending: whose logits targets and rows are of; None: row for row
+    sharded: bool = False  # True: a target outside [0, V) is valid and belongs to another shard
+    order: Tensor | None = None  # [N] int64, ascending: row t has the logits at order[t]; None: it has those at t
 
 
 class RowOps(Protocol):
-    """A backend. Statistics are float32, or float64 for float64 logits.
+    """The row operations of a backend. Statistics are float32, or float64 for float64 logits.
 
-    Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are 0.
+    Gradients are written to `out` [N, >= V], which may be `logits` itself. They are 0 in columns beyond V and in rows
+    that are not ACTIVE.
     """
 
     def invariant(self) -> "RowOps":
-        """These operations for `batch_invariant`, of Triton alone: a row's log-prob has the same bits whether `policy`
-        or `statistics` computes it.
+        """The operations for `batch_invariant`, which only Triton has. A row's log-prob then has the same bits whether
+        `policy` or `statistics` computes it.
         """
 
     def statistics(self, batch: RowBatch) -> Tensor:
-        """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+        """Compute the statistics -> [len(Stat), N]. They are 0 where the row is SKIPPED."""
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+        """Compute the loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
 
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
-        """Whether `policy` takes `factors` for these terms, logits in one dtype and `out` in another: the one place
-        where it is decided how often a row is read. An entropy bonus or a z-loss is no multiple of p.
+        """Whether `policy` takes `factors` for these terms, with logits and `out` of these dtypes. It then reads a row
+        once. It cannot with an entropy bonus or a z-loss, whose gradient is no multiple of p.
         """
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
-        """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N].
+        """Compute statistics, loss and, with `out`, the gradient in one launch -> [len(Outcome), N].
 
-        With `factors` [N] the gradient is factors ⊙ out: exp(q), or -Σ_{j≠y} exp(q_j) at the target, and a row's factor
-        -slope / SUM · dz/dx, 0 where the row is not ACTIVE.
+        With `factors` [N] the gradient is factors ⊙ out. `out` gets exp(q), and -Σ_{j≠y} exp(q_j) at the target. A
+        row's factor is -slope / SUM · dz/dx, or 0 where the row is not ACTIVE.
         """
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
-        """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
-
-
+        """values *= factor, in place. values are contiguous, factor is 0-d, and each product is rounded once."""
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, 1 / scale), 0-d: a power of two; it brings the largest possible |dlogits| to about 2^14.
+    """(scale, 1 / scale), 0-d powers of two. The scale brings the largest possible |dlogits| to about 2^14.
 
-    float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late.
+    Without it float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late to prevent that.
     """
-    # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|, that maximum below max(H, 1/e) < 16
-    # for any vocabulary under e^16
+    # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|. That maximum is below max(H, 1/e),
+    # which is below 16 for a vocabulary of less than e^16 tokens.
     bound = sum(weight * slope.abs() for weight, slope in zip((1, 1, 16), slopes, strict=False))
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())

@@ -25,7 +25,7 @@ class Execution:
     """How to compute. The dtypes, `head_dtype` and `sparse_grad` change what is computed, the other fields do not.
 
     With a `vocab_shard` the head's weight and bias are this rank's rows of it. The ranks of its group must then call
-    with the same inputs, options and required gradients: every chunk is a collective, and so is its dX.
+    with the same inputs, options and required gradients, because every chunk's statistics and dX are collectives.
     """
 
     backend: str
@@ -63,7 +63,7 @@ class Spec:
             value = getattr(parts[part], name)
             if kind == "number":
                 numbers.append(math.nan if value is None else float(value))
-            elif kind == "flag":  # a symbol of the graph until this asks for it
+            elif kind == "flag":  # this asks a symbol of the graph for its value
                 words.append("yes" if value else "no")
             else:
                 words.append(str(value))
@@ -80,7 +80,7 @@ class Spec:
         return Spec(int(vocab), Transform(**parts["transform"]), Execution(**parts["execution"]), terms)
 
 
-# how a field of each kind is read back; "None" and NaN stand for None
+# How `decode` reads a field of each kind; "None" and NaN stand for None.
 _READ = {
     "number": lambda number: None if math.isnan(number) else number,
     "flag": lambda word: word == "yes",
@@ -113,8 +113,8 @@ class OpSpec(NamedTuple):
 
 
 def op_spec(spec: Spec | OpSpec, tensor: Tensor) -> Spec | OpSpec:
-    """What an autograd function is given: the spec, or an `OpSpec` where `tensor` is traced. PyTorch 2.8 could not take
-    a graph's symbols out of a spec while it differentiates that function.
+    """The spec as an autograd function takes it: an `OpSpec` if `tensor` is traced, because PyTorch 2.8 cannot take a
+    graph's symbols out of a `Spec` while it differentiates that function.
     """
     if isinstance(spec, OpSpec) or not traced(tensor):
         return spec
