@@ -1,6 +1,6 @@
 """How a sweep cuts its rows and which buffers it holds: `plan`, a pure function of sizes, dtypes, device and workspace.
 
-Rows with a gradient come in *windows*, of which dX and dW are one product each, and a window's logits in *chunks*.
+Rows with a gradient come in *windows*: dX and dW of a window are one product each. Its logits come in *chunks*.
 `python -m drpo_kernels plan` prints the plan of any problem on any device.
 """
 
@@ -14,24 +14,26 @@ import torch
 
 from drpo_kernels.backends.devices import GIB, MIB, DeviceProperties
 
-# enough rows to keep the GEMMs near their peak, little enough to be forgotten beside the model
+# A workspace holds enough rows to keep the products near their peak, and is small beside the model.
 DEVICE_WORKSPACE = 1024 * MIB
 CPU_WORKSPACE, CPU_WORKSPACE_MOST, CPU_ROWS = 64 * MIB, 128 * MIB, 256
-# a GEMM tile: full tiles waste nothing
+# The rows of a tile of a product. Full tiles waste nothing.
 ROW_MULTIPLE = 128
-# of logits where dlogits wait beside them, a quarter of the workspace and at least these rows: 512 FLOP for every byte
-# read of the weight, twice what keeps any GPU busy. The rest is the window's: dW is read and written once for each
+# If dlogits have a buffer of their own, logits take a quarter of the workspace and at least these rows: 512 FLOP for
+# every byte of the weight that is read, which is twice what keeps any GPU busy. The dlogits of a window take the other
+# three quarters, because every window reads and writes dW once.
 CHUNK_ROWS = 512
-# cuBLAS multiplies in tiles of so many rows and columns, in waves of one to a processor. What dX's last wave leaves
-# idle costs half of its time, measured on an H200 (docs/gpu.md): at H=4096 windows of 2432 rows, which fill 77 % of
-# their waves, take 1.33 times as long as ones of 2048, which fill 97 %, with 1.19 times the arithmetic. One more window
-# reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700 TFLOP/s on 132 processors)
-# that takes as long as H / 7400 waves
+# cuBLAS multiplies in tiles of so many rows and columns, in waves of one tile to a processor. Processors that are idle
+# in dX's last wave cost half of their time. This was measured on an H200 (docs/gpu.md): at H=4096 windows of 2432 rows,
+# which fill 77 % of their waves, take 1.33 times as long as windows of 2048 rows, which fill 97 %, with 1.19 times the
+# arithmetic. One more window reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700
+# TFLOP/s on 132 processors) that takes as long as H / 7400 waves.
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
-# beside the workspace: a window's hidden rows where they must be copied, and as much again for a piece of its dX
+# Copies of a window's hidden rows may take this beside the workspace, and a piece of its dX as much again.
 COPY_BYTES = 32 * MIB
-# on a CPU, measured: two blocks of logits in float32 (torch_rows.py) and, of a weight that is cast, one block of it
-# (matmul.py); what the products' library packs, columns of up to so many of a row's numbers; what a token takes
+# These were measured on a CPU: the bytes of two blocks of logits in float32 (torch_rows.py), the bytes of a block of a
+# weight that is cast (matmul.py), the columns that the products' library packs, how many numbers of each, and the bytes
+# of a token.
 CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 92
 
 
@@ -45,7 +47,7 @@ class NeedsGrad(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one sweep: `active` rows have a gradient, `forward` rows only statistics; `vocab` of the largest shard."""
+    """The sizes of one sweep: `active` rows have a gradient, `forward` rows have none; `vocab` of the largest shard."""
 
     active: int
     forward: int
@@ -55,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Storage:
-    """The dtypes a plan depends on, and the bytes per element of a hidden row that gathering and casting it take."""
+    """The dtypes that a plan depends on. Copies of a hidden row take `copied` bytes for each of its elements."""
 
     logits: torch.dtype
     dlogits: torch.dtype  # the operand of dX and dW
@@ -94,26 +96,26 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What `LinearSweep` obeys."""
+    """The plan that `LinearSweep` follows."""
 
     sizes: Sizes
     storage: Storage
-    windows: ChunkPlan  # of the rows with a gradient
-    chunk_rows: int  # of logits within a window
-    forward: ChunkPlan  # of the rows without
-    retained: bool  # one window of all rows, in place of a float32 dW
+    windows: ChunkPlan  # the windows of the rows with a gradient
+    chunk_rows: int  # the rows of a chunk within a window
+    forward: ChunkPlan  # the chunks of the rows without a gradient
+    retained: bool  # one window holds all rows, in place of a float32 dW
     weight_gradient: WeightGradient
     on_cpu: bool = False
-    processors: int = 0  # that take a tile of dX each, in waves; 0: nothing is known of them
-    fitting: int | None = None  # rows of a window, where fewer fill the waves better
+    processors: int = 0  # each takes one tile of dX in a wave; 0: it is not known how many there are
+    fitting: int | None = None  # the rows that fit into a window, if fewer fill the waves better
 
     @property
     def in_place(self) -> bool:
         """Whether dlogits overwrite the logits.
 
-        In one dtype the value stored at a place comes from the one loaded there, so it cannot be early. A bf16 store
-        over float32 logits lands on another element, which another thread of the row's program may not have loaded yet,
-        and nothing orders the two: then dlogits have a buffer of their own.
+        If both have one dtype, a value is stored where it was loaded from, so that no store comes too early. A bf16
+        store over float32 logits lands on another element, which another thread of the row's program may not have
+        loaded yet, and nothing orders the two. Then dlogits have a buffer of their own.
         """
         return self.storage.logits == self.storage.dlogits
 
@@ -123,12 +125,12 @@ class SweepPlan:
 
     @property
     def dlogits_rows(self) -> int:
-        """Of their own buffer."""
+        """The rows of the dlogits' own buffer."""
         return 0 if self.in_place else self.windows.largest
 
     @property
     def piece_rows(self) -> int:
-        """Rows of dX at a time where it cannot be written at its place: as many as fill the waves best."""
+        """The rows of a piece of dX, if it cannot be written at its place: as many as fill the waves best."""
         fitting = max(COPY_BYTES // max(self.sizes.hidden * self.storage.accumulator.itemsize, 1), 1)
         if not self.processors or not self.sizes.active:
             return fitting
@@ -146,23 +148,23 @@ class SweepPlan:
 
     @property
     def scratch_bytes(self) -> int:
-        """Of a CPU, what rows and products hold for a moment; a GPU's kernels hold nothing."""
+        """The bytes that row operations and products hold for a moment on a CPU. A GPU's kernels hold none."""
         if not self.on_cpu:
             return 0
         sizes, casts = self.sizes, self.storage.weight != self.storage.dlogits
-        narrow = self.storage.logits.itemsize < self.storage.accumulator.itemsize  # rounded from a block of products
+        narrow = self.storage.logits.itemsize < self.storage.accumulator.itemsize  # logits are rounded from a block
         copies = min(sizes.hidden * self.storage.copied * self.windows.largest, COPY_BYTES)
         rows = min(CPU_ROW_SCRATCH, 8 * sizes.vocab * self.logits_rows)
         packed = 4 * min(PACKED_COLUMNS, sizes.vocab) * min(PACKED_DEPTH, sizes.hidden)
         if casts and self.weight_gradient is WeightGradient.NONE:
-            packed = min(packed, CPU_CAST_SCRATCH)  # all products are of such blocks
+            packed = min(packed, CPU_CAST_SCRATCH)  # all products take such blocks
         blocks = (casts + narrow) * CPU_CAST_SCRATCH
         return rows + copies + packed + blocks + TOKEN_BYTES * (sizes.active + sizes.forward)
 
     @property
     def total_bytes(self) -> int:
-        """All that a call takes beyond its inputs and gradients. On a CPU, whose memory is counted as it is touched, a
-        gradient cast from its accumulator takes the room that logits and scratch have left.
+        """All bytes that a call takes beyond its inputs and gradients. A CPU's memory counts once it is touched, so a
+        gradient which is cast from its accumulator takes the memory that logits and scratch have left.
         """
         before = self.held_bytes
         cast = self.on_cpu and self.weight_gradient is WeightGradient.WIDE_SUM
@@ -180,7 +182,7 @@ class SweepPlan:
         return self.sizes.vocab * self.sizes.hidden * self.storage.accumulator.itemsize if own else 0
 
     def chunks(self, window: slice) -> ChunkPlan:
-        """Of a window's logits, in the window's own coordinates."""
+        """The chunks of a window, as rows that are counted from the window's start."""
         return ChunkPlan(window.stop - window.start, self.chunk_rows)
 
     def explain(self) -> str:
@@ -190,7 +192,7 @@ class SweepPlan:
         return "\n".join(f"{n:<8}  {size:>9}  {text}" for (n, _, text), size in zip(choices, sizes, strict=True))
 
     def _choices(self) -> list[tuple[str, int | None, str]]:
-        """(name, bytes or None, the reason) of each."""
+        """(name, bytes or None, the reason) of each choice."""
         logits, dlogits = (str(dtype).removeprefix("torch.") for dtype in (self.storage.logits, self.storage.dlogits))
         logits_bytes = self.logits_rows * self.sizes.vocab * self.storage.logits.itemsize
         place = "over the logits" if self.in_place else "beside the logits, over which another dtype would race"
@@ -229,8 +231,8 @@ def plan(
     row_multiple: int = 1,
     main_grad: bool = False,
 ) -> SweepPlan:
-    """`workspace` in bytes, None for the device's default. Windows hold a multiple of `row_multiple` rows."""
-    # where dW needs no accumulator there is nothing to weigh them against: the workspace is all that such a call takes
+    """Make the plan. `workspace` is in bytes, None for the default; windows hold a multiple of `row_multiple` rows."""
+    # Retained dlogits replace an accumulator of dW. A call that needs none takes its workspace and no more.
     retains = needs_grad.weight and not main_grad and storage.weight == storage.dlogits == torch.bfloat16
     retained = retains and retain_dlogits(sizes.active, sizes.hidden)
     in_place, logit_bytes = storage.logits == storage.dlogits, storage.logits.itemsize
@@ -241,7 +243,7 @@ def plan(
         windows = ChunkPlan(sizes.active, max(sizes.active, 1))
         chunk_rows = windows.chunk_rows if in_place else equal_chunks(sizes.active, most).chunk_rows
     forward = equal_chunks(sizes.forward, most)
-    # AMD's library cuts a product otherwise, and so do the products of `batch_invariant` and float32
+    # Products of AMD's library, of `batch_invariant` and of float32 have other tiles.
     in_tiles = device.warp_size == 32 and row_multiple == 1 and storage.dlogits.itemsize == 2
     made = SweepPlan(
         sizes, storage, windows, chunk_rows, forward, retained,
@@ -258,13 +260,13 @@ def cut(
 ) -> tuple[ChunkPlan, int, int]:
     """-> (windows, rows of a chunk, the most rows of logits at a time) that `budget` bytes hold.
 
-    `beside` is the bytes of an element of dlogits that have a buffer of their own, or 0. The logits then take one part
-    in `share` of the budget, and the dlogits what is left.
+    `beside` is the bytes of an element of dlogits if they have a buffer of their own, or 0. With such a buffer the
+    logits take 1 / `share` of the budget, and the dlogits take what is left.
     """
     row, copied = sizes.vocab * storage.logits.itemsize, sizes.hidden * storage.copied
     most = _fitting(budget, row + sizes.vocab * beside, copied, row_multiple)
     windows = equal_chunks(sizes.active, most, row_multiple)
-    if not beside or storage.dlogits == torch.float16:  # a float16 scale is of one chunk
+    if not beside or storage.dlogits == torch.float16:  # a float16 scale belongs to one chunk
         return windows, windows.chunk_rows, most
     most = min(most, max(CHUNK_ROWS, _up(budget // share // row, ROW_MULTIPLE)))
     room = _fitting(budget - most * row, sizes.vocab * beside, copied, row_multiple)
@@ -273,8 +275,8 @@ def cut(
 
 
 def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
-    """All rows in one window, where 2TV + 4 CHUNK_ROWS V <= budget + 4VH and where it takes no more bytes than `made`.
-    Fewer rows of logits, down to CHUNK_ROWS / 2, which just keep a GPU busy, may pay for it.
+    """The plan with all rows in one window, or None: it needs 2TV + 4 CHUNK_ROWS V <= budget + 4VH, and no more bytes
+    than `made`. To fit, its chunks may have fewer rows, down to CHUNK_ROWS / 2, which just keep a GPU busy.
     """
     sizes, row = made.sizes, made.sizes.vocab * made.storage.logits.itemsize
     window, dlogits = ChunkPlan(sizes.active, sizes.active), sizes.active * sizes.vocab * made.storage.dlogits.itemsize
@@ -292,7 +294,7 @@ def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
 
 
 def _in_whole_waves(made: SweepPlan) -> SweepPlan:
-    """Windows of the same rows or fewer, and chunks too, so that no buffer grows."""
+    """The plan with windows that fill the waves best. Windows and chunks get no more rows, so that no buffer grows."""
     fitting = made.windows.chunk_rows
     rows = whole_waves(made.sizes.active, fitting, made.sizes.hidden, made.processors) if made.processors else fitting
     if rows == fitting:
@@ -303,9 +305,9 @@ def _in_whole_waves(made: SweepPlan) -> SweepPlan:
 
 @functools.lru_cache(maxsize=64)
 def whole_waves(rows: int, fitting: int, hidden: int, processors: int) -> int:
-    """How many of `rows` go into a window, `fitting` or less, for dX and the additions to dW to take the least time.
+    """The rows of a window, at most `fitting`, so that dX and the additions to dW of all `rows` take the least time.
 
-    Also how many of a window go into a piece of dX: charged as much, though its product only reads W again.
+    It also gives the rows of a piece of dX in a window. A piece is charged as much, though it only reads W again.
     """
 
     def time(size: int) -> float:
@@ -317,33 +319,33 @@ def whole_waves(rows: int, fitting: int, hidden: int, processors: int) -> int:
 
 
 def dx_tiles(windows: ChunkPlan, hidden: int, processors: int) -> tuple[int, int]:
-    """The tiles of dX of all windows, and the waves that they come in."""
+    """The number of tiles of dX in all windows, and of the waves that they come in."""
     columns, (count, rest) = -(-hidden // TILE_COLUMNS), divmod(windows.rows, windows.chunk_rows)
     each, last = (-(-rows // TILE_ROWS) * columns for rows in (windows.chunk_rows, rest))
     return count * each + last, count * -(-each // processors) - (-last // processors)
 
 
 def weight_gradient(storage: Storage, needed: bool, main_grad: bool, at_once: bool) -> WeightGradient:
-    """`at_once`: one product may give all of dW."""
+    """Choose how dW comes about. With `at_once`, one product may give all of it."""
     if not needed:
         return WeightGradient.NONE
     if main_grad:
         return WeightGradient.MAIN_GRAD
     if storage.weight == storage.accumulator:
         return WeightGradient.OWN_SUM
-    # float16 waits in float32 for the upstream scale
+    # A float16 gradient waits in float32 for the upstream scale.
     rounds = at_once and storage.weight == storage.dlogits != torch.float16
     return WeightGradient.PRODUCT if rounds else WeightGradient.WIDE_SUM
 
 
 def _fitting(room: int, row_bytes: int, copied_bytes: int, multiple: int = 1) -> int:
-    """How many rows fit, counting what their copies take beyond COPY_BYTES."""
+    """How many rows fit into `room` bytes. Copies of hidden rows count too if they take more than COPY_BYTES."""
     rows = min(room // max(row_bytes, 1), (room + COPY_BYTES) // max(row_bytes + copied_bytes, 1))
     return max(rows // multiple, 1) * multiple
 
 
 def equal_chunks(rows: int, fitting: int, multiple: int = 1) -> ChunkPlan:
-    """The fewest chunks of at most `fitting` rows, as equal as multiples of a GEMM tile allow."""
+    """The fewest chunks of at most `fitting` rows, as equal as whole tiles allow."""
     even = _up(-(-rows // max(-(-rows // fitting), 1)), multiple)
     rounded = _up(even, ROW_MULTIPLE)
     return ChunkPlan(rows, max(rounded if rounded <= fitting else even, 1))
@@ -358,14 +360,14 @@ def _up(count: int, multiple: int) -> int:
 
 
 def retain_dlogits(rows: int, hidden: int) -> bool:
-    """Are all dlogits in bf16, 2TV bytes, no more than the float32 dW of windows, 4VH?"""
+    """Whether all dlogits in bf16 (2TV bytes) take no more than a float32 dW (4VH bytes)."""
     return rows <= 2 * hidden
 
 
 def workspace_bytes(
     device: DeviceProperties | torch.device, vocab: int, bytes_per_logit: int, requested: int | None
 ) -> int:
-    """What was asked for, or 1 GiB on an accelerator; on a CPU 64 MiB, and up to 128 to hold 256 rows."""
+    """The requested bytes. By default 1 GiB on an accelerator, and on a CPU 64 MiB, or up to 128 to hold 256 rows."""
     if requested is not None:
         return requested
     if device.type != "cpu":

@@ -1,8 +1,8 @@
-"""Row operations on a head whose vocabulary is split over the ranks of a group: a decorator of a backend's own.
+"""Row operations on a head whose vocabulary is split over the ranks of a group. They wrap those of a backend.
 
-Every rank computes the statistics of its own columns, one small all-gather per chunk brings them together, and every
-rank combines them alike, in rank order: the statistics, and so the loss, are bitwise the same on all ranks, and to
-rounding those of one process.
+Every rank computes the statistics of its own columns, and one small all-gather per chunk brings them together. Every
+rank combines them in rank order, so that the statistics and the loss are bitwise the same on all ranks. Except for
+rounding they are those of a single process.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from drpo_kernels.backends.rows import Field, RowBatch, RowKind, RowOps, Stat, Terms
 from drpo_kernels.collectives import VocabShard, gather
 
-# of a shard without a single token: no real entry of a padded vocabulary, or every one of them banned
+# The statistics of a shard without a token: it holds no real entry of a padded vocabulary, or all of them are banned.
 NOTHING = {
     Stat.LOGPROB: -torch.inf, Stat.ENTROPY: 0.0, Stat.REFERENCE: -torch.inf, Stat.SUM: 0.0, Stat.MISS: 1.0,
     Stat.MEAN: 0.0,
@@ -25,14 +25,14 @@ class ShardedRows:
         self.inner, self.shard = inner, shard
 
     def statistics(self, batch: RowBatch) -> Tensor:
-        parts = gather(self.contribution(batch), self.shard.group)
+        pieces = gather(self.contribution(batch), self.shard.group)
         factor = batch.transform.factor(batch.rows[Field.INV_TEMPERATURE])
-        statistics = combined(parts, self.shard.owner(batch.targets), factor)
+        statistics = combined(pieces, self.shard.owner(batch.targets), factor)
         return statistics.masked_fill_(batch.rows[Field.KIND] < RowKind.FORWARD, 0)
 
     def contribution(self, batch: RowBatch) -> Tensor:
-        """The statistics of this rank's columns alone, without LOGSUMEXP [6, n]: LOGPROB and MISS are NaN where the
-        target is not a real entry here, so that a target which is one nowhere makes its row NaN.
+        """The statistics of this rank's columns alone, [6, n] without LOGSUMEXP. LOGPROB and MISS are NaN where the
+        target is no real entry of this shard, so that a target which is a real entry of no shard makes its row NaN.
         """
         vocab, local = batch.logits.shape[1], batch.targets - self.shard.start
         here = (local >= 0) & (local < vocab)
@@ -62,34 +62,34 @@ class ShardedRows:
         return False
 
 
-def combined(parts: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
+def combined(pieces: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].
 
     With the references m_r, S_r, H_r, q̄_r of the ranks r, m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
         SUM = Σ_r M_r    share_r = M_r / SUM    ENTROPY = Σ_r share_r · (H_r - log share_r)
         LOGPROB = logp_owner + log share_owner    MISS = (miss_owner · M_owner + Σ_{r ≠ owner} M_r) / SUM
         MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))    LOGSUMEXP = factor · m + log SUM
-    A share above 1/2 has log share = -log1p(Σ_{others} M / M): all that is added has one sign, nothing cancels.
+    A share above 1/2 has log share = -log1p(Σ_{others} M / M). All terms of a sum have one sign, so nothing cancels.
     """
-    references, local_sum = parts[:, Stat.REFERENCE], parts[:, Stat.SUM]
+    references, local_sum = pieces[:, Stat.REFERENCE], pieces[:, Stat.SUM]
     reference = references.amax(0)
-    shift = factor * (references - reference)  # all ranks empty: -inf + inf = NaN, as in one process
+    shift = factor * (references - reference)  # if all ranks are empty: -inf + inf = NaN, as in one process
     mass = local_sum * shift.exp()
     total = mass.sum(0)
     itself = torch.eye(mass.shape[0], dtype=torch.bool, device=mass.device)[:, :, None]
     others = mass[None].expand(mass.shape[0], *mass.shape).masked_fill(itself, 0).sum(1)
     share = mass / total
-    # by logarithms where a share is small: it may underflow where its logarithm does not
+    # A small share is computed as a logarithm, because it may underflow where its logarithm does not.
     log_share = torch.where(mass > others, -(others / mass).log1p(), shift + local_sum.log() - total.log())
     entropy, mean = (
         (share * term).masked_fill(share == 0, 0).sum(0)
-        for term in (parts[:, Stat.ENTROPY] - log_share, parts[:, Stat.MEAN] + shift)
+        for term in (pieces[:, Stat.ENTROPY] - log_share, pieces[:, Stat.MEAN] + shift)
     )
 
     def of_owner(values: Tensor) -> Tensor:
         return values.gather(0, owner[None])[0]
 
-    logprob = of_owner(parts[:, Stat.LOGPROB] + log_share)
-    miss = of_owner(parts[:, Stat.MISS] * mass + others) / total
+    logprob = of_owner(pieces[:, Stat.LOGPROB] + log_share)
+    miss = of_owner(pieces[:, Stat.MISS] * mass + others) / total
     statistics = torch.stack([logprob, entropy, reference, total, miss, mean, factor * reference + total.log()])
     return statistics.masked_fill(logprob.isnan(), torch.nan)

@@ -25,7 +25,7 @@ class Execution:
     """How to compute. The dtypes, `head_dtype` and `sparse_grad` change what is computed, the other fields do not.
 
     With a `vocab_shard` the head's weight and bias are this rank's rows of it. The ranks of its group must then call
-    with the same inputs, options and required gradients, because every chunk's statistics and dX are collectives.
+    with the same inputs, options and required gradients, because every chunk calls collectives.
     """
 
     backend: str

@@ -1,8 +1,8 @@
 """The chunked linear path: 6F with the gradient in the forward, or 2F + 6F by recomputation.
 
-F = T·V·H. Per chunk of rows: logits GEMM -> row operations, which write the gradient, or exponentials and a factor per
-row; per window of chunks: dX and dW GEMMs. No [T, V] tensor exists unless the plan retains 16-bit dlogits on purpose:
-see planning.py, which decides all that. Nothing here knows an objective or a kernel.
+F = T·V·H. For each chunk a product gives the logits, and row operations write dlogits, or exponentials and a factor for
+each row. For each window one product gives dX and one adds to dW. No [T, V] tensor exists unless the plan retains all
+dlogits in 16 bits: planning.py decides that. Nothing here knows an objective or a kernel.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from drpo_kernels.backends.sharded import ShardedRows
 from drpo_kernels.backends.spec import Execution, Spec
 from drpo_kernels.collectives import start_sum
 
-# a row of a matrix starts on a 32-byte boundary for every element size: wide loads for any vocabulary
+# Rows are padded to a multiple of so many columns. Each starts on a 32-byte boundary, so that its loads are wide.
 COLUMN_MULTIPLE = 16
-# What a sweep does with a chunk: (its batch, further tensors of its rows, `out` and `factors`: where its dlogits and
-# their factors go, or None) -> what its rows report [K, n], or None.
+# A sweep calls it for each chunk with its batch, further tensors of its rows, and the places for dlogits (`out`) and
+# for their `factors`, or None. It returns what the rows report [K, n], or None.
 RowFunction = Callable[..., Tensor | None]
 
 
 class Head(NamedTuple):
     """The output head: weight [V, H], bias [V] or None, the real vocabulary (V' <= V), and the transform after it.
 
-    Of a sharded head, this rank's rows and how many of them are real, perhaps none. dW is added to `main_grad` [V, H]
-    float32 where it is given, and is then none of the gradients.
+    A sharded head holds this rank's rows, of which perhaps none is real. If `main_grad` [V, H] float32 is given, dW is
+    added to it and is not among the gradients.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
     def as_tensors(self, like: Tensor) -> tuple[Tensor, ...]:
-        """A custom op returns tensors alone, so that a gradient which is not needed is an empty one."""
+        """The gradients as a custom op returns them: an empty tensor stands for one that is not needed."""
         return tuple(like.new_empty(0) if gradient is None else gradient for gradient in self)
 
 
@@ -70,7 +70,7 @@ def _nothing() -> None:
 
 
 def _as_rows(hidden: Tensor) -> Tensor | None:
-    """[..., H] as [N, H], or None where that would be a copy of it all."""
+    """A view [N, H] of hidden states [..., H], or None if only a copy has that shape."""
     try:
         return hidden.view(-1, hidden.shape[-1])
     except RuntimeError:
@@ -80,12 +80,12 @@ def _as_rows(hidden: Tensor) -> Tensor | None:
 class LinearSweep:
     """The chunk loop of one call, shared by the fused and the recompute route.
 
-    With `terms`, whose row operations may leave dlogits as a factor v of each row and exponentials E:
+    With `terms`, row operations may leave dlogits as exponentials E and a factor v for each row. Then
         dX = v ⊙ (E W)    dW = Eᵀ (v ⊙ X)    db = Eᵀ v
     """
 
     make_plan = staticmethod(plan)
-    writes_every_row = True  # of dX, those that have a gradient
+    writes_every_row = True  # products write dX of every row that has a gradient
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class LinearSweep:
         terms: Terms | None = None,
     ):
         self.hidden, self.head, self.execution, self.needs_grad = hidden, head, execution, needs_grad
-        # The 0-d factor that takes a float16 scale of the dlogits back. A window of float16 dlogits has one chunk.
+        # This 0-d factor undoes a float16 scale of the dlogits. A window of float16 dlogits has one chunk.
         self.unscale: Tensor | None = None
         self._hidden_view = _as_rows(hidden)
         shard = execution.vocab_shard
@@ -118,7 +118,7 @@ class LinearSweep:
         self._allocate()
 
     def _order(self, targets: Tensor, rows: Tensor, with_gradient: bool) -> None:
-        """Rows to sweep, those with a gradient first. Compaction reads two counts back: the only synchronisation."""
+        """Order the rows to sweep, those with a gradient first. It synchronises once, to read two counts back."""
         count = rows.shape[1]
         self.count, self.index = count, None
         if self.execution.every_row:
@@ -136,7 +136,7 @@ class LinearSweep:
 
     @property
     def _copies(self) -> bool:
-        """Whether `hidden_rows` are a copy of the caller's."""
+        """Whether `hidden_rows` returns a copy of the caller's hidden states."""
         moved = self.index is not None or self._hidden_view is None or self.execution.every_row
         return moved or self.matmul.cast_bytes(self.hidden.dtype) > 0
 
@@ -147,8 +147,8 @@ class LinearSweep:
             device, vocab = replace(device, multiprocessors=0), self.shard.largest
         copied = hidden.dtype.itemsize if self.index is not None or self._hidden_view is None else 0
         copied += matmul.cast_bytes(hidden.dtype)
-        copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` zeroes a copy
-        if self._factored and device.type != "cpu" and not self._copies:  # a copy is scaled where it is
+        copied += matmul.operand_dtype.itemsize * self.execution.every_row  # `hidden_rows` makes a copy with zeros
+        if self._factored and device.type != "cpu" and not self._copies:  # a copy is scaled in place
             copied += matmul.operand_dtype.itemsize
         return self.make_plan(
             device,
@@ -192,8 +192,8 @@ class LinearSweep:
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
     def run(self, compute: RowFunction, *per_row: Tensor, forward_rows: bool = True) -> list[Tensor | None]:
-        """Call `compute` on every chunk, with the chunk's part of each tensor [K, swept] of `per_row`, and add up the
-        gradients. `forward_rows`: rows without a gradient are computed too. -> what the chunks report, in row order.
+        """Call `compute` on every chunk, with the chunk's columns of the tensors [K, swept] `per_row`, and add up the
+        gradients. With `forward_rows`, rows without a gradient are computed too. -> the chunks' reports, in row order.
         """
         forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
@@ -206,22 +206,22 @@ class LinearSweep:
                 logits = self._logits[: chunk.stop - chunk.start]
                 dlogits = logits if self._dlogits is None else self._dlogits[chunk]
                 factors = None if self._factors is None else self._factors[chunk]
-                parts = (x[:, rows] for x in per_row)
-                reports.append(compute(self._batch(rows, logits), *parts, out=dlogits, factors=factors))
+                further = (x[:, rows] for x in per_row)
+                reports.append(compute(self._batch(rows, logits), *further, out=dlogits, factors=factors))
             if self._dlogits is not None and window.stop == self.active:
-                self._logits = logits = None  # copies of the hidden rows may take the room
+                self._logits = logits = None  # copies of the hidden rows may take their memory
             self._accumulate(window)
         return reports + forward
 
     def hidden_rows(self, rows: slice | Tensor) -> Tensor:
-        """Hidden states as GEMM operands, [n, H]; SKIPPED rows become 0, for 0 · NaN would reach dW."""
+        """Hidden states as operands of a product, [n, H]. SKIPPED rows become 0, because 0 · NaN would reach dW."""
         x = self.matmul.operand(self._selected(rows))
         if self.execution.every_row:
             x = torch.where((self.rows[Field.KIND, rows] > RowKind.SKIPPED)[:, None], x, 0)
         return x
 
     def _selected(self, rows: slice | Tensor) -> Tensor:
-        """Hidden states as they are, [n, H]: a view where rows follow each other, or a copy of these alone."""
+        """Hidden states in the caller's dtype, [n, H]: a view if the rows are consecutive, or else a copy of them."""
         if self._hidden_view is not None:
             return self._hidden_view[rows if self.index is None else self.index[rows]]
         positions = rows
@@ -236,12 +236,12 @@ class LinearSweep:
         return self.hidden[tuple(places)]
 
     def _batch(self, rows: slice, logits: Tensor) -> RowBatch:
-        """The chunk's logits, in the shared buffer, with what its rows carry in."""
+        """Compute the chunk's logits in the buffer `logits` and return them with the inputs of its rows."""
         logits = self.head_product.logits(self.hidden_rows(rows), logits)
         return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 
     def _accumulate(self, window: slice) -> None:
-        """Add the window's dX, dW and db."""
+        """Write the window's dX, and add its dW and db."""
         first, count, unscale = window.start == 0, window.stop - window.start, self.unscale
         dlogits = (self._logits if self._dlogits is None else self._dlogits)[:count]
         factors = None if self._factors is None else self._factors[:count, None]
@@ -255,15 +255,15 @@ class LinearSweep:
             bias = self._gradients.bias[: self.head.vocab]
             if factors is None:
                 self.matmul.add_bias_gradient(dlogits, bias, first=first, unscale=unscale)
-            else:  # the factors in two parts: both rounded to 16 bits, their sum is off by 2^-17
+            else:  # each factor is split into two 16-bit numbers, whose sum is off by 2^-17
                 high = factors.to(dlogits.dtype)
-                parts = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
-                self.matmul.add_weight_gradient(dlogits, parts, bias, first=first, unscale=None)
+                split = torch.cat([high, (factors - high).to(dlogits.dtype)], 1)
+                self.matmul.add_weight_gradient(dlogits, split, bias, first=first, unscale=None)
         complete()
 
     @property
     def _weight_out(self) -> Tensor:
-        """What dW [V', H] is added to."""
+        """The tensor [V', H] that dW is added to."""
         return (self._gradients.weight if self.head.main_grad is None else self.head.main_grad)[: self.head.vocab]
 
     def _add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, unscale: Tensor | None, first: bool) -> None:
@@ -273,10 +273,11 @@ class LinearSweep:
     def _add_hidden_gradient(
         self, window: slice | Tensor, dlogits: Tensor, unscale: Tensor | None, factors: Tensor | None = None
     ) -> Callable[[], None]:
-        """dX of a window, at its place where the product can write it there; call the result to complete the last sum.
+        """Compute dX of a window: at its place if a product can write there, or else in pieces. The function that is
+        returned completes the last piece.
 
-        Sums over a shard's group are in the accumulator's precision, and under way while dW is computed. `factors`
-        [n, 1] scale the rows of a product in that precision, before it is rounded.
+        A sum over a shard's group has the accumulator's precision and runs while dW is computed. `factors` [n, 1] scale
+        the rows of a product in that precision, before it is rounded.
         """
         gradient, accumulator = self._gradients.hidden, self.matmul.accumulator
         sums = self.shard is not None and not self.shard.partial_hidden_gradient
@@ -303,8 +304,8 @@ class LinearSweep:
             dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
             self._hidden_gradient(dlogits[piece], dx, unscale)
-            part = None if factors is None else factors[piece]
-            complete = partial(place, rows, dx, part, start_sum(dx, self.shard.group) if sums else _nothing)
+            own = None if factors is None else factors[piece]
+            complete = partial(place, rows, dx, own, start_sum(dx, self.shard.group) if sums else _nothing)
         return complete
 
     def _hidden_gradient(self, dlogits: Tensor, out: Tensor, *factors: Tensor | None) -> None:
@@ -314,10 +315,8 @@ class LinearSweep:
                 out.mul_(factor)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """The finished gradients, in the dtype they are stored in until the backward; an empty tensor where none is
-        needed.
-        """
-        self._logits = self._dlogits = None  # the casts need the room
+        """The finished gradients, in the dtype in which they wait for the backward. One that is not needed is empty."""
+        self._logits = self._dlogits = None  # the casts need their memory
         hidden, weight, bias = self._gradients
         bias = bias if bias is None or self._factors is None else bias.sum(1)
         hidden = hidden if hidden is None else hidden.view(self.hidden.shape)
@@ -326,7 +325,7 @@ class LinearSweep:
         return stored.as_tensors(self.hidden)
 
     def scatter(self, reports: list[Tensor], fields: int) -> Tensor:
-        """What the chunks report, [fields, n] each, in the caller's order: [fields, N], 0 where a row was not swept."""
+        """Bring the chunks' reports, [fields, n] each, into the caller's order: [fields, N], 0 for rows not swept."""
         if len(reports) == 1:
             swept = reports[0]
         else:
@@ -337,10 +336,10 @@ class LinearSweep:
 
 
 def exact_products() -> contextlib.AbstractContextManager:
-    """No autocast; `product` sees to the rest. In C, unlike `torch.autocast`, so that no Ctrl-C cuts its end off.
+    """A context without autocast. It is written in C, unlike `torch.autocast`, so that a Ctrl-C cannot prevent its end.
 
-    A sweep is made inside: making it reads a count from the device, which is idle from then until the first product, so
-    nothing slow may come between.
+    A sweep is made inside it, because making one reads counts from the device. The device is then idle until the first
+    product, so nothing slow may come between the two.
     """
     return torch._C._DisableAutocast()
 
@@ -349,7 +348,7 @@ def policy_sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, main_grad: Tensor | None,
     spec: Spec, needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The fused route, 6F with both gradients, 4F with a frozen head, 2F with none.
+    """The fused route. It takes 6F with both gradients, 4F with a frozen head and 2F with none.
 
     hidden [..., H] of N rows, with any strides; targets [N]; rows [len(Field), N].
     -> (outcome [len(Outcome), N], gradients of the summed loss for hidden, weight and bias). An empty tensor stands for
@@ -371,7 +370,7 @@ def policy_sweep(
 def statistics_sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: Spec
 ) -> Tensor:
-    """The recompute route's forward, 2F: statistics [len(Stat), N]."""
+    """The recompute route's forward, in 2F -> statistics [len(Stat), N]."""
     with exact_products():
         head, no_gradient = Head.of(weight, bias, spec), NeedsGrad(False, False, False)
         sweep = LinearSweep(hidden, head, targets, rows, spec.execution, no_gradient)
@@ -382,8 +381,8 @@ def recompute_sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, statistics: Tensor,
     slopes: Tensor, main_grad: Tensor | None, spec: Spec, needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The recompute route's backward, 6F: the gradients of Σ slopes · (logprob, logsumexp, entropy), returned as those
-    of `policy_sweep` are.
+    """The recompute route's backward, in 6F -> the gradients of Σ slopes · (logprob, logsumexp, entropy), returned as
+    `policy_sweep` returns its gradients.
     """
     head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
     with exact_products():

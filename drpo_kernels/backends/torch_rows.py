@@ -1,8 +1,8 @@
 """Row operations in PyTorch, for any device, in blocks of rows that stay in a CPU's cache.
 
 A block's base logits b (rows.py) become q = (b - max b) · factor · log2(e), so that p = 2^q / Σ 2^q: exp2 is the
-cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0. Where a gradient is a multiple
-of p, a logit is read once and its 2^q is kept, in its place if it may be.
+cheapest exponential, and subtracting before scaling keeps q exact for logits far from 0. If a gradient is a multiple of
+p, logits are read once and their 2^q are kept, in place of the logits if that is allowed.
 """
 
 import math
@@ -16,24 +16,24 @@ from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Slope, Stat, Te
 from drpo_kernels.softcap import tanh_slope
 
 LOG2E = 1 / math.log(2)
-# 2^-1e5 is 0 even in float64: a banned (-inf) logit keeps p = 0, and p · log p stays 0 instead of 0 · inf
+# 2^-1e5 is 0 even in float64, so that a banned (-inf) logit keeps p = 0, and p · log p is 0 instead of 0 · inf.
 LOWEST_SHIFT = -1e5
-# logits per block: on a CPU two float32 copies stay in the L3 cache; on an accelerator a block is one good launch
+# The logits of a block. On a CPU two float32 copies of it stay in the L3 cache; a GPU is busy with one such launch.
 CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 24
-# elements scaled at a time: a float32 temporary of 64 MiB where the device needs one
+# So many elements are scaled at a time. If the device needs a float32 temporary, it takes 64 MiB.
 SCALE_BLOCK = 1 << 24
 
 
 class TorchRows:
-    """`RowOps` in PyTorch. What is per row is computed once for all rows; a block only runs what touches its logits."""
+    """`RowOps` in PyTorch. Numbers of rows are computed for all rows at once, and only work on logits in blocks."""
 
     def statistics(self, batch: RowBatch) -> Tensor:
         return self._statistics(batch, None)
 
     def _statistics(self, batch: RowBatch, kept: Tensor | None) -> Tensor:
-        """With `kept` [N, V], which may be the logits, it gets the 2^q of the rows that are not SKIPPED, 0 at the
-        target and behind a soft-cap times its slope: the gradient needs no second exponential.
+        """`kept` [N, V], which may be the logits, gets the 2^q of the rows that are not SKIPPED, so that the gradient
+        needs no second exponential. They are 0 at the target, and with a soft-cap multiplied by its slope.
         """
         capped = batch.transform.softcap is not None
         in_place = kept is not None and kept.dtype == batch.rows.dtype and not capped
@@ -72,7 +72,7 @@ class TorchRows:
     def scale(self, values: Tensor, factor: Tensor) -> None:
         if factor.device.type == "cpu" and factor.item() == 1:  # reading it synchronises nothing there
             return
-        # a 1-d factor takes part in type promotion: a 0-d one would first be rounded to bf16
+        # A 1-d factor takes part in type promotion. A 0-d one would first be rounded to bf16.
         factor = factor.reshape(1)
         for block in values.view(-1).split(SCALE_BLOCK):
             torch.mul(block, factor, out=block)
@@ -110,10 +110,10 @@ class TorchRows:
         factors: Tensor,
         cap_slope: Tensor | int,
     ) -> None:
-        """Write the targets' places of `out` and the `factors` of `RowOps.policy`, where `out` holds exponentials."""
+        """Write `factors` and the targets' places of `out` for `RowOps.policy`, after `out` got its exponentials."""
         others = (statistics[Stat.MISS] * statistics[Stat.SUM])[:, None]
         out.scatter_(1, safe_targets(batch)[0], (-cap_slope * others).to(out.dtype))
-        chain = batch.rows[Field.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx, up to a tanh's slope
+        chain = batch.rows[Field.INV_TEMPERATURE] * -batch.transform.logit_scale  # dz/dx without a tanh's slope
         torch.div(slopes[0] * chain, statistics[Stat.SUM], out=factors)
         inactive = batch.rows[Field.KIND] < RowKind.ACTIVE
         if out.device.type != "cpu" or inactive.any():
@@ -131,11 +131,11 @@ class Scratch:
         self.block = min(max((CPU_BLOCK if self.on_cpu else DEVICE_BLOCK) // max(vocab, 1), 1), max(count, 1))
         self._buffers = batch.rows.new_empty(2, self.block, vocab)
         self._third: Tensor | None = None
-        # 16-bit logits and a 16-bit bias would be added, and rounded, in 16 bits
+        # The sum of 16-bit logits and a 16-bit bias would be rounded to 16 bits.
         self._bias = None if batch.bias is None else batch.bias.to(batch.rows.dtype)
 
     def blocks(self, least: RowKind) -> list[slice | Tensor]:
-        """Blocks of the rows of at least this kind; away from the CPU, where asking would synchronise, of all rows."""
+        """Blocks of the rows of at least this kind. On a GPU they cover all rows, because asking would synchronise."""
         count = self.batch.rows.shape[1]
         wanted = self.batch.rows[Field.KIND] >= least
         if self.on_cpu and not wanted.all():
@@ -143,7 +143,7 @@ class Scratch:
         return [slice(start, min(start + self.block, count)) for start in range(0, count, self.block)]
 
     def base(self, block: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The block's base logits [n, V], the logits themselves where they are that, and two buffers [2, n, V]."""
+        """The block's base logits [n, V], which may be the logits themselves, and two buffers [2, n, V]."""
         buffers = self._buffers[:, : len(self.batch.targets[block])]
         x = self._before_tanh(block, buffers[0])
         return (x if self.batch.transform.softcap is None else x.tanh_()), buffers
@@ -153,7 +153,7 @@ class Scratch:
         return tanh_slope(self._before_tanh(block, None))
 
     def third(self, count: int) -> Tensor:
-        """One more buffer [n, V], where it is needed."""
+        """A third buffer [n, V], which is made when it is first needed."""
         if self._third is None:
             self._third = torch.empty_like(self._buffers[0])
         return self._third[:count]
@@ -165,19 +165,22 @@ class Scratch:
         return tanh_slope(x * (self.batch.transform.logit_scale / self.batch.transform.softcap))
 
     def _before_tanh(self, block: slice | Tensor, out: Tensor | None) -> Tensor:
-        """x + bias, which may be the logits themselves, or that over the soft-cap, in `out` or a tensor of its own."""
+        """x + bias, which may be the logits themselves, or with a soft-cap the argument of its tanh. A new tensor is
+        `out`, if that is given.
+        """
         order, transform = self.batch.order, self.batch.transform
         x = self.batch.logits[block if order is None else order[block]]
         if self._bias is not None:
             x = torch.add(x, self._bias, out=out)
         if transform.softcap is not None:
-            # a tensor of the statistics dtype, so that 16-bit logits are promoted before they are scaled
+            # The scale is a tensor of the statistics dtype, so that 16-bit logits are promoted before they are scaled.
             scale = self._buffers.new_full((1,), transform.logit_scale / transform.softcap)
             x = torch.mul(x, scale, out=out)
         return x
 
+
 def safe_targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
-    """Targets as a gather index [N, 1] that is never out of bounds, and which of them were."""
+    """The targets as a gather index [N, 1] that is never out of bounds, and whether a target was out of bounds."""
     index, vocab = batch.targets[:, None], batch.logits.shape[1]
     return index.clamp(0, vocab - 1), (index < 0) | (index >= vocab)
 
@@ -185,7 +188,7 @@ def safe_targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
 def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     """[4, n] of a block: max b, q of the target, Σ 2^q and Σ 2^q q over the other tokens; q = (b - max b) · factor.
 
-    Those 2^q are left in `e`, which may be `base` or the second buffer.
+    The 2^q of the other tokens are left in `e`, which may be `base` or the second buffer.
     """
     row_max = base.amax(1, keepdim=True).to(buffers.dtype)
     q = torch.sub(base, row_max, out=buffers[0]).mul_(factor)
@@ -196,7 +199,7 @@ def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor:
     torch.exp2(q, out=e).scatter_(1, index, 0)
     others = e.sum(1, keepdim=True)
     moment = torch.mul(e, q, out=buffers[1]).sum(1, keepdim=True)
-    if on_cpu and moment.isnan().any():  # 0 · -inf: some token is banned, too rare to pay for on every row
+    if on_cpu and moment.isnan().any():  # a banned token gives 0 · -inf, too rarely to clamp all rows
         moment = (
             torch.exp2(q.clamp_(min=LOWEST_SHIFT), out=buffers[1]).scatter_(1, index, 0).mul_(q).sum(1, keepdim=True)
         )
@@ -219,28 +222,28 @@ def _from_sums(
 
 
 class GradientRows(NamedTuple):
-    """What a row's gradient needs, [N, 1] each.
+    """The numbers that a row's gradient needs, [N, 1] each.
 
-    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term; at the target -slope · 2^q · scale
-    becomes slope · (1 - p_y). A slope z of the log-sum-exp is one of log π, -z, with z more at the target.
+    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term. At the target -slope · 2^q · scale
+    becomes slope · (1 - p_y). A slope z of the log-sum-exp acts as a slope -z of log π, and adds z at the target.
     """
 
     reference: Tensor
-    factor: Tensor  # of q
-    scale: Tensor  # of 2^q, -slope / Σ without an entropy term, 1 / Σ with one
-    per_q: Tensor | None  # coefficient of q in dx / p, or None without an entropy term
-    constant: Tensor | None  # and what does not depend on the token
-    entropy_constant: Tensor | None  # of the entropy term alone
-    index: Tensor  # of the target
-    at_target: Tensor  # dx there, without the entropy term
-    elsewhere: Tensor | None  # bool, the target is in another shard and its index is of some other token; None: nowhere
+    factor: Tensor  # the factor in q = factor · (b - reference)
+    scale: Tensor  # the factor of 2^q: -slope / Σ without an entropy term, 1 / Σ with one
+    per_q: Tensor | None  # the coefficient of q in dx / p, or None without an entropy term
+    constant: Tensor | None  # the part of dx / p that does not depend on the token
+    entropy_constant: Tensor | None  # the part of `constant` that is the entropy term's
+    index: Tensor  # the target's column
+    at_target: Tensor  # dx at the target, without the entropy term
+    elsewhere: Tensor | None  # bool: the target is in another shard, and `index` is some other token; None: no shards
 
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "GradientRows":
         index, outside = safe_targets(batch)
         logprob, _, reference, total, miss, mean, _ = statistics[:, :, None]
         transform, inv_temperature = batch.transform, batch.rows[Field.INV_TEMPERATURE, :, None]
-        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx, up to a tanh's slope
+        slopes = slopes[:, :, None] * (transform.logit_scale * inv_temperature)  # dz/dx without a tanh's slope
         at_target, slope, per_q, constant, spread = slopes[0] * miss, slopes[0], None, None, None
         if len(slopes) > Slope.LOGSUMEXP:
             z_slope = slopes[Slope.LOGSUMEXP]
