@@ -74,7 +74,7 @@ def test_the_problems_above_are_many_and_of_both_kinds(device):
 @pytest.mark.parametrize("vocab", [40, 130, 200, 256, 640, 1000, 2000])
 @pytest.mark.parametrize("count", [3, LEAST_ENTRIES])
 def test_a_row_that_few_entries_suffice_for_is_sparse(count, vocab, device):
-    """It is sparse whatever columns they are in, even one in every stretch of 64. The others weigh a thousandth of the
+    """It is sparse whatever columns they are in, even one in every block of 64. The others weigh a thousandth of the
     budget.
     """
     logits = torch.full((vocab,), -20.0)

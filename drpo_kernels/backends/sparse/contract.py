@@ -1,4 +1,4 @@
-"""The contract between the sweep of `sparse_grad`, the logits of `kept_ids` and a backend: what is done with some of a
+"""The contract between the sweep of `sparse_grad`, the logits of `kept_ids` and a backend: the operations on some of a
 row's vocabulary entries.
 """
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from drpo_kernels.backends.rows import Outcome, RowBatch, RowOps
 
-# A bound on what float32 rounds in a sum of shares of 1 - p_y. What a row leaves out is reported with it
+# Rounding to float32 changes a sum of shares of 1 - p_y by less than this. The report of what a row leaves out adds it.
 SHARE_ROUNDING = 4e-6
-# Shares are sorted into levels, so many to a factor of two, up from the smallest share that counts. The last level is
-# beyond any budget
+# Shares are sorted into levels, LEVELS_PER_OCTAVE to a factor of two, up from the smallest share that counts. The last
+# level is beyond any budget.
 LEVELS, LEVELS_PER_OCTAVE = 128, 8
-# The least Σ exp(q) of a row's other tokens of which shares mean something. Below it the terms that matter may not be
-# normal float32 numbers: they are rounded to few digits, or to 0 on a device that flushes them
+# The least Σ exp(q) of a row's other tokens of which shares are accurate. Below it the terms that matter may not be
+# normal float32 numbers: they are rounded to few digits, or to 0 on a device that flushes them.
 LEAST_OTHERS = 2.0**-100
-# A bound on the relative rounding of an entropy in float32
+# Rounding to float32 changes an entropy by less than this, relatively.
 ENTROPY_ROUNDING = 1e-4
-# An entry of a sparse row is gathered from two tables, 4H bytes, where a column of a dense row takes 4H FLOP. By an
-# H200's rates an entry is worth 256 columns; on two CPU cores, by measurement, 64
+# An entry of a sparse row is gathered from two tables, 4H bytes. A column of a dense row takes 4H FLOP. By an H200's
+# rates an entry costs as much as 256 columns; on two CPU cores, by measurement, as 64.
 COLUMNS_PER_ENTRY, CPU_COLUMNS_PER_ENTRY = 256, 64
 LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
 
@@ -50,7 +50,7 @@ class Selection(NamedTuple):
 
 
 class GatheredSums(NamedTuple):
-    """G sums of rows of a table [R, H], each of consecutive products factor · row, and a place for each sum."""
+    """G sums over rows of a table [R, H]. Each adds consecutive products factor · row and has a place in the output."""
 
     index: Tensor  # rows of the table, [M] int64
     factors: Tensor  # [M], in the accumulator's dtype
@@ -59,10 +59,10 @@ class GatheredSums(NamedTuple):
 
 
 class EntryOps(RowOps, Protocol):
-    """What a backend does with some entries of its rows, beside `RowOps`."""
+    """The operations of a backend on some entries of its rows, beside `RowOps`."""
 
     def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        """Statistics of a batch, and the batch for `select` and `write_gradient`; nothing else may read its logits."""
+        """Compute the statistics, and return the batch for `select` and `write_gradient`, which alone may read it."""
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         """Choose the fewest entries of each ACTIVE row, beside its target, that leave out at most
@@ -102,7 +102,7 @@ def entry_ops(backend: str) -> EntryOps:
 
 
 def entry_limit(vocab: int, device_type: str) -> int:
-    """The most vocabulary entries of a sparse row: with more, its part of the products is cheaper."""
+    """The most vocabulary entries of a sparse row. A row that needs more is cheaper as a dense one."""
     columns = CPU_COLUMNS_PER_ENTRY if device_type == "cpu" else COLUMNS_PER_ENTRY
     return min(max(vocab // columns, LEAST_ENTRIES), MOST_ENTRIES)
 
@@ -110,8 +110,8 @@ def entry_limit(vocab: int, device_type: str) -> int:
 def most_entropy(vocab: int, tolerance: float, limit: int) -> float:
     """The largest entropy, in nats, of a row's other tokens if `limit` of them hold all but `tolerance` of their mass.
 
-    That distribution is flat over those, and over the rest. Where so many hold that much of any distribution, no row
-    is excluded.
+    The distribution with this entropy is flat over those `limit` tokens, and flat over the others. If `limit` tokens
+    hold that much of every distribution, the result is a number that no entropy exceeds.
     """
     rest = vocab - 1 - limit
     if limit >= (1 - tolerance) * (limit + rest):

@@ -1,5 +1,5 @@
-"""Kernels on some of a row's vocabulary entries: for `sparse_grad` those of its gradient (sweep.py), for
-`kept_ids` those that were sampled from (backends/kept.py).
+"""Kernels on some of a row's vocabulary entries. For `sparse_grad` (sweep.py) they are the entries of its gradient, and
+for `kept_ids` (backends/kept_logits.py) the ids that sampling kept.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ STEPS = tl.constexpr(contract.LEVELS.bit_length() - 1)  # halvings that leave on
 
 
 class Selected(NamedTuple):
-    """What `select_kernel` writes."""
+    """The results of `select_kernel`."""
 
     columns: Any  # int32 [N, CAPACITY]
     shares: Any  # fp32 [N, CAPACITY]
@@ -35,7 +35,7 @@ def select_block(
     logits, row, weighing, columns, shares, start, state, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Append a block's candidates, share >= floor, behind those found; -> (found, mass of the rest)."""
+    """Append a block's candidates, which have share >= floor, to those found -> (found, share of all other entries)."""
     reference, inv_others, floor = weighing
     found, outside = state
     cols = start + tl.arange(0, BLOCK)
@@ -63,10 +63,10 @@ def select_kernel(
 ):  # fmt: skip
     """logits [N, V], statistics [7, N] -> `Selected`, all computed in fp32.
 
-    The target, with a share of -1, and the fewest other entries that leave out at most `tolerance` of 1 - p_y, by
-    ascending column, with their shares of it; left_out is that of the rest. counts is -1 where those are more than
-    `limit`, 0 where the row is not ACTIVE. The row is read once. The read is given up once the row is seen to be dense,
-    and is not begun where the statistics tell.
+    A row's first entry is the target, with a share of -1. The fewest other entries that leave out at most `tolerance`
+    of 1 - p_y follow by ascending column, with their shares of 1 - p_y; left_out is the share of all others. counts is
+    -1 where more than `limit` are needed, and 0 where the row is not ACTIVE. The row is read once. The read stops when
+    the row is seen to be dense, and does not begin if the statistics show it.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t
@@ -81,12 +81,12 @@ def select_kernel(
         miss = known.miss
         floor = tolerance / (2 * limit)
         weighing = (known.reference, 1 / tl.maximum(known.others, LEAST_OTHERS), floor)
-        # H(p_y), whose second term is miss, and no more, where 1 - miss would round
+        # H(p_y). For a small miss its term of 1 - miss, which would be rounded, is replaced by its upper bound miss.
         hit = tl.maximum(1 - miss, LEAST_OTHERS)
         of_target = tl.where(miss < 0.01, miss, -hit * tl.log(hit)) - miss * tl.log(tl.maximum(miss, LEAST_OTHERS))
         may_be = known.entropy * TRUSTED_ENTROPY <= of_target + miss * most_entropy
         may_be &= known.others >= LEAST_OTHERS
-        budget = tl.where(may_be, tolerance - ROUNDING, -1.0)  # a NaN among the statistics fails a comparison
+        budget = tl.where(may_be, tolerance - ROUNDING, -1.0)  # a NaN among the statistics makes a comparison False
         found = 0
         outside = 0.0
         start = 0
@@ -111,9 +111,9 @@ def select_kernel(
 def trim(
     columns, shares, target, found, outside, budget, floor, limit, counts, left_out, CAPACITY: tl.constexpr
 ):  # fmt: skip
-    """Leave out the smallest candidates, by whole levels, while all that is left out stays within the budget."""
+    """Leave out the smallest candidates, level by level, while the sum of what is left out stays within the budget."""
     lanes = tl.arange(0, CAPACITY)
-    tl.debug_barrier()  # other threads of the program wrote them
+    tl.debug_barrier()  # other threads of the program wrote the shares
     share = tl.load(shares + lanes, mask=lanes < found, other=0.0)
     low = 0
     high = LEVELS - 1
@@ -127,8 +127,8 @@ def trim(
     count = tl.sum(kept.to(tl.int32), 0)
     if count <= limit:
         column = tl.load(columns + lanes, mask=kept, other=0)
-        tl.debug_barrier()  # and other threads' places are about to be written
-        place = tl.cumsum(kept.to(tl.int32), 0)  # behind the target
+        tl.debug_barrier()  # other threads have read the places that are written now
+        place = tl.cumsum(kept.to(tl.int32), 0)  # the target has place 0
         tl.store(columns + place, column, mask=kept)
         tl.store(shares + place, share, mask=kept)
         tl.store(columns, target.to(tl.int32))
@@ -142,11 +142,11 @@ def gathered_sums_kernel(
     table: Matrix, index, factors, offsets, places, out, out_stride, width, base, base_factors,
     ROUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[places[g]] += Σ_i factors[i] · table[index[i]], offsets[g] <= i < offsets[g + 1]; with a base [width] fp32
-    out[places[g]] = base_factors[g] · base + that sum.
+    """out[places[g]] += Σ_i factors[i] · table[index[i]] over offsets[g] <= i < offsets[g + 1]. With a base [width]
+    fp32 it is out[places[g]] = base_factors[g] · base + that sum.
 
-    table [., width] of any float dtype and strides, rounded to ROUNDED; factors fp32; sums in fp32, ROWS terms at a
-    time in their order, rounded once to out's dtype. One program per sum and COLUMNS columns.
+    table [., width] has any float dtype and strides, and is rounded to ROUNDED; factors are fp32. Sums are fp32, take
+    ROWS terms at a time in their order, and are rounded once to out's dtype. A program computes COLUMNS columns of one.
     """
     g = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -174,8 +174,8 @@ def gathered_dots_kernel(
 ):
     """out[i] = Σ_h left[left_index[i], h] · right[right_index[i], h], fp32 [M].
 
-    left and right [., width] of any float dtype and strides, rounded to ROUNDED; products and sums in fp32. One program
-    per result.
+    left and right [., width] have any float dtype and strides, and are rounded to ROUNDED. Products and sums are fp32.
+    One program computes one result.
     """
     i = tl.program_id(0).to(tl.int64)
     x_row = left.data + tl.load(left_index + i) * left.row_stride

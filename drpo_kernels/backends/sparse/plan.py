@@ -1,4 +1,4 @@
-"""How the sweep of `sparse_grad` cuts its rows: as if all were dense, with room for the entries of the others."""
+"""How the sweep of `sparse_grad` cuts its rows: as if all were dense, with memory for the entries of sparse ones."""
 
 from dataclasses import dataclass
 
@@ -14,19 +14,19 @@ from drpo_kernels.backends.planning import (
     workspace_bytes,
 )
 
-# the bytes that an entry takes while it is sorted by column and added
+# An entry takes so many bytes while it is sorted by column and added.
 ENTRY_BYTES = 80
 
 
 @dataclass(frozen=True)
 class SparsePlan(SweepPlan):
-    """`entries` of sparse rows wait until they are added together."""
+    """A plan in which up to `entries` entries of sparse rows wait until they are added together."""
 
     entries: int = 0
 
     @property
     def in_place(self) -> bool:
-        """On a CPU alone: a GPU would move a dense row over one that another program still reads."""
+        """Only a CPU works in place. A GPU would move a dense row over one that another program still reads."""
         return super().in_place and self.on_cpu
 
     @property
@@ -53,7 +53,7 @@ def sparse_plan(
     row_multiple: int = 1,
     main_grad: bool = False,
 ) -> SparsePlan:
-    """`planning.plan` with `sparse_grad`: dW is always a sum, and a quarter more than the workspace is for entries."""
+    """`planning.plan` for `sparse_grad`. dW is always a sum, and entries take a quarter of the workspace beside it."""
     in_place = storage.logits == storage.dlogits and device.type == "cpu"
     beside = 0 if in_place or not sizes.active else storage.dlogits.itemsize
     budget = workspace_bytes(device, sizes.vocab, storage.logits.itemsize + beside, workspace)

@@ -1,13 +1,13 @@
-"""The sweep of `sparse_grad`: a row whose probability few tokens hold pays 2F, not 6F. docs/sparse.md has the bounds.
+"""The sweep of `sparse_grad`: a row whose probability few tokens hold costs 2F, not 6F. docs/sparse.md has the bounds.
 
-A row's dlogits are slope · (onehot - p). With S its largest entries other than the target, chosen so that the rest
-weighs m <= τ · (1 - p_y), and W̄ the mean row of the weight:
+A row's dlogits are slope · (onehot - p). S are its largest entries other than the target, chosen so that all others
+together weigh m <= τ · (1 - p_y), and W̄ is the mean row of the weight:
     dX_t  = slope · ((1 - p_y) W[y] - Σ_{v in S} p_v W[v] - m W̄)
     dW   += slope · ((1 - p_y) e_y - Σ_{v in S} p_v e_v - m/V · 1) x_tᵀ         by column, in a fixed order
-so that what is left out is spread evenly, and dlogits still sum to 0. (Behind a soft-cap they need not, and validation
-refuses the two together.) A row that needs more entries than the plan's limit is dense: its dlogits wait, among those
-of other such rows, until a window of them is full, of which dX and dW are one product each. The entries of the other
-rows wait in coordinates, until there are as many as the plan has room for.
+What is left out is spread evenly, so that dlogits still sum to 0. (With a soft-cap they need not, and validation
+refuses the two together.) A row that needs more than `entry_limit` entries is dense. The dlogits of dense rows wait
+until a window of them is full; its dX and dW are one product each. The entries of sparse rows wait as coordinates,
+until there are as many as the plan has room for.
 """
 
 import functools
@@ -36,13 +36,13 @@ from drpo_kernels.backends.sweep import Head, LinearSweep, exact_products
 
 
 class Entries(NamedTuple):
-    """dlogits of sparse rows in coordinates, ordered by row."""
+    """The dlogits of sparse rows as coordinates, ordered by row."""
 
-    counts: Tensor  # of each of n rows that follow each other, [n] int64; 0 for a dense one
+    counts: Tensor  # the number of entries of each of n consecutive rows, [n] int64; 0 for a dense row
     rows: Tensor  # [M] int64, positions among the swept rows
     columns: Tensor  # [M] int64
     values: Tensor  # [M]
-    spread: Tensor  # what each row's dlogits leave to all V columns together, [n]
+    spread: Tensor  # the sum of each row's dlogits that is spread over all V columns, [n]
 
 
 class SparseSweep(LinearSweep):
@@ -64,14 +64,14 @@ class SparseSweep(LinearSweep):
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
             batch = self._batch(rows, self._logits[: chunk.stop - chunk.start])
             outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, batch, None)[0]
-        self._waiting = self._logits if self._dlogits is None else self._dlogits  # of dense rows, the first `_filled`
-        self._dense: list[Tensor] = []  # their positions
+        self._waiting = self._logits if self._dlogits is None else self._dlogits  # the first `_filled` rows are taken
+        self._dense: list[Tensor] = []  # the positions of those rows
         self._filled, self._products = 0, 0
         self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
         limit = entry_limit(self.head.vocab, self.hidden.device.type)
         most, start, waiting = self.plan.sparse_chunk_rows(limit), 0, 0
         self._entries: list[Entries] = []
-        self._added = 0  # rows whose entries are
+        self._added = 0  # the rows whose entries have been added
         while start < self.active:
             stop = min(start + min(self._room(), most), self.active)
             found = self._chunk(slice(start, stop), terms, outcome, limit)
@@ -84,11 +84,11 @@ class SparseSweep(LinearSweep):
             start = stop
         if self.active:
             self._flush(last=True)
-            self._waiting = self._logits = self._dlogits = None  # the sums need the room
+            self._waiting = self._logits = self._dlogits = None  # the sums need their memory
             self._add_entries()
 
     def _room(self) -> int:
-        """Rows of the next chunk, all of which may be dense; the window is emptied where it has no room for them."""
+        """The rows of the next chunk, all of which may be dense. If the window has no room for them, it is emptied."""
         if self._dlogits is None:  # the chunk's logits lie behind the rows that wait
             if 2 * self._filled > len(self._waiting):
                 self._flush()
@@ -106,18 +106,18 @@ class SparseSweep(LinearSweep):
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
         outcome[Sparsity.LEFT_OUT, rows] = chosen.left_out
         entries = self._coordinates(rows, batch, slopes[0], chosen)
-        if len(chosen.dense):  # whose dlogits overwrite the logits
+        if len(chosen.dense):  # this comes last, because the dlogits overwrite the logits
             self._keep(rows.start, chosen.dense, batch, statistics, slopes)
         return entries
 
     def _keep(self, start: int, dense: Tensor, batch: RowBatch, statistics: Tensor, slopes: Tensor) -> None:
-        """Write the dense rows' dlogits behind those that wait."""
+        """Write the dlogits of the dense rows behind those that wait."""
         out = self._waiting[self._filled : self._filled + len(dense)]
         batch = batch._replace(targets=batch.targets[dense], rows=batch.rows[:, dense], order=dense)
         unscale = gradient_rows(self.ops, batch, self.head.vocab, statistics[:, dense], slopes[:, dense], out)
         self._dense.append(start + dense)
         self._filled += len(dense)
-        if unscale is not None:  # a float16 scale is of one chunk
+        if unscale is not None:  # a float16 scale belongs to one chunk
             self._flush(unscale)
 
     def _coordinates(self, rows: slice, batch: RowBatch, slope: Tensor, chosen: Selection) -> Entries:
@@ -129,8 +129,8 @@ class SparseSweep(LinearSweep):
         return Entries(chosen.counts, rows.start + chosen.rows, chosen.columns, values, spread)
 
     def _flush(self, unscale: Tensor | None = None, last: bool = False) -> None:
-        """dX, dW and db of the dense rows that wait. `last`, before entries are added: and what all columns get, as one
-        more row of the window, so that dW is read and written once for both.
+        """Add dX, dW and db of the dense rows that wait. `last` comes before entries are added: the window then has one
+        more row, for the sum that is spread over all columns, so that dW is read and written once for both.
         """
         if last and self._filled == len(self._waiting):
             self._flush()
@@ -147,7 +147,7 @@ class SparseSweep(LinearSweep):
         if self.needs_grad.weight:
             if last:
                 to_all = self._to_all / vocab
-                if x.dtype == torch.float16:  # nothing else waits: each of its chunks has been flushed
+                if x.dtype == torch.float16:  # no other row waits: every chunk of float16 was flushed
                     scale, unscale = float16_scale(to_all)
                     to_all = to_all * scale
                 dlogits, x = self._waiting[: self._filled + 1], torch.cat([x, to_all.to(x.dtype)])
@@ -159,7 +159,7 @@ class SparseSweep(LinearSweep):
         self._dense, self._filled, self._products = [], 0, self._products + 1
 
     def _add_entries(self) -> None:
-        """The sparse rows whose entries wait."""
+        """Add dX, dW and db of the entries that wait."""
         entries = Entries(*(torch.cat(x) for x in zip(*self._entries, strict=True)))
         self._entries = []
         if self.needs_grad.hidden:
@@ -170,7 +170,7 @@ class SparseSweep(LinearSweep):
 
     @functools.cached_property
     def _mean_row(self) -> Tensor:
-        """W̄ [H]."""
+        """The mean row W̄ [H] of the weight."""
         mean = self._to_all.new_empty(1, self.hidden.shape[-1])
         self.matmul.hidden_gradient(mean.new_ones(1, self.head.vocab, dtype=self.matmul.operand_dtype), mean)
         return mean[0] / self.head.vocab
@@ -183,7 +183,7 @@ class SparseSweep(LinearSweep):
         self.ops.gathered_sums(table, sums, self._gradients.hidden, self.execution.compute_dtype, base)
 
     def _add_to_head(self, entries: Entries) -> None:
-        order = entries.columns.argsort(stable=True)  # by column, and within one by row
+        order = entries.columns.argsort(stable=True)  # by column, and by row within a column
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
         values, offsets = entries.values[order], offsets_of(counts)
         if self.needs_grad.weight:
@@ -198,12 +198,12 @@ class SparseSweep(LinearSweep):
             bias[columns] += torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
 
     def _places(self, rows: Tensor) -> Tensor:
-        """Where swept rows lie among the caller's."""
+        """The places of swept rows among the caller's rows."""
         return rows if self.index is None else self.index[rows]
 
 
 def offsets_of(counts: Tensor) -> Tensor:
-    """[G] -> [G + 1]."""
+    """The sizes of groups, [G] -> where each group begins, and the sum, [G + 1]."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

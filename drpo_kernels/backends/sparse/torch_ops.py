@@ -13,7 +13,7 @@ from drpo_kernels.backends.sparse.contract import LEAST_OTHERS, GatheredSums, Se
 from drpo_kernels.backends.sparse.selection import above, fewest, too_flat
 from drpo_kernels.backends.torch_rows import LOG2E, GradientRows, Scratch, TorchRows, safe_targets
 
-# rows whose entries are chosen together: their sums by level take a KiB each, several times
+# The entries of so many rows are chosen together. The sums by level of a row take a KiB, several times.
 SELECTED_ROWS = 4096
 
 
@@ -41,12 +41,12 @@ class TorchEntries(TorchRows):
         others = miss * total
         active = batch.rows[Field.KIND] == RowKind.ACTIVE
         dense = ~active | ~(others >= LEAST_OTHERS) | too_flat(statistics, batch.logits.shape[1], tolerance, limit)
-        others = others.masked_fill(dense, torch.nan)  # than which nothing is larger
+        others = others.masked_fill(dense, torch.nan)  # a comparison with NaN is False
         candidates = (~dense).nonzero()[:, 0]
-        if 2 * len(candidates) > len(dense):  # cheaper to look at all than to copy some
+        if 2 * len(candidates) > len(dense):  # looking at all rows is cheaper than copying some
             candidates = torch.arange(len(dense), device=dense.device)
         counts, left_out = torch.zeros_like(batch.targets), torch.zeros_like(others)
-        parts = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
+        found = [(index.new_empty(0), index.new_empty(0), others.new_empty(0))]
         for block in candidates.split(min(scratch.block, SELECTED_ROWS)):
             following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
             e = _exponentials(batch, scratch, following, statistics[Stat.REFERENCE], factor, index)
@@ -59,15 +59,15 @@ class TorchEntries(TorchRows):
             weights = torch.cat([-miss[chosen], values[kept] / total[rows]])
             rows, columns = torch.cat([chosen, rows]), torch.cat([batch.targets[chosen], columns[kept]])
             order = rows.argsort(stable=True)
-            parts.append((rows[order], columns[order], weights[order]))
-        rows, columns, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+            found.append((rows[order], columns[order], weights[order]))
+        rows, columns, weights = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         return Selection((active & (counts == 0)).nonzero()[:, 0], counts, rows, columns, weights, left_out)
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         if not isinstance(batch, Exponentials):
             super().write_gradient(batch, statistics, slopes, out)
             return
-        # slope · (onehot - p) in the order of the rows, so that `out` may be an earlier part of the exponentials
+        # slope · (onehot - p) is written in the order of the rows, because `out` may be earlier rows of the batch.
         per_row = GradientRows.of(batch, statistics, slopes)
         count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         together = batch.order is None or len(batch.order) == len(batch.logits)
@@ -113,7 +113,7 @@ class TorchEntries(TorchRows):
 def _exponentials(
     batch: RowBatch, scratch: Scratch, block: slice | Tensor, reference: Tensor, factor: Tensor, index: Tensor
 ) -> Tensor:
-    """2^q of a block of rows [n, V], 0 at the target."""
+    """The 2^q of a block of rows [n, V], with 0 at the target."""
     if isinstance(batch, Exponentials):
         return batch.logits[block]
     base, buffers = scratch.base(block)
@@ -122,8 +122,8 @@ def _exponentials(
 
 
 def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(range of groups, their index into a table, that table in the accumulator's dtype), a few groups at a time: their
-    sums, twice more on the way to their places, and the gathered rows of a table of another dtype are temporaries.
+    """(range of groups, their index into a table, that table in the accumulator's dtype), a few groups at a time. Their
+    sums, which exist three times until they are in place, and gathered rows in another dtype are temporaries.
     """
     wide, groups, stops = sums.factors.dtype, len(sums.places), sums.offsets[1:]
     step = cast_rows(table, 3 * wide.itemsize)

@@ -16,18 +16,18 @@ from drpo_kernels.triton_support import INTERPRETING
 
 
 def select_tile(vocab: int, itemsize: int, device: DeviceProperties) -> RowTile:
-    """One 16-byte load to a thread: a scan over the block takes the registers of the second."""
+    """A row tile with one 16-byte load for each thread. A scan over the block takes the registers of a second load."""
     return replace(row_tile(vocab, itemsize, device, bytes_per_thread=16), registers=None)
 
 
 def entry_capacity(limit: int) -> int:
-    """Candidates that a row of at most `limit` entries may have, three times as many: a power of two, for one block."""
+    """The candidates that a sparse row may have: at least three times `limit`, and a power of two to fit one block."""
     return 1 << (3 * limit).bit_length()
 
 
 @dataclass(frozen=True)
 class GatherTile:
-    """`rows` gathered at a time, `columns` of each, by one program: that many loads are in flight."""
+    """One program gathers `columns` columns of `rows` rows at a time. So many loads are in flight."""
 
     rows: int
     columns: int
@@ -35,8 +35,8 @@ class GatherTile:
 
 
 def gather_tile(width: int) -> GatherTile:
-    """A warp to 256 columns, 16 bytes a thread of 16-bit rows, in two loads of fp32 ones, so that all rows of a column
-    are one thread's: with several warps to as many columns, each sum would cross them.
+    """A warp takes 256 columns: each of its threads reads 16 bytes of a 16-bit row in one load, or 32 bytes of an fp32
+    row in two. One thread then sums a column. With more warps for these columns, each sum would cross warps.
     """
     columns = max(16, min(1 << (max(width, 1) - 1).bit_length(), 1024))
     return GatherTile(8, columns, max(columns // 256, 1))
@@ -61,7 +61,7 @@ class TritonEntries(TritonRows):
         )  # fmt: skip
         is_dense = counts < 0
         counts.clamp_(min=0)
-        dense, entries = torch.stack([is_dense.sum(), counts.sum()]).tolist()  # the one synchronisation
+        dense, entries = torch.stack([is_dense.sum(), counts.sum()]).tolist()  # the only synchronisation
         rows = torch.arange(count, device=device).repeat_interleave(counts, output_size=entries)
         place = torch.arange(entries, device=device) - (counts.cumsum(0) - counts)[rows]
         miss = statistics[Stat.MISS]
@@ -81,7 +81,7 @@ class TritonEntries(TritonRows):
     ) -> None:
         if not len(sums.places):
             return
-        if INTERPRETING and out.dtype == torch.bfloat16:  # to which the interpreter truncates
+        if INTERPRETING and out.dtype == torch.bfloat16:  # the interpreter truncates to bf16
             wide = out.float()
             self.gathered_sums(table, sums, wide, dtype, base)
             out.copy_(wide)
@@ -111,5 +111,5 @@ class TritonEntries(TritonRows):
 
 
 def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to bf16 before the launch where the kernel would truncate, which is in the interpreter."""
+    """The table, rounded to bf16 before a launch in the interpreter, where the kernel would truncate."""
     return table.to(dtype) if INTERPRETING and dtype == torch.bfloat16 else table

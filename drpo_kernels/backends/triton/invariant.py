@@ -1,9 +1,10 @@
-"""The head's products in one fixed order: `batch_invariant` of the linear functions.
+"""The head's products with additions in one fixed order, for `batch_invariant` of the linear functions.
 
 A general GEMM library picks its tiles, and whether to split the inner sum, from the number of rows, so a row's logits
 depend on how many rows stand beside it. Here an element of a product is one chain of additions in ascending order along
 the inner dimension, in steps of `MatmulTile.depth`, by one program. The tile is chosen from the dtype and the device
-alone. n, and where a row lies, decide which program computes an element and how wide its loads are; not the order.
+alone. The number of rows and a row's place decide which program computes an element and how wide its loads are. They do
+not decide the order.
 """
 
 import torch
@@ -15,11 +16,13 @@ from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile
 from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
 
-# there tl.dot multiplies the bits of 16-bit operands, and NumPy's order of addition follows a row's place in the tile
+# In the interpreter tl.dot multiplies the bits of 16-bit operands, and NumPy adds in an order that follows a row's
+# place in the tile.
 INTERPRETED = tl.constexpr(INTERPRETING)
-# to bf16, where the hardware rounds
+# The interpreter truncates to bf16, and the hardware rounds.
 TRUNCATES = INTERPRETING
-# elements that an index beyond an edge may be read past it: `LinearSweep` pads the rows of its buffers to as many
+# A load may take so many consecutive elements, and so read past an edge. `LinearSweep` pads the rows of its buffers to
+# a multiple of it.
 VECTOR = tl.constexpr(16)
 COLUMN_BLOCK = 256
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,7 +30,7 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.fl
 
 @jit
 def multiply_add(a, b, total, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr):
-    """total + a @ b in fp32; both in COMPUTE, b rounded to ROUNDED first, fp32 ones multiplied without TF32."""
+    """total + a @ b in fp32. b is rounded to ROUNDED, then both are multiplied in COMPUTE, and fp32 without TF32."""
     a = a.to(COMPUTE)
     b = b.to(ROUNDED).to(COMPUTE)
     if INTERPRETED:
@@ -37,7 +40,7 @@ def multiply_add(a, b, total, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr):
 
 @jit
 def readable(index, size):
-    """index, or 0 where it is beyond `size`: what is computed from it there is not stored. No mask narrows the load."""
+    """The index, or 0 where it is beyond `size`; results there are not stored. A mask would make loads narrow."""
     return tl.max_contiguous(tl.multiple_of(tl.where(index < size, index, 0), VECTOR), VECTOR).to(tl.int64)
 
 
@@ -65,14 +68,14 @@ def matmul_kernel(
     k = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
     a_block = a.data + readable(row, rows)[:, None] * a.row_stride + k[None, :] * a.column_stride
     b_block = b.data + k[:, None] * b.row_stride + readable(column, columns)[None, :] * b.column_stride
-    step = tl.full((), BLOCK_DEPTH, tl.int64)  # strides may be int32 where BLOCK_DEPTH times them is not
+    step = tl.full((), BLOCK_DEPTH, tl.int64)  # BLOCK_DEPTH times an int32 stride may not be an int32
     out_block = out.data + row.to(tl.int64)[:, None] * out.row_stride + column[None, :]
     stored = (row < rows)[:, None] & (column < padded)[None, :]
     if ACCUMULATE:
         total = tl.load(out_block, mask=stored, other=0.0)
     else:
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    whole = depth // BLOCK_DEPTH * BLOCK_DEPTH  # unmasked, so that loads are wide for any depth
+    whole = depth // BLOCK_DEPTH * BLOCK_DEPTH  # read without a mask, so that loads are wide for any depth
     for _ in range(0, whole, BLOCK_DEPTH):
         total = multiply_add(tl.load(a_block), tl.load(b_block), total, ROUNDED, COMPUTE)
         a_block += step * a.column_stride
@@ -89,7 +92,7 @@ def column_sum_kernel(
     x, row_stride, out, rows, columns,
     ACCUMULATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [columns] fp32 = Σ_rows x [rows, columns], or += with ACCUMULATE; fp32, BLOCK_ROWS rows at a time."""
+    """out [columns] fp32 = Σ_rows x [rows, columns], or += with ACCUMULATE. BLOCK_ROWS rows are added at a time."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     stored = column < columns
     if ACCUMULATE:
@@ -105,10 +108,10 @@ def column_sum_kernel(
 
 
 class InvariantMatmul:
-    """`HeadMatmul` for which a row's logits and dX do not depend on the other rows, nor dW and db on the chunks.
+    """A `HeadMatmul` in which a row's logits and dX do not depend on other rows, and dW and db not on the chunks.
 
-    `row_multiple`: chunks that start at multiples of it leave dW and db as one chunk would. float16 dlogits would need
-    a scale, which is of all the rows in a chunk; they stay float32, and so do their products.
+    Chunks that start at multiples of `row_multiple` leave dW and db as one chunk would. float16 dlogits would need a
+    scale that depends on all rows of a chunk, so dlogits and their products are float32.
     """
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
@@ -136,7 +139,7 @@ class InvariantMatmul:
         self._product(dlogits, self.weight, out, self.operand_dtype, tile)
 
     def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: None) -> None:
-        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `unscale`."""
+        """out [V, H] += dlogits.T @ hidden, or = for the first chunk. `unscale` is None, because nothing was scaled."""
         tile = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True)
         self._product(dlogits.T, hidden, out, self.operand_dtype, tile, accumulate=not first)
 
@@ -162,7 +165,7 @@ class InvariantMatmul:
         if TRUNCATES and out.dtype == torch.bfloat16:
             return out.copy_(self._product(a, b, torch.empty_like(out, dtype=torch.float32), compute, tile))
         (rows, depth), columns = a.shape, b.shape[1]
-        # so that stores are wide for an odd vocabulary too; the stride of a single row promises no room behind it
+        # Padding keeps stores wide for an odd vocabulary. The stride of a single row promises no memory behind it.
         padded = min(triton.cdiv(columns, VECTOR.value) * VECTOR.value, out.stride(0)) if rows > 1 else columns
         with on_device(a):
             matmul_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](

@@ -25,21 +25,21 @@ from drpo_kernels.metrics import (
 from drpo_kernels.objective import Objective
 from drpo_kernels.triton_support import tl
 
-# fused multiply-adds, whatever the default of the installed Triton
+# Kernels use fused multiply-adds, whatever the installed Triton does by default.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
-# to a multiprocessor, of a kernel that walks over a tensor
+# So many programs for each multiprocessor walk over a tensor.
 PROGRAMS = 8
-# tokens that each of the two programs that reduce a batch's metrics takes at a time, one per thread: it has many sums
+# Two programs reduce the metrics of a batch. Each takes so many tokens at a time, one per thread, as it has many sums.
 METRICS_BLOCK = 512
-# rows per program of the kernel that computes losses alone
+# A program of the kernel that computes losses alone takes so many rows.
 LOSSES_BLOCK = 128
-# constants in a tuple, by their truth: a bool there would be an argument at run time
+# The compile-time constants for False and True. In a tuple a bool would be an argument at run time.
 FLAGS = tl.constexpr(False), tl.constexpr(True)
 
 
 class TritonRows:
-    """`RowOps` in Triton. `tile` overrides the tile choice (tests). `from_rollout`: `policy` takes a row's scale from
-    its old log-prob, which `statistics` does not have, so that the two differ in last bits.
+    """`RowOps` in Triton. Tests override the choice of a tile with `tile`. With `from_rollout`, `policy` takes a row's
+    scale from its old log-prob. `statistics` does not, so that the two differ in their last bits.
     """
 
     def __init__(self, tile: RowTile | None = None, from_rollout: bool = True):
@@ -100,8 +100,8 @@ class TritonRows:
         ref_kl: str | None,
         kl_cap: float,
     ) -> dict[str, Tensor]:
-        """`given` [N]: old log-probs as they came, or None. `ref_kl` names the estimator of the KL to the reference, or
-        is None.
+        """The metrics of a call. `given` [N] are the old log-probs as the caller gave them, or None. `ref_kl` names the
+        estimator of the KL to the reference, or is None.
         """
         given = given if given is None else given.contiguous()
         flags = (flag.contiguous().view(torch.uint8) for flag in (valid, unscorable))
@@ -127,7 +127,7 @@ class TritonRows:
                 )
 
     def launch(self, kernel, batch: RowBatch, *arguments, choose: Callable = row_tile, **flags) -> None:
-        """One program per row, on the tensors' device; every kernel starts with the arguments of a batch."""
+        """Launch one program per row, on the tensors' device. The first arguments of every row kernel are the batch."""
         count, vocab = batch.rows.shape[1], batch.logits.shape[1]
         if not count:
             return
@@ -170,7 +170,7 @@ def _kl_twin(estimator: str | None) -> Callable | None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's, where it is another."""
+    """A context in which the tensor's device is the current one, because Triton launches on that."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

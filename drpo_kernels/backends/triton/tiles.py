@@ -1,17 +1,17 @@
-"""Tile choice: pure functions of the row's width, the element sizes and the device."""
+"""The choice of tiles, by pure functions of a row's width, the element sizes and the device."""
 
 from dataclasses import dataclass
 
 from drpo_kernels.backends.devices import DeviceProperties
 
-# a block may ask for 227 KiB of shared memory on sm_90 and sm_100, for 163 on sm_80, and for less elsewhere
+# A program may ask for 227 KiB of shared memory on sm_90 and sm_100, for 163 KiB on sm_80, and for less elsewhere.
 HOPPER_SHARED_MEMORY = 200 * 1024
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """`block` logits per loop iteration of one row's program, by `num_warps` warps; `registers`: at most so many to a
-    thread, where the compiler is told.
+    """A row's program reads `block` logits in an iteration of its loop, with `num_warps` warps. If `registers` is a
+    number, the compiler gives a thread at most so many.
     """
 
     block: int
@@ -19,7 +19,7 @@ class RowTile:
     registers: int | None = None
 
     def launch_options(self, has_bias: bool) -> dict[str, int]:
-        """With a bias, whose loads wait in registers too, 64 would spill."""
+        """The options of the launch. The loads of a bias wait in registers too, and would spill with a limit."""
         limit = {} if self.registers is None or has_bias else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps} | limit
 
@@ -27,13 +27,13 @@ class RowTile:
 def row_tile(
     vocab: int, itemsize: int, device: DeviceProperties, threads: int | None = None, bytes_per_thread: int = 32
 ) -> RowTile:
-    """`threads` to a row, two 16-byte loads in flight each: the sums of 8 lanes do not spill, a lane to each fp32
-    element or to two of 16 bits.
+    """`threads` threads read a row, each with two 16-byte loads in flight. A thread adds in 8 lanes, one for each fp32
+    element or for two of 16 bits. Sums in 8 lanes do not spill.
 
     Several rows share a multiprocessor, where one row's loads hide another's reductions. On an H200 512 threads are
-    best, for one read and for two (docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
-    Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64: the compiler would take
-    up to 116 for 16-bit logits.
+    best, whether a row is read once or twice (docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
+    Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64. Without a limit the
+    compiler would take up to 116 for 16-bit logits.
     """
     hopper = device.shared_memory_bytes >= HOPPER_SHARED_MEMORY
     if threads is None:
@@ -45,8 +45,8 @@ def row_tile(
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """One program's part of a product, `rows` x `columns`, `depth` of the inner dimension per step; `num_stages` steps
-    are in flight. `group` tiles of rows walk the columns together.
+    """One program computes `rows` x `columns` of a product, and takes `depth` of the inner dimension in a step;
+    `num_stages` steps are in flight. `group` tiles of rows walk the columns together.
     """
 
     rows: int
@@ -58,15 +58,17 @@ class MatmulTile:
 
 
 def matmul_tile(itemsize: int, stored: int, device: DeviceProperties, accumulates: bool) -> MatmulTile:
-    """A function of the dtypes and the device, never of a shape: the order of the sums must not follow the batch.
+    """The tile depends on the dtypes and the device, never on a shape: the order of the sums must not follow the batch.
 
-    itemsize  of what is multiplied; `stored` of the widest operand in memory, rounded on its way to the product
-    accumulates  whether the totals are read back first, whose addresses take registers beside them
+    itemsize     bytes of an element as it is multiplied
+    stored       bytes of an element of the widest operand in memory, which is rounded on its way to the product
+    accumulates  whether totals are read back first; their addresses take registers beside them
 
-    16-bit operands: 128 x 256 is two warpgroups' wgmma on sm_90, 128 fp32 totals a thread, in steps of 32, as 64 would
-    spill under Triton 3.6. So would totals that are read back, and sm_80's operands, which are in registers too: there
-    128 x 128. Wider operands in memory, or less room (sm_86, sm_89, sm_120, gfx942): a shallow 128 x 128. fp32
-    operands: FMAs, 64 totals a thread.
+    fp32 operands are multiplied by FMAs, with 64 totals in a thread. For 16-bit operands 128 x 256 is the wgmma of two
+    warpgroups on sm_90, with 128 fp32 totals in a thread, in steps of 32: steps of 64 would spill under Triton 3.6.
+    Totals that are read back would spill too, and so would sm_80, which has operands in registers: these take
+    128 x 128. Operands that are wider in memory, and chips with less shared memory (sm_86, sm_89, sm_120, gfx942), take
+    128 x 128 with fewer steps in flight.
     """
     if itemsize >= 4:
         return MatmulTile(128, 128, 16, num_warps=8, num_stages=3)
