@@ -58,6 +58,7 @@ def gradient_rows(
         scale, unscale = float16_scale(torch.where(batch.rows[Field.KIND] == RowKind.ACTIVE, chained, 0))
         slopes = slopes * scale
     for part, piece, gradient in _parts(batch, vocab, out):
+        assert gradient is not None  # it is a part of `out`
         ops.write_gradient(piece, statistics[:, part], slopes[:, part], gradient)
     return unscale
 
@@ -82,6 +83,7 @@ def ready_policy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The policy loss of logits [..., V] -> (outcome [len(Outcome), N], gradient or an empty tensor, 0-d factor on it).
     """
+    assert spec.terms is not None
     out = None
     if with_gradient:
         out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)

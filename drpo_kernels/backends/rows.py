@@ -114,27 +114,27 @@ class RowOps(Protocol):
     Gradients are written to `out` [N, >= V], which may be `logits` itself; columns beyond V and rows not ACTIVE are 0.
     """
 
-    def invariant(self) -> "RowOps":
-        """These operations for `batch_invariant`, of Triton alone: a row's log-prob has the same bits whether `policy`
-        or `statistics` computes it.
-        """
-
     def statistics(self, batch: RowBatch) -> Tensor:
         """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+        ...
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
+        ...
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
         """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+        ...
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
+        ...
 
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
         """Whether `policy` takes `factors` for these terms, logits in one dtype and `out` in another: the one place
         where it is decided how often a row is read. An entropy bonus or a z-loss is no multiple of p.
         """
+        ...
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         """Statistics, loss and (with `out`) gradient in one launch -> [len(Outcome), N].
@@ -142,9 +142,11 @@ class RowOps(Protocol):
         With `factors` [N] the gradient is factors ⊙ out: exp(q), or -Σ_{j≠y} exp(q_j) at the target, and a row's factor
         -slope / SUM · dz/dx, 0 where the row is not ACTIVE.
         """
+        ...
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
+        ...
 
 
 
@@ -156,7 +158,9 @@ def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
     """
     # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|, that maximum below max(H, 1/e) < 16
     # for any vocabulary under e^16
-    bound = sum(weight * slope.abs() for weight, slope in zip((1, 1, 16), slopes, strict=False))
+    bound = slopes[0].abs()
+    for weight, slope in zip((1, 16), slopes[1:], strict=False):
+        bound = bound + weight * slope.abs()
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())
     return scale, 1 / scale
