@@ -46,7 +46,7 @@ GATHERED = (
     "out_stride", "base", "width",
 )  # fmt: skip
 # settings of the objectives that have a twin for each of several
-OTHER_TWINS = {
+OTHER_TWINS: dict[type[Objective], tuple[dict[str, Any], ...]] = {
     DPPO: ({"divergence": "tv"}, {"divergence": "kl"}),
     PolicyGradient: ({}, {"ratio_cap": 1.25}),
 }
