@@ -125,8 +125,8 @@ def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str,
 def _reloaded(expected: Expected, most: int, loops: Sequence[Loop]) -> Iterator[int]:
     """What each loop that loads more than `most` bytes in an iteration loads there.
 
-    A compiler may unroll a loop that stores nothing, which then computes as many more exponentials. A loop that computes
-    none beside others that do is not looked at: it takes a maximum, and may be unrolled at will.
+    A compiler may unroll a loop that stores nothing, which then computes as many more exponentials. A loop that
+    computes none beside others that do is not looked at: it takes a maximum, and may be unrolled at will.
     """
     elements = most // expected.element_bytes if expected.element_bytes else 0
     exponentials = elements * (expected.bounds.special if expected.bounds else 1)
