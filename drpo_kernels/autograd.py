@@ -90,7 +90,9 @@ def _slopes(*slopes: Tensor | None) -> Tensor | None:
     used = [i for i, slope in enumerate(slopes) if slope is not None]
     if not used:
         return None
-    zeros = torch.zeros_like(slopes[used[0]])
+    first = slopes[used[0]]
+    assert first is not None
+    zeros = torch.zeros_like(first)
     return torch.stack([zeros if slope is None else slope for slope in slopes[: used[-1] + 1]])
 
 

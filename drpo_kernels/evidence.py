@@ -180,7 +180,7 @@ def evidence(
         misfit_sum, above_sum, before_sum, after_sum, cumulative_sum, misfit_zero_sum, unsure_sum, repeated_sum,
         sign_sum, toward_sum,
     )  # fmt: skip
-    for i in tl.static_range(22):
+    for i in tl.static_range(22):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(values + i, mean(sums[i], n))
     tl.store(values + 22, largest(logsumexp_most, n))
     tl.store(values + 23, 0.0 - largest(logsumexp_least, n))

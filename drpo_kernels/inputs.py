@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from drpo_kernels.graphs import check_not_exported, positions
 from drpo_kernels.options import LogprobOptions, PolicyOptions
 from drpo_kernels.tokens import Sequences, scorable
 
-# These fields of an `Execution` are options of the same name.
+Options = TypeVar("Options", bound=LogprobOptions)
+
+# The fields of an `Execution` that are options of the same name.
 EXECUTION_OPTIONS = (
     "logits_dtype", "workspace_bytes", "vocab_shard", "head_dtype", "batch_invariant", "sparse_grad",
 )  # fmt: skip
@@ -118,23 +121,24 @@ Source = LinearSource | ReadySource
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A validated call: the source of its logits, its tokens, and its options."""
+class Problem(Generic[Options]):
+    """A validated call: where the logits come from, which tokens they are scored on, and how."""
 
     source: Source
     targets: Tensor
     mask: Tensor | None
-    options: LogprobOptions
+    options: Options
     unmasked: Tensor  # bool, shaped like targets
     sequences: Sequences | None  # how the tokens are grouped; None if they are not
     backend: str
     vocab: int  # the number of real entries, of all shards together
 
     @staticmethod
-    def checked(source: Source, targets: Tensor, mask: Tensor | None, options: LogprobOptions) -> "Problem":
+    def checked(source: Source, targets: Tensor, mask: Tensor | None, options: Options) -> "Problem[Options]":
         check_not_exported()
         shard = options.vocab_shard
         if shard is not None:
+            assert isinstance(source, LinearSource)
             validation.check_vocab_shard(shard, source.weight, options.backend)
         vocab = source.vocab if shard is None else shard.total
         validation.check_tensor("targets", targets, floating=False)
@@ -198,6 +202,7 @@ class Problem:
     def inv_temperature(self, valid: Tensor) -> Tensor:
         """1 / temperature, [N]."""
         if self.temperature is None:
+            assert not isinstance(self.options.temperature, Tensor)
             return self.constant(valid, 1.0 / self.options.temperature)
         return 1 / self.flat(self.temperature, valid, self.constant(valid, 1.0))
 
@@ -218,7 +223,7 @@ class Problem:
 class PolicyInputs:
     """The inputs of a policy loss that each token has, flattened to [N]. `rows` holds nothing of masked positions."""
 
-    problem: Problem
+    problem: Problem[PolicyOptions]
     terms: Terms
     rows: Tensor
     valid: Tensor  # tokens in the mask that are scorable
@@ -236,23 +241,23 @@ class PolicyInputs:
         return self.rows[Field.KIND] > RowKind.SKIPPED.value
 
 
-def policy_inputs(problem: Problem, old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
-    """Check the inputs of a policy loss, flatten them from the targets' shape and pack them as rows [len(Field), N]."""
-    options: PolicyOptions = problem.options
+def policy_inputs(problem: Problem[PolicyOptions], old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
+    """Check, flatten and pack: targets' shape -> rows [len(Field), N]."""
+    options = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages)
-    sequences, unmasked, on_policy = problem.sequences, problem.unmasked, old_logprobs is None
-    valid = unmasked if on_policy else unmasked & scorable(old_logprobs)
+    sequences, unmasked = problem.sequences, problem.unmasked
+    valid = unmasked if old_logprobs is None else unmasked & scorable(old_logprobs)
     advantages = _per_token(advantages, problem.targets.shape, sequences)
     if problem.wants_values:
         problem.check_values(valid)
         value_checks.check_policy_values(options, old_logprobs, valid)
         value_checks.check_advantage_values(advantages, valid)
     valid, unscorable = valid.reshape(-1), (unmasked ^ valid).reshape(-1)
-    given = None if on_policy else old_logprobs.detach().reshape(-1)
+    given = None if old_logprobs is None else old_logprobs.detach().reshape(-1)
     zeros = problem.constant(valid, 0.0)
     fields = _coefficients(problem, valid, sequences, zeros)
     fields[Field.OLD_LOGPROB] = (
-        problem.constant(valid, torch.nan) if on_policy else problem.flat(old_logprobs, valid, zeros)
+        problem.constant(valid, torch.nan) if old_logprobs is None else problem.flat(old_logprobs, valid, zeros)
     )
     fields[Field.ADVANTAGE] = problem.flat(advantages, valid, zeros)
     ref = options.ref_logprobs
@@ -293,10 +298,10 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
 
 
 def _coefficients(
-    problem: Problem, valid: Tensor, sequences: Sequences | None, zeros: Tensor
+    problem: Problem[PolicyOptions], valid: Tensor, sequences: Sequences | None, zeros: Tensor
 ) -> dict[Field, Tensor]:
-    """The coefficients of the policy, KL, entropy and z-loss terms, [N] each. They are 0 where masked."""
-    options: PolicyOptions = problem.options
+    """Coefficients of the policy, KL, entropy and z-loss terms, [N] each, 0 where masked."""
+    options = problem.options
     if isinstance(options.reduction, TokenCoefficients):
         policy = problem.flat(options.reduction.policy, valid, zeros)
         others = [policy if c is None else problem.flat(c, valid, zeros) for c in options.reduction[1:]]
@@ -321,7 +326,8 @@ def _kinds(options: PolicyOptions, fields: dict[Field, Tensor], valid: Tensor, s
     if options.objective.zero_if_no_advantage and options.compact != "none":
         contributes = needed = fields[Field.ADVANTAGE] != 0  # the advantage is 0 where a row is not valid
         if options.objective.sequence_level:
-            # One token's advantage keeps its whole sequence, because its ratio is made of all tokens.
+            assert sequences is not None
+            # one token's advantage keeps its whole sequence: the others are in its ratio
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
         scales = {Field.KL: options.kl_coef, Field.ENTROPY: options.entropy_coef, Field.Z_LOSS: options.z_loss_coef}
         for term, scale in scales.items():

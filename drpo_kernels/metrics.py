@@ -237,10 +237,10 @@ def metrics_of_rows(
         mean(beyond_sum, w), mean(clipped_sum, w), mean(entropy_sum, n), mean(logp_sum, n), largest(old_most, n),
         mean(below_sum, n), mean(zero_sum, n), mean(computed_count, all_tokens), mean(kl_sum, n),
     )  # fmt: skip
-    for i in tl.static_range(18):
+    for i in tl.static_range(18):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(values + i, results[i])
     totals = (tl.sum(unscorable_count, 0), tl.sum(sentinel_count, 0), tl.sum(nonfinite_count, 0), all_tokens, n, w)
-    for i in tl.static_range(6):
+    for i in tl.static_range(6):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(counts + i, totals[i].to(tl.int64))
 
 

@@ -19,7 +19,7 @@ from drpo_kernels.backends.row_loss import policy_slope
 from drpo_kernels.backends.rows import Outcome, Stat
 from drpo_kernels.backends.sparse.contract import SPARSE_OUTCOME
 from drpo_kernels.backends.sparse.sweep import sparse_policy_sweep
-from drpo_kernels.backends.spec import Spec, op_spec
+from drpo_kernels.backends.spec import OpSpec, Spec, op_spec
 from drpo_kernels.backends.sweep import policy_sweep, recompute_sweep, statistics_sweep, stored_gradient_dtype
 from drpo_kernels.graphs import traced
 from drpo_kernels.tokens import Sequences
@@ -67,8 +67,9 @@ def _define(name: str, arguments: str, returns: str, function, fake):
     op = getattr(torch.ops.drpo_kernels, name)
 
     def call_op(*args):
-        words, numbers = op_spec(args[tensors], args[0])
-        return op(*args[:tensors], words, numbers, *args[tensors + 1 :])
+        spec = op_spec(args[tensors], args[0])
+        assert isinstance(spec, OpSpec)
+        return op(*args[:tensors], spec.words, spec.numbers, *args[tensors + 1 :])
 
     return Computation(function, call_op)
 
@@ -78,7 +79,9 @@ def _empty_gradients(
 ) -> tuple[Tensor, ...]:
     returned = [needs_grad[0], needs_grad[1] and main_grad is None, needs_grad[2]]
     return tuple(
-        x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype)) if needed else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype))
+        if x is not None and needed
+        else hidden.new_empty(0)
         for x, needed in zip((hidden, weight, bias), returned, strict=True)
     )
 
@@ -163,7 +166,8 @@ kept_gradients = _define(
 
 
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
-    """Call `policy_slope` for targets of this shape. An op cannot take `Sequences`, so they are made here."""
+    """`policy_slope` of targets of that shape, for an op, whose arguments cannot be `Sequences`."""
+    assert spec.terms is not None
     objective = spec.terms.objective
     if not objective.sequence_level:
         return policy_slope(logprobs, old, advantages, None, None, objective)

@@ -231,8 +231,7 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
             objective, rows, outcome, inputs.valid, inputs.unscorable, inputs.given, estimator, inputs.terms.kl_cap
         )
     logprobs = outcome[Outcome.LOGPROB]
-    on_policy = inputs.given is None
-    old = logprobs if on_policy else rows[Field.OLD_LOGPROB]
+    old = logprobs if inputs.given is None else rows[Field.OLD_LOGPROB]
     ref_kl = None
     if estimator is not None:
         ref_kl, _ = kl_term(estimator, logprobs, old, rows[Field.REF_LOGPROB], False, inputs.terms.kl_cap)
@@ -240,7 +239,7 @@ def _metrics(inputs: PolicyInputs, outcome: Tensor) -> dict[str, Tensor]:
     computed, valid = inputs.computed, inputs.valid
     return policy_metrics(
         objective, logprobs, entropy, outcome[Outcome.SLOPE], old, advantages, computed, valid, inputs.unscorable,
-        inputs.unscorable if on_policy else inputs.unscorable & inputs.given.isfinite(), ref_kl,
+        inputs.unscorable if inputs.given is None else inputs.unscorable & inputs.given.isfinite(), ref_kl,
     ) | evidence_metrics(
         logprobs, entropy, outcome[Outcome.LOGSUMEXP], old, advantages, computed, valid
     )  # fmt: skip
@@ -256,7 +255,8 @@ def reference_logprobs_of(problem: Problem, rows: Tensor, computed: Tensor) -> t
         z = transformed(x, problem.spec().transform, rows[Field.INV_TEMPERATURE, index])
         values = reference_logprobs(z, problem.flat_targets[index])
     zeros = rows.new_zeros(rows.shape[1])
-    return tuple(zeros.index_put((index,), value) for value in values)
+    logprobs, logsumexp, entropy = (zeros.index_put((index,), value) for value in values)
+    return logprobs, logsumexp, entropy
 
 
 def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
@@ -270,8 +270,9 @@ def _loss_from_logprobs(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         values = reference_logprobs_of(problem, rows, inputs.computed)
     else:
         values = problem.source.logprobs(problem.flat_targets, rows, problem.spec(None, inputs.every_row))
-    groups = (inputs.computed, inputs.sequences) if terms.objective.sequence_level else ()
-    tokens = row_tokens(values[0], rows, *groups)
+    grouped = terms.objective.sequence_level
+    valid, sequences = inputs.computed if grouped else None, inputs.sequences if grouped else None
+    tokens = row_tokens(values[0], rows, valid, sequences)
     policy = token_losses(terms.objective, tokens)
     loss = row_loss(policy, other_terms(tokens, *values[1:], rows, terms), rows)
     logprobs, logsumexp, entropy = (x.detach() for x in values)

@@ -7,6 +7,7 @@ refuses to run.
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 try:
     import triton
@@ -18,7 +19,7 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=object)  # kernels annotate their arguments with tl.constexpr
     HAS_TRITON = False
 
-    def jit(function=None, **_):
+    def jit(function: Any = None, **_: object) -> Any:
         return jit if function is None else function
 
 

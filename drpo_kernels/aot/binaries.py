@@ -88,8 +88,9 @@ def whole_loops(usage: Usage, element_bytes: int) -> dict[Loop, tuple[float, flo
 def compile_case(case: KernelCase, target: str) -> CompiledKernel:
     """Compile `case` for `target` ("sm_90", "gfx942") afresh, never from Triton's cache."""
     import triton
+    from triton import knobs
 
-    triton.knobs.compilation.always_compile = True
+    knobs.compilation.always_compile = True
     start = time.perf_counter()
     try:
         binary = triton.compile(case.source(), target=gpu_target(target), options=case.launch_options())
@@ -112,25 +113,27 @@ def faults(expected: Expected, target: str, usage: Usage) -> Iterator[tuple[str,
     bits = expected.load_bits, expected.store_bits
     narrow = [x for x in usage.loops if 0 < x.load_bits < bits[0] or 0 < x.store_bits < bits[1]]
     if len(narrow) > expected.tails or usage.load_bits < bits[0] or usage.store_bits < bits[1]:
-        found = narrow or (usage.load_bits, usage.store_bits)
-        yield "NARROW", f"accesses memory in less than {bits[0]} (loads) or {bits[1]} (stores) bits: {found}"
-    if expected.loop_load_bytes is not None and (found := max(_reloaded(expected, usage.loops), default=0)):
-        yield "RELOADS", f"loads {found} bytes per thread and iteration, where {expected.loop_load_bytes} are enough"
+        shown = narrow or (usage.load_bits, usage.store_bits)
+        yield "NARROW", f"accesses memory in less than {bits[0]} (loads) or {bits[1]} (stores) bits: {shown}"
+    most = expected.loop_load_bytes
+    if most is not None and (found := max(_reloaded(expected, most, usage.loops), default=0)):
+        yield "RELOADS", f"loads {found} bytes per thread and iteration, where {most} are enough"
     if expected.bounds is not None and target in expected.bounds.targets:
         yield from _exceeded(expected.bounds, usage, whole_loops(usage, expected.element_bytes))
 
 
-def _reloaded(expected: Expected, loops: Sequence[Loop]) -> Iterator[int]:
-    """What each loop that loads too much loads in an iteration. A compiler may unroll a loop that stores nothing, which
-    then computes as many more exponentials. A loop that computes none beside others that do is not looked at: it takes
-    a maximum, and may be unrolled at will.
+def _reloaded(expected: Expected, most: int, loops: Sequence[Loop]) -> Iterator[int]:
+    """What each loop that loads more than `most` bytes in an iteration loads there.
+
+    A compiler may unroll a loop that stores nothing, which then computes as many more exponentials. A loop that
+    computes none beside others that do is not looked at: it takes a maximum, and may be unrolled at will.
     """
-    elements = expected.loop_load_bytes // expected.element_bytes if expected.element_bytes else 0
+    elements = most // expected.element_bytes if expected.element_bytes else 0
     exponentials = elements * (expected.bounds.special if expected.bounds else 1)
     computing = [loop for loop in loops if loop.special] if elements else []
     for loop in computing or loops:
         unrolled = max(loop.special // exponentials, 1) if elements and not loop.store_bytes else 1
-        if loop.load_bytes > expected.loop_load_bytes * unrolled:
+        if loop.load_bytes > most * unrolled:
             yield loop.load_bytes
 
 

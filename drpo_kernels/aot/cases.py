@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypedDict
 
 from drpo_kernels import metrics
 from drpo_kernels.aot.case import ArgumentType, Bounds, Expected, KernelCase, places
@@ -46,7 +46,7 @@ GATHERED = (
     "out_stride", "base", "width",
 )  # fmt: skip
 # settings of the objectives that have a twin for each of several
-OTHER_TWINS = {
+OTHER_TWINS: dict[type[Objective], tuple[dict[str, Any], ...]] = {
     DPPO: ({"divergence": "tv"}, {"divergence": "kl"}),
     PolicyGradient: ({}, {"ratio_cap": 1.25}),
 }
@@ -80,6 +80,17 @@ def _bounds(name: str) -> Bounds:
     return next(bounds for start, bounds in BOUNDS.items() if name.startswith(start))
 
 
+class LossTerms(TypedDict):
+    """The fields of `kernels.LossTerms` but for `kl_cap`."""
+
+    objective: Callable | None
+    hyper: tuple[float, ...]
+    kl: Callable | None
+    kl_importance: bool
+    entropy_bonus: bool
+    z_loss: bool
+
+
 def _row_cases(
     label: str,
     kernel: Any,
@@ -89,8 +100,8 @@ def _row_cases(
     softcap: bool = False,
     even: bool = True,
     factored: bool = False,
-    terms: Mapping[str, object] | None = None,
-    **flags: object,
+    terms: LossTerms | None = None,
+    flags: Mapping[str, object] = {},
 ) -> Iterator[KernelCase]:
     """Launches on contiguous rows, whose stride of 1 and whose absent pointers are constants to the JIT.
 
@@ -131,10 +142,9 @@ def twin_objectives() -> Iterator[Objective]:
 
 
 def _terms(objective: Objective, kl: str | None = None, kl_importance: bool = False, entropy_bonus: bool = False,
-           z_loss: bool = False) -> dict[str, object]:  # fmt: skip
-    """The fields of `kernels.LossTerms` but for `kl_cap`."""
+           z_loss: bool = False) -> LossTerms:  # fmt: skip
     return {
-        "objective": objective.twin, "hyper": objective.hyper, "kl": kl and KL_ESTIMATORS[kl].twin,
+        "objective": objective.twin, "hyper": objective.hyper, "kl": None if kl is None else KL_ESTIMATORS[kl].twin,
         "kl_importance": kl_importance, "entropy_bonus": entropy_bonus, "z_loss": z_loss,
     }  # fmt: skip
 
@@ -146,13 +156,16 @@ def kernel_cases() -> list[KernelCase]:
 
 
 def _policy_cases() -> Iterator[KernelCase]:
-    def cases(label: str, logits: str, out: str | None, terms: dict[str, object], **options) -> Iterator[KernelCase]:
-        yield from _row_cases(label, kernels.policy_kernel, logits, out, terms=terms, FROM_ROLLOUT=True, **options)
+    def cases(label: str, logits: str, out: str | None, terms: LossTerms, **options) -> Iterator[KernelCase]:
+        flags = {"FROM_ROLLOUT": True}
+        yield from _row_cases(label, kernels.policy_kernel, logits, out, terms=terms, flags=flags, **options)
 
     for objective in twin_objectives():
+        assert objective.twin is not None
         label = f"{objective.twin.__name__} fp32>bf16"
         yield from cases(label, "fp32", "bf16", _terms(objective), factored=True)
-    drpo, capped = DRPO(), {"bias": "bf16", "softcap": True}
+    drpo = DRPO()
+    capped: dict[str, Any] = {"bias": "bf16", "softcap": True}
     for logits, out in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")):
         yield from cases(f"drpo {logits}>{out}", logits, out, _terms(drpo))
     yield from cases("drpo odd vocabulary", "fp32", "bf16", _terms(drpo), even=False, factored=True)
@@ -174,12 +187,12 @@ def _two_kernel_cases() -> Iterator[KernelCase]:
     every = {"HAS_ENTROPY": True, "HAS_Z_LOSS": True}
     for label, z_loss in (("log-probs", False), ("z-loss", True)):
         flags = {"HAS_ENTROPY": False, "HAS_Z_LOSS": z_loss}
-        yield from _row_cases(f"fp32>bf16, {label} alone", gradient, "fp32", "bf16", **flags)
+        yield from _row_cases(f"fp32>bf16, {label} alone", gradient, "fp32", "bf16", flags=flags)
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")):
         yield from _row_cases(logits, statistics, logits)
-        yield from _row_cases(f"{logits}>{out}", gradient, logits, out, **every)
+        yield from _row_cases(f"{logits}>{out}", gradient, logits, out, flags=every)
     yield from _row_cases("bias softcap", statistics, "fp32", bias="bf16", softcap=True)
-    yield from _row_cases("bias softcap", gradient, "fp32", "bf16", bias="bf16", softcap=True, **every)
+    yield from _row_cases("bias softcap", gradient, "fp32", "bf16", bias="bf16", softcap=True, flags=every)
 
 
 def _scale_cases() -> Iterator[KernelCase]:
@@ -199,10 +212,10 @@ def _scale_cases() -> Iterator[KernelCase]:
 def _token_cases() -> Iterator[KernelCase]:
     """The kernels of [N]: losses between two kernels, and a batch's metrics."""
     losses = _terms(DRPO(), "k3", kl_importance=True, entropy_bonus=True, z_loss=True)
-    types = {**TYPES, "terms.hyper": ("fp32",) * len(losses.pop("hyper")), "values": "*fp32"}
+    types = {**TYPES, "terms.hyper": ("fp32",) * len(losses["hyper"]), "values": "*fp32"}
     types |= {"valid": "*u8", "unscorable": "*u8", "given": "*fp32", "counts": "*i64"}
-    terms = {f"terms.{name}": value for name, value in losses.items()}
-    measured = {f"terms.{name}": value for name, value in metrics.metric_constants(DPPO()).items()}
+    terms = {f"terms.{name}": value for name, value in losses.items() if name != "hyper"}
+    measured: dict[str, object] = {f"terms.{name}": value for name, value in metrics.metric_constants(DPPO()).items()}
     measured["terms.kl"] = KL_ESTIMATORS["k3"].twin
     for label, kernel, values, block in (
         ("losses[drpo k3 entropy z-loss]", kernels.losses_kernel, terms, LOSSES_BLOCK),
@@ -223,7 +236,8 @@ def sparse_cases() -> Iterator[KernelCase]:
         types |= {"out.left_out": "*fp32"}
         for vendor, device in ROW_DEVICES.items():
             tile, loaded = select_tile(VOCAB, BYTES[logits], device), BYTES[logits] + BYTES[bias]
-            values = {"logits.column_stride": 1, "BLOCK": tile.block, "CAPACITY": entry_capacity(limit)}
+            values: dict[str, object] = {"logits.column_stride": 1, "BLOCK": tile.block}
+            values |= {"CAPACITY": entry_capacity(limit)}
             values |= {} if bias else {"logits.bias": None, "logits.softcap": None}
             # four columns a thread, or eight of 16 bits; under Triton 3.6 a word may wait on sm_100
             expected = Expected(64 if bias else 128, 0, 4 * (4 + BYTES[bias]), local_bytes=16, element_bytes=loaded)
@@ -231,23 +245,23 @@ def sparse_cases() -> Iterator[KernelCase]:
                 f"select[{logits}{' bias softcap' if bias else ''}]", sparse.select_kernel, types, values, (vendor,),
                 {"num_warps": tile.num_warps}, DIVISIBLE, expected,
             )  # fmt: skip
-    tile = gather_tile(4096)
-    launch = {"num_warps": tile.num_warps}
-    types = dict.fromkeys(("index", "offsets", "places", "left_index", "right_index"), "*i64") | {"width": "i32"}
-    types |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
-    types |= dict.fromkeys(("table.row_stride", "left.row_stride", "right.row_stride", "out_stride"), "i64")
+    gather = gather_tile(4096)
+    launch = {"num_warps": gather.num_warps}
+    sums = dict.fromkeys(("index", "offsets", "places", "left_index", "right_index"), "*i64") | {"width": "i32"}
+    sums |= dict.fromkeys(("factors", "base_factors", "base"), "*fp32")
+    sums |= dict.fromkeys(("table.row_stride", "left.row_stride", "right.row_stride", "out_stride"), "i64")
     unit = dict.fromkeys(("table.column_stride", "left.column_stride", "right.column_stride"), 1)
     for table, out, based in (("bf16", "bf16", True), ("bf16", "fp32", False), ("fp32", "fp32", False)):
-        values = unit | {"ROUNDED": COMPUTE[table], "ROWS": tile.rows, "COLUMNS": tile.columns}
+        values = unit | {"ROUNDED": COMPUTE[table], "ROWS": gather.rows, "COLUMNS": gather.columns}
         values |= {} if based else {"base": None, "base_factors": None}
         tables = {"table.data": f"*{table}", "out": f"*{out}"}
         label = f"gathered_sums[{table}>{out}{' base' if based else ''}]"
-        yield _case(label, sparse.gathered_sums_kernel, types | tables, values, (), launch, GATHERED)
+        yield _case(label, sparse.gathered_sums_kernel, sums | tables, values, (), launch, GATHERED)
     for table in ("bf16", "fp32"):
-        values = unit | {"ROUNDED": COMPUTE[table], "COLUMNS": tile.columns}
+        values = unit | {"ROUNDED": COMPUTE[table], "COLUMNS": gather.columns}
         tables = {"left.data": f"*{table}", "right.data": f"*{table}", "out": "*fp32"}
         label = f"gathered_dots[{table}]"
-        yield _case(label, sparse.gathered_dots_kernel, types | tables, values, (), launch, GATHERED)
+        yield _case(label, sparse.gathered_dots_kernel, sums | tables, values, (), launch, GATHERED)
 
 
 def _case(

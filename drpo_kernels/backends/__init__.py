@@ -1,6 +1,7 @@
 """The choice of the backend that runs the row operations."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from drpo_kernels.backends.matmul import HeadMatmul, HeadProducts
 from drpo_kernels.backends.rows import RowOps
 from drpo_kernels.triton_support import HAS_TRITON, INTERPRETING
+
+if TYPE_CHECKING:
+    from drpo_kernels.backends.triton.launch import TritonRows
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -50,10 +54,11 @@ def choose_backend(
             raise RuntimeError(f"batch_invariant=True needs backend 'triton', which cannot run: {obstacle}")
         return BackendChoice("triton", "batch_invariant is Triton's alone")
     if requested is None:
-        obstacle = _triton_obstacle(device, dtype)
-        if device.type == "cuda" and obstacle is None:
-            return BackendChoice("triton", f"Triton is available for {device.type} tensors")
-        return BackendChoice("torch", "chunked PyTorch is the default on a CPU" if device.type == "cpu" else obstacle)
+        if device.type == "cpu":
+            return BackendChoice("torch", "chunked PyTorch is the default on a CPU")
+        if obstacle := _triton_obstacle(device, dtype):
+            return BackendChoice("torch", obstacle)
+        return BackendChoice("triton", f"Triton is available for {device.type} tensors")
     if requested not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     if requested == "triton" and (obstacle := _triton_obstacle(device, dtype)):
@@ -61,6 +66,10 @@ def choose_backend(
     return BackendChoice(requested, "requested")
 
 
+@overload
+def row_ops(name: Literal["triton"]) -> "TritonRows": ...
+@overload
+def row_ops(name: str) -> RowOps: ...
 def row_ops(name: str) -> RowOps:
     if name == "triton":
         from drpo_kernels.backends.triton.launch import TritonRows

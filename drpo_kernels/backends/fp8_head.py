@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.matmul import HeadMatmul, cast_rows, float32_outputs, product
+from drpo_kernels.backends.matmul import HeadProducts, cast_rows, float32_outputs, product
 from drpo_kernels.backends.quantize import FORMATS, Quantized, per_row
 
 # fp8 GEMMs want V and H in multiples of this.
@@ -84,7 +84,7 @@ class Fp8Logits:
     which takes V·H bytes, half of a bf16 weight.
     """
 
-    def __init__(self, matmul: HeadMatmul, head_dtype: str):
+    def __init__(self, matmul: HeadProducts, head_dtype: str):
         self.matmul, self.form = matmul, FORMATS[head_dtype]
         weight = matmul.weight
         step = max(cast_rows(weight) // MULTIPLE, 1) * MULTIPLE
@@ -96,7 +96,7 @@ class Fp8Logits:
         return per_row(self.matmul.operand(x), self.form)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out [n, V] = the quantised product of hidden [n, H], an operand of `HeadMatmul`, and the weight."""
+        """out [n, V] = the quantised product of hidden [n, H], an operand of `HeadProducts`, and the weight."""
         rows = self._quantized(hidden)
         for i, block in enumerate(self.blocks):
             weight = self._quantized(self.matmul.weight[block]) if self.kept is None else self.kept[i]

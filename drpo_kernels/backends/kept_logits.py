@@ -34,8 +34,8 @@ class KeptEntries(NamedTuple):
 
 def _entries(ids: Tensor, weight: Tensor, execution: Execution) -> KeptEntries:
     first = 0 if execution.vocab_shard is None else execution.vocab_shard.start
-    places = ((ids >= first) & (ids < first + weight.shape[0])).nonzero(as_tuple=True)
-    return KeptEntries(places[0], ids[places] - first, places)
+    rows, places = ((ids >= first) & (ids < first + weight.shape[0])).nonzero(as_tuple=True)
+    return KeptEntries(rows, ids[rows, places] - first, (rows, places))
 
 
 def kept_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, spec: Spec) -> Tensor:
@@ -74,23 +74,24 @@ def kept_gradients(
     found: list[Tensor | None] = [None, None, None]
     if needs_grad.hidden:
         shard = execution.vocab_shard
-        sums = shard is not None and not shard.partial_hidden_gradient
-        dtype = slopes.dtype if sums else hidden.dtype
+        if shard is not None and shard.partial_hidden_gradient:
+            shard = None
+        dtype = hidden.dtype if shard is None else slopes.dtype
         out = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format).view(-1, hidden.shape[-1])
         places, counts = entries.rows.unique_consecutive(return_counts=True)
         terms = GatheredSums(entries.columns, values, offsets_of(counts), places)
         ops.gathered_sums(weight, terms, out, execution.compute_dtype)
-        out = summed(out, shard.group) if sums else out
+        out = out if shard is None else summed(out, shard.group)
         found[0] = out.to(hidden.dtype).view(hidden.shape)
     if needs_grad.weight or needs_grad.bias:
         order = entries.columns.argsort(stable=True)  # by column, and by row within a column
         columns, counts = entries.columns[order].unique_consecutive(return_counts=True)
         ordered, offsets = values[order], offsets_of(counts)
     if needs_grad.weight:
-        found[1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        out = found[1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         terms = GatheredSums(entries.rows[order], ordered, offsets, columns)
-        ops.gathered_sums(hidden.reshape(-1, hidden.shape[-1]), terms, found[1], execution.compute_dtype)
-    if needs_grad.bias:
-        found[2] = torch.zeros_like(bias)
-        found[2][columns] = torch.segment_reduce(ordered, "sum", offsets=offsets).to(bias.dtype)
+        ops.gathered_sums(hidden.reshape(-1, hidden.shape[-1]), terms, out, execution.compute_dtype)
+    if bias is not None and needs_grad.bias:
+        out = found[2] = torch.zeros_like(bias)
+        out[columns] = torch.segment_reduce(ordered, "sum", offsets=offsets).to(bias.dtype)
     return Gradients(*found).as_tensors(hidden)

@@ -5,6 +5,7 @@ block of the vocabulary at a time. Float32 master weights under autocast are cas
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import operator
@@ -44,7 +45,7 @@ class Setting(NamedTuple):
     """A setting of the process, read and written by PyTorch's own functions in C."""
 
     read: Callable[[], object]
-    write: Callable[..., None]
+    write: Callable[..., object]
     exact: object  # the value that makes products exact
     paired: bool = False  # True if `read` returns and `write` takes a second value, which stays as it is
 
@@ -69,9 +70,9 @@ def _float32_settings() -> tuple[Setting, ...]:
     """
     if not PER_BACKEND:
         return (Setting(torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision, "highest"),)
-    functions = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     levels = ("generic", "all"), ("cuda", "all"), ("cuda", "matmul")
-    return tuple(Setting(*(functools.partial(f, *level) for f in functions), "none") for level in levels)
+    return tuple(Setting(functools.partial(read, *x), functools.partial(write, *x), "none") for x in levels)
 
 
 _BF16_SUMS, *_FP16_SUMS = map(_sums, NARROW_SUMS)
@@ -104,8 +105,9 @@ def exactly(settings: tuple[Setting, ...], multiply: Callable[[], object]) -> No
         multiply()
         return
     locked: list[bool] = []  # [True] once the lock is held
-    change = [map(locked.append, itertools.starmap(_changing.acquire, [()]))]
-    restore = [map(_changing.__exit__, locked)]
+    change: list[Iterator] = [map(locked.append, itertools.starmap(_changing.acquire, [()]))]
+    # `__exit__`, written in C, takes any arguments: they need not be an exception's three.
+    restore: list[Iterator] = [map(_changing.__exit__, locked)]  # type: ignore[arg-type]
     for setting in settings:
         changing, restoring = setting.steps()
         change += changing
@@ -181,7 +183,17 @@ def _product_in_float64(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> 
             for x, y in zip(left.split(DOUBLE_TILE, 1), right.split(DOUBLE_TILE), strict=True):
                 x, y = x.double(), y.double()
                 total = torch.mm(x, y) if total is None else total.addmm_(x, y)
+            assert total is not None  # a split has at least one part
             tile.copy_(total)
+
+
+def exact_products() -> contextlib.AbstractContextManager:
+    """No autocast; `product` sees to the rest. In C, unlike `torch.autocast`, so that no Ctrl-C cuts its end off.
+
+    A sweep is made inside: making it reads a count from the device, which is idle from then until the first product, so
+    nothing slow may come between.
+    """
+    return torch._C._DisableAutocast()
 
 
 class HeadProducts(Protocol):
@@ -194,6 +206,7 @@ class HeadProducts(Protocol):
     hidden_gradient_dtypes  the dtypes in which dX may be written
     """
 
+    weight: Tensor
     accumulator: torch.dtype
     operand_dtype: torch.dtype
     row_multiple: int
@@ -201,23 +214,29 @@ class HeadProducts(Protocol):
 
     def operand(self, x: Tensor) -> Tensor:
         """Hidden states [n, H], cast to what the products below take."""
+        ...
 
     def cast_bytes(self, dtype: torch.dtype) -> int:
         """How many bytes `operand` allocates for each element of an x of that dtype, intermediate copies included."""
+        ...
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [n, V] = hidden [n, H] @ weight.T. `out` has the accumulator's dtype, or a narrower one on request."""
+        ...
 
     def hidden_gradient(self, dlogits: Tensor, out: Tensor) -> None:
         """out [n, H] = dlogits [n, V] @ weight, added up in the accumulator's precision and rounded once."""
+        ...
 
     def add_weight_gradient(
         self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: Tensor | None
     ) -> None:
         """out [V, H] += unscale · dlogits.T @ hidden, or = for the first chunk; `unscale` is 0-d, or None for 1."""
+        ...
 
     def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: Tensor | None) -> None:
         """out [V] += unscale · Σ_rows dlogits, or = for the first chunk."""
+        ...
 
 
 class HeadMatmul:
@@ -236,7 +255,9 @@ class HeadMatmul:
         narrow = compute_dtype.itemsize < 4 and float32_outputs(weight.device, compute_dtype)[0]
         self.operand_dtype = compute_dtype if narrow else self.accumulator
         # If the weight must be cast, the products of its blocks are added in `out`, which must then be wide.
-        self.hidden_gradient_dtypes = (self.accumulator,) if self.casts else (self.accumulator, self.operand_dtype)
+        self.hidden_gradient_dtypes: tuple[torch.dtype, ...] = (self.accumulator,)
+        if not self.casts:
+            self.hidden_gradient_dtypes += (self.operand_dtype,)
 
     @property
     def casts(self) -> bool:

@@ -202,7 +202,7 @@ class SweepPlan:
         return [
             ("rows", None, f"{self.sizes.active} with a gradient, {self.sizes.forward} without"),
             ("windows", None, f"{len(self.windows)} of {self.windows.largest} rows: one product {products}"),
-            *([("", None, self._filled())] if self.fitting else []),
+            *([("", None, self._filled(self.fitting))] if self.fitting else []),
             ("logits", logits_bytes, f"{logits}, {self.logits_rows} rows at a time"),
             ("dlogits", self.buffer_bytes - logits_bytes, f"{dlogits}, {place}"),
             *([("", None, kept)] if self.retained else []),
@@ -212,13 +212,13 @@ class SweepPlan:
             ("together", self.total_bytes, f"beyond inputs and gradients{wait}"),
         ]  # fmt: skip
 
-    def _filled(self) -> str:
+    def _filled(self, fitting: int) -> str:
         shares = []
-        for rows in (self.windows.chunk_rows, self.fitting):
+        for rows in (self.windows.chunk_rows, fitting):
             tiles, waves = dx_tiles(ChunkPlan(self.sizes.active, rows), self.sizes.hidden, self.processors)
             shares.append(f"{tiles / (waves * self.processors):.0%}")
         own, other = shares
-        return f"tiles of dX fill {own} of {self.processors} processors, {other} with windows of {self.fitting} rows"
+        return f"tiles of dX fill {own} of {self.processors} processors, {other} with windows of {fitting} rows"
 
 
 def plan(

@@ -58,6 +58,7 @@ def gradient_rows(
         scale, unscale = float16_scale(torch.where(batch.rows[Field.KIND] == RowKind.ACTIVE, chained, 0))
         slopes = slopes * scale
     for rows, piece, gradient in _pieces(batch, vocab, out):
+        assert gradient is not None  # it is a piece of `out`
         ops.write_gradient(piece, statistics[:, rows], slopes[:, rows], gradient)
     return unscale
 
@@ -84,6 +85,7 @@ def ready_policy(
     """The policy loss of logits [..., V] -> (outcome [len(Outcome), N], gradient or an empty tensor, the 0-d factor
     that the gradient is still to be multiplied by).
     """
+    assert spec.terms is not None
     out = None
     if with_gradient:
         out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)

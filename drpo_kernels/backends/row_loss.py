@@ -56,18 +56,19 @@ def row_losses(statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, 
     """`RowOps.losses` by autograd: statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
     with own_graph():
         rows = recordable(rows)
-        values = [recordable(statistics[stat]).detach() for stat in (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)]
+        logprobs, logsumexp, entropy = values = [
+            recordable(statistics[stat]).detach() for stat in (Stat.LOGPROB, Stat.LOGSUMEXP, Stat.ENTROPY)
+        ]
         leaves = [x.requires_grad_() for x in values[: 3 if terms.entropy_bonus else 1 + terms.z_loss]]
-        tokens = row_tokens(values[0], rows)
+        tokens = row_tokens(logprobs, rows)
         policy = token_losses(terms.objective, tokens)
-        others = other_terms(tokens, *values[1:], rows, terms)
+        others = other_terms(tokens, logsumexp, entropy, rows, terms)
         slope = derivative(policy, leaves[0], terms.objective)
         loss = row_loss(policy, others, rows)
         slopes = [rows[Field.POLICY] * slope, *(torch.zeros_like(slope) for _ in leaves[1:])]
         if others is not None:
             found = torch.autograd.grad(others.sum(), leaves, allow_unused=True)
             slopes = [a if b is None else a + b for a, b in zip(slopes, found, strict=True)]
-    logprobs, logsumexp, entropy = values
     return torch.stack([logprobs, entropy, logsumexp, loss, slope]).detach(), torch.stack(slopes)
 
 

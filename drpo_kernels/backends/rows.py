@@ -114,27 +114,27 @@ class RowOps(Protocol):
     that are not ACTIVE.
     """
 
-    def invariant(self) -> "RowOps":
-        """The operations for `batch_invariant`, which only Triton has. A row's log-prob then has the same bits whether
-        `policy` or `statistics` computes it.
-        """
-
     def statistics(self, batch: RowBatch) -> Tensor:
-        """Compute the statistics -> [len(Stat), N]. They are 0 where the row is SKIPPED."""
+        """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+        ...
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
         """out = d/dx Σ (slopes[0] · logprob + slopes[1] · logsumexp + slopes[2] · entropy); slopes as in `Slope`."""
+        ...
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-        """Compute the loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+        ...
 
     def fuses(self, terms: Terms) -> bool:
         """Whether `policy` exists for these terms."""
+        ...
 
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
         """Whether `policy` takes `factors` for these terms, with logits and `out` of these dtypes. It then reads a row
         once. It cannot with an entropy bonus or a z-loss, whose gradient is no multiple of p.
         """
+        ...
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         """Compute statistics, loss and, with `out`, the gradient in one launch -> [len(Outcome), N].
@@ -142,9 +142,13 @@ class RowOps(Protocol):
         With `factors` [N] the gradient is factors ⊙ out. `out` gets exp(q), and -Σ_{j≠y} exp(q_j) at the target. A
         row's factor is -slope / SUM · dz/dx, or 0 where the row is not ACTIVE.
         """
+        ...
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
-        """values *= factor, in place. values are contiguous, factor is 0-d, and each product is rounded once."""
+        """values *= factor, in place, of any shape and contiguous; factor is 0-d, and each product is rounded once."""
+        ...
+
+
 
 
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,9 +156,11 @@ def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
 
     Without it float16 dlogits of c·p ~ 1e-9 would flush to zero, and a GradScaler acts too late to prevent that.
     """
-    # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|. That maximum is below max(H, 1/e),
-    # which is below 16 for a vocabulary of less than e^16 tokens.
-    bound = sum(weight * slope.abs() for weight, slope in zip((1, 1, 16), slopes, strict=False))
+    # |dlogits| <= |slope| + |logsumexp slope| + |entropy slope| · max p|log p + H|, that maximum below max(H, 1/e) < 16
+    # for any vocabulary under e^16
+    bound = slopes[0].abs()
+    for weight, slope in zip((1, 16), slopes[1:], strict=False):
+        bound = bound + weight * slope.abs()
     bound = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).amax().clamp(max=2.0**100)
     scale = torch.exp2(14 - bound.log2().ceil())
     return scale, 1 / scale

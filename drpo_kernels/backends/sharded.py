@@ -61,6 +61,12 @@ class ShardedRows:
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
         return False
 
+    def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
+        raise NotImplementedError("no terms are fused where a head is split")
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        self.inner.scale(values, factor)
+
 
 def combined(pieces: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Spec:
     def decode(words: list[str], numbers: list[float]) -> "Spec":
         """The inverse of `encode`."""
         (objective, *words), (vocab, *numbers) = words, numbers
-        parts: dict[str, dict[str, object]] = {"transform": {}, "execution": {}, "terms": {}}
+        parts: dict[str, dict[str, Any]] = {"transform": {}, "execution": {}, "terms": {}}
         for part, name, kind in _FIELDS:
             parts[part][name] = _READ[kind](numbers.pop(0) if kind == "number" else words.pop(0))
         terms = Terms(decode_objective(objective, numbers), **parts["terms"])

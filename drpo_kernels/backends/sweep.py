@@ -5,11 +5,10 @@ each row. For each window one product gives dX and one adds to dW. No [T, V] ten
 dlogits in 16 bits: planning.py decides that. Nothing here knows an objective or a kernel.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from drpo_kernels.backends import head_products, row_ops
 from drpo_kernels.backends.devices import device_properties
 from drpo_kernels.backends.fp8_head import Fp8Logits
-from drpo_kernels.backends.matmul import HeadProducts
+from drpo_kernels.backends.matmul import HeadProducts, exact_products
 from drpo_kernels.backends.planning import ChunkPlan, NeedsGrad, Sizes, Storage, SweepPlan, WeightGradient, plan
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import Field, Outcome, RowBatch, RowKind, RowOps, Stat, Terms, Transform
@@ -27,9 +26,10 @@ from drpo_kernels.collectives import start_sum
 
 # Rows are padded to a multiple of so many columns. Each starts on a 32-byte boundary, so that its loads are wide.
 COLUMN_MULTIPLE = 16
-# A sweep calls it for each chunk with its batch, further tensors of its rows, and the places for dlogits (`out`) and
-# for their `factors`, or None. It returns what the rows report [K, n], or None.
-RowFunction = Callable[..., Tensor | None]
+# What a sweep does with a chunk: (its batch, further tensors of its rows, `out` and `factors`: where its dlogits and
+# their factors go, or None) -> what its rows report [K, n], or None.
+Report = TypeVar("Report")
+RowFunction = Callable[..., Report]
 
 
 class Head(NamedTuple):
@@ -103,13 +103,12 @@ class LinearSweep:
         self._hidden_view = _as_rows(hidden)
         shard = execution.vocab_shard
         self.shard = shard if shard is not None and len(shard.sizes) > 1 else None
-        ops = row_ops(execution.backend)
-        ops = ops.invariant() if execution.batch_invariant else ops
+        ops = row_ops("triton").invariant() if execution.batch_invariant else row_ops(execution.backend)
         self.ops: RowOps = ops if self.shard is None else ShardedRows(ops, self.shard)
         weight = head.weight[: head.vocab]
         self.matmul: HeadProducts = head_products(weight, execution.compute_dtype, execution.batch_invariant)
-        quantized = execution.head_dtype is not None
-        self.head_product = Fp8Logits(self.matmul, execution.head_dtype) if quantized else self.matmul
+        form = execution.head_dtype
+        self.head_product = self.matmul if form is None else Fp8Logits(self.matmul, form)
         self.bias = None if head.bias is None else head.bias[: head.vocab].contiguous()
         self._order(targets, rows, any(needs_grad))
         logits_dtype = execution.logits_dtype or self.matmul.accumulator
@@ -163,7 +162,7 @@ class LinearSweep:
     def _allocate(self) -> None:
         storage = self.plan.storage
         self._factors = self.rows.new_empty(self.plan.windows.largest) if self._factored else None
-        self._logits = self._rows_buffer(self.plan.logits_rows, storage.logits)
+        self._logits: Tensor | None = self._rows_buffer(self.plan.logits_rows, storage.logits)
         self._dlogits = None if self.plan.in_place else self._rows_buffer(self.plan.dlogits_rows, storage.dlogits)
         self._gradients = self._gradient_buffers()
 
@@ -177,8 +176,8 @@ class LinearSweep:
         hidden_gradient = weight_gradient = bias_gradient = None
         if self.needs_grad.hidden:
             written = self.active == self.count and self.writes_every_row  # no product writes a SKIPPED row
-            make = torch.empty_like if written else torch.zeros_like
-            hidden_gradient = make(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
+            make_like = torch.empty_like if written else torch.zeros_like
+            hidden_gradient = make_like(self.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
             hidden_gradient = hidden_gradient.view(-1, self.hidden.shape[-1])
         if self.needs_grad.weight and self.head.main_grad is None:
             make = torch.empty if self.active else torch.zeros
@@ -187,29 +186,27 @@ class LinearSweep:
             if self.head.vocab < weight.shape[0]:
                 weight_gradient[self.head.vocab :] = 0
         if self.needs_grad.bias:
-            shape = self.head.bias.shape if self._factors is None else (*self.head.bias.shape, 2)
-            bias_gradient = torch.zeros(shape, dtype=accumulator, device=weight.device)
+            parts = () if self._factors is None else (2,)
+            bias_gradient = torch.zeros(weight.shape[0], *parts, dtype=accumulator, device=weight.device)
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
-    def run(self, compute: RowFunction, *per_row: Tensor, forward_rows: bool = True) -> list[Tensor | None]:
-        """Call `compute` on every chunk, with the chunk's columns of the tensors [K, swept] `per_row`, and add up the
-        gradients. With `forward_rows`, rows without a gradient are computed too. -> the chunks' reports, in row order.
+    def run(self, compute: RowFunction[Report], *per_row: Tensor, forward_rows: bool = True) -> list[Report]:
+        """Call `compute` on every chunk, with the chunk's part of each tensor [K, swept] of `per_row`, and add up the
+        gradients. `forward_rows`: rows without a gradient are computed too. -> what the chunks report, in row order.
         """
         forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            logits = self._logits[: chunk.stop - chunk.start]
-            forward.append(compute(self._batch(rows, logits), out=None, factors=None))
+            forward.append(compute(self._batch(rows), out=None, factors=None))
         for window in self.plan.windows:
             for chunk in self.plan.chunks(window):
                 rows = slice(window.start + chunk.start, window.start + chunk.stop)
-                logits = self._logits[: chunk.stop - chunk.start]
-                dlogits = logits if self._dlogits is None else self._dlogits[chunk]
+                dlogits = self._logits_of(chunk) if self._dlogits is None else self._dlogits[chunk]
                 factors = None if self._factors is None else self._factors[chunk]
-                further = (x[:, rows] for x in per_row)
-                reports.append(compute(self._batch(rows, logits), *further, out=dlogits, factors=factors))
+                parts = (x[:, rows] for x in per_row)
+                reports.append(compute(self._batch(rows), *parts, out=dlogits, factors=factors))
             if self._dlogits is not None and window.stop == self.active:
-                self._logits = logits = None  # copies of the hidden rows may take their memory
+                self._logits = None  # copies of the hidden rows may take the room
             self._accumulate(window)
         return reports + forward
 
@@ -224,26 +221,29 @@ class LinearSweep:
         """Hidden states in the caller's dtype, [n, H]: a view if the rows are consecutive, or else a copy of them."""
         if self._hidden_view is not None:
             return self._hidden_view[rows if self.index is None else self.index[rows]]
-        positions = rows
         if isinstance(rows, slice):
-            positions = torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        if self.index is not None:
-            positions = self.index[positions]
-        places = []
+            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        positions = rows if self.index is None else self.index[rows]
+        places: list[Tensor] = []
         for size in reversed(self.hidden.shape[:-1]):  # torch.unravel_index would send the shape to the device
             places.insert(0, positions % size)
             positions = positions // size
         return self.hidden[tuple(places)]
 
-    def _batch(self, rows: slice, logits: Tensor) -> RowBatch:
-        """Compute the chunk's logits in the buffer `logits` and return them with the inputs of its rows."""
-        logits = self.head_product.logits(self.hidden_rows(rows), logits)
+    def _logits_of(self, rows: slice, start: int = 0) -> Tensor:
+        """Where the logits of these rows lie in the shared buffer, from its row `start`."""
+        assert self._logits is not None
+        return self._logits[start : start + rows.stop - rows.start]
+
+    def _batch(self, rows: slice, start: int = 0) -> RowBatch:
+        """The chunk's logits, in the shared buffer from its row `start`, with what its rows carry in."""
+        logits = self.head_product.logits(self.hidden_rows(rows), self._logits_of(rows, start))
         return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 
     def _accumulate(self, window: slice) -> None:
         """Write the window's dX, and add its dW and db."""
         first, count, unscale = window.start == 0, window.stop - window.start, self.unscale
-        dlogits = (self._logits if self._dlogits is None else self._dlogits)[:count]
+        dlogits = self._logits_of(window) if self._dlogits is None else self._dlogits[:count]
         factors = None if self._factors is None else self._factors[:count, None]
         complete = self._add_hidden_gradient(window, dlogits, unscale, factors) if self.needs_grad.hidden else _nothing
         if self.needs_grad.weight:
@@ -251,7 +251,7 @@ class LinearSweep:
             if factors is not None:
                 x = torch.mul(x, factors, out=x if self._copies else torch.empty_like(x))
             self._add_weight_gradient(dlogits, x, unscale, first=first)
-        if self.needs_grad.bias:
+        if self._gradients.bias is not None:
             bias = self._gradients.bias[: self.head.vocab]
             if factors is None:
                 self.matmul.add_bias_gradient(dlogits, bias, first=first, unscale=unscale)
@@ -263,8 +263,10 @@ class LinearSweep:
 
     @property
     def _weight_out(self) -> Tensor:
-        """The tensor [V', H] that dW is added to."""
-        return (self._gradients.weight if self.head.main_grad is None else self.head.main_grad)[: self.head.vocab]
+        """What dW [V', H] is added to."""
+        out = self._gradients.weight if self.head.main_grad is None else self.head.main_grad
+        assert out is not None
+        return out[: self.head.vocab]
 
     def _add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, unscale: Tensor | None, first: bool) -> None:
         first = first and self.head.main_grad is None
@@ -280,8 +282,9 @@ class LinearSweep:
         the rows of a product in that precision, before it is rounded.
         """
         gradient, accumulator = self._gradients.hidden, self.matmul.accumulator
-        sums = self.shard is not None and not self.shard.partial_hidden_gradient
-        direct = not sums and gradient.dtype in self.matmul.hidden_gradient_dtypes
+        assert gradient is not None
+        shard = None if self.shard is None or self.shard.partial_hidden_gradient else self.shard
+        direct = shard is None and gradient.dtype in self.matmul.hidden_gradient_dtypes
         direct &= factors is None or gradient.dtype == accumulator
 
         def place(rows: slice | Tensor, dx: Tensor, factors: Tensor | None, complete_sum: Callable[[], object]) -> None:
@@ -294,18 +297,20 @@ class LinearSweep:
                 gradient[self.index[rows]] = dx.mul_(factors).to(gradient.dtype)
 
         complete = _nothing
-        ranged = isinstance(window, slice)
-        if direct and self.index is None and ranged:
+        if direct and self.index is None and isinstance(window, slice):
             self._hidden_gradient(dlogits, gradient[window], unscale, factors)
             return complete
         for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
-            rows = slice(window.start + piece.start, window.start + piece.stop) if ranged else window[piece]
+            if isinstance(window, slice):
+                rows: slice | Tensor = slice(window.start + piece.start, window.start + piece.stop)
+            else:
+                rows = window[piece]
             dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
             self._hidden_gradient(dlogits[piece], dx, unscale)
-            own = None if factors is None else factors[piece]
-            complete = partial(place, rows, dx, own, start_sum(dx, self.shard.group) if sums else _nothing)
+            part = None if factors is None else factors[piece]
+            complete = partial(place, rows, dx, part, _nothing if shard is None else start_sum(dx, shard.group))
         return complete
 
     def _hidden_gradient(self, dlogits: Tensor, out: Tensor, *factors: Tensor | None) -> None:
@@ -321,8 +326,8 @@ class LinearSweep:
         bias = bias if bias is None or self._factors is None else bias.sum(1)
         hidden = hidden if hidden is None else hidden.view(self.hidden.shape)
         pairs = zip((hidden, weight, bias), (self.hidden, self.head.weight, self.head.bias), strict=True)
-        stored = Gradients(*(g if g is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs))
-        return stored.as_tensors(self.hidden)
+        stored = (None if g is None or x is None else g.to(stored_gradient_dtype(x.dtype)) for g, x in pairs)
+        return Gradients(*stored).as_tensors(self.hidden)
 
     def scatter(self, reports: list[Tensor], fields: int) -> Tensor:
         """Bring the chunks' reports, [fields, n] each, into the caller's order: [fields, N], 0 for rows not swept."""
@@ -335,15 +340,6 @@ class LinearSweep:
         return swept.new_zeros(swept.shape[0], self.count).index_copy_(1, self.index, swept)
 
 
-def exact_products() -> contextlib.AbstractContextManager:
-    """A context without autocast. It is written in C, unlike `torch.autocast`, so that a Ctrl-C cannot prevent its end.
-
-    A sweep is made inside it, because making one reads counts from the device. The device is then idle until the first
-    product, so nothing slow may come between the two.
-    """
-    return torch._C._DisableAutocast()
-
-
 def policy_sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, main_grad: Tensor | None,
     spec: Spec, needs_grad: Sequence[bool],
@@ -354,16 +350,17 @@ def policy_sweep(
     -> (outcome [len(Outcome), N], gradients of the summed loss for hidden, weight and bias). An empty tensor stands for
     a gradient that is not needed, and for the weight's where it was added to `main_grad` [V, H].
     """
-    head, needs_grad = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad)
+    head, needs_grad, terms = Head.of(weight, bias, spec, main_grad), NeedsGrad(*needs_grad), spec.terms
+    assert terms is not None
     with exact_products():
-        sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad, spec.terms)
+        sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad, terms)
 
         def in_steps(batch: RowBatch, out: Tensor | None, factors: Tensor | None) -> Tensor:
-            outcome, sweep.unscale = policy_rows(sweep.ops, head.vocab, spec.terms, batch, out)
+            outcome, sweep.unscale = policy_rows(sweep.ops, head.vocab, terms, batch, out)
             return outcome
 
-        fused = sweep.ops.fuses(spec.terms) and sweep.matmul.operand_dtype != torch.float16
-        reports = sweep.run(partial(sweep.ops.policy, terms=spec.terms) if fused else in_steps)
+        fused = sweep.ops.fuses(terms) and sweep.matmul.operand_dtype != torch.float16
+        reports = sweep.run(partial(sweep.ops.policy, terms=terms) if fused else in_steps)
         return sweep.scatter(reports, len(Outcome)), *sweep.gradients()
 
 

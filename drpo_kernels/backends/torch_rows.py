@@ -48,7 +48,7 @@ class TorchRows:
             sums[:, block] = _block_sums(base, buffers, e, index[block], factor[block, None] * LOG2E)
             if kept is not None and not direct:
                 kept[block] = (e.mul_(scratch.cap_slope(block)) if capped else e).to(kept.dtype)
-        statistics = _from_sums(*sums, factor, outside)
+        statistics = _from_sums(sums, factor, outside)
         return statistics.masked_fill_(batch.rows[Field.KIND] < RowKind.FORWARD, 0)
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
@@ -84,21 +84,26 @@ class TorchRows:
         return not (terms.entropy_bonus or terms.z_loss) and dlogits != torch.float16
 
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
-        wide = out is not None and out.dtype == batch.rows.dtype and out.shape == batch.logits.shape
-        multiplied = factors is None and wide and self.factors(terms, batch.logits.dtype, out.dtype)
+        multiplied = (
+            factors is None
+            and out is not None
+            and (out.dtype, out.shape) == (batch.rows.dtype, batch.logits.shape)
+            and self.factors(terms, batch.logits.dtype, out.dtype)
+        )
         if multiplied:
             factors = torch.empty_like(batch.rows[0])
-        cap_slope = 1
+        cap_slope: Tensor | int = 1
         if factors is not None and batch.transform.softcap is not None:
             cap_slope = Scratch(batch).cap_slope_at(safe_targets(batch)[0])
         statistics = self._statistics(batch, None if factors is None else out)
         outcome, slopes = row_losses(statistics, batch.rows, terms)
         if factors is not None:
+            assert out is not None
             self._finish_factors(batch, statistics, slopes, out, factors, cap_slope)
+            if multiplied:
+                out.mul_(factors[:, None])
         elif out is not None:
             self.write_gradient(batch, statistics, slopes, out)
-        if multiplied:
-            out.mul_(factors[:, None])
         return outcome
 
     def _finish_factors(
@@ -162,6 +167,7 @@ class Scratch:
         """The slope of the tanh at an entry of every row, [N, 1]."""
         x = self.batch.logits.gather(1, index).to(self.batch.rows.dtype)
         x = x if self._bias is None else x + self._bias[index]
+        assert self.batch.transform.softcap is not None
         return tanh_slope(x * (self.batch.transform.logit_scale / self.batch.transform.softcap))
 
     def _before_tanh(self, block: slice | Tensor, out: Tensor | None) -> Tensor:
@@ -206,10 +212,9 @@ def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor:
     return torch.cat([row_max, target, others, moment], dim=1).T
 
 
-def _from_sums(
-    reference: Tensor, target: Tensor, others: Tensor, moment: Tensor, factor: Tensor, outside: Tensor
-) -> Tensor:
-    """[len(Stat), N] from the [N] sums of `_block_sums`; NaN where the target is outside the vocabulary."""
+def _from_sums(sums: Tensor, factor: Tensor, outside: Tensor) -> Tensor:
+    """[len(Stat), N] from the sums [4, N] of `_block_sums`; NaN where the target is outside the vocabulary."""
+    reference, target, others, moment = sums
     target = target.masked_fill(outside[:, 0], torch.nan)
     at_target = target.exp2()
     total = others + at_target
@@ -229,14 +234,14 @@ class GradientRows(NamedTuple):
     """
 
     reference: Tensor
-    factor: Tensor  # the factor in q = factor · (b - reference)
-    scale: Tensor  # the factor of 2^q: -slope / Σ without an entropy term, 1 / Σ with one
-    per_q: Tensor | None  # the coefficient of q in dx / p, or None without an entropy term
-    constant: Tensor | None  # the part of dx / p that does not depend on the token
-    entropy_constant: Tensor | None  # the part of `constant` that is the entropy term's
-    index: Tensor  # the target's column
-    at_target: Tensor  # dx at the target, without the entropy term
-    elsewhere: Tensor | None  # bool: the target is in another shard, and `index` is some other token; None: no shards
+    factor: Tensor  # of q
+    scale: Tensor  # of 2^q, -slope / Σ without an entropy term, 1 / Σ with one
+    per_q: Tensor | None  # coefficient of q in dx / p, or None without an entropy term
+    constant: Tensor | None  # and what does not depend on the token
+    entropy_constant: Tensor | None  # of the entropy term alone
+    target: Tensor  # its index
+    at_target: Tensor  # dx there, without the entropy term
+    elsewhere: Tensor | None  # bool, the target is in another shard and its index is of some other token; None: nowhere
 
     @staticmethod
     def of(batch: RowBatch, statistics: Tensor, slopes: Tensor) -> "GradientRows":
@@ -259,7 +264,7 @@ class GradientRows(NamedTuple):
         return GradientRows(reference, factor, scale, per_q, constant, spread, index, at_target, elsewhere)
 
     def at(self, block: slice | Tensor) -> "GradientRows":
-        return GradientRows(*(None if x is None else x[block] for x in self))
+        return GradientRows._make(None if x is None else x[block] for x in self)
 
 
 def _block_gradient(base: Tensor, buffers: Tensor, row: GradientRows) -> Tensor:
@@ -271,10 +276,11 @@ def _block_gradient(base: Tensor, buffers: Tensor, row: GradientRows) -> Tensor:
     if row.per_q is None:
         gradient = q.exp2_().mul_(row.scale)
     else:
+        assert row.constant is not None and row.entropy_constant is not None
         p = torch.exp2(q, out=buffers[1]).mul_(row.scale)
         q.clamp_(min=LOWEST_SHIFT).mul_(row.per_q)
-        at_target = at_target + (q.gather(1, row.index) + row.entropy_constant) * p.gather(1, row.index)
+        at_target = at_target + (q.gather(1, row.target) + row.entropy_constant) * p.gather(1, row.target)
         gradient = q.add_(row.constant).mul_(p)
     if row.elsewhere is not None:
-        at_target = torch.where(row.elsewhere, gradient.gather(1, row.index), at_target)
-    return gradient.scatter_(1, row.index, at_target)
+        at_target = torch.where(row.elsewhere, gradient.gather(1, row.target), at_target)
+    return gradient.scatter_(1, row.target, at_target)

@@ -52,7 +52,7 @@ class Selection(NamedTuple):
 class GatheredSums(NamedTuple):
     """G sums over rows of a table [R, H]. Each adds consecutive products factor · row and has a place in the output."""
 
-    index: Tensor  # rows of the table, [M] int64
+    rows: Tensor  # of the table, [M] int64
     factors: Tensor  # [M], in the accumulator's dtype
     offsets: Tensor  # where each sum begins, and M, [G + 1] int64
     places: Tensor  # rows of the output, [G] int64; no two are the same
@@ -62,7 +62,8 @@ class EntryOps(RowOps, Protocol):
     """The operations of a backend on some entries of its rows, beside `RowOps`."""
 
     def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        """Compute the statistics, and return the batch for `select` and `write_gradient`, which alone may read it."""
+        """Statistics of a batch, and the batch for `select` and `write_gradient`; nothing else may read its logits."""
+        ...
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
         """Choose the fewest entries of each ACTIVE row, beside its target, that leave out at most
@@ -72,15 +73,18 @@ class EntryOps(RowOps, Protocol):
         more than 3 · limit entries exceed the smallest probability that can matter, if the sum of its other tokens is
         below LEAST_OTHERS, or if its entropy H = H(p_y) + (1 - p_y) · H(other tokens) exceeds that of any sparse row.
         """
+        ...
 
     def gathered_sums(
-        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: tuple[Tensor, Tensor] | None
+        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype,
+        base: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """out[places] += sums, or with `base` (a row [H], factors [G]) out[places] = sums + factors · row.
 
         Rows of the table are rounded to `dtype`. Sums are added in the order given, in the accumulator's precision, and
         rounded once to the dtype of `out` [., H].
         """
+        ...
 
     def gathered_dots(
         self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, dtype: torch.dtype
@@ -89,6 +93,7 @@ class EntryOps(RowOps, Protocol):
 
         The tables [., H] may have any strides; their rows are rounded to `dtype`. Indices are [M] int64.
         """
+        ...
 
 
 def entry_ops(backend: str) -> EntryOps:

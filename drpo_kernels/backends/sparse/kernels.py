@@ -123,7 +123,9 @@ def trim(
         fits = outside + tl.sum(tl.where(below, share, 0.0), 0) <= budget
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle - 1)
-    kept = (share >= floor * tl.exp2(low.to(tl.float32) / LEVELS_PER_OCTAVE)) & (lanes < found)
+    # To a checker `low` is a number, but the loop has made it a tensor.
+    least = floor * tl.exp2(low.to(tl.float32) / LEVELS_PER_OCTAVE)  # type: ignore[attr-defined]
+    kept = (share >= least) & (lanes < found)
     count = tl.sum(kept.to(tl.int32), 0)
     if count <= limit:
         column = tl.load(columns + lanes, mask=kept, other=0)

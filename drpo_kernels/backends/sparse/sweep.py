@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.matmul import product
+from drpo_kernels.backends.matmul import exact_products, product
 from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.ready import gradient_rows, policy_rows
 from drpo_kernels.backends.rows import Field, Outcome, RowBatch, Terms, float16_scale
@@ -30,9 +30,9 @@ from drpo_kernels.backends.sparse.contract import (
     entry_limit,
     entry_ops,
 )
-from drpo_kernels.backends.sparse.plan import sparse_plan
+from drpo_kernels.backends.sparse.plan import SparsePlan, sparse_plan
 from drpo_kernels.backends.spec import Execution, Spec
-from drpo_kernels.backends.sweep import Head, LinearSweep, exact_products
+from drpo_kernels.backends.sweep import Head, LinearSweep
 
 
 class Entries(NamedTuple):
@@ -49,6 +49,7 @@ class SparseSweep(LinearSweep):
     """The chunk loop in which only dense rows reach the products."""
 
     ops: EntryOps
+    plan: SparsePlan
     make_plan = staticmethod(sparse_plan)
     writes_every_row = False
 
@@ -62,10 +63,8 @@ class SparseSweep(LinearSweep):
         """Fill `outcome` [len(Outcome) + len(Sparsity), swept] and the gradients."""
         for chunk in self.plan.forward:
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            batch = self._batch(rows, self._logits[: chunk.stop - chunk.start])
-            outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, batch, None)[0]
-        self._waiting = self._logits if self._dlogits is None else self._dlogits  # the first `_filled` rows are taken
-        self._dense: list[Tensor] = []  # the positions of those rows
+            outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, self._batch(rows))[0]
+        self._dense: list[Tensor] = []  # their positions
         self._filled, self._products = 0, 0
         self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
         limit = entry_limit(self.head.vocab, self.hidden.device.type)
@@ -84,8 +83,15 @@ class SparseSweep(LinearSweep):
             start = stop
         if self.active:
             self._flush(last=True)
-            self._waiting = self._logits = self._dlogits = None  # the sums need their memory
+            self._logits = self._dlogits = None  # the sums need the room
             self._add_entries()
+
+    @property
+    def _waiting(self) -> Tensor:
+        """The buffer for dlogits of dense rows, the first `_filled` of which wait."""
+        waiting = self._logits if self._dlogits is None else self._dlogits
+        assert waiting is not None
+        return waiting
 
     def _room(self) -> int:
         """The rows of the next chunk, all of which may be dense. If the window has no room for them, it is emptied."""
@@ -93,14 +99,14 @@ class SparseSweep(LinearSweep):
             if 2 * self._filled > len(self._waiting):
                 self._flush()
             return len(self._waiting) - self._filled
+        assert self._logits is not None
         most = min(len(self._logits), len(self._waiting))
         if self._filled + most > len(self._waiting):
             self._flush()
         return most
 
     def _chunk(self, rows: slice, terms: Terms, outcome: Tensor, limit: int) -> Entries:
-        count, at = rows.stop - rows.start, self._filled if self._dlogits is None else 0
-        statistics, batch = self.ops.consume(self._batch(rows, self._logits[at : at + count]))
+        statistics, batch = self.ops.consume(self._batch(rows, self._filled if self._dlogits is None else 0))
         outcome[: len(Outcome), rows], slopes = self.ops.losses(statistics, batch.rows, terms)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)
@@ -141,7 +147,7 @@ class SparseSweep(LinearSweep):
         complete = None
         if self.needs_grad.hidden and self._filled:
             complete = self._add_hidden_gradient(rows, dlogits, unscale)
-        if self.needs_grad.bias and self._filled:
+        if self._gradients.bias is not None and self._filled:
             bias = self._gradients.bias[:vocab]
             self.matmul.add_bias_gradient(dlogits, bias, first=not self._products, unscale=unscale)
         if self.needs_grad.weight:
@@ -162,8 +168,8 @@ class SparseSweep(LinearSweep):
         """Add dX, dW and db of the entries that wait."""
         entries = Entries(*(torch.cat(x) for x in zip(*self._entries, strict=True)))
         self._entries = []
-        if self.needs_grad.hidden:
-            self._add_to_hidden(entries)
+        if self._gradients.hidden is not None:
+            self._add_to_hidden(entries, self._gradients.hidden)
         if self.needs_grad.weight or self.needs_grad.bias:
             self._add_to_head(entries)
         self._added += len(entries.counts)
@@ -175,12 +181,12 @@ class SparseSweep(LinearSweep):
         self.matmul.hidden_gradient(mean.new_ones(1, self.head.vocab, dtype=self.matmul.operand_dtype), mean)
         return mean[0] / self.head.vocab
 
-    def _add_to_hidden(self, entries: Entries) -> None:
+    def _add_to_hidden(self, entries: Entries, out: Tensor) -> None:
         sparse = entries.counts.nonzero()[:, 0]
         places = self._places(self._added + sparse)
         sums = GatheredSums(entries.columns, entries.values, offsets_of(entries.counts[sparse]), places)
         table, base = self.head.weight[: self.head.vocab], (self._mean_row, entries.spread[sparse])
-        self.ops.gathered_sums(table, sums, self._gradients.hidden, self.execution.compute_dtype, base)
+        self.ops.gathered_sums(table, sums, out, self.execution.compute_dtype, base)
 
     def _add_to_head(self, entries: Entries) -> None:
         order = entries.columns.argsort(stable=True)  # by column, and by row within a column
@@ -192,7 +198,7 @@ class SparseSweep(LinearSweep):
                 table, rows = self._selected(slice(0, self.active)), entries.rows[order]
             sums = GatheredSums(rows, values, offsets, columns)
             self.ops.gathered_sums(table, sums, self._weight_out, self.execution.compute_dtype)
-        if self.needs_grad.bias:
+        if self._gradients.bias is not None:
             bias = self._gradients.bias[: self.head.vocab]
             bias += entries.spread.sum() / self.head.vocab
             bias[columns] += torch.segment_reduce(values, "sum", offsets=offsets).to(bias.dtype)
@@ -222,5 +228,6 @@ def sparse_policy_sweep(
     with exact_products():
         sweep = SparseSweep(hidden, head, targets, rows, spec.execution, needs_grad)
         outcome = rows.new_zeros(SPARSE_OUTCOME, sweep.swept)
+        assert spec.terms is not None
         sweep.run_sparse(spec.terms, outcome)
         return sweep.scatter([outcome], SPARSE_OUTCOME), *sweep.gradients()

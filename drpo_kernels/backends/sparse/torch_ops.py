@@ -73,9 +73,9 @@ class TorchEntries(TorchRows):
         together = batch.order is None or len(batch.order) == len(batch.logits)
         step = max(torch_rows.CPU_BLOCK // max(vocab, 1), 1)
         for block in (slice(start, min(start + step, count)) for start in range(0, count, step)):
-            e = batch.logits[block] if together else batch.logits[batch.order[block]]
+            e = batch.logits[block if batch.order is None or together else batch.order[block]]
             gradient = torch.mul(e, per_row.scale[block], out=out[block] if together else e)
-            gradient.scatter_(1, per_row.index[block], per_row.at_target[block])
+            gradient.scatter_(1, per_row.target[block], per_row.at_target[block])
             if not together:
                 out[block] = gradient
 
@@ -130,10 +130,10 @@ def _gathered(table: Tensor, sums: GatheredSums, dtype: torch.dtype) -> Iterator
     if table.dtype == wide == dtype:
         edges = list(range(0, groups, step))
     else:
-        edges = torch.searchsorted(stops, torch.arange(0, len(sums.index), step, device=stops.device), right=True)
-        edges = edges.tolist()
+        starts = torch.arange(0, len(sums.rows), step, device=stops.device)
+        edges = torch.searchsorted(stops, starts, right=True).tolist()
     for first, last in itertools.pairwise(sorted({0, groups, *edges})):
-        index = sums.index[int(sums.offsets[first]) : int(sums.offsets[last])]
+        index = sums.rows[int(sums.offsets[first]) : int(sums.offsets[last])]
         if table.dtype == wide == dtype:
             yield slice(first, last), index, table
         else:

@@ -90,7 +90,7 @@ class TritonEntries(TritonRows):
         row, factors = base or (None, None)
         with on_device(out):
             kernels.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
-                Matrix(table, *table.stride()), sums.index, sums.factors, sums.offsets, sums.places, out, out.stride(0),
+                Matrix(table, *table.stride()), sums.rows, sums.factors, sums.offsets, sums.places, out, out.stride(0),
                 width, row, factors, ROUNDED=kernels.TYPES[dtype], ROWS=tile.rows, COLUMNS=tile.columns,
                 num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip

@@ -119,7 +119,7 @@ class InvariantMatmul:
             weight = weight.to(compute_dtype)
         self.weight, self.compute_dtype, self.accumulator = weight, compute_dtype, torch.float32
         self.operand_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
-        self.hidden_gradient_dtypes = (self.accumulator, self.operand_dtype)
+        self.hidden_gradient_dtypes: tuple[torch.dtype, ...] = (self.accumulator, self.operand_dtype)
         self.row_multiple = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True).depth
 
     def operand(self, x: Tensor) -> Tensor:
@@ -138,13 +138,17 @@ class InvariantMatmul:
         tile = self._tile(self.operand_dtype, self.weight.dtype)
         self._product(dlogits, self.weight, out, self.operand_dtype, tile)
 
-    def add_weight_gradient(self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: None) -> None:
-        """out [V, H] += dlogits.T @ hidden, or = for the first chunk. `unscale` is None, because nothing was scaled."""
+    def add_weight_gradient(
+        self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: Tensor | None
+    ) -> None:
+        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `unscale`."""
+        assert unscale is None
         tile = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True)
         self._product(dlogits.T, hidden, out, self.operand_dtype, tile, accumulate=not first)
 
-    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: None) -> None:
+    def add_bias_gradient(self, dlogits: Tensor, out: Tensor, first: bool, unscale: Tensor | None) -> None:
         """out [V] += Σ_rows dlogits [n, V], or = for the first chunk."""
+        assert unscale is None
         rows, columns = dlogits.shape
         with on_device(dlogits):
             column_sum_kernel[(triton.cdiv(columns, COLUMN_BLOCK),)](

@@ -46,6 +46,9 @@ class TritonRows:
         self.tile, self.from_rollout = tile, from_rollout
 
     def invariant(self) -> "TritonRows":
+        """These operations for `batch_invariant`: a row's log-prob has the same bits whether `policy` or `statistics`
+        computes it.
+        """
         return TritonRows(self.tile, from_rollout=False)
 
     def statistics(self, batch: RowBatch) -> Tensor:
@@ -152,7 +155,8 @@ def _logits(batch: RowBatch) -> Logits:
     transform = batch.transform
     softcap = None if transform.softcap is None else float(transform.softcap)
     scale = float(transform.logit_scale)
-    return Logits(batch.logits, *batch.logits.stride(), batch.logits.shape[1], batch.bias, scale, softcap)
+    row_stride, column_stride = batch.logits.stride()
+    return Logits(batch.logits, row_stride, column_stride, batch.logits.shape[1], batch.bias, scale, softcap)
 
 
 def _output(out: Tensor | None) -> kernels.Output | None:
