@@ -1,7 +1,9 @@
 """From what a caller passes to what the sweeps take: flattened rows, packed inputs, and a source of logits."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -56,12 +58,13 @@ class LinearSource:
         validation.check_main_grad(main_grad, loss_scale, weight, self.compute_dtype, self.needs_grad[1])
         self.main_grad, self.loss_scale = main_grad, loss_scale
 
-    def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
-        """Compute the loss by the fused route -> (loss, outcome [len(Outcome), N])."""
+    def fused_loss(self, inputs: "PolicyInputs") -> Callable[[], tuple[Tensor, Tensor]]:
+        """The fused route to (loss, outcome [len(Outcome), N]), to be called."""
         spec = inputs.problem.spec(inputs.terms, inputs.every_row)
-        return LinearPolicyLoss.apply(
-            self.tensor, self.weight, self.bias, inputs.problem.flat_targets, inputs.rows, self.main_grad,
-            float(self.loss_scale), op_spec(spec, self.tensor), self.needs_grad, bool(spec.execution.sparse_grad),
+        return partial(
+            LinearPolicyLoss.apply, self.tensor, self.weight, self.bias, inputs.problem.flat_targets, inputs.rows,
+            self.main_grad, float(self.loss_scale), op_spec(spec, self.tensor), self.needs_grad,
+            bool(spec.execution.sparse_grad),
         )  # fmt: skip
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,14 +99,14 @@ class ReadySource:
         self.tensor, self.inplace = logits, inplace
         self.lead, self.vocab, self.compute_dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
 
-    def policy_loss(self, inputs: "PolicyInputs") -> tuple[Tensor, Tensor]:
-        """Compute the loss by the fused route -> (loss, outcome [len(Outcome), N])."""
+    def fused_loss(self, inputs: "PolicyInputs") -> Callable[[], tuple[Tensor, Tensor]]:
+        """The fused route to (loss, outcome [len(Outcome), N]), to be called."""
         with_gradient = torch.is_grad_enabled() and self.tensor.requires_grad
         # `inplace` only permits it. Strided rows do without, and so does a graph, whose ops may not write to inputs.
         inplace = self.inplace and self.tensor.is_contiguous() and not torch.compiler.is_compiling()
         spec = op_spec(inputs.problem.spec(inputs.terms, inputs.every_row), self.tensor)
         targets, rows = inputs.problem.flat_targets, inputs.rows
-        return ReadyPolicyLoss.apply(self.tensor, targets, rows, spec, with_gradient, inplace)
+        return partial(ReadyPolicyLoss.apply, self.tensor, targets, rows, spec, with_gradient, inplace)
 
     def logprobs(self, targets: Tensor, rows: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
         return ReadyLogprobs.apply(self.tensor, targets, rows, op_spec(spec, self.tensor))

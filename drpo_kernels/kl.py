@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drpo_kernels.tokens import between, expm1, log_ratio_limit, ratio_terms
+from drpo_kernels.tokens import between, expm1, ratio_terms
 from drpo_kernels.triton_support import jit, tl
 
 
@@ -43,7 +43,7 @@ def k3_twin(d):
 
 def k3(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Below this bound value and slope stay what they are at the bound: r · exp(60) <= exp(80) is finite in fp32, also
-    # after weighting. The bounds are literals for the reason that `log_ratio_limit` gives.
+    # after weighting. The bounds are literals for the reason that `Tokens.log_ratio` gives.
     d = d.clamp(min=-60.0 if d.dtype == torch.float32 else -680.0)
     excess = d.neg().expm1()
     return excess + d, -excess, d
@@ -85,8 +85,8 @@ def kl_term(
     if not importance:
         return kl, slope
     difference = logprobs - old_logprobs
-    ratio = difference.clamp(-log_ratio_limit(), log_ratio_limit()).exp()
-    return ratio * kl, ratio * torch.where(difference.abs() <= log_ratio_limit(), total, slope)
+    ratio = difference.clamp(-20.0, 20.0).exp()
+    return ratio * kl, ratio * torch.where(difference.abs() <= 20.0, total, slope)
 
 
 class _KLLoss(torch.autograd.Function):

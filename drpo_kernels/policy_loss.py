@@ -110,7 +110,7 @@ def linear_policy_loss(
     options = PolicyOptions(objective=objective, **keywords)
     source = LinearSource(hidden, weight, bias, options.main_grad, options.loss_scale)
     inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
-    loss, outcome = _route(inputs)(inputs)
+    loss, outcome = _route(inputs)()
     return _output(inputs, loss, outcome)
 
 
@@ -138,7 +138,7 @@ def policy_loss(
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
     source, options = ReadySource(logits, inplace), PolicyOptions(objective=objective, **keywords)
     inputs = _prepared(source, targets, old_logprobs, advantages, mask, options)
-    loss, outcome = _route(inputs)(inputs)
+    loss, outcome = _route(inputs)()
     return _output(inputs, loss, outcome)
 
 
@@ -193,19 +193,23 @@ def _prepared(
     return policy_inputs(Problem.checked(source, targets, mask, options), old_logprobs, advantages)
 
 
-def _route(inputs: PolicyInputs) -> Callable[[PolicyInputs], tuple[Tensor, Tensor]]:
-    """Choose the cheapest function that computes (loss, outcome [len(Outcome), N]) of this call correctly."""
+def _route(inputs: PolicyInputs) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The cheapest right way to (loss, outcome [len(Outcome), N]), to be called."""
     options = inputs.problem.options
-    objective, route = options.objective, _loss_from_logprobs
-    if not (objective.sequence_level or options.reduction == "none" or inputs.problem.backend == "reference"):
-        check_objective(objective, inputs.rows, alone=True)
-        route = inputs.problem.source.policy_loss
+    objective = options.objective
     if torch.compiler.is_compiling() and (options.vocab_shard is not None or not is_registered(objective)):
-        # The import stands here because torch.compiler.disable loads all of torch._dynamo.
+        # imported here: torch.compiler.disable loads all of torch._dynamo
         from drpo_kernels.uncompiled import outside_graph
 
-        return partial(outside_graph, route)
-    return route
+        return partial(outside_graph, _by_its_route, inputs)
+    if objective.sequence_level or options.reduction == "none" or inputs.problem.backend == "reference":
+        return partial(_loss_from_logprobs, inputs)
+    check_objective(objective, inputs.rows, alone=True)
+    return inputs.problem.source.fused_loss(inputs)
+
+
+def _by_its_route(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    return _route(inputs)()
 
 
 def _output(inputs: PolicyInputs, loss: Tensor, outcome: Tensor) -> PolicyLossOutput:

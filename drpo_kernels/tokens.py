@@ -20,13 +20,6 @@ def scorable(old_logprobs: Tensor) -> Tensor:
     return old_logprobs > LEAST_LOGPROB
 
 
-def log_ratio_limit() -> float:
-    """The largest |Δ|. This is a function because `torch.compile(dynamic=True)` takes a constant of a module for a
-    number that may change, and cannot hand such a number to the backward of an autograd function.
-    """
-    return 20.0
-
-
 def between(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """x clamped to [low, high]. Inside a graph the bounds become tensors, because a graph that is compiled with numbers
     would be compiled again for every new value.
@@ -118,8 +111,8 @@ class Tokens:
     advantages    A
     valid         bool, False for a token that must not count; None unless the objective is sequence-level
     sequences     how the tokens form sequences; None unless the objective is sequence-level
-    log_ratio     Δ = clamp(log π - log μ, ±20)
-    ratio         r = exp(Δ)
+
+    Every quantity is computed anew each time it is asked for: an objective may write to what it gets.
     """
 
     def __init__(
@@ -136,17 +129,30 @@ class Tokens:
         self.advantages = advantages
         self.valid = valid
         self.sequences = sequences
-        self._difference = logprobs - old_logprobs
-        self.log_ratio = self._difference.clamp(-log_ratio_limit(), log_ratio_limit())
-        self.ratio = self.log_ratio.exp()
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Δ = clamp(log π - log μ, ±20)."""
+        # Literals, here and below: `torch.compile(dynamic=True)` takes a constant of a module for a number that may
+        # change, and cannot hand such a number to the backward of an autograd function.
+        return (self.logprobs - self.old_logprobs).clamp(-20.0, 20.0)
+
+    @property
+    def ratio(self) -> Tensor:
+        """r = exp(Δ)."""
+        return self.log_ratio.exp()
 
     @property
     def ratio_minus_one(self) -> Tensor:
         """r - 1 = expm1(Δ), which is exact even for r close to 1. Its derivative is r; autograd would compute it as
         expm1(Δ) + 1, which rounds a small r to 0.
         """
-        excess = self.log_ratio.expm1()
-        return excess.detach() + (self.ratio - self.ratio.detach()) if excess.requires_grad else excess
+        log_ratio = self.log_ratio
+        excess = log_ratio.expm1()
+        if not excess.requires_grad:
+            return excess
+        ratio = log_ratio.exp()
+        return excess.detach() + (ratio - ratio.detach())
 
     @property
     def probs(self) -> Tensor:
@@ -161,7 +167,7 @@ class Tokens:
     @property
     def prob_shift(self) -> Tensor:
         """π - μ, from log π - log μ without the clamp. It does not cancel, and does not overflow if μ is tiny or 0."""
-        probs, difference = self.logprobs.exp(), self._difference.detach()
+        probs, difference = self.logprobs.exp(), (self.logprobs - self.old_logprobs).detach()
         larger = torch.where(difference > 0, probs.detach(), self.old_logprobs.exp())
         shift = -larger * torch.expm1(-difference.abs()) * torch.sign(difference)
         return shift + (probs - probs.detach()) if probs.requires_grad else shift
@@ -169,7 +175,7 @@ class Tokens:
     @property
     def clamped_shift(self) -> Tensor:
         """μ (r - 1). It equals π - μ unless the clamp on Δ is active; there its gradient is 0."""
-        within = self._difference == self.log_ratio  # the clamp has changed nothing
+        within = (self.logprobs - self.old_logprobs).abs() <= 20.0
         return torch.where(within, self.prob_shift, self.old_logprobs.exp() * self.ratio_minus_one)
 
 

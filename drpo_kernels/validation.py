@@ -220,11 +220,11 @@ def check_logprob_options(
     if options.head_dtype is not None:
         _check_choice("head_dtype", options.head_dtype, FORMATS)
     _check_bool("batch_invariant", options.batch_invariant)
-    _check_batch_invariant(options)
     if source.dtype == torch.float64:
         for name, off in (("logits_dtype", None), ("head_dtype", None), ("batch_invariant", False)):
             if getattr(options, name) != off:
                 raise ValueError(f"{name} must be {off} for float64 inputs, got {getattr(options, name)!r}")
+    _check_batch_invariant(options)
     for name in ("head_dtype", "main_grad"):
         if getattr(options, name) is not None:
             _check_not_reference(options.backend, name)

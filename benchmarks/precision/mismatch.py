@@ -15,7 +15,6 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.regimes import Case
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.backends.quantize import FORMATS, per_row
-from drpo_kernels.tokens import log_ratio_limit
 
 FORMAT = "fp8_e4m3"
 SPLIT = 128
@@ -56,7 +55,7 @@ def measure_mismatch(case: Case) -> Iterator[Record]:
             old = engine_logprobs(case, quantized, logits).double()
             found = {}
             for name, logp in trainers.items():
-                ratio = torch.expm1((logp - old).clamp(-log_ratio_limit(), log_ratio_limit())).abs()
+                ratio = torch.expm1((logp - old).clamp(-20.0, 20.0)).abs()
                 shift = (logp.exp() - old.exp()).abs()
                 values = ratio.max().item(), percentile_99(ratio), ratio.mean().item(), shift.max().item()
                 found[name] = [three_digits(value) for value in values]

@@ -29,9 +29,10 @@ def other_terms(tokens: Tokens, logsumexp: Tensor, entropy: Tensor, rows: Tensor
     """
     found = None
     if terms.kl_estimator is not None:
-        # A row without a KL term may be infinitely far from the reference, and 0 · inf is no loss and no gradient.
-        reference = rows[Field.REF_LOGPROB]
-        compared = torch.where(rows[Field.KL] != 0, tokens.logprobs, reference)
+        # A row without a KL term may be infinitely far from its reference, or have none, and 0 · inf is NaN.
+        has_kl = rows[Field.KL] != 0
+        compared = torch.where(has_kl, tokens.logprobs, 0)
+        reference = torch.where(has_kl, rows[Field.REF_LOGPROB], 0)
         kl = kl_loss(
             terms.kl_estimator, compared, tokens.old_logprobs, reference, terms.kl_importance, terms.kl_cap
         )

@@ -302,3 +302,22 @@ def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device)
     assert gradient[1].isnan().all()
     if dtype == torch.float32:  # in float16 the rows share a scale
         assert gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("reference", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_without_a_kl_term_needs_no_reference(backend, estimator, reference, device):
+    """Its coefficient of the KL term is 0, and its reference is no number."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=g).to(device).requires_grad_() for n in (6, 11))
+    rest = torch.arange(6, device=device), torch.full((6,), -2.0, device=device), torch.ones(6, device=device)
+    ref, kl = torch.full((6,), -2.5, device=device), torch.ones(6, device=device)
+    ref[2], kl[2] = reference, 0
+    coefficients = dk.TokenCoefficients(torch.ones(6, device=device), kl=kl)
+    out = dk.linear_policy_loss(
+        hidden, weight, *rest, reduction=coefficients, ref_logprobs=ref, kl_coef=0.5, kl_estimator=estimator,
+        validate=False, backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()

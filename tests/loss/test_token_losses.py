@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import drpo_kernels as dk
+import problems
 from drpo_kernels import token_losses
 from problems import BACKENDS, random_problem, replace
 from problems import call as problem_call
@@ -328,3 +329,42 @@ def test_a_look_without_a_gradient_takes_none_away(device):
     (found,) = torch.autograd.grad(token_losses.token_losses(Truncated(), tokens).sum(), leaf)
     ratio = (leaf - old + 2).exp().detach()
     assert torch.allclose(found, -advantages * (ratio.clamp(max=1.2) + 0.1 * ratio))
+
+
+@dataclass(frozen=True)
+class InPlace(dk.Objective):
+    """It writes to a ratio, which is its own, and reads the ratio again."""
+
+    writes: bool
+
+    def token_loss(self, tokens):
+        weight = tokens.ratio.detach()
+        weight = weight.clamp_(max=1.05) if self.writes else weight.clamp(max=1.05)
+        return -tokens.advantages * (weight * tokens.logprobs + tokens.ratio)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_what_an_objective_writes_to_is_its_own(backend):
+    (written, first), (kept, second) = (
+        problems.run(random_problem(3), InPlace(writes), backend) for writes in (True, False)
+    )
+    assert written.loss == kept.loss
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_foreign_tensor_is_found_under_torch_compile():
+    """A class that is not registered runs outside the graph, and is checked there."""
+    factor = torch.nn.Parameter(torch.ones(()))
+
+    class Learning(dk.Objective):
+        def token_loss(self, tokens):
+            return surrogate(tokens) * factor
+
+    problem = random_problem(3)
+    given = problem.hidden.clone().requires_grad_(), problem.weight, problem.targets, problem.old_logprobs
+    torch.compiler.reset()
+    step = torch.compile(
+        lambda *given: dk.linear_policy_loss(*given, problem.advantages, objective=Learning()).loss, backend="eager"
+    )
+    with pytest.raises(ValueError, match="has a tensor in it that requires grad"):
+        step(*given)
