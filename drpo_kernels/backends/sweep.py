@@ -26,8 +26,8 @@ from drpo_kernels.collectives import start_sum
 
 # Rows are padded to a multiple of so many columns. Each starts on a 32-byte boundary, so that its loads are wide.
 COLUMN_MULTIPLE = 16
-# What a sweep does with a chunk: (its batch, further tensors of its rows, `out` and `factors`: where its dlogits and
-# their factors go, or None) -> what its rows report [K, n], or None.
+# A sweep calls a `RowFunction` for each chunk, with its batch, further tensors of its rows, and the places for dlogits
+# (`out`) and for their `factors`, or None. The function returns what the rows report [K, n], or None.
 Report = TypeVar("Report")
 RowFunction = Callable[..., Report]
 

@@ -34,7 +34,7 @@ class Sparsity(IntEnum):
     LEFT_OUT = 6  # probability mass of the other entries, which have no gradient
 
 
-# the number of fields that a row reports
+# A row reports so many fields.
 SPARSE_OUTCOME = len(Outcome) + len(Sparsity)
 
 
