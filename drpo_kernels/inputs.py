@@ -22,7 +22,7 @@ from drpo_kernels.tokens import Sequences, scorable
 
 Options = TypeVar("Options", bound=LogprobOptions)
 
-# The fields of an `Execution` that are options of the same name.
+# These fields of an `Execution` are options of the same name.
 EXECUTION_OPTIONS = (
     "logits_dtype", "workspace_bytes", "vocab_shard", "head_dtype", "batch_invariant", "sparse_grad",
 )  # fmt: skip
@@ -125,7 +125,7 @@ Source = LinearSource | ReadySource
 
 @dataclass(frozen=True)
 class Problem(Generic[Options]):
-    """A validated call: where the logits come from, which tokens they are scored on, and how."""
+    """A validated call: the source of its logits, its tokens, and its options."""
 
     source: Source
     targets: Tensor
@@ -245,7 +245,7 @@ class PolicyInputs:
 
 
 def policy_inputs(problem: Problem[PolicyOptions], old_logprobs: Tensor | None, advantages: Tensor) -> PolicyInputs:
-    """Check, flatten and pack: targets' shape -> rows [len(Field), N]."""
+    """Check the inputs of a policy loss, flatten them from the targets' shape and pack them as rows [len(Field), N]."""
     options = problem.options
     validation.check_policy_options(options, problem.targets, old_logprobs, advantages)
     sequences, unmasked = problem.sequences, problem.unmasked
@@ -303,7 +303,7 @@ def _per_token(values: Tensor, shape: torch.Size, sequences: Sequences | None) -
 def _coefficients(
     problem: Problem[PolicyOptions], valid: Tensor, sequences: Sequences | None, zeros: Tensor
 ) -> dict[Field, Tensor]:
-    """Coefficients of the policy, KL, entropy and z-loss terms, [N] each, 0 where masked."""
+    """The coefficients of the policy, KL, entropy and z-loss terms, [N] each. They are 0 where masked."""
     options = problem.options
     if isinstance(options.reduction, TokenCoefficients):
         policy = problem.flat(options.reduction.policy, valid, zeros)
@@ -330,7 +330,7 @@ def _kinds(options: PolicyOptions, fields: dict[Field, Tensor], valid: Tensor, s
         contributes = needed = fields[Field.ADVANTAGE] != 0  # the advantage is 0 where a row is not valid
         if options.objective.sequence_level:
             assert sequences is not None
-            # one token's advantage keeps its whole sequence: the others are in its ratio
+            # One token's advantage keeps its whole sequence, because its ratio is made of all tokens.
             needed = sequences.expand(sequences.sum(needed.to(torch.int64))) > 0
         scales = {Field.KL: options.kl_coef, Field.ENTROPY: options.entropy_coef, Field.Z_LOSS: options.z_loss_coef}
         for term, scale in scales.items():

@@ -166,7 +166,7 @@ kept_gradients = _define(
 
 
 def _sequence_slope(logprobs, old, advantages, valid, cu_seqlens, spec: Spec, shape: list[int]) -> Tensor:
-    """`policy_slope` of targets of that shape, for an op, whose arguments cannot be `Sequences`."""
+    """Call `policy_slope` for targets of this shape. An op cannot take `Sequences`, so they are made here."""
     assert spec.terms is not None
     objective = spec.terms.objective
     if not objective.sequence_level:

@@ -188,10 +188,11 @@ def _product_in_float64(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> 
 
 
 def exact_products() -> contextlib.AbstractContextManager:
-    """No autocast; `product` sees to the rest. In C, unlike `torch.autocast`, so that no Ctrl-C cuts its end off.
+    """A context without autocast; `product` makes other settings exact. It is written in C, unlike `torch.autocast`,
+    so that a Ctrl-C cannot prevent its end.
 
-    A sweep is made inside: making it reads a count from the device, which is idle from then until the first product, so
-    nothing slow may come between.
+    A sweep is made inside it, because making one reads counts from the device. The device is then idle until the first
+    product, so nothing slow may come between the two.
     """
     return torch._C._DisableAutocast()
 

@@ -29,7 +29,7 @@ CHUNK_ROWS = 512
 # arithmetic. One more window reads and writes a float32 dW once more, 8VH bytes. On an H200 (4.8 TB/s, products at 700
 # TFLOP/s on 132 processors) that takes as long as H / 7400 waves.
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
-# Copies of a window's hidden rows may take this beside the workspace, and a piece of its dX as much again.
+# Copies of a window's hidden rows may take so many bytes beside the workspace, and a piece of its dX as many again.
 COPY_BYTES = 32 * MIB
 # These were measured on a CPU: the bytes of two blocks of logits in float32 (torch_rows.py), the bytes of a block of a
 # weight that is cast (matmul.py), the columns that the products' library packs, how many numbers of each, and the bytes
@@ -305,7 +305,7 @@ def _in_whole_waves(made: SweepPlan) -> SweepPlan:
 
 @functools.lru_cache(maxsize=64)
 def whole_waves(rows: int, fitting: int, hidden: int, processors: int) -> int:
-    """The rows of a window, at most `fitting`, so that dX and the additions to dW of all `rows` take the least time.
+    """The rows of a window, at most `fitting`, for which dX and the additions to dW of all `rows` take the least time.
 
     It also gives the rows of a piece of dX in a window. A piece is charged as much, though it only reads W again.
     """

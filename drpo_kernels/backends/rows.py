@@ -115,7 +115,7 @@ class RowOps(Protocol):
     """
 
     def statistics(self, batch: RowBatch) -> Tensor:
-        """-> [len(Stat), N]; zeros where the row is SKIPPED."""
+        """Compute the statistics -> [len(Stat), N]. They are 0 where the row is SKIPPED."""
         ...
 
     def write_gradient(self, batch: RowBatch, statistics: Tensor, slopes: Tensor, out: Tensor) -> None:
@@ -123,7 +123,7 @@ class RowOps(Protocol):
         ...
 
     def losses(self, statistics: Tensor, rows: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-        """The loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
+        """Compute the loss from statistics [len(Stat), N] -> (outcome [len(Outcome), N], slopes [1 to 3, N])."""
         ...
 
     def fuses(self, terms: Terms) -> bool:

@@ -25,9 +25,9 @@ class ShardedRows:
         self.inner, self.shard = inner, shard
 
     def statistics(self, batch: RowBatch) -> Tensor:
-        pieces = gather(self.contribution(batch), self.shard.group)
+        contributions = gather(self.contribution(batch), self.shard.group)
         factor = batch.transform.factor(batch.rows[Field.INV_TEMPERATURE])
-        statistics = combined(pieces, self.shard.owner(batch.targets), factor)
+        statistics = combined(contributions, self.shard.owner(batch.targets), factor)
         return statistics.masked_fill_(batch.rows[Field.KIND] < RowKind.FORWARD, 0)
 
     def contribution(self, batch: RowBatch) -> Tensor:
@@ -68,7 +68,7 @@ class ShardedRows:
         self.inner.scale(values, factor)
 
 
-def combined(pieces: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
+def combined(contributions: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     """Every rank's `contribution` [ranks, 6, n] -> the statistics of the whole rows, [len(Stat), n].
 
     With the references m_r, S_r, H_r, q̄_r of the ranks r, m = max m_r and M_r = S_r · exp(factor · (m_r - m)):
@@ -77,7 +77,7 @@ def combined(pieces: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
         MEAN = Σ_r share_r · (q̄_r + factor · (m_r - m))    LOGSUMEXP = factor · m + log SUM
     A share above 1/2 has log share = -log1p(Σ_{others} M / M). All terms of a sum have one sign, so nothing cancels.
     """
-    references, local_sum = pieces[:, Stat.REFERENCE], pieces[:, Stat.SUM]
+    references, local_sum = contributions[:, Stat.REFERENCE], contributions[:, Stat.SUM]
     reference = references.amax(0)
     shift = factor * (references - reference)  # if all ranks are empty: -inf + inf = NaN, as in one process
     mass = local_sum * shift.exp()
@@ -89,13 +89,13 @@ def combined(pieces: Tensor, owner: Tensor, factor: Tensor) -> Tensor:
     log_share = torch.where(mass > others, -(others / mass).log1p(), shift + local_sum.log() - total.log())
     entropy, mean = (
         (share * term).masked_fill(share == 0, 0).sum(0)
-        for term in (pieces[:, Stat.ENTROPY] - log_share, pieces[:, Stat.MEAN] + shift)
+        for term in (contributions[:, Stat.ENTROPY] - log_share, contributions[:, Stat.MEAN] + shift)
     )
 
     def of_owner(values: Tensor) -> Tensor:
         return values.gather(0, owner[None])[0]
 
-    logprob = of_owner(pieces[:, Stat.LOGPROB] + log_share)
-    miss = of_owner(pieces[:, Stat.MISS] * mass + others) / total
+    logprob = of_owner(contributions[:, Stat.LOGPROB] + log_share)
+    miss = of_owner(contributions[:, Stat.MISS] * mass + others) / total
     statistics = torch.stack([logprob, entropy, reference, total, miss, mean, factor * reference + total.log()])
     return statistics.masked_fill(logprob.isnan(), torch.nan)

@@ -26,8 +26,8 @@ from drpo_kernels.collectives import start_sum
 
 # Rows are padded to a multiple of so many columns. Each starts on a 32-byte boundary, so that its loads are wide.
 COLUMN_MULTIPLE = 16
-# What a sweep does with a chunk: (its batch, further tensors of its rows, `out` and `factors`: where its dlogits and
-# their factors go, or None) -> what its rows report [K, n], or None.
+# A sweep calls a `RowFunction` for each chunk, with its batch, further tensors of its rows, and the places for dlogits
+# (`out`) and for their `factors`, or None. The function returns what the rows report [K, n], or None.
 Report = TypeVar("Report")
 RowFunction = Callable[..., Report]
 
@@ -191,8 +191,8 @@ class LinearSweep:
         return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
     def run(self, compute: RowFunction[Report], *per_row: Tensor, forward_rows: bool = True) -> list[Report]:
-        """Call `compute` on every chunk, with the chunk's part of each tensor [K, swept] of `per_row`, and add up the
-        gradients. `forward_rows`: rows without a gradient are computed too. -> what the chunks report, in row order.
+        """Call `compute` on every chunk, with the chunk's columns of the tensors [K, swept] `per_row`, and add up the
+        gradients. With `forward_rows`, rows without a gradient are computed too. -> the chunks' reports, in row order.
         """
         forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
@@ -206,7 +206,7 @@ class LinearSweep:
                 parts = (x[:, rows] for x in per_row)
                 reports.append(compute(self._batch(rows), *parts, out=dlogits, factors=factors))
             if self._dlogits is not None and window.stop == self.active:
-                self._logits = None  # copies of the hidden rows may take the room
+                self._logits = None  # copies of the hidden rows may take their memory
             self._accumulate(window)
         return reports + forward
 
@@ -263,7 +263,7 @@ class LinearSweep:
 
     @property
     def _weight_out(self) -> Tensor:
-        """What dW [V', H] is added to."""
+        """The tensor [V', H] that dW is added to."""
         out = self._gradients.weight if self.head.main_grad is None else self.head.main_grad
         assert out is not None
         return out[: self.head.vocab]

@@ -34,7 +34,7 @@ class Sparsity(IntEnum):
     LEFT_OUT = 6  # probability mass of the other entries, which have no gradient
 
 
-# the number of fields that a row reports
+# A row reports so many fields.
 SPARSE_OUTCOME = len(Outcome) + len(Sparsity)
 
 
@@ -62,7 +62,7 @@ class EntryOps(RowOps, Protocol):
     """The operations of a backend on some entries of its rows, beside `RowOps`."""
 
     def consume(self, batch: RowBatch) -> tuple[Tensor, RowBatch]:
-        """Statistics of a batch, and the batch for `select` and `write_gradient`; nothing else may read its logits."""
+        """Compute the statistics, and return the batch for `select` and `write_gradient`, which alone may read it."""
         ...
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:

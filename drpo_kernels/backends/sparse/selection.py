@@ -82,7 +82,7 @@ def fewest(
     # Sums of whole numbers are the same in any order.
     units = (shares * UNIT).ceil_().to(torch.int64)
     mass = units.new_zeros(count * LEVELS).index_add_(0, rows * LEVELS + level, units).view(count, LEVELS)
-    outside = (UNIT - mass.sum(1)).clamp_(min=0) + int(SHARE_ROUNDING * UNIT)  # of no candidate
+    outside = (UNIT - mass.sum(1)).clamp_(min=0) + int(SHARE_ROUNDING * UNIT)  # no candidates
     with_level = outside[:, None] + mass.cumsum(1)
     cut = (with_level[:, :-1] <= int(tolerance * UNIT)).sum(1)
     left_out = torch.cat([outside[:, None], with_level], 1).gather(1, cut[:, None])[:, 0]

@@ -64,7 +64,7 @@ class SparseSweep(LinearSweep):
         for chunk in self.plan.forward:
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
             outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, self._batch(rows))[0]
-        self._dense: list[Tensor] = []  # their positions
+        self._dense: list[Tensor] = []  # the positions of those rows
         self._filled, self._products = 0, 0
         self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
         limit = entry_limit(self.head.vocab, self.hidden.device.type)
@@ -83,7 +83,7 @@ class SparseSweep(LinearSweep):
             start = stop
         if self.active:
             self._flush(last=True)
-            self._logits = self._dlogits = None  # the sums need the room
+            self._logits = self._dlogits = None  # the sums need their memory
             self._add_entries()
 
     @property

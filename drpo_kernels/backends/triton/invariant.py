@@ -141,7 +141,7 @@ class InvariantMatmul:
     def add_weight_gradient(
         self, dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool, unscale: Tensor | None
     ) -> None:
-        """out [V, H] += dlogits.T @ hidden, or = for the first chunk; nothing was scaled, so there is no `unscale`."""
+        """out [V, H] += dlogits.T @ hidden, or = for the first chunk. `unscale` is None, because nothing was scaled."""
         assert unscale is None
         tile = self._tile(self.operand_dtype, self.operand_dtype, accumulates=True)
         self._product(dlogits.T, hidden, out, self.operand_dtype, tile, accumulate=not first)

@@ -27,7 +27,7 @@ from drpo_kernels.triton_support import tl
 
 # Kernels use fused multiply-adds, whatever the installed Triton does by default.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
-# So many programs for each multiprocessor walk over a tensor.
+# A kernel that walks over a tensor has so many programs for each multiprocessor.
 PROGRAMS = 8
 # Two programs reduce the metrics of a batch. Each takes so many tokens at a time, one per thread, as it has many sums.
 METRICS_BLOCK = 512
