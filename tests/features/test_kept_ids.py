@@ -111,7 +111,7 @@ def test_rows_without_a_gradient_have_no_entries(monkeypatch):
     monkeypatch.setattr(TorchEntries, "gathered_sums", lambda *a: summed.append(a[2]) or gathered_sums(*a))
     call(problem, "linear", "torch", kept_ids=ids, compact="active")
     places = (out.computed[..., None] & (ids >= 0)).sum()
-    assert len(summed) == 2 and all(0 < len(sums.index) <= places for sums in summed)
+    assert len(summed) == 2 and all(0 < len(sums.rows) <= places for sums in summed)
 
 
 @pytest.mark.interpreted
