@@ -252,13 +252,13 @@ def sparse_cases() -> Iterator[KernelCase]:
     sums |= dict.fromkeys(("table.row_stride", "left.row_stride", "right.row_stride", "out_stride"), "i64")
     unit = dict.fromkeys(("table.column_stride", "left.column_stride", "right.column_stride"), 1)
     for table, out, based in (("bf16", "bf16", True), ("bf16", "fp32", False), ("fp32", "fp32", False)):
-        values = unit | {"ROUNDED": COMPUTE[table], "ROWS": gather.rows, "COLUMNS": gather.columns}
+        values = {**unit, "ROUNDED": COMPUTE[table], "ROWS": gather.rows, "COLUMNS": gather.columns}
         values |= {} if based else {"base": None, "base_factors": None}
         tables = {"table.data": f"*{table}", "out": f"*{out}"}
         label = f"gathered_sums[{table}>{out}{' base' if based else ''}]"
         yield _case(label, sparse.gathered_sums_kernel, sums | tables, values, (), launch, GATHERED)
     for table in ("bf16", "fp32"):
-        values = unit | {"ROUNDED": COMPUTE[table], "COLUMNS": gather.columns}
+        values = {**unit, "ROUNDED": COMPUTE[table], "COLUMNS": gather.columns}
         tables = {"left.data": f"*{table}", "right.data": f"*{table}", "out": "*fp32"}
         label = f"gathered_dots[{table}]"
         yield _case(label, sparse.gathered_dots_kernel, sums | tables, values, (), launch, GATHERED)
