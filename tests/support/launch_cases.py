@@ -29,7 +29,8 @@ THREADS = {
     "policy_metrics": 512, "scale": 512, "select": 512, "losses": 128, "matmul": 256, "column_sum": 128,
     "gathered_sums": 32, "gathered_dots": 32,
 }  # fmt: skip
-ROW_THREADS = {1040: 256, 8208: 512}  # by the width of the widest row, of float32 logits
+# By the width of the widest row, of float32 logits. Rows of a few kept ids take one warp, and so does their scaling.
+ROW_THREADS = {5: 32, 1040: 256, 8208: 512}
 
 
 def group(*kernels: str, widest: int = 1040):
@@ -40,6 +41,8 @@ def group(*kernels: str, widest: int = 1040):
         LAUNCHED[function.__name__] = {
             f"{kernel}_kernel": THREADS.get(kernel, ROW_THREADS[widest]) for kernel in (*ALWAYS, *kernels)
         }
+        if ROW_THREADS[widest] == 32:
+            LAUNCHED[function.__name__]["scale_kernel"] = 32
         return function
 
     return register
@@ -176,7 +179,7 @@ def sparse_grad() -> Calls:
                 yield label, partial(gathered_sums, dtype, out, base)
 
 
-@group("gathered_dots", "gathered_sums")
+@group("gathered_dots", "gathered_sums", widest=5)
 def kept_ids() -> Calls:
     for dtype in DTYPES:
         ids = torch.arange(48)[:, None] + torch.arange(5)
