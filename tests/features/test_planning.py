@@ -144,7 +144,7 @@ BYTES = {
     "cpu": [5632, 7680, 11_776, 14_848, 23_040, 22_528, 23_040, 24_576, 36_864, 31_232, 17_408],
 }
 KINDS = {
-    "bf16 logits": {"storage": STORED[1]}, "invariant": {"row_multiple": 64}, "frozen": {"wanted": FROZEN},
+    "bf16 logits": {"storage": STORED[1]}, "invariant": {"row_multiple": 64}, "frozen": {"needs_grad": FROZEN},
     "main_grad": {"main_grad": True}, "master weight": {"storage": STORED[2]}, "float16": {"storage": STORED[3]},
     "float32": {"storage": STORED[4]}, "sparse": {"sparse": True}, "cpu": {"storage": STORED[5]},
 }  # fmt: skip
@@ -159,7 +159,7 @@ def test_bytes(kind, shape, index):
     wherever the rule says so.
     """
     tokens, hidden, vocab, mib = shape
-    options = {"storage": ON_A_GPU, "wanted": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
+    options = {"storage": ON_A_GPU, "needs_grad": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
 
     def made(device):
         return plan(device, Sizes(tokens, 0, hidden, vocab), **options)
