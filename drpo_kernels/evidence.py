@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from drpo_kernels.reductions import Metric, add, larger, largest, mean, reduced
+from drpo_kernels.reductions import Metric, add, larger, largest, load_tokens, mean, reduced
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import jit, tl
 
@@ -140,12 +140,7 @@ def evidence(
     for start in range(0, count, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = t < count
-        logp = tl.load(outcome + t, mask=inside, other=0.0)
-        entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
-        old = tl.load(rows + t, mask=inside, other=0.0)
-        old = tl.where(old == old, old, logp)  # on-policy
-        advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
-        computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
+        logp, entropy, old, advantage, computed = load_tokens(rows, rows_stride, outcome, outcome_stride, t, inside)
         p, m = floored(logp, terms.least_logprob), floored(old, terms.least_logprob)
         d, centred, evenness = p - m, p + entropy, entropy / (1 + entropy)
         size = tl.where(tl.abs(centred) > 1, tl.abs(centred), 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE, evidence
 from drpo_kernels.kl import clamped
 from drpo_kernels.objective import Objective
-from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest, mean, reduced
+from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest, load_tokens, mean, reduced
 from drpo_kernels.tokens import LEAST_LOGPROB, Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl
 
@@ -166,6 +166,17 @@ def metric_constants(objective: Objective) -> dict[str, float]:
 
 
 @jit
+def is_clipped(weight, slope, inside, terms):
+    """Whether the objective has cut the gradient of a token, by `clips_of`."""
+    clipped = inside & False
+    if terms.clips == 1:
+        clipped = weight < terms.unclipped
+    if terms.clips == 2:
+        clipped = slope == 0
+    return clipped
+
+
+@jit
 def metrics_of_rows(
     rows, rows_stride, outcome, outcome_stride, valid, unscorable, given, values, counts, count, terms,
     BLOCK: tl.constexpr,
@@ -177,41 +188,27 @@ def metrics_of_rows(
     beyond_sum, clipped_sum, entropy_sum, logp_sum, below_sum = nothing, nothing, nothing, nothing, nothing
     zero_sum, kl_sum, sentinel_count = nothing, nothing, nothing
     ratio_most, shift_most, weight_least, weight_most, old_most = none, none, none, none, none
-    token_count, computed_count, weighted_count = nothing, nothing, nothing
-    unscorable_count, nonfinite_count = nothing, nothing
+    token_count, computed_count, weighted_count, unscorable_count = nothing, nothing, nothing, nothing
+    nonfinite_count = nothing
     for start in range(0, count, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = t < count
-        logp = tl.load(outcome + t, mask=inside, other=0.0)
-        entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
+        logp, entropy, old, advantage, computed = load_tokens(rows, rows_stride, outcome, outcome_stride, t, inside)
         slope = tl.load(outcome + 4 * outcome_stride + t, mask=inside, other=0.0)
-        old = tl.load(rows + t, mask=inside, other=0.0)
-        old = tl.where(old == old, old, logp)  # on-policy
-        advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
-        computed = tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
         weighted = computed & (advantage != 0)
-        log_ratio = clamped_log_ratio(logp, old)
+        log_ratio, shift = clamped_log_ratio(logp, old), tl.abs(prob_shift(logp, old))
         ratio = tl.exp(log_ratio)
-        shift = tl.abs(prob_shift(logp, old))
         weight = -slope / tl.where(weighted, advantage * ratio, 1.0)
-        clipped = inside & False
-        if terms.clips == 1:
-            clipped = weight < terms.unclipped
-        if terms.clips == 2:
-            clipped = slope == 0
-        ratio_sum = add(ratio_sum, computed, ratio)
-        ratio_most = larger(ratio_most, computed, ratio)
-        k1_sum = add(k1_sum, computed, -log_ratio)
-        k3_sum = add(k3_sum, computed, expm1(log_ratio) - log_ratio)
-        shift_sum = add(shift_sum, computed, shift)
-        shift_most = larger(shift_most, computed, shift)
+        clipped = is_clipped(weight, slope, inside, terms)
+        ratio_sum, ratio_most = add(ratio_sum, computed, ratio), larger(ratio_most, computed, ratio)
+        k1_sum, k3_sum = add(k1_sum, computed, -log_ratio), add(k3_sum, computed, expm1(log_ratio) - log_ratio)
+        shift_sum, shift_most = add(shift_sum, computed, shift), larger(shift_most, computed, shift)
         weight_sum = add(weight_sum, weighted, weight)
         weight_least = larger(weight_least, weighted, -weight)
         weight_most = larger(weight_most, weighted, weight)
         beyond_sum = add(beyond_sum, weighted & (weight <= 0) & (advantage * log_ratio > 0), 1.0)
         clipped_sum = add(clipped_sum, weighted & clipped, 1.0)
-        entropy_sum = add(entropy_sum, computed, entropy)
-        logp_sum = add(logp_sum, computed, logp)
+        entropy_sum, logp_sum = add(entropy_sum, computed, entropy), add(logp_sum, computed, logp)
         old_most = larger(old_most, computed, old)
         below_sum = add(below_sum, computed & (log_ratio < -terms.far_below), 1.0)
         zero_sum = add(zero_sum, computed & (old == 0) & (logp < -terms.far_below_one), 1.0)
@@ -227,10 +224,8 @@ def metrics_of_rows(
             number = tl.abs(tl.load(given + t, mask=inside, other=0.0).to(tl.float32)) < float("inf")
             sentinel_count = add(sentinel_count, unscored & number, 1.0)
         nonfinite_count = add(nonfinite_count, computed & ~finite, 1.0)
-        computed_count = add(computed_count, computed, 1.0)
-        weighted_count = add(weighted_count, weighted, 1.0)
-    n, w = tl.sum(computed_count, 0), tl.sum(weighted_count, 0)
-    all_tokens = tl.sum(token_count, 0)
+        computed_count, weighted_count = add(computed_count, computed, 1.0), add(weighted_count, weighted, 1.0)
+    n, w, all_tokens = tl.sum(computed_count, 0), tl.sum(weighted_count, 0), tl.sum(token_count, 0)
     results = (
         mean(ratio_sum, n), largest(ratio_most, n), mean(k1_sum, n), mean(k3_sum, n), mean(shift_sum, n),
         largest(shift_most, n), mean(weight_sum, w), 0.0 - largest(weight_least, w), largest(weight_most, w),

@@ -69,6 +69,19 @@ def reduced(
 
 
 @jit
+def load_tokens(rows, rows_stride, outcome, outcome_stride, t, inside):
+    """-> (log π, entropy, log μ, advantage, whether it was computed) of the tokens t, from their packed rows (`Field`)
+    and from what the rows have reported (`Outcome`).
+    """
+    logp = tl.load(outcome + t, mask=inside, other=0.0)
+    entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
+    old = tl.load(rows + t, mask=inside, other=0.0)
+    old = tl.where(old == old, old, logp)  # on-policy
+    advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
+    return logp, entropy, old, advantage, tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
+
+
+@jit
 def add(total, flag, value):
     return total + tl.where(flag, value, 0.0)
 

@@ -254,80 +254,61 @@ def spread(value, shape) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------------------
 # the loss
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a policy loss, by the package's names and with its defaults."""
 
-def policy_loss(
-    raw,
-    targets,
-    old_logprobs,
-    advantages,
-    mask=None,
-    *,
-    spec,
-    bias=None,
-    temperature=1.0,
-    reduction="token-mean",
-    normalizer=None,
-    horizon=None,
-    cu_seqlens=None,
-    ref_logprobs=None,
-    kl_coef=0.0,
-    kl_estimator="k3",
-    kl_importance=False,
-    entropy_coef=0.0,
-    z_loss_coef=0.0,
-    token_weights=None,
-    logit_scale=1.0,
-    softcap=None,
-    vocab_size=None,
-    kept_ids=None,
-) -> OracleOutput:
+    temperature: float | Tensor = 1.0
+    reduction: object = "token-mean"
+    normalizer: float | Tensor | None = None
+    horizon: float | None = None
+    cu_seqlens: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_importance: bool = False
+    entropy_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    token_weights: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    kept_ids: Tensor | None = None
+
+
+def policy_loss(raw, targets, old_logprobs, advantages, mask=None, *, spec, bias=None, **options) -> OracleOutput:
     """Return the loss of `raw`, which is fp64 logits [..., V] or a pair (hidden [..., H], weight [V, H])."""
-    shape = tuple(targets.shape)
+    chosen, shape = Options(**options), tuple(targets.shape)
     valid = torch.ones(shape) if mask is None else mask.detach().cpu()
     valid = (valid != 0).reshape(-1)
     if old_logprobs is not None:
         valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -100)  # neither NaN nor what no sample has
     keep = valid.nonzero().squeeze(-1)
-    seq = sequence_ids(shape, cu_seqlens)
+    seq = sequence_ids(shape, chosen.cu_seqlens)
 
     def rows(value):
         value = spread(value, shape)
         return None if value is None else value[keep]
 
-    if isinstance(raw, tuple):
-        hidden, weight = raw
-        logits = hidden.reshape(-1, hidden.shape[-1])[keep] @ weight.T
-        logits = logits if bias is None else logits + bias
-    else:
-        logits = raw.reshape(-1, raw.shape[-1])[keep]
-    heat = rows(temperature).unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
-    z = transform(logits, heat, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size)
-    z = kept_only(z, None if kept_ids is None else kept_ids.flatten(0, -2)[keep])
+    logits = logits_of(raw, bias, keep)
+    hot = isinstance(chosen.temperature, Tensor) and chosen.temperature.dim()
+    heat = rows(chosen.temperature).unsqueeze(-1) if hot else chosen.temperature
+    scaling = {"logit_scale": chosen.logit_scale, "softcap": chosen.softcap, "vocab_size": chosen.vocab_size}
+    kept = None if chosen.kept_ids is None else chosen.kept_ids.flatten(0, -2)[keep]
+    z = kept_only(transform(logits, heat, **scaling), kept)
     logp, entropy = statistics(z, targets.detach().cpu().expand(shape).reshape(-1)[keep].long())
-
+    logsumexp = torch.logsumexp(z, 1)
     old = logp.detach() if old_logprobs is None else rows(old_logprobs)
     n_seq = 0 if seq is None or not len(seq) else int(seq.max()) + 1
     x = Rows(logp, old, rows(advantages), None if seq is None else seq[keep], n_seq)
-    c_pol, c_kl, c_ent, c_z = (c[keep] for c in term_coefficients(reduction, valid, seq, horizon, normalizer))
-    if token_weights is not None:
-        c_pol = c_pol * rows(token_weights)
-    terms = [c_pol * token_loss(spec, x)]
-    if kl_coef:
-        ratio = (logp - old).clamp(-20, 20).exp() if kl_importance else 1
-        terms.append(kl_coef * c_kl * ratio * kl_term(logp, rows(ref_logprobs), kl_estimator))
-    if entropy_coef:
-        terms.append(-entropy_coef * c_ent * entropy)
-    logsumexp = torch.logsumexp(z, 1)
-    if z_loss_coef:
-        terms.append(z_loss_coef * c_z * logsumexp**2)
-    loss = sum(term.sum() for term in terms)
-    loss = loss + logits[:0].sum()  # an empty selection still belongs to the graph
+    factors = term_coefficients(chosen.reduction, valid, seq, chosen.horizon, chosen.normalizer)
+    terms = terms_of(spec, x, entropy, logsumexp, [c[keep] for c in factors], chosen, rows)
 
     def scatter(value):
         return torch.zeros(shape, dtype=torch.float64).reshape(-1).index_copy(0, keep, value.detach()).reshape(shape)
 
     return OracleOutput(
-        loss=loss,
+        loss=sum(term.sum() for term in terms) + logits[:0].sum(),  # an empty selection still belongs to the graph
         logprobs=scatter(logp),
         entropy=scatter(entropy),
         logsumexp=scatter(logsumexp),
@@ -335,6 +316,30 @@ def policy_loss(
         scale=sum(term.detach().abs().sum() for term in terms),
         metrics=metrics(spec, x, entropy),
     )
+
+
+def logits_of(raw, bias, keep) -> Tensor:
+    """Return the logits of the rows to keep."""
+    if not isinstance(raw, tuple):
+        return raw.reshape(-1, raw.shape[-1])[keep]
+    logits = raw[0].reshape(-1, raw[0].shape[-1])[keep] @ raw[1].T
+    return logits if bias is None else logits + bias
+
+
+def terms_of(spec, x: Rows, entropy, logsumexp, factors, chosen: Options, rows) -> list[Tensor]:
+    """Return the terms of the loss, each [N] with its coefficients; `rows` selects the rows of a per-token tensor."""
+    c_pol, c_kl, c_ent, c_z = factors
+    if chosen.token_weights is not None:
+        c_pol = c_pol * rows(chosen.token_weights)
+    terms = [c_pol * token_loss(spec, x)]
+    if chosen.kl_coef:
+        ratio = x.log_ratio.exp() if chosen.kl_importance else 1
+        terms.append(chosen.kl_coef * c_kl * ratio * kl_term(x.logp, rows(chosen.ref_logprobs), chosen.kl_estimator))
+    if chosen.entropy_coef:
+        terms.append(-chosen.entropy_coef * c_ent * entropy)
+    if chosen.z_loss_coef:
+        terms.append(chosen.z_loss_coef * c_z * logsumexp**2)
+    return terms
 
 
 # ---------------------------------------------------------------------------------------------------------------
