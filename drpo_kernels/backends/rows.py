@@ -149,8 +149,6 @@ class RowOps(Protocol):
         ...
 
 
-
-
 def float16_scale(slopes: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, 1 / scale), 0-d powers of two. The scale brings the largest possible |dlogits| to about 2^14.
 
