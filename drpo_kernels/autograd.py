@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drpo_kernels import ops
 from drpo_kernels.backends import row_ops
+from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.rows import Field, Outcome, Stat
 from drpo_kernels.graphs import traced
 
@@ -107,7 +108,7 @@ class LinearPolicyLoss(torch.autograd.Function):
         rows = rows if loss_scale == 1 else _scaled(rows, loss_scale)
         sweep = (ops.sparse_policy if sparse else ops.linear_policy).on(hidden)
         outcome, *gradients = sweep(hidden, weight, bias, targets, rows, main_grad, spec, needs_grad)
-        ctx.needs_grad = [needs_grad[0], needs_grad[1] and main_grad is None, needs_grad[2]]
+        ctx.returned = NeedsGrad(*needs_grad).returned(main_grad)
         ctx.spec, ctx.declares, ctx.loss_scale = spec, main_grad is not None, loss_scale
         ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
         ctx.save_for_backward(*gradients)
@@ -130,7 +131,7 @@ class LinearPolicyLoss(torch.autograd.Function):
             _assert_declared(factor, ctx.loss_scale)
         gradients = [
             _finished(gradient, factor, dtype, ctx.spec) if needed else None
-            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
+            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.returned, strict=True)
         ]
         return *gradients, *[None] * 7
 
@@ -159,7 +160,7 @@ class LinearLogprobs(torch.autograd.Function):
             return (None,) * 8
         saved = ctx.saved_tensors  # read only once, because hooks of activation checkpointing give a tensor once
         gradients = ops.linear_recompute.on(slopes)(*saved, slopes, ctx.main_grad, ctx.spec, ctx.needs_grad)
-        returned = [ctx.needs_grad[0], ctx.needs_grad[1] and ctx.main_grad is None, ctx.needs_grad[2]]
+        returned = NeedsGrad(*ctx.needs_grad).returned(ctx.main_grad)
         gradients = [
             gradient.to(x.dtype) if needed else None
             for gradient, x, needed in zip(gradients, saved[:3], returned, strict=True)

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from drpo_kernels.reductions import Metric, add, larger, largest, load_tokens, mean, reduced
+from drpo_kernels.reductions import OUT_LOGSUMEXP, Metric, add, larger, largest, load_tokens, mean, reduced
 from drpo_kernels.tokens import LEAST_LOGPROB
 from drpo_kernels.triton_support import jit, tl
 
@@ -149,7 +149,7 @@ def evidence(
         after, has_after = neighbour(rows, outcome, valid, t + 1, count, terms.least_logprob)
         misfit, unsure = bounded(d), p < -terms.far_below_one
         sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0))
-        logsumexp = tl.load(outcome + 2 * outcome_stride + t, mask=inside, other=0.0)
+        logsumexp = tl.load(outcome + outcome_stride * OUT_LOGSUMEXP + t, mask=inside, other=0.0)
         floored_sum, d_sum = add(floored_sum, computed, p), add(d_sum, computed, d)
         pp_sum, pd_sum = add(pp_sum, computed, p * p), add(pd_sum, computed, p * d)
         dd_sum = add(dd_sum, computed, d * d)

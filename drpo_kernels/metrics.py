@@ -13,7 +13,19 @@ from torch import Tensor
 from drpo_kernels.evidence import EVIDENCE_METRICS, FAR_BELOW_ONE, evidence
 from drpo_kernels.kl import clamped
 from drpo_kernels.objective import Objective
-from drpo_kernels.reductions import PREFIX, REDUCE, Metric, add, larger, largest, load_tokens, mean, reduced
+from drpo_kernels.reductions import (
+    OUT_SLOPE,
+    PREFIX,
+    REDUCE,
+    REF_LOGPROB,
+    Metric,
+    add,
+    larger,
+    largest,
+    load_tokens,
+    mean,
+    reduced,
+)
 from drpo_kernels.tokens import LEAST_LOGPROB, Tokens, clamped_log_ratio, expm1, prob_shift
 from drpo_kernels.triton_support import jit, tl
 
@@ -194,7 +206,7 @@ def metrics_of_rows(
         t = start + tl.arange(0, BLOCK)
         inside = t < count
         logp, entropy, old, advantage, computed = load_tokens(rows, rows_stride, outcome, outcome_stride, t, inside)
-        slope = tl.load(outcome + 4 * outcome_stride + t, mask=inside, other=0.0)
+        slope = tl.load(outcome + outcome_stride * OUT_SLOPE + t, mask=inside, other=0.0)
         weighted = computed & (advantage != 0)
         log_ratio, shift = clamped_log_ratio(logp, old), tl.abs(prob_shift(logp, old))
         ratio = tl.exp(log_ratio)
@@ -213,7 +225,8 @@ def metrics_of_rows(
         below_sum = add(below_sum, computed & (log_ratio < -terms.far_below), 1.0)
         zero_sum = add(zero_sum, computed & (old == 0) & (logp < -terms.far_below_one), 1.0)
         if terms.kl is not None:
-            d, _ = clamped(logp - tl.load(rows + 5 * rows_stride + t, mask=inside, other=0.0), terms.kl_cap)
+            reference = tl.load(rows + rows_stride * REF_LOGPROB + t, mask=inside, other=0.0)
+            d, _ = clamped(logp - reference, terms.kl_cap)
             kl, _, _ = terms.kl(d)
             kl_sum = add(kl_sum, computed, kl)
         finite = (tl.abs(logp) < float("inf")) & (tl.abs(slope) < float("inf"))

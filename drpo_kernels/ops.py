@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drpo_kernels.backends.kept_logits import kept_gradients as _kept_gradients
 from drpo_kernels.backends.kept_logits import kept_logits as _kept_logits
+from drpo_kernels.backends.planning import NeedsGrad
 from drpo_kernels.backends.ready import ready_gradient as _ready_gradient
 from drpo_kernels.backends.ready import ready_policy as _ready_policy
 from drpo_kernels.backends.ready import ready_statistics as _ready_statistics
@@ -77,7 +78,7 @@ def _define(name: str, arguments: str, returns: str, function, fake):
 def _empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, needs_grad: list[bool]
 ) -> tuple[Tensor, ...]:
-    returned = [needs_grad[0], needs_grad[1] and main_grad is None, needs_grad[2]]
+    returned = NeedsGrad(*needs_grad).returned(main_grad)
     return tuple(
         x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype))
         if x is not None and needed

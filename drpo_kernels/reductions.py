@@ -9,7 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drpo_kernels.triton_support import jit, tl
+from drpo_kernels.backends.rows import Field, Outcome
+from drpo_kernels.triton_support import constants, jit, tl
+
+_, ADVANTAGE, _, _, _, REF_LOGPROB, _, KIND, _ = constants(Field)
+_, OUT_ENTROPY, OUT_LOGSUMEXP, _, OUT_SLOPE = constants(Outcome)
 
 PREFIX = "drpo/"
 
@@ -74,11 +78,12 @@ def load_tokens(rows, rows_stride, outcome, outcome_stride, t, inside):
     and from what the rows have reported (`Outcome`).
     """
     logp = tl.load(outcome + t, mask=inside, other=0.0)
-    entropy = tl.load(outcome + outcome_stride + t, mask=inside, other=0.0)
+    entropy = tl.load(outcome + outcome_stride * OUT_ENTROPY + t, mask=inside, other=0.0)
     old = tl.load(rows + t, mask=inside, other=0.0)
     old = tl.where(old == old, old, logp)  # on-policy
-    advantage = tl.load(rows + rows_stride + t, mask=inside, other=0.0)
-    return logp, entropy, old, advantage, tl.load(rows + 7 * rows_stride + t, mask=inside, other=0.0) > 0
+    advantage = tl.load(rows + rows_stride * ADVANTAGE + t, mask=inside, other=0.0)
+    computed = tl.load(rows + rows_stride * KIND + t, mask=inside, other=0.0) > 0
+    return logp, entropy, old, advantage, computed
 
 
 @jit

@@ -6,6 +6,7 @@ refuses to run.
 """
 
 import os
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ try:
     HAS_TRITON = True
     jit = triton.jit  # pyright: ignore[reportAssignmentType]
 except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=object)  # kernels annotate their arguments with tl.constexpr
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # as annotations of arguments and for constants
     HAS_TRITON = False
 
     def jit(function: Any = None, **_: object) -> Any:
@@ -26,4 +27,10 @@ except ImportError:
 # Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
-__all__ = ["HAS_TRITON", "INTERPRETING", "jit", "tl", "triton"]
+
+def constants(names: type[IntEnum]) -> tuple[Any, ...]:
+    """The values of an enumeration as constants that a kernel may use: it can read no other global number."""
+    return tuple(tl.constexpr(int(name)) for name in names)
+
+
+__all__ = ["HAS_TRITON", "INTERPRETING", "constants", "jit", "tl", "triton"]

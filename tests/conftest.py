@@ -21,6 +21,10 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not ON_GPU:
+    import quick_interpreter
+
+    quick_interpreter.quicken()
 
 # The tests marked `gpu` of these files run first, the most important ones before the others.
 FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_exact_products.py")

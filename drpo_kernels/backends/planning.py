@@ -11,6 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from drpo_kernels.backends.devices import GIB, MIB, DeviceProperties
 
@@ -43,6 +44,10 @@ class NeedsGrad(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+    def returned(self, main_grad: Tensor | None) -> "NeedsGrad":
+        """Which of them the sweep returns: not dW if it is added to `main_grad`."""
+        return NeedsGrad(self.hidden, self.weight and main_grad is None, self.bias)
 
 
 @dataclass(frozen=True)

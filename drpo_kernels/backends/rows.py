@@ -131,8 +131,8 @@ class RowOps(Protocol):
         ...
 
     def factors(self, terms: Terms, logits: torch.dtype, dlogits: torch.dtype) -> bool:
-        """Whether `policy` takes `factors` for these terms, with logits and `out` of these dtypes. It then reads a row
-        once. It cannot with an entropy bonus or a z-loss, whose gradient is no multiple of p.
+        """Whether `policy` exists and takes `factors` for these terms, with logits and `out` of these dtypes. It then
+        reads a row once. It cannot with an entropy bonus or a z-loss, whose gradient is no multiple of p.
         """
         ...
 

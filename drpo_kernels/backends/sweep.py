@@ -356,6 +356,7 @@ def policy_sweep(
         sweep = LinearSweep(hidden, head, targets, rows, spec.execution, needs_grad, terms)
 
         def in_steps(batch: RowBatch, out: Tensor | None, factors: Tensor | None) -> Tensor:
+            assert factors is None  # they come from `policy` alone
             outcome, sweep.unscale = policy_rows(sweep.ops, head.vocab, terms, batch, out)
             return outcome
 

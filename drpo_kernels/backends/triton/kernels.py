@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from drpo_kernels.backends import rows as contract
 from drpo_kernels.backends.triton.softmax import (
+    ENTROPY,
+    LOGSUMEXP,
+    STATS,
     Logits,
     load_softmax,
     load_target,
@@ -18,7 +21,7 @@ from drpo_kernels.backends.triton.softmax import (
 )
 from drpo_kernels.kl import clamped, importance_weighted
 from drpo_kernels.softcap import tanh_slope_twin
-from drpo_kernels.triton_support import jit, tl
+from drpo_kernels.triton_support import constants, jit, tl
 
 # What a kernel is given of a batch beside its logits. Triton would compile a kernel of its own where such a stride is 1
 # or a multiple of 16, or such a pointer 16-byte aligned, and another binary may fuse a · b + c · d the other way: a
@@ -29,10 +32,13 @@ VARYING = (
     "outcome_stride", "factors", "count",
 )  # fmt: skip
 
-OLD_LOGPROB, ADVANTAGE, POLICY_COEF, KL_COEF, ENTROPY_COEF, REF_LOGPROB, INV_TEMPERATURE, KIND, Z_LOSS_COEF = (
-    tl.constexpr(int(field)) for field in contract.Field
+OLD_LOGPROB, ADVANTAGE, POLICY_COEF, KL_COEF, ENTROPY_COEF, REF_LOGPROB, INV_TEMPERATURE, KIND, Z_LOSS_COEF = constants(
+    contract.Field
 )
-FORWARD, ACTIVE = tl.constexpr(int(contract.RowKind.FORWARD)), tl.constexpr(int(contract.RowKind.ACTIVE))
+_, FORWARD, ACTIVE = constants(contract.RowKind)
+OUTCOMES = tl.constexpr(len(contract.Outcome))
+_, OUT_ENTROPY, OUT_LOGSUMEXP, OUT_LOSS, OUT_SLOPE = constants(contract.Outcome)
+_, SLOPE_LOGSUMEXP, SLOPE_ENTROPY = constants(contract.Slope)
 
 
 def row_jit(function):
@@ -68,12 +74,12 @@ def statistics_kernel(logits: Logits, targets, rows, rows_stride, statistics, st
     rows += t
     statistics += t
     if tl.load(rows + rows_stride * KIND) < FORWARD:
-        for stat in tl.static_range(7):
+        for stat in tl.static_range(STATS):
             tl.store(statistics + stat * statistics_stride, 0.0)
     else:
         row = row_of(logits, t, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
         known = reduce_row(logits, row, 0.0, None, False, False, BLOCK)
-        for stat in tl.static_range(7):
+        for stat in tl.static_range(STATS):
             tl.store(statistics + stat * statistics_stride, known[stat])
 
 
@@ -100,10 +106,10 @@ def gradient_kernel(
         known = load_softmax(statistics + t, statistics_stride)
         z_slope = 0.0
         if HAS_Z_LOSS:
-            z_slope = tl.load(slopes + slopes_stride + t)
+            z_slope = tl.load(slopes + slopes_stride * SLOPE_LOGSUMEXP + t)
         entropy_slope = 0.0
         if HAS_ENTROPY:
-            entropy_slope = tl.load(slopes + 2 * slopes_stride + t)
+            entropy_slope = tl.load(slopes + slopes_stride * SLOPE_ENTROPY + t)
         row_slopes = (tl.load(slopes + t), z_slope, entropy_slope)
         write_gradient(logits, row, known, row_slopes, written, out.padded, HAS_ENTROPY, HAS_Z_LOSS, BLOCK)
 
@@ -150,6 +156,16 @@ def row_loss(rows, rows_stride, inside, logp, entropy, lse, terms):
     return loss, (slope, z_slope, entropy_slope), policy_slope
 
 
+@jit
+def store_outcome(outcome, stride, inside, logp, entropy, lse, loss, policy_slope):
+    """Store what one row reports (`Outcome`), or what each row of a block does that is `inside`; None says all are."""
+    tl.store(outcome, logp, mask=inside)
+    tl.store(outcome + stride * OUT_ENTROPY, entropy, mask=inside)
+    tl.store(outcome + stride * OUT_LOGSUMEXP, lse, mask=inside)
+    tl.store(outcome + stride * OUT_LOSS, loss, mask=inside)
+    tl.store(outcome + stride * OUT_SLOPE, policy_slope, mask=inside)
+
+
 @row_jit
 def losses_kernel(
     statistics, statistics_stride, rows, rows_stride, outcome, outcome_stride, slopes, slopes_stride, count,
@@ -162,20 +178,18 @@ def losses_kernel(
     inside = t < count
     computed = inside & (tl.load(rows + rows_stride * KIND + t, mask=inside, other=0.0) >= FORWARD)
     logp = tl.load(statistics + t, mask=computed, other=0.0)
-    entropy = tl.load(statistics + statistics_stride + t, mask=computed, other=0.0)
-    lse = tl.load(statistics + 6 * statistics_stride + t, mask=computed, other=0.0)
+    entropy = tl.load(statistics + statistics_stride * ENTROPY + t, mask=computed, other=0.0)
+    lse = tl.load(statistics + statistics_stride * LOGSUMEXP + t, mask=computed, other=0.0)
     loss, row_slopes, policy_slope = row_loss(rows + t, rows_stride, computed, logp, entropy, lse, terms)
     slope, z_slope, entropy_slope = row_slopes
-    tl.store(outcome + t, logp, mask=inside)
-    tl.store(outcome + outcome_stride + t, entropy, mask=inside)
-    tl.store(outcome + 2 * outcome_stride + t, lse, mask=inside)
-    tl.store(outcome + 3 * outcome_stride + t, tl.where(computed, loss, 0.0), mask=inside)
-    tl.store(outcome + 4 * outcome_stride + t, tl.where(computed, policy_slope, 0.0), mask=inside)
-    tl.store(slopes + t, tl.where(computed, slope, 0.0), mask=inside)
+    loss, policy_slope = tl.where(computed, loss, 0.0), tl.where(computed, policy_slope, 0.0)
+    store_outcome(outcome + t, outcome_stride, inside, logp, entropy, lse, loss, policy_slope)
+    slopes += t
+    tl.store(slopes, tl.where(computed, slope, 0.0), mask=inside)
     if terms.z_loss or terms.entropy_bonus:
-        tl.store(slopes + slopes_stride + t, tl.where(computed, z_slope, 0.0), mask=inside)
+        tl.store(slopes + slopes_stride * SLOPE_LOGSUMEXP, tl.where(computed, z_slope, 0.0), mask=inside)
     if terms.entropy_bonus:
-        tl.store(slopes + 2 * slopes_stride + t, tl.where(computed, entropy_slope, 0.0), mask=inside)
+        tl.store(slopes + slopes_stride * SLOPE_ENTROPY, tl.where(computed, entropy_slope, 0.0), mask=inside)
 
 
 @row_jit
@@ -202,7 +216,7 @@ def policy_kernel(
         written = out.data + t * out.row_stride
         padded = out.padded
     if kind < FORWARD:
-        for field in tl.static_range(5):
+        for field in tl.static_range(OUTCOMES):
             tl.store(outcome + field * outcome_stride, 0.0)
         if FACTORED:
             tl.store(factors + t, 0.0)
@@ -212,11 +226,7 @@ def policy_kernel(
         row = row_of(logits, t, tl.load(targets + t), tl.load(rows + rows_stride * INV_TEMPERATURE))
         known = reduce_row(logits, row, tl.load(rows + rows_stride * OLD_LOGPROB), written, HAS_OLD, FACTORED, BLOCK)
         loss, slopes, policy_slope = row_loss(rows, rows_stride, None, known.logp, known.entropy, known.lse, terms)
-        tl.store(outcome, known.logp)
-        tl.store(outcome + outcome_stride, known.entropy)
-        tl.store(outcome + 2 * outcome_stride, known.lse)
-        tl.store(outcome + 3 * outcome_stride, loss)
-        tl.store(outcome + 4 * outcome_stride, policy_slope)
+        store_outcome(outcome, outcome_stride, None, known.logp, known.entropy, known.lse, loss, policy_slope)
         if FACTORED:
             slope, _, _ = slopes
             tl.store(factors + t, tl.where(kind < ACTIVE, 0.0, -slope * row.chain / known.total))

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 from drpo_kernels.backends.rows import Stat
 from drpo_kernels.softcap import tanh, tanh_slope_twin
 from drpo_kernels.tokens import log1p
-from drpo_kernels.triton_support import jit, tl
+from drpo_kernels.triton_support import constants, jit, tl
 
-LOGPROB, ENTROPY, REFERENCE, SUM, MISS, MEAN, LOGSUMEXP = (tl.constexpr(int(stat)) for stat in Stat)
+STATS = tl.constexpr(len(Stat))
+LOGPROB, ENTROPY, REFERENCE, SUM, MISS, MEAN, LOGSUMEXP = constants(Stat)
 
 
 class Matrix(NamedTuple):
