@@ -12,8 +12,8 @@ from benchmarks.device.tiles import COPY
 from benchmarks.harness.measure import largest_error
 from benchmarks.harness.records import Record
 from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run, once
+from benchmarks.harness.speed_tables import LABELS, label
 from benchmarks.harness.tables import NOTHING, gibibytes, table, times
-from benchmarks.speed.tables import LABELS, label
 
 WARP = 32  # threads
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.device import bars
 from benchmarks.device.findings import FINDINGS, PICTURES, main_heads, small_shapes, timed
+from benchmarks.harness import speed_tables
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.measure import largest_error
 from benchmarks.harness.records import Record
 from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run, once
+from benchmarks.harness.speed_tables import LABELS
 from benchmarks.harness.tables import gibibytes, table, times
-from benchmarks.speed import tables as speed_tables
-from benchmarks.speed.tables import LABELS
 
 NOT_ON_A_GPU = """\
 **Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register

@@ -15,7 +15,7 @@ from benchmarks.harness.measure import largest_error
 from benchmarks.harness.pictures import GREY, ORANGE, STYLES, frame, plt, save
 from benchmarks.harness.records import Record
 from benchmarks.harness.runs import Run
-from benchmarks.speed.plots import plain
+from benchmarks.harness.speed_tables import plain
 
 OURS, OTHER = STYLES[bars.LOSS][0], STYLES["eager"][0]
 SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": (ORANGE, "D")}
