@@ -46,9 +46,7 @@ def products(device: torch.device, rehearse: bool, deadline: float) -> Iterator[
     width, vocab = (64, 256) if rehearse else (4096, VOCAB)
     shapes = [(rows, inner) for inner in ((64,) if rehearse else WIDTHS) for rows in ((16,) if rehearse else CHUNKS)]
     windows = (16,) if rehearse else WINDOWS
-    groups = [
-        [Product("logits", rows, inner, vocab, out) for out in ("bfloat16", "float32")] for rows, inner in shapes
-    ]
+    groups = [[Product("logits", rows, inner, vocab, out) for out in ("bfloat16", "float32")] for rows, inner in shapes]
     groups += [
         [
             Product("dX", rows, vocab, width, "bfloat16"),

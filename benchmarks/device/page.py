@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from benchmarks.device import bars
-from benchmarks.device.findings import FINDINGS, PICTURES, main_heads, small_shapes, timed
+from benchmarks.device.findings import FINDINGS, PICTURES, compared_heads, main_heads, small_shapes
 from benchmarks.harness import speed_tables
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.measure import largest_error
-from benchmarks.harness.records import Record
-from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run, once
+from benchmarks.harness.runs import DEVICE, SPEED, Run, once, record_of
 from benchmarks.harness.speed_tables import LABELS
 from benchmarks.harness.tables import gibibytes, table, times
 
@@ -25,27 +24,13 @@ def gpus(run: Run) -> str:
     return " and an ".join(names)
 
 
-def summary(run: Run, short: bool = False) -> str:
-    """The bars, the tests and the parts of a run; the short one has only the parts that have not come to their end, and
-    no findings.
-    """
-    sourced = [record for record in run[DEVICE] if "device" in record]
-    title = "Device unknown: the part `environment` has not run"
-    if sourced:
-        name = sourced[0]["device"].get("gpu", "A rehearsal on a CPU: numbers mean nothing")
-        title = "{}, torch {torch}, triton {triton}".format(name, **sourced[0]["versions"])
-    ends = [r for r in run[DEVICE] if "end" in r and not (short and r["end"] == "done")]
+def summary(run: Run) -> str:
+    """The bars, the tests and the parts of a run."""
+    title = f"# {gpus(run) or 'A rehearsal on a CPU: numbers mean nothing'}"
+    ends = [record for record in run[DEVICE] if "end" in record]
     rows = [(r["part"], r["end"], f"{r['seconds']:.0f} of {r['box']:.0f} s") for r in ends]
-    sections = {"Bars": bar_table(run), "Tests": "\n".join(tests(run))}
-    sections["Parts"] = table(("part", "end", "time"), rows, left=3) if rows else ""
-    if not short:
-        sections |= findings(run)
-    return f"# {title}\n\n" + "".join(f"## {name}\n\n{text}\n\n" for name, text in sections.items() if text)
-
-
-def findings(run: Run) -> dict[str, str]:
-    """Title -> Markdown, empty where the records are missing."""
-    return {title: "\n".join(find(run)).strip() for title, find in FINDINGS.items()}
+    parts = table(("part", "end", "time"), rows, left=3)
+    return f"{title}\n\n## Bars\n\n{bar_table(run)}\n\n## Tests\n\n{render_tests(run)}\n\n## Parts\n\n{parts}\n"
 
 
 def bar_table(run: Run) -> str:
@@ -56,19 +41,21 @@ def bar_table(run: Run) -> str:
     return table(("bar", "limit", "measured", "verdict", "remark"), rows, left=5)
 
 
-def tests(run: Run) -> Iterator[str]:
+# --- docs/gpu.md ------------------------------------------------------------------------------------------------------
+
+
+def render_tests(run: Run) -> str:
     """The counts of every run of tests, and the names of those that failed."""
+    lines = []
     for record in run[DEVICE]:
         if "tests" in record:
             end = f", exit {record['exit']}" if record["finished"] else ", stopped before the end"
             counts = f"{record['passed']} passed, {len(record['failed'])} failed, {record['skipped']} skipped"
-            yield f"* `pytest {record['tests']}`: {counts}{end}"
-            yield from (f"    * failed: `{name}`" for name in record["failed"])
+            lines.append(f"* `pytest {record['tests']}`: {counts}{end}")
+            lines += [f"    * failed: `{name}`" for name in record["failed"]]
         if "memcheck" in record:
-            yield f"* compute-sanitizer: {record['memcheck']}, exit {record['exit']}"
-
-
-# --- docs/gpu.md ------------------------------------------------------------------------------------------------------
+            lines.append(f"* compute-sanitizer: {record['memcheck']}, exit {record['exit']}")
+    return "\n".join(lines) or NOT_YET
 
 
 def render_bars(run: Run) -> str:
@@ -76,8 +63,8 @@ def render_bars(run: Run) -> str:
     if not run[DEVICE] and not run[SPEED]:
         return NOT_YET
     words = [verdict.word for verdict in bars.verdicts(run)]
-    counts = f"{words.count('PASS')} of {len(words)} bars are met, {words.count('MISS')} are missed"
-    counts += f" and {words.count('not measured')} could not be measured"
+    counts = f"{words.count(bars.PASS)} of {len(words)} bars are met, {words.count(bars.MISS)} are missed"
+    counts += f" and {words.count(bars.NOT_MEASURED)} could not be measured"
     return "\n\n".join([f"**On an {gpus(run)}, {counts}.**", bar_table(run), run_origin(run)])
 
 
@@ -85,16 +72,13 @@ def run_origin(run: Run) -> str:
     return origin([record for records in run.values() for record in records if "versions" in record])
 
 
-def render_tests(run: Run) -> str:
-    return "\n".join(tests(run)) or NOT_YET
-
-
 def render_findings(run: Run) -> str:
     """Every finding under its title, with its picture."""
     if not any(run.values()):
         return NOT_YET
     parts = []
-    for title, text in findings(run).items():
+    for title, find in FINDINGS.items():
+        text = find(run)
         parts += [f"### {title}", text or NOT_YET]
         if text and title in PICTURES:
             name, what = PICTURES[title]
@@ -110,13 +94,12 @@ def render_readme(run: Run) -> str:
     heads = main_heads(run)
     if not any(record["median_s"] for record in heads):
         return NOT_YET
-    setting = speed_tables.setting_of(heads[0])
-    floors = [r for r in once(run[SPEED]) if r["method"] == bars.WHOLE and speed_tables.setting_of(r) == setting]
-    records = sorted(floors + heads, key=lambda record: list(LABELS).index(record["method"]))
-    words = [verdict.word for verdict in bars.verdicts(run)]
+    floor = record_of(run, bars.WHOLE)
+    records = [floor, *heads] if floor else heads
+    met = sum(verdict.word == bars.PASS for verdict in bars.verdicts(run))
     return "\n".join([
-        " ".join([f"**On an {gpus(run)}**", *_headline(heads), *_where_eager_wins(run)]),
-        f"{words.count('PASS')} of the {len(words)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, "
+        " ".join([f"**On an {gpus(run)}**", *_headline(run), *_where_eager_wins(run)]),
+        f"{met} of the {len(bars.BARS)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, "
         "what the runs decide, and pictures.",
         "",
         *speed_tables.section(records),
@@ -124,10 +107,10 @@ def render_readme(run: Run) -> str:
     ])  # fmt: skip
 
 
-def _headline(heads: Sequence[Record]) -> Iterator[str]:
+def _headline(run: Run) -> Iterator[str]:
     """Our time at the workload of the bars, and the two heads that a reader has at hand."""
-    found = {record["method"]: record for record in heads if record["median_s"] and record["floor_median_s"]}
-    ours = found.get(bars.LOSS)
+    heads = {record["method"]: record for record in compared_heads(run)}
+    ours = heads.get(bars.LOSS)
     if ours is None:
         return
     floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
@@ -136,21 +119,23 @@ def _headline(heads: Sequence[Record]) -> Iterator[str]:
         f"{times(floors)} the bare matrix products, with {gibibytes(ours['peak_beyond_gradients_bytes'])} beyond the "
         "gradients."
     )
-    for name in ("trl", "eager_compiled"):
-        if name in found:
-            yield (
-                f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(found[name]) / floors)} its "
-                f"time with {gibibytes(found[name]['peak_beyond_gradients_bytes'])}, its gradients "
-                f"{largest_error(found[name]):.1%} off."
-            )
+    for name, head in ((name, heads[name]) for name in ("trl", "eager_compiled") if name in heads):
+        yield (
+            f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(head) / floors)} its time with "
+            f"{gibibytes(head['peak_beyond_gradients_bytes'])}, its gradients {largest_error(head):.1%} off."
+        )
 
 
 def _where_eager_wins(run: Run) -> Iterator[str]:
+    medians = {
+        workload: [1e3 * methods[name]["median_s"] for name in ("eager", bars.LOSS)]
+        for workload, methods in small_shapes(run).items()
+        if "eager" in methods
+    }
     slower = [
-        f"{model} T={tokens} ({1e3 * methods['eager']['median_s']:.2f} against "
-        f"{1e3 * methods[bars.LOSS]['median_s']:.2f} ms)"
-        for (model, tokens), methods in sorted(small_shapes(run).items())
-        if "eager" in methods and methods["eager"]["median_s"] < methods[bars.LOSS]["median_s"]
+        f"{workload.model} T={workload.tokens} ({eager:.2f} against {ours:.2f} ms)"
+        for workload, (eager, ours) in medians.items()
+        if eager < ours
     ]
     if slower:
         yield f"Where the host decides, eager PyTorch is faster: {', '.join(slower)}."
@@ -166,18 +151,18 @@ def render_every_speed(run: Run) -> str:
 
 def render_invariance_cost(run: Run) -> str:
     """The time of `batch_invariant` over that of the default."""
-    invariant = timed(run, "ours").get((MAIN.model, MAIN.tokens), {}).get("batch_invariant")
     try:
-        default = invariant and bars.dense_beside(invariant, run[SPEED])
+        invariant = bars.timed(run, "batch_invariant")
+        default = bars.dense_beside(invariant, run)
     except bars.NotMeasured:
-        default = None
-    if default is None:
         return NOT_YET
-    shape = "T={tokens} H={hidden} V={vocab}".format(**default["shape"])
+    shape, ratio = (
+        "T={tokens} H={hidden} V={vocab}".format(**default["shape"]),
+        invariant["median_s"] / default["median_s"],
+    )
     return (
-        f"{shape}, {default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, "
-        f"{times(invariant['median_s'] / default['median_s'])} the default's {1e3 * default['median_s']:.1f}.\n\n"
-        + origin_with_samples([default, invariant])
+        f"{shape}, {default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, {times(ratio)} the default's "
+        f"{1e3 * default['median_s']:.1f}.\n\n{origin_with_samples([default, invariant])}"
     )
 
 

@@ -35,14 +35,18 @@ from benchmarks.harness.records import Record, append, read
 from benchmarks.harness.runs import DEVICE, INVARIANCE, MAIN, PRECISION, SPEED, key_of
 from benchmarks.harness.timing import clock, interleaved_seconds
 
-# (model, T) of small models and small batches, which most runs have
-SMALL = tuple((model, tokens) for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tokens in (512, 1024, 256, 2048))
-MIDDLE = ("Qwen3-30B-A3B", 8192)
+# Small models and small batches, which most runs have.
+SMALL = tuple(
+    replace(MAIN, model=model, tokens=tokens)
+    for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
+    for tokens in (512, 1024, 256, 2048)
+)
+MIDDLE = replace(MAIN, model="Qwen3-30B-A3B")
 LOSS = "linear_policy_loss"
 # The backward of Liger's Hopper head is one kernel with a barrier across the device, which may never be passed.
 HANGS = "liger_scaled_sm90"
 # The shapes of SMALL at which the eager loss is compiled too; each compilation takes seconds.
-COMPILED = (("Qwen2.5-0.5B", 512), ("Qwen2.5-1.5B", 1024))
+COMPILED = (SMALL[0], SMALL[5])
 # A part exits with one of these when it cannot run on this machine, when it had to stop what it had started, or when
 # the device is lost.
 UNAVAILABLE, STOPPED, LOST = 3, 4, 5
@@ -210,10 +214,10 @@ def plan_of(part: str) -> list[Case]:
         "liger_sm90": [Case(HANGS, MAIN)],
         "slow_peers": [Case(name, MAIN) for name in (*beside, *slow, *by_logits)],
         "small": [
-            Case(name, replace(MAIN, model=model, tokens=tokens))
-            for model, tokens in (*SMALL, MIDDLE)
+            Case(name, workload)
+            for workload in (*SMALL, MIDDLE)
             for name in small
-            if name != "eager_compiled" or (model, tokens) in COMPILED
+            if name != "eager_compiled" or workload in COMPILED
         ],
         "sparse": [Case(name, replace(MAIN, kind=kind)) for kind in (*MIXES, "trained", "random") for name in sparse],
         "memory": [
@@ -290,8 +294,7 @@ def rows(run: Run) -> Iterator[Record]:
 
 def profile(run: Run) -> Iterator[Record]:
     """At the workload of the bars, and where a call is short."""
-    small = [replace(MAIN, model=model, tokens=tokens) for model, tokens in COMPILED]
-    steps = [(LOSS, workload) for workload in (MAIN, *small)]
+    steps = [(LOSS, workload) for workload in (MAIN, *COMPILED)]
     steps.append((f"{LOSS}_sparse", replace(MAIN, kind="mixed")))
     if run.rehearse:
         steps = [(LOSS, plans.quick([Case("gemms_whole", MAIN)])[0].workload)]

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(waiting.pop(0), min(max(share, LEAST), left), options.out, options.rehearse)
         (options.out / SUMMARY).write_text(summary(read_run(options.out)), encoding="utf-8")
     records = read_run(options.out)
-    print(summary(records, short=True), end="")
+    print(summary(records), end="")
     found = [record for name in (DEVICE, SPEED) for record in records[name]]
     return int(any(record["part"] in parts and _bad(record) for record in found))
 

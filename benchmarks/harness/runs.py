@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.plans import STANDARD
-from benchmarks.harness.records import Record, read
+from benchmarks.harness.records import Record, read, select
 from benchmarks.harness.workloads import Workload
 
 DEVICE, SPEED, INVARIANCE, PRECISION = FILES = ("device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl")
@@ -48,3 +48,9 @@ def once(records: Sequence[Record]) -> list[Record]:
         return models.index(record["workload"]), (record["workload"], tokens) != (MAIN.model, MAIN.tokens), tokens
 
     return sorted(found.values(), key=place)
+
+
+def record_of(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) -> Record | None:
+    """The record of a case that counts, if there is one."""
+    found = once(select(run[SPEED], method=method, active_share=share, **workload.fields))
+    return found[0] if found else None

@@ -74,6 +74,12 @@ class Workload:
     def shape(self) -> Shape:
         return Shape(self.tokens, MODELS[self.model].hidden, MODELS[self.model].vocab)
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """How a record names it."""
+        shape = dataclasses.asdict(self.shape)
+        return {"workload": self.model, "inputs": self.kind, "shape": shape, "dtype": self.dtype}
+
     def inputs(self, device: torch.device) -> Inputs:
         softcap, dtype = MODELS[self.model].softcap, getattr(torch, self.dtype)
         return make_inputs(self.kind, self.shape, softcap=softcap, dtype=dtype, device=device)
