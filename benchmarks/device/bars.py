@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.device.parts import MIDDLE, SMALL
+from benchmarks.device.plan import FROZEN, LOGPROBS, LOSS, MIDDLE, SMALL, SPARSE, WHOLE
 from benchmarks.device.tiles import COPY
 from benchmarks.harness.measure import OVER_BUDGET
 from benchmarks.harness.method import HEAD
@@ -22,8 +22,6 @@ from benchmarks.harness.workloads import Workload
 from drpo_kernels.backends.planning import workspace_bytes
 
 GIB = 1 << 30
-LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
-FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
 # Heads that take log-probs to any loss and give every gradient. They may round the logits, but filter nothing.
 RL_PEERS = tuple(name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter")
 OTHER_HEADS = ("trl", "liger_scaled")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.device import bars
-from benchmarks.device.parts import MIDDLE, SMALL
+from benchmarks.device.plan import FROZEN, LOGPROBS, LOSS, MIDDLE, SMALL, WHOLE
 from benchmarks.device.tiles import COPY
 from benchmarks.harness.measure import largest_error
 from benchmarks.harness.records import Record, select
@@ -18,8 +18,8 @@ from benchmarks.harness.tables import NOTHING, gibibytes, table, times
 from benchmarks.harness.workloads import Workload
 
 WARP = 32  # threads
-HEADS = (bars.LOSS, bars.LOGPROBS, "eager", "eager_compiled", *bars.PEERS)
-SMALL_METHODS = (bars.WHOLE, "eager", "eager_compiled", bars.LOSS)
+HEADS = (LOSS, LOGPROBS, "eager", "eager_compiled", *bars.PEERS)
+SMALL_METHODS = (WHOLE, "eager", "eager_compiled", LOSS)
 
 
 # --- which records ----------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def small_shapes(run: Run) -> dict[Workload, dict[str, Record]]:
     for workload in sorted((*SMALL, MIDDLE), key=lambda workload: (workload.model, workload.tokens)):
         records = {name: record_of(run, name, workload) for name in SMALL_METHODS}
         records = {name: record for name, record in records.items() if record and record["median_s"]}
-        if bars.LOSS in records:
+        if LOSS in records:
             found[workload] = records
     return found
 
@@ -97,7 +97,7 @@ def profiles(run: Run) -> str:
     cells = []
     for record in lines_of(run, "profile"):
         shape, whole, gaps = record["profile"], record["whole_us"], record["gaps"]
-        where = f"{LABELS[shape.get('method', bars.LOSS)]}, {shape['model']}, T={shape['tokens']}"
+        where = f"{LABELS[shape.get('method', LOSS)]}, {shape['model']}, T={shape['tokens']}"
         shares = (
             f"{us / 1e3:.2f} ({us / whole:.0%})" if whole else NOTHING for us in (record["short_us"], record["idle_us"])
         )
@@ -114,7 +114,7 @@ def small_models(run: Run) -> str:
     for workload, methods in small_shapes(run).items():
         medians = (methods[name]["median_s"] if name in methods else None for name in SMALL_METHODS)
         milliseconds = (NOTHING if median is None else f"{1e3 * median:.2f}" for median in medians)
-        ours = methods[bars.LOSS]
+        ours = methods[LOSS]
         over = times(ours["median_s"] / ours["floor_median_s"]) if ours["floor_median_s"] else NOTHING
         cells.append((workload.model, workload.tokens, *milliseconds, over))
     header = ("model", "T", "three bare products, ms", "eager", "compiled eager", "`linear_policy_loss`", "× its floor")
@@ -124,7 +124,7 @@ def small_models(run: Run) -> str:
 def heads(run: Run) -> str:
     """Every head at the workload of the bars."""
     found = compared_heads(run)
-    ours = select(found, method=bars.LOSS)
+    ours = select(found, method=LOSS)
     if not ours or len(found) < 2:
         return ""
     cells = []
@@ -140,7 +140,7 @@ def heads(run: Run) -> str:
 
 def memory(run: Run) -> str:
     """Peaks over T beside what is allowed."""
-    methods = (bars.LOSS, bars.FROZEN)
+    methods = (LOSS, FROZEN)
     peaks = [r for r in select(run[SPEED], part="memory") if r["peak_beyond_gradients_bytes"] is not None]
     cells = []
     for tokens in sorted({record["shape"]["tokens"] for record in peaks}):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.device import bars
 from benchmarks.device.findings import FINDINGS, PICTURES, compared_heads, main_heads, small_shapes
+from benchmarks.device.plan import LOSS, WHOLE
 from benchmarks.harness import speed_tables
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.measure import largest_error
@@ -94,7 +95,7 @@ def render_readme(run: Run) -> str:
     heads = main_heads(run)
     if not any(record["median_s"] for record in heads):
         return NOT_YET
-    floor = record_of(run, bars.WHOLE)
+    floor = record_of(run, WHOLE)
     records = [floor, *heads] if floor else heads
     met = sum(verdict.word == bars.PASS for verdict in bars.verdicts(run))
     return "\n".join([
@@ -110,7 +111,7 @@ def render_readme(run: Run) -> str:
 def _headline(run: Run) -> Iterator[str]:
     """Our time at the workload of the bars, and the two heads that a reader has at hand."""
     heads = {record["method"]: record for record in compared_heads(run)}
-    ours = heads.get(bars.LOSS)
+    ours = heads.get(LOSS)
     if ours is None:
         return
     floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
@@ -128,7 +129,7 @@ def _headline(run: Run) -> Iterator[str]:
 
 def _where_eager_wins(run: Run) -> Iterator[str]:
     medians = {
-        workload: [1e3 * methods[name]["median_s"] for name in ("eager", bars.LOSS)]
+        workload: [1e3 * methods[name]["median_s"] for name in ("eager", LOSS)]
         for workload, methods in small_shapes(run).items()
         if "eager" in methods
     }

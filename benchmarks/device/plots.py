@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from benchmarks.device import bars
 from benchmarks.device.findings import compared_heads, small_shapes
-from benchmarks.device.parts import SMALL
+from benchmarks.device.plan import LOGPROBS, LOSS, SMALL, WHOLE
 from benchmarks.harness.measure import largest_error
 from benchmarks.harness.pictures import GREY, ORANGE, STYLES, frame, plt, save
 from benchmarks.harness.records import Record
@@ -19,8 +19,8 @@ from benchmarks.harness.runs import Run
 from benchmarks.harness.speed_tables import plain
 from benchmarks.harness.workloads import Workload
 
-OURS, OTHER = STYLES[bars.LOSS][0], STYLES["eager"][0]
-SMALL_LOOKS = {name: STYLES[name] for name in (bars.WHOLE, "eager", bars.LOSS)} | {"eager_compiled": (ORANGE, "D")}
+OURS, OTHER = STYLES[LOSS][0], STYLES["eager"][0]
+SMALL_LOOKS = {name: STYLES[name] for name in (WHOLE, "eager", LOSS)} | {"eager_compiled": (ORANGE, "D")}
 
 
 def draw(run: Run, folder: Path, stem: str) -> None:
@@ -44,11 +44,11 @@ def small_figure(found: dict[Workload, dict[str, Record]]) -> Figure:
         for name, (colour, marker) in SMALL_LOOKS.items():
             here = {tokens: methods[name] for tokens, methods in groups.items() if name in methods}
             look = {"color": colour, "marker": marker, "label": plain(name)}
-            look |= {"linewidth": 2.6 if name == bars.LOSS else 1.6, "linestyle": "--" if name == bars.WHOLE else "-"}
+            look |= {"linewidth": 2.6 if name == LOSS else 1.6, "linestyle": "--" if name == WHOLE else "-"}
             upper.plot(list(here), [1e6 * r["median_s"] / t for t, r in here.items()], **look)
             shares = {t: 100 * r["floor_median_s"] / r["median_s"] for t, r in here.items() if r["floor_median_s"]}
             lower.plot(list(shares), list(shares.values()), **look)
-        shape = next(iter(groups.values()))[bars.LOSS]["shape"]
+        shape = next(iter(groups.values()))[LOSS]["shape"]
         upper.set_title(f"{model}, H={shape['hidden']}", fontsize=11, loc="left")
         lower.axhline(100, color=GREY, linewidth=1.4, linestyle="--")
         lower.set_xscale("log", base=2)
@@ -70,7 +70,7 @@ def peers_figure(heads: Sequence[Record]) -> Figure:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11.5, 1.7 + 0.42 * len(heads)), sharey=True, layout="constrained", width_ratios=(1.5, 1)
     )
-    colours = [OURS if record["method"] in (bars.LOSS, bars.LOGPROBS) else OTHER for record in heads]
+    colours = [OURS if record["method"] in (LOSS, LOGPROBS) else OTHER for record in heads]
     _bars(left, [bars.in_floors(record) for record in heads], colours)
     left.axvline(1, color=GREY, linewidth=1.4, linestyle="--")
     left.set_xlabel("time of forward and backward; three bare products = 1 (dashed)")

@@ -101,11 +101,12 @@ def front_door(device_type: str, rehearse: bool) -> list[Case]:
 def quick(plan: Sequence[Case]) -> list[Case]:
     """The same cases at tiny shapes, with different T where theirs differ."""
     most = max((case.workload.tokens for case in plan), default=1)
-    cases = []
-    for case in plan:
-        tokens = max(128 * case.workload.tokens // most, QUICK_TOKENS)
-        cases.append(replace(case, workload=replace(case.workload, model=QUICK_MODEL, tokens=tokens)))
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(replace(case, workload=tiny(case.workload, most)) for case in plan))
+
+
+def tiny(workload: Workload, most: int) -> Workload:
+    """The workload at a small model's size, with T in proportion to `most`, which becomes 128."""
+    return replace(workload, model=QUICK_MODEL, tokens=max(128 * workload.tokens // most, QUICK_TOKENS))
 
 
 def product(

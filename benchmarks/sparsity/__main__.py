@@ -123,7 +123,7 @@ def demo(options: argparse.Namespace) -> Iterator[Record]:
     inputs = Inputs(hidden, batch.weight, targets, old_logprobs, advantages, entropies)
     exact = Exact(inputs)
     steps = {tolerance: sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
-    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30, lambda: None)
+    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30)
     over = {}
     for tolerance, step in steps.items():
         found = step()

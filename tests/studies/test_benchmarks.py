@@ -195,7 +195,7 @@ def test_after_the_budget_nothing_is_started(monkeypatch, no_memory):
 def test_rounds_are_interleaved_and_the_first_is_dropped():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = interleaved_seconds(functions, rounds=2, after_each=lambda: None)
+    seconds = interleaved_seconds(functions, rounds=2)
     assert "".join(calls) == "abbaab"
     assert [len(samples) for samples in seconds.values()] == [2, 2]
 
@@ -204,7 +204,7 @@ def test_a_deadline_keeps_whole_rounds(monkeypatch):
     """The clock moves by one at each reading: rounds 0 (to warm up), 1 and 2 begin in time."""
     ticks = itertools.count()
     monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter))
-    seconds = interleaved_seconds(dict.fromkeys("ab", list), 1000, lambda: None, deadline=2.5)
+    seconds = interleaved_seconds(dict.fromkeys("ab", list), 1000, deadline=2.5)
     assert [len(samples) for samples in seconds.values()] == [2, 2]
 
 
@@ -222,7 +222,7 @@ def test_a_gpu_is_timed_and_its_memory_read():
     device = torch.device("cuda")
     square = torch.randn(4096, 4096, device=device)
     products = {n: functools.partial(lambda n: [square @ square for _ in range(n)], n) for n in (2, 20)}
-    seconds = interleaved_seconds(products, 10, lambda: None, clock(device))  # other tests may run beside this one
+    seconds = interleaved_seconds(products, 10, clock(device))  # other tests may run beside this one
     assert 0 < 4 * min(seconds[2]) < min(seconds[20])
     assert peak_on_device(lambda: torch.empty(3 << 20, device=device), device) == 12 << 20
 

@@ -1,11 +1,12 @@
 """What a run on a GPU is held to: every bar can be met, missed and not measured."""
 
 import pytest
+import torch
 
 from benchmarks.device import bars
-from benchmarks.device import parts as device_parts
 from benchmarks.device.page import summary
-from benchmarks.device.parts import MIDDLE, PARTS, SMALL
+from benchmarks.device.parts import PARTS
+from benchmarks.device.plan import MIDDLE, PLANS, SMALL
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.runs import DEVICE, MAIN, SPEED
 from benchmarks.harness.workloads import MODELS, Workload
@@ -35,7 +36,7 @@ def run_of_tests(part, passed=10, failed=(), finished=True):
     return {"part": part, "tests": f"-m gpu of {part}", "passed": passed, "failed": list(failed), "finished": finished}
 
 
-WORKSPACE = workspace_bytes(device_parts.torch.device("cuda"), 151_936, 4, None) / bars.GIB
+WORKSPACE = workspace_bytes(torch.device("cuda"), 151_936, 4, None) / bars.GIB
 GRANTED = 4 * 151_936 * 4096 / bars.GIB
 RETAINED = max(GRANTED, 2 * 8192 * 151_936 / bars.GIB)
 PASSING = [
@@ -170,7 +171,7 @@ def test_bars_name_methods_and_parts_that_exist():
     planned = {
         (part, case.method, case.workload, case.active_share)
         for part in (name for name, part in PARTS.items() if part.file == SPEED)
-        for case in device_parts.plan_of(part)
+        for case in PLANS[part]
     }
     for row in PASSING:
         workload = Workload(row["workload"], row["shape"]["tokens"], row["inputs"], row["dtype"])

@@ -4,9 +4,9 @@ import pytest
 
 from benchmarks import report
 from benchmarks.device import page as gpu_page
-from benchmarks.device import parts as device_parts
 from benchmarks.device.findings import PICTURES
-from benchmarks.device.parts import PARTS, SMALL
+from benchmarks.device.parts import PARTS
+from benchmarks.device.plan import PLANS, SMALL
 from benchmarks.harness import measure
 from benchmarks.harness.records import append
 from benchmarks.harness.runs import DEVICE, INVARIANCE, MAIN, PRECISION, SPEED, read_run
@@ -20,7 +20,7 @@ SOURCE = {
 PLANNED = {
     (part, case.method, case.workload, case.active_share): case
     for part in (name for name, part in PARTS.items() if part.file == SPEED)
-    for case in device_parts.plan_of(part)
+    for case in PLANS[part]
 }
 OK = {"status": "ok", "gradient_error": {"hidden": 0.002, "weight": 0.001}, "entropy_quantiles": [0.1, 0.5, 2.0]}
 SPARSITY = {"drpo/sparse_share": 0.9, "drpo/sparse_entries": 20.0}
