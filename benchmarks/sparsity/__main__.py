@@ -90,7 +90,7 @@ def regimes(options: argparse.Namespace) -> Iterator[Record]:
     progress.close()
 
 
-def errors_over_tolerance(case: cases.Case, dtype: torch.dtype) -> Record:
+def errors_over_tolerance(case: Inputs, dtype: torch.dtype) -> Record:
     """Norm-wise errors against float64: of dlogits rounded to bf16, of the dense path, and over τ."""
     exact = cases.exact_result(case).result
 
