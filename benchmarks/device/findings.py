@@ -5,16 +5,15 @@ A finding is a function of the run that returns Markdown: "" where its records a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.device import bars
-from benchmarks.device.plan import FROZEN, LOGPROBS, LOSS, MIDDLE, SMALL, WHOLE
+from benchmarks.device.plan import LOGPROBS, LOSS, MIDDLE, SMALL, WHOLE
 from benchmarks.device.tiles import COPY
-from benchmarks.harness.measure import largest_error
 from benchmarks.harness.records import Record, select
-from benchmarks.harness.runs import DEVICE, SPEED, Run, record_of
-from benchmarks.harness.speed_tables import LABELS, label
-from benchmarks.harness.tables import NOTHING, gibibytes, table, times
+from benchmarks.harness.runs import DEVICE, Run, record_of
+from benchmarks.harness.speed_tables import LABELS
+from benchmarks.harness.tables import NOTHING, table, times
 from benchmarks.harness.workloads import Workload
 
 WARP = 32  # threads
@@ -108,52 +107,6 @@ def profiles(run: Run) -> str:
     return _described(text, header, cells)
 
 
-def small_models(run: Run) -> str:
-    """Ours against eager and compiled eager, and the floor."""
-    cells = []
-    for workload, methods in small_shapes(run).items():
-        medians = (methods[name]["median_s"] if name in methods else None for name in SMALL_METHODS)
-        milliseconds = (NOTHING if median is None else f"{1e3 * median:.2f}" for median in medians)
-        ours = methods[LOSS]
-        over = times(ours["median_s"] / ours["floor_median_s"]) if ours["floor_median_s"] else NOTHING
-        cells.append((workload.model, workload.tokens, *milliseconds, over))
-    header = ("model", "T", "three bare products, ms", "eager", "compiled eager", "`linear_policy_loss`", "× its floor")
-    return _described("", header, cells)
-
-
-def heads(run: Run) -> str:
-    """Every head at the workload of the bars."""
-    found = compared_heads(run)
-    ours = select(found, method=LOSS)
-    if not ours or len(found) < 2:
-        return ""
-    cells = []
-    for record in found:
-        floors, error = bars.in_floors(record), largest_error(record)
-        relative = times(floors / bars.in_floors(ours[0]))
-        memory = gibibytes(record["peak_beyond_gradients_bytes"])
-        cells.append((label(record), times(floors), relative, memory, NOTHING if error is None else f"{error:.1%}"))
-    header = ("head", "× three bare products", "× `linear_policy_loss`", "beyond the gradients", "gradient error")
-    absent = [f"{label(record)} ({record['status']})" for record in main_heads(run) if record["median_s"] is None]
-    return table(header, cells) + (f"\n\nWithout a time: {'; '.join(absent)}." if absent else "")
-
-
-def memory(run: Run) -> str:
-    """Peaks over T beside what is allowed."""
-    methods = (LOSS, FROZEN)
-    peaks = [r for r in select(run[SPEED], part="memory") if r["peak_beyond_gradients_bytes"] is not None]
-    cells = []
-    for tokens in sorted({record["shape"]["tokens"] for record in peaks}):
-        row = [f"{tokens:,}"]
-        for name in methods:
-            found = [r for r in select(peaks, method=name) if r["shape"]["tokens"] == tokens]
-            sizes = (found[-1]["peak_beyond_gradients_bytes"], bars.allowance(found[-1])) if found else (None, None)
-            row += map(gibibytes, sizes)
-        cells.append(row)
-    header = ("T", *(f"{LABELS[name]}{what}" for name in methods for what in ("", ": allowed")))
-    return _described("The peak beyond inputs and gradients, and what the bars allow.", header, cells, left=0)
-
-
 def demo(run: Run) -> str:
     """The demo's training on the GPU, and its comparisons with the eager loss."""
     lines = []
@@ -169,22 +122,14 @@ def demo(run: Run) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _described(text: str, header: tuple[str, ...], cells: list, left: int = 1) -> str:
+def _described(text: str, header: Sequence[str], cells: list, left: int = 1) -> str:
     """A sentence and a table below it, or "" where the table would be empty."""
-    return f"{text}\n\n{table(header, cells, left)}".strip() if cells else ""
+    return f"{text}\n\n{table(header, cells, left)}" if cells else ""
 
 
 FINDINGS: dict[str, Callable[[Run], str]] = {
     "Bare products": products,
     "The row kernels": row_kernels,
     "Short kernels and gaps": profiles,
-    "Small models and batches": small_models,
-    "Other heads": heads,
-    "Memory over T": memory,
     "A run from beginning to end": demo,
-}
-# These findings have a picture: its name in bench_results/gpu_<name>.png, and what it shows.
-PICTURES = {
-    "Small models and batches": ("small", "Time per token and share of the floor over T for small models"),
-    "Other heads": ("peers", "Time and peak memory of every head at the workload of the bars"),
 }

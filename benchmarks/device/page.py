@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from benchmarks.device import bars
-from benchmarks.device.findings import FINDINGS, PICTURES, compared_heads, main_heads, small_shapes
+from benchmarks.device.findings import FINDINGS, main_heads, small_shapes
 from benchmarks.device.plan import LOSS, WHOLE
 from benchmarks.harness import speed_tables
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
-from benchmarks.harness.measure import largest_error
 from benchmarks.harness.runs import DEVICE, SPEED, Run, once, record_of
-from benchmarks.harness.speed_tables import LABELS
 from benchmarks.harness.tables import gibibytes, table, times
 
 NOT_ON_A_GPU = """\
@@ -74,17 +72,10 @@ def run_origin(run: Run) -> str:
 
 
 def render_findings(run: Run) -> str:
-    """Every finding under its title, with its picture."""
+    """Every finding under its title."""
     if not any(run.values()):
         return NOT_YET
-    parts = []
-    for title, find in FINDINGS.items():
-        text = find(run)
-        parts += [f"### {title}", text or NOT_YET]
-        if text and title in PICTURES:
-            name, what = PICTURES[title]
-            parts.append(f"![{what}](../bench_results/gpu_{name}.png)")
-    return "\n\n".join(parts)
+    return "\n\n".join(f"### {title}\n\n{find(run) or NOT_YET}" for title, find in FINDINGS.items())
 
 
 # --- parts of other pages ---------------------------------------------------------------------------------------------
@@ -92,39 +83,25 @@ def render_findings(run: Run) -> str:
 
 def render_readme(run: Run) -> str:
     """A few sentences, the heads at the workload of the bars, and where the rest is."""
-    heads = main_heads(run)
-    if not any(record["median_s"] for record in heads):
+    ours, floor = record_of(run, LOSS), record_of(run, WHOLE)
+    if not (ours and ours["median_s"] and ours["floor_median_s"]):
         return NOT_YET
-    floor = record_of(run, WHOLE)
-    records = [floor, *heads] if floor else heads
+    records = [*([floor] if floor else []), *main_heads(run)]
     met = sum(verdict.word == bars.PASS for verdict in bars.verdicts(run))
+    shape = "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
+    headline = (
+        f"**On an {gpus(run)}** one forward and backward of `linear_policy_loss` at {shape} takes "
+        f"{1e3 * ours['median_s']:.1f} ms, {times(bars.in_floors(ours))} the bare matrix products, with "
+        f"{gibibytes(ours['peak_beyond_gradients_bytes'])} beyond the gradients."
+    )
     return "\n".join([
-        " ".join([f"**On an {gpus(run)}**", *_headline(run), *_where_eager_wins(run)]),
+        " ".join([headline, *_where_eager_wins(run)]),
         f"{met} of the {len(bars.BARS)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, "
         "what the runs decide, and pictures.",
         "",
         *speed_tables.section(records),
         origin_with_samples(records),
     ])  # fmt: skip
-
-
-def _headline(run: Run) -> Iterator[str]:
-    """Our time at the workload of the bars, and the two heads that a reader has at hand."""
-    heads = {record["method"]: record for record in compared_heads(run)}
-    ours = heads.get(LOSS)
-    if ours is None:
-        return
-    floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
-    yield (
-        f"one forward and backward of `linear_policy_loss` at {shape} takes {1e3 * ours['median_s']:.1f} ms, "
-        f"{times(floors)} the bare matrix products, with {gibibytes(ours['peak_beyond_gradients_bytes'])} beyond the "
-        "gradients."
-    )
-    for name, head in ((name, heads[name]) for name in ("trl", "eager_compiled") if name in heads):
-        yield (
-            f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(head) / floors)} its time with "
-            f"{gibibytes(head['peak_beyond_gradients_bytes'])}, its gradients {largest_error(head):.1%} off."
-        )
 
 
 def _where_eager_wins(run: Run) -> Iterator[str]:

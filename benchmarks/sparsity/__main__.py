@@ -55,9 +55,9 @@ REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(1
 
 
 def speed(options: argparse.Namespace) -> Iterator[Record]:
-    standard = plans.STANDARD[options.device]
+    main = plans.STANDARD[options.device].main
     kinds = ("mixed", "random") if options.quick else KINDS
-    workloads = [Workload(standard.model, standard.tokens, kind, standard.dtype) for kind in kinds]
+    workloads = [Workload(main.model, main.tokens, kind, main.dtype) for kind in kinds]
     plan = [Case(name, workload) for workload in workloads for name in METHODS]
     rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
     plan = plans.quick(plan) if options.quick else plan
