@@ -1,7 +1,7 @@
 """`python -m benchmarks.device --sitting first --out DIR`: what only a GPU can tell, for one that is there for minutes.
 
-There are three sittings: `first` takes under three minutes and has the device, bare products, our own methods and the
-tests of sizes, graphs and streams; `second` takes eight minutes and has peers, small models, memory, row kernels, a
+There are three sittings: `first` takes under three minutes and has bare products, our own methods and the tests of
+sizes, graphs and streams; `second` takes eight minutes and has peers, small models, memory, row kernels, a
 profile, the other GPU tests and a run; `third` is what is left. `--parts` names parts in place of a sitting's.
 
 Parts run in order, each in a process of its own and for a share of the time that is left. Every result is a line of a
