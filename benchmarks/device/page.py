@@ -28,7 +28,7 @@ def summary(run: Run) -> str:
     title = f"# {gpus(run) or 'A rehearsal on a CPU: numbers mean nothing'}"
     ends = [record for record in run[DEVICE] if "end" in record]
     rows = [(r["part"], r["end"], f"{r['seconds']:.0f} of {r['box']:.0f} s") for r in ends]
-    parts = table(("part", "end", "time"), rows, left=3)
+    parts = table(("part", "end", "time"), rows, left=3) if rows else NOT_YET
     return f"{title}\n\n## Bars\n\n{bar_table(run)}\n\n## Tests\n\n{render_tests(run)}\n\n## Parts\n\n{parts}\n"
 
 
