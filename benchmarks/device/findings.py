@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from benchmarks.device import bars
 from benchmarks.device.plan import LOGPROBS, LOSS, MIDDLE, SMALL, WHOLE
 from benchmarks.device.tiles import COPY
+from benchmarks.harness.methods import METHODS
 from benchmarks.harness.records import Record, select
 from benchmarks.harness.runs import DEVICE, Run, record_of
-from benchmarks.harness.speed_tables import LABELS
+from benchmarks.harness.speed_tables import label_of
 from benchmarks.harness.tables import NOTHING, table, times
 from benchmarks.harness.workloads import Workload
 
@@ -41,7 +42,7 @@ def small_shapes(run: Run) -> dict[Workload, dict[str, Record]]:
 
 def main_heads(run: Run) -> list[Record]:
     """Every head that trains a weight, once, at the workload of the bars."""
-    records = [record_of(run, name) for name in LABELS if name in HEADS]
+    records = [record_of(run, name) for name in METHODS if name in HEADS]
     return [record for record in records if record and record["takes"] == "hidden"]
 
 
@@ -96,7 +97,7 @@ def profiles(run: Run) -> str:
     cells = []
     for record in lines_of(run, "profile"):
         shape, whole, gaps = record["profile"], record["whole_us"], record["gaps"]
-        where = f"{LABELS[shape.get('method', LOSS)]}, {shape['model']}, T={shape['tokens']}"
+        where = f"{label_of(shape.get('method', LOSS))}, {shape['model']}, T={shape['tokens']}"
         shares = (
             f"{us / 1e3:.2f} ({us / whole:.0%})" if whole else NOTHING for us in (record["short_us"], record["idle_us"])
         )

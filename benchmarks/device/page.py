@@ -127,23 +127,6 @@ def render_every_speed(run: Run) -> str:
     return "\n".join([speed_tables.render_all(records), origin_with_samples(records)])
 
 
-def render_invariance_cost(run: Run) -> str:
-    """The time of `batch_invariant` over that of the default."""
-    try:
-        invariant = bars.timed(run, "batch_invariant")
-        default = bars.dense_beside(invariant, run)
-    except bars.NotMeasured:
-        return NOT_YET
-    shape, ratio = (
-        "T={tokens} H={hidden} V={vocab}".format(**default["shape"]),
-        invariant["median_s"] / default["median_s"],
-    )
-    return (
-        f"{shape}, {default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, {times(ratio)} the default's "
-        f"{1e3 * default['median_s']:.1f}.\n\n{origin_with_samples([default, invariant])}"
-    )
-
-
 def _block(name: str, page: str, render: Callable[[Run], str], absent: str = NOT_YET, **further: str) -> Block:
     return Block(name, "device", "gpu", page, render, absent, **further)
 
@@ -154,5 +137,4 @@ BLOCKS = (
     _block("gpu-findings", "docs/gpu.md", render_findings),
     _block("gpu-tests", "docs/gpu.md", render_tests),
     _block("every-gpu", "docs/benchmarks.md", render_every_speed),
-    _block("invariance-cost", "docs/determinism.md", render_invariance_cost),
 )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.exact import WRONG
 from benchmarks.harness.measure import largest_error, ratio
+from benchmarks.harness.methods import METHODS
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, milliseconds, size, table, three_figures, times
 from benchmarks.harness.workloads import KINDS
@@ -15,35 +16,6 @@ HEADER = (
     "method", "median ms (min to max)", "× its floor", "× eager", "peak extra memory", "beyond gradients",
     "gradient error",
 )  # fmt: skip
-LABELS = {
-    "gemms_whole": "floor: three GEMMs, unchunked",
-    "gemms": "three GEMMs, in chunks",
-    "gemms_frozen": "floor of a frozen head: two GEMMs",
-    "gemms_recompute": "floor of recomputation: four GEMMs",
-    "copy": "floor: one copy of the logits",
-    "eager": "eager PyTorch",
-    "eager_compiled": "eager PyTorch under `torch.compile`",
-    "eager_from_logits": "eager PyTorch from logits",
-    "linear_policy_loss": "`linear_policy_loss`",
-    "linear_policy_loss_bf16_logits": "`linear_policy_loss`, bf16 logits",
-    "linear_policy_loss_not_compacted": '`linear_policy_loss`, `compact="none"`',
-    "linear_policy_loss_frozen_head": "`linear_policy_loss`, frozen head",
-    "linear_policy_loss_main_grad": "`linear_policy_loss`, `main_grad`",
-    "linear_policy_loss_sparse": "`linear_policy_loss`, `sparse_grad=0.01`",
-    "linear_policy_loss_sparse_tight": "`linear_policy_loss`, `sparse_grad=0.003`",
-    "linear_token_logprobs": "`linear_token_logprobs` + objective",
-    "batch_invariant": "`linear_policy_loss`, `batch_invariant=True`",
-    "policy_loss": "`policy_loss`",
-    "policy_loss_inplace": "`policy_loss`, in place",
-    "trl": "TRL's fused head",
-    "liger_scaled": "Liger's fused scaled CE, PyTorch",
-    "liger_scaled_sm90": "Liger's fused scaled CE, Hopper kernels",
-    "liger_grpo": "Liger's chunked GRPO loss",
-    "liger_triton_grpo": "Liger's Triton GRPO loss",
-    "cce": "cut-cross-entropy",
-    "cce_exact": "cut-cross-entropy, exact",
-    "torch_linear": "PyTorch's `linear_cross_entropy`",
-}
 EAGER = {"hidden": "eager", "logits": "eager_from_logits"}
 
 
@@ -69,14 +41,19 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     return groups
 
 
+def label_of(method: str) -> str:
+    """What tables call it: its own name where it is gone from METHODS."""
+    return METHODS[method].label if method in METHODS else method
+
+
 def label(record: Record) -> str:
-    name = LABELS.get(record["method"], record["method"])
+    name = label_of(record["method"])
     return name if record["same_loss"] else name + " (same cost, other loss)"
 
 
 def plain(method: str) -> str:
-    """A method's name without Markdown."""
-    return LABELS.get(method, method).replace("`", "")
+    """A method's label without Markdown."""
+    return label_of(method).replace("`", "")
 
 
 def dense(group: Sequence[Record]) -> list[Record]:
@@ -121,7 +98,7 @@ def _shares(group: Sequence[Record]) -> Iterator[str]:
     for share in shares:
         records = [timed.get((share, method)) for method in methods]
         rows.append((f"{share:.0%}", *(NOTHING if r is None else _median_and_ratio(r, group) for r in records)))
-    yield table(("rows with an advantage", *(f"{LABELS.get(name, name)}, ms" for name in methods)), rows, left=0)
+    yield table(("rows with an advantage", *(f"{label_of(name)}, ms" for name in methods)), rows, left=0)
     yield ""
 
 

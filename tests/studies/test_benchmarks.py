@@ -260,7 +260,7 @@ def test_exact_gradients_by_blocks(wrt, same_loss, monkeypatch):
         return methods.mean_token_loss(logprobs, inputs) if same_loss else -logprobs.mean()
 
     found = differentiated(wide, loss, wrt)()
-    method = Method(methods.eager, wrt, same_loss=same_loss)
+    method = Method(methods.eager, wrt=wrt, same_loss=same_loss)
     # the behaviour's log-probs are float32 in both, as the formula's Tokens are
     assert max(Exact(inputs, same_loss).errors(found, method).values()) < 1e-6
     off = Result(found.loss, **{name: 1.01 * getattr(found, name) for name in wrt})
