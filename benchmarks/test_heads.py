@@ -7,19 +7,15 @@ the cases are at real models' sizes, and `-k` chooses among them. `--quick` goes
 """
 
 import functools
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.harness import plans
-from benchmarks.harness.measure import Attempt, Case, Prepared, check, is_broken
-from benchmarks.harness.memory import peak_in_fresh_process, peak_on_device
+from benchmarks.harness.measure import Case, Prepared, check, is_broken, peak_of
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.timing import DeviceSeconds
-from benchmarks.harness.workloads import Inputs
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
@@ -50,31 +46,20 @@ def device_clock() -> DeviceSeconds:
     return DeviceSeconds(DEVICE)
 
 
-def peak_of(attempt: Attempt, inputs: Inputs) -> int | None:
-    """The bytes that a step takes at its peak, its gradients included. On a CPU only a fresh process can tell."""
-    if DEVICE.type == "cuda":
-        return peak_on_device(attempt.step, DEVICE)
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder, "inputs.pt")
-        inputs.save(saved)
-        return peak_in_fresh_process(saved, attempt.case.method)
-
-
 def test_forward_backward(benchmark, prepared, case):
     workload, method = case.workload, METHODS[case.method]
     rows = "" if case.active_share == 1 else f", {case.active_share:.0%} of the rows active"
     start = "logits" if method.takes == "logits" else "hidden states"
     size = f"T={workload.tokens} H={workload.shape.hidden} V={workload.shape.vocab}"
     benchmark.group = f"{workload.model} {size}, {workload.dtype}, {workload.kind}, from {start}{rows}"
-    attempt = Attempt(case, method)
     inputs, exact = prepared.of(case)
-    check(attempt, inputs, exact)
-    assert not is_broken(case.method, attempt.status), attempt.status
-    if attempt.step is None:
-        pytest.skip(attempt.status)
+    outcome = check(method, inputs, exact)
+    assert not is_broken(case.method, outcome.status), outcome.status
+    if outcome.step is None:
+        pytest.skip(outcome.status)
 
     def step() -> None:
-        attempt.step()
+        outcome.step()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
@@ -86,11 +71,11 @@ def test_forward_backward(benchmark, prepared, case):
     started = time.perf_counter()
     step()
     rounds = int(SECONDS / (time.perf_counter() - started))
-    peak = None if method.floor else peak_of(attempt, inputs)
+    peak = None if method.floor else peak_of(outcome.step, case.method, inputs)
     benchmark.pedantic(step, setup=flush, rounds=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS))
     benchmark.extra_info |= {
-        "status": attempt.status,
-        "gradient_error": max((attempt.gradient_error or {}).values(), default=None),
+        "status": outcome.status,
+        "gradient_error": max((outcome.gradient_error or {}).values(), default=None),
         "peak_extra_mib": None if peak is None else round(peak / 2**20, 1),
     }
     if benchmark.stats is not None:  # None with --benchmark-disable

@@ -135,7 +135,7 @@ def measure(size: Size, rounds: int) -> list[Record]:
     error = ((ours - theirs).norm() / theirs.norm()).item()
     if error > AGREEMENT or abs(our_loss - their_loss) > AGREEMENT * abs(their_loss):
         raise AssertionError(f"losses {our_loss} and {their_loss}, head gradients {error} apart: nothing is timed")
-    seconds = interleaved_seconds(steps, rounds, after_each=lambda: None)
+    seconds = interleaved_seconds(steps, rounds)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
     peaks = {name: peak_in_fresh_process(name, size) for name in TRAINERS}
     return [

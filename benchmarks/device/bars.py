@@ -3,89 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.device.parts import MIDDLE, SMALL
+from benchmarks.device.plan import FROZEN, LOGPROBS, LOSS, MIDDLE, SMALL, SPARSE, WHOLE
 from benchmarks.device.tiles import COPY
 from benchmarks.harness.measure import OVER_BUDGET
 from benchmarks.harness.method import HEAD
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.peers import PEERS
-from benchmarks.harness.records import Record
-from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run
-from benchmarks.harness.tables import gibibytes
+from benchmarks.harness.records import Record, select
+from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run, record_of
+from benchmarks.harness.tables import NOTHING, gibibytes
+from benchmarks.harness.workloads import Workload
 from drpo_kernels.backends.planning import workspace_bytes
 
 GIB = 1 << 30
-LOSS, LOGPROBS, WHOLE = "linear_policy_loss", "linear_token_logprobs", "gemms_whole"
-FROZEN, SPARSE = "linear_policy_loss_frozen_head", "linear_policy_loss_sparse"
-PEER_PARTS = ("peers", "liger_sm90", "slow_peers")
 # Heads that take log-probs to any loss and give every gradient. They may round the logits, but filter nothing.
-RL_PEERS = tuple(
-    name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter"
-)
+RL_PEERS = tuple(name for name, m in PEERS.items() if m.same_loss and m.wrt == HEAD and m.rounds != "gradient filter")
 OTHER_HEADS = ("trl", "liger_scaled")
+PASS, MISS, NOT_MEASURED = "PASS", "MISS", "not measured"
 
 
 class NotMeasured(Exception):
     """Raised where a bar's number cannot be had; the message names what is missing."""
 
 
-@dataclass(frozen=True)
-class Results:
-    """The lines of speed.jsonl and device.jsonl; `used` collects the records from which a bar's number comes."""
+class Found(NamedTuple):
+    """A bar's number, a remark about it, and the records from which the number comes."""
 
-    speed: Sequence[Record]
-    device: Sequence[Record]
-    used: list[Record] = field(default_factory=list)
-
-    def of(self, part: str, method: str, share: float = 1.0, inputs: str = "trained") -> list[Record]:
-        wanted = {"part": part, "method": method, "dtype": "bfloat16", "active_share": share, "inputs": inputs}
-        return [record for record in self.speed if wanted.items() <= record.items()]
-
-    def one(
-        self, part: str, method: str, share: float = 1.0, inputs: str = "trained", model=MAIN.model, tokens=MAIN.tokens
-    ) -> Record:
-        """The record of the case, which must have a time."""
-        found = [
-            record
-            for record in self.of(part, method, share, inputs)
-            if (record["workload"], record["shape"]["tokens"]) == (model, tokens)
-        ]
-        if not found or found[-1]["median_s"] is None:
-            raise NotMeasured(f"{method}: {found[-1]['status'] if found else 'no record'}")
-        self.used.append(found[-1])
-        return found[-1]
-
-    @property
-    def earlier(self) -> str:
-        """The older commits among the records used. A run may take several sittings, each at its own commit."""
-        newest = max(self.speed, key=lambda record: record["date"])["commit"] if self.speed else None
-        return ", ".join(dict.fromkeys(r["commit"][:12] for r in self.used if r["commit"] not in (None, newest)))
+    value: float
+    remark: str
+    records: Sequence[Record] = ()
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A limit and a function that gives the number and a remark, or raises `NotMeasured`. With `at_least` the number
-    must reach the limit, without it must not exceed the limit.
-    """
-
-    what: str
-    limit: float
-    value: Callable[[Results], tuple[float, str]]
-    at_least: bool = False
-    form: str = "{:.3f}×"
-
-    def met(self, value: float) -> bool:
-        return value >= self.limit if self.at_least else value <= self.limit
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a bar: `word` is PASS, MISS or "not measured"."""
+class Verdict(NamedTuple):
+    """What became of a bar: `word` is PASS, MISS or NOT_MEASURED."""
 
     bar: Bar
     word: str
@@ -93,137 +49,161 @@ class Verdict:
     remark: str
 
 
-def verdicts(run: Run) -> list[Verdict]:
-    """A verdict on every bar. The numbers of a CPU, on which a run is a rehearsal, are computed and not shown."""
-    found = []
-    rehearsal = not all("gpu" in record["device"] for record in run[SPEED])
-    for bar in BARS:
-        results = Results(run[SPEED], run[DEVICE])
+@dataclass(frozen=True)
+class Bar:
+    """A limit, and a function that finds the number in a run or raises `NotMeasured`. With `at_least` the number must
+    reach the limit, without it must not exceed the limit.
+    """
+
+    what: str
+    limit: float
+    find: Callable[[Run], Found]
+    at_least: bool = False
+    form: str = "{:.3f}×"
+
+    def verdict(self, run: Run) -> Verdict:
+        """The numbers of a CPU, on which a run is a rehearsal, are computed and not shown."""
         try:
-            value, remark = bar.value(results)
+            value, remark, records = self.find(run)
         except NotMeasured as missing:
-            found.append(Verdict(bar, "not measured", "–", str(missing)))
-            continue
-        if results.earlier:
-            remark += f"; some or all of it at commit {results.earlier}"
-        if rehearsal:
-            found.append(Verdict(bar, "not measured", "–", "rehearsal"))
-        else:
-            found.append(Verdict(bar, "PASS" if bar.met(value) else "MISS", bar.form.format(value), remark))
-    return found
+            return Verdict(self, NOT_MEASURED, NOTHING, str(missing))
+        if not all("gpu" in record["device"] for record in run[SPEED]):
+            return Verdict(self, NOT_MEASURED, NOTHING, "rehearsal")
+        if earlier := _earlier_commits(records, run):
+            remark += f"; some or all of it at commit {earlier}"
+        met = value >= self.limit if self.at_least else value <= self.limit
+        return Verdict(self, PASS if met else MISS, self.form.format(value), remark)
+
+
+def _earlier_commits(records: Sequence[Record], run: Run) -> str:
+    """The commits before the run's last one. A run may take several sittings, each at its own commit."""
+    newest = max(run[SPEED], key=lambda record: record["date"])["commit"] if run[SPEED] else None
+    return ", ".join(dict.fromkeys(r["commit"][:12] for r in records if r["commit"] not in (None, newest)))
+
+
+def verdicts(run: Run) -> list[Verdict]:
+    return [bar.verdict(run) for bar in BARS]
 
 
 # --- how the numbers come from the records ----------------------------------------------------------------------------
 
 
-def failed_tests(results: Results) -> tuple[float, str]:
+def failed_tests(run: Run) -> Found:
     """The number of failed tests. A part that runs tests and has not come to its end counts as one more."""
-    runs = [record for record in results.device if "tests" in record]
+    runs = [record for record in run[DEVICE] if "tests" in record]
     if not runs:
         raise NotMeasured("no test was run")
-    failed = [name for run in runs for name in run["failed"]]
-    cut_off = [run["tests"] for run in runs if not run["finished"]]
-    passed = sum(run["passed"] for run in runs)
+    failed = sum(len(record["failed"]) for record in runs)
+    cut_off = [record["tests"] for record in runs if not record["finished"]]
+    passed = sum(record["passed"] for record in runs)
     remark = "; ".join([f"{passed} passed", *(f"`{tests}` was cut off" for tests in cut_off)])
-    return len(failed) + len(cut_off), remark
+    return Found(failed + len(cut_off), remark)
 
 
-def of_floor(record: Record) -> tuple[float, str]:
-    """The method's median over that of its floor, whose samples were interleaved with its own."""
+def timed(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) -> Record:
+    """The record of the case, which must have a time."""
+    record = record_of(run, method, workload, share)
+    if obstacle := _obstacle(method, record):
+        raise NotMeasured(obstacle)
+    return record
+
+
+def _obstacle(method: str, record: Record | None) -> str | None:
+    """Why the method has no time, if it has none."""
+    if record is None:
+        return f"{method}: no record"
+    return None if record["median_s"] else f"{method}: {record['status']}"
+
+
+def floor_of(record: Record) -> float:
+    """Seconds of the method's floor, whose samples were interleaved with its own."""
     if record["floor_median_s"] is None:
         raise NotMeasured(f"{record['method']}: its floor has no time")
-    return _over(record["median_s"], record["floor_median_s"])
+    return record["floor_median_s"]
 
 
-def _over(one: float, other: float) -> tuple[float, str]:
-    return one / other, f"{1e3 * one:.2f} ms over {1e3 * other:.2f} ms"
+def _ratio(record: Record, seconds: float) -> Found:
+    return Found(
+        record["median_s"] / seconds, f"{1e3 * record['median_s']:.2f} ms over {1e3 * seconds:.2f} ms", [record]
+    )
 
 
-def held(method: str, results: Results, part: str = "ours", **where) -> tuple[float, str]:
-    return of_floor(results.one(part, method, **where))
+def over_floor(method: str, run: Run, workload: Workload = MAIN) -> Found:
+    record = timed(run, method, workload)
+    return _ratio(record, floor_of(record))
 
 
-def against_dense(method: str, share: float, results: Results) -> tuple[float, str]:
-    """The method's median over that of `linear_policy_loss` with every row active."""
-    record = results.one("ours", method, share)
-    return _over(record["median_s"], dense_beside(record, results.speed)["median_s"])
+def over_dense(method: str, share: float, run: Run) -> Found:
+    """The method's time over that of `linear_policy_loss` with every row active."""
+    record = timed(run, method, share=share)
+    return _ratio(record, dense_beside(record, run)["median_s"])
 
 
-def dense_beside(record: Record, records: Sequence[Record]) -> Record:
+def dense_beside(record: Record, run: Run) -> Record:
     """`linear_policy_loss` with every row active on the same inputs at the same commit, preferably of the same part."""
     same = {name: record[name] for name in ("workload", "shape", "inputs", "dtype", "commit")}
-    wanted = {"method": LOSS, "active_share": 1.0, **same}
-    found = [r for r in records if wanted.items() <= r.items() and r["median_s"] is not None]
+    found = [r for r in select(run[SPEED], method=LOSS, active_share=1.0, **same) if r["median_s"] is not None]
     if not found:
         raise NotMeasured(f"{LOSS}: no record at the same commit")
     return min(found, key=lambda other: other["part"] != record["part"])
 
 
-def sparse_over_floor(results: Results) -> tuple[float, str]:
-    record = results.one("sparse", SPARSE, inputs="mixed")
-    value, remark = of_floor(record)
-    return value, f"{remark}, gradient error {max(record['gradient_error'].values()):.2%}"
-
-
-def over_eager(results: Results) -> tuple[float, str]:
+def over_eager(run: Run) -> Found:
     """The smallest of eager's times over ours, over the shapes of small models."""
-    found = []
-    for model, tokens in (*SMALL, MIDDLE):
-        ours, eager = (results.one("small", name, model=model, tokens=tokens) for name in (LOSS, "eager"))
-        found.append((eager["median_s"] / ours["median_s"], model, tokens))
-    value, model, tokens = min(found)
-    faster = sum(ratio >= 1 for ratio, _, _ in found)
-    return value, f"worst: {model} T={tokens}; faster at {faster} of {len(found)} shapes"
+    pairs = [(timed(run, "eager", workload), timed(run, LOSS, workload)) for workload in (*SMALL, MIDDLE)]
+    ratios = [eager["median_s"] / ours["median_s"] for eager, ours in pairs]
+    value, (_, ours) = min(zip(ratios, pairs, strict=True), key=lambda row: row[0])
+    faster = sum(ratio >= 1 for ratio in ratios)
+    where = f"{ours['workload']} T={ours['shape']['tokens']}"
+    return Found(
+        value,
+        f"worst: {where}; faster at {faster} of {len(ratios)} shapes",
+        [record for eager, ours in pairs for record in (ours, eager)],
+    )
 
 
-def bandwidth_share(dtype: str, results: Results) -> tuple[float, str]:
+def bandwidth_share(dtype: str, run: Run) -> Found:
     """The TB/s of the row kernel at the tile that is chosen, over a copy's."""
-    rows = [r for r in results.device if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
-    kernels, copies = [r for r in rows if r["chosen"]], [r["TB/s"] for r in rows if r["row_kernel"] == COPY]
+    rows = [r for r in run[DEVICE] if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
+    kernels, copies = select(rows, chosen=True), select(rows, row_kernel=COPY)
     if not kernels or not copies:
         raise NotMeasured("the row kernels have no times")
-    results.used.append(kernels[-1])
-    rate = kernels[-1]["TB/s"]
-    return rate / copies[-1], f"{rate:.2f} of {copies[-1]:.2f} TB/s, one read and one write counted"
+    rate, copied = kernels[-1]["TB/s"], copies[-1]["TB/s"]
+    return Found(rate / copied, f"{rate:.2f} of {copied:.2f} TB/s, one read and one write counted", [kernels[-1]])
 
 
-def against(method: str, peers: Sequence[str], results: Results) -> tuple[float, str]:
+def over_peers(method: str, peers: Sequence[str], run: Run) -> Found:
     """The fastest peer's time over ours, each in units of the floor beside it, and the memory of both."""
-    found, missing = [], []
-    for peer in peers:
-        part = next((part for part in PEER_PARTS if results.of(part, peer)), PEER_PARTS[0])
-        try:
-            theirs, ours = results.one(part, peer), results.one("ours", method)
-        except NotMeasured as reason:
-            missing.append(str(reason))
-        else:
-            found.append((in_floors(theirs) / in_floors(ours), peer, ours, theirs))
+    ours = timed(run, method)
+    records = {peer: record_of(run, peer) for peer in peers}
+    missing = [_obstacle(peer, record) for peer, record in records.items() if _obstacle(peer, record)]
+    found = [record for peer, record in records.items() if not _obstacle(peer, record)]
     if not found:
         raise NotMeasured("; ".join(missing))
-    value, peer, ours, theirs = min(found, key=lambda row: row[0])
+    theirs = min(found, key=in_floors)
     memory = " against ".join(gibibytes(record["peak_beyond_gradients_bytes"]) for record in (ours, theirs))
-    return value, "; ".join([f"fastest: {peer}", f"beyond the gradients {memory}", *missing])
+    remark = "; ".join([f"fastest: {theirs['method']}", f"beyond the gradients {memory}", *missing])
+    return Found(in_floors(theirs) / in_floors(ours), remark, [*found, ours])
 
 
 def in_floors(record: Record) -> float:
     """A time in units of the three bare products, also for a method whose floor has four of them."""
     products = {WHOLE: 3, "gemms_recompute": 4}[METHODS[record["method"]].held_to]
-    return of_floor(record)[0] * products / 3
+    return record["median_s"] / floor_of(record) * products / 3
 
 
-def beyond_allowance(method: str, results: Results) -> tuple[float, str]:
+def beyond_allowance(method: str, run: Run) -> Found:
     """How far the peak is above what is allowed, in GiB, at the T where it is furthest."""
-    records = [record for record in results.of("memory", method) if record["status"] != OVER_BUDGET]
+    records = [r for r in select(run[SPEED], part="memory", method=method) if r["status"] != OVER_BUDGET]
     if not records:
         raise NotMeasured(f"{method}: no record")
     for record in records:
         if record["peak_beyond_gradients_bytes"] is None:
             raise NotMeasured(f"T={record['shape']['tokens']}: {record['status']}")
-    results.used.extend(records)
     worst = max(records, key=lambda record: record["peak_beyond_gradients_bytes"] - allowance(record))
     peak, tokens = worst["peak_beyond_gradients_bytes"], sorted(record["shape"]["tokens"] for record in records)
     remark = f"worst at T={worst['shape']['tokens']}, {gibibytes(peak)} beyond the gradients"
-    return (peak - allowance(worst)) / GIB, f"{remark}; T of {', '.join(map(str, tokens))}"
+    return Found((peak - allowance(worst)) / GIB, f"{remark}; T of {', '.join(map(str, tokens))}", records)
 
 
 def allowance(record: Record) -> int:
@@ -236,29 +216,28 @@ def allowance(record: Record) -> int:
     return workspace + (0 if record["method"] == FROZEN else max(4 * vocab * hidden, retained))
 
 
-GIBIBYTES = "{:.3f} GiB"
+def of_loss(model: str = MAIN.model, tokens: int = MAIN.tokens) -> Callable[[Run], Found]:
+    return partial(over_floor, LOSS, workload=replace(MAIN, model=model, tokens=tokens))
+
+
+GIBIBYTES, PERCENT = "{:.3f} GiB", "{:.1%}"
 BARS = (
     Bar("GPU tests that fail", 0, failed_tests, form="{:.0f}"),
-    Bar("T=8192 H=4096 V=151936, over three bare products", 1.10, partial(held, LOSS)),
-    Bar("the best head for RL: its time over ours", 1.2, partial(against, LOSS, RL_PEERS), at_least=True),
-    *(
-        Bar(what, limit, partial(held, LOSS, part="small", model=model, tokens=tokens))
-        for what, limit, model, tokens in (
-            ("T=8192 H=2048, over three bare products", 1.15, *MIDDLE),
-            ("T=1024 H=1536, over three bare products", 1.25, "Qwen2.5-1.5B", 1024),
-            ("T=512 H=896, over three bare products", 1.50, "Qwen2.5-0.5B", 512),
-        )
-    ),
+    Bar("T=8192 H=4096 V=151936, over three bare products", 1.10, of_loss()),
+    Bar("the best head for RL: its time over ours", 1.2, partial(over_peers, LOSS, RL_PEERS), at_least=True),
+    Bar("T=8192 H=2048, over three bare products", 1.15, of_loss(MIDDLE.model)),
+    Bar("T=1024 H=1536, over three bare products", 1.25, of_loss("Qwen2.5-1.5B", 1024)),
+    Bar("T=512 H=896, over three bare products", 1.50, of_loss("Qwen2.5-0.5B", 512)),
     Bar("the slowest small shape: eager's time over ours", 1.0, over_eager, at_least=True),
     Bar("peak memory of a frozen head above what is allowed", 0.1, partial(beyond_allowance, FROZEN), form=GIBIBYTES),
     Bar("peak memory above what is allowed", 0.1, partial(beyond_allowance, LOSS), form=GIBIBYTES),
-    Bar("25 % of rows active, over dense", 0.29, partial(against_dense, LOSS, 0.25)),
-    Bar("frozen head, over dense", 0.72, partial(against_dense, FROZEN, 1.0)),
-    Bar("sparse gradients of mixed entropies, over three bare products", 0.60, sparse_over_floor),
-    *(
-        Bar(f"row kernel on {dtype} logits, of a copy's TB/s", limit, partial(bandwidth_share, dtype), True, "{:.1%}")
-        for dtype, limit in (("bfloat16", 0.80), ("float32", 0.60))
-    ),
-    Bar("recompute with entropy, over four bare products", 1.12, partial(held, LOGPROBS)),
-    Bar("TRL's and verl's heads' time over the recompute path's", 1.0, partial(against, LOGPROBS, OTHER_HEADS), True),
-)
+    Bar("25 % of rows active, over dense", 0.29, partial(over_dense, LOSS, 0.25)),
+    Bar("frozen head, over dense", 0.72, partial(over_dense, FROZEN, 1.0)),
+    Bar("sparse gradients of mixed entropies, over three bare products", 0.60,
+        partial(over_floor, SPARSE, workload=replace(MAIN, kind="mixed"))),
+    Bar("row kernel on bfloat16 logits, of a copy's TB/s", 0.80, partial(bandwidth_share, "bfloat16"), True, PERCENT),
+    Bar("row kernel on float32 logits, of a copy's TB/s", 0.60, partial(bandwidth_share, "float32"), True, PERCENT),
+    Bar("recompute with entropy, over four bare products", 1.12, partial(over_floor, LOGPROBS)),
+    Bar("TRL's and verl's heads' time over the recompute path's", 1.0, partial(over_peers, LOGPROBS, OTHER_HEADS),
+        at_least=True),
+)  # fmt: skip

@@ -5,19 +5,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.device.plan import COMPILED, LOSS, SPARSE, Job
+from benchmarks.harness import plans
 from benchmarks.harness.method import Unsupported
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.records import Record
+from benchmarks.harness.runs import MAIN
 from benchmarks.harness.timing import clock, interleaved_seconds
-from benchmarks.harness.workloads import MODELS, Workload
+from benchmarks.harness.workloads import Workload
 
 # The logits of a chunk are measured at CHUNKS rows and WIDTHS hidden sizes, dX and dW of a window at WINDOWS rows.
 CHUNKS, WIDTHS, WINDOWS = (512, 1664, 8192), (1536, 4096), (2048, 2432, 4096, 8192)
-VOCAB = MODELS["Qwen3-8B"].vocab
 # Kernels shorter than this are counted as overhead.
 SHORT_US = 10.0
 # A profile keeps this many kernels, those with the most time, and this many gaps, the longest between kernels.
@@ -25,82 +29,66 @@ KERNELS, GAPS = 24, 6
 SMALL_DEMO = {"steps": 4, "warmup_steps": 4, "held_out": 20, "min_gain": -1.0, "large_head": (2, 8, 16, 256)}
 
 
-@dataclass(frozen=True)
-class Product:
-    """out = a @ b of [rows, inner] and [inner, columns], or out += a @ b; `out` names a dtype."""
+# --- bare products ----------------------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """A bf16 product of [rows, inner] and [inner, columns]; `out` is the dtype of the result, which a float32 dW is
+    added to.
+    """
 
     name: str
     rows: int
     inner: int
     columns: int
     out: str
-    accumulates: bool = False
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.rows * self.inner * self.columns
 
 
-def products(device: torch.device, rehearse: bool, deadline: float) -> Iterator[Record]:
+def products(job: Job) -> Iterator[Record]:
     """TFLOP/s of the head's products at chunk shapes, with results in bf16 and in float32, one shape after another."""
-    width, vocab = (64, 256) if rehearse else (4096, VOCAB)
-    shapes = [(rows, inner) for inner in ((64,) if rehearse else WIDTHS) for rows in ((16,) if rehearse else CHUNKS)]
-    windows = (16,) if rehearse else WINDOWS
+    chunks, widths, windows = ((16,), (64,), (16,)) if job.rehearse else (CHUNKS, WIDTHS, WINDOWS)
+    width, vocab = (64, 256) if job.rehearse else (MAIN.shape.hidden, MAIN.shape.vocab)
     groups = [
-        [Product("logits", rows, inner, vocab, out) for out in ("bfloat16", "float32")] for rows, inner in shapes
+        [Product("logits", rows, hidden, vocab, out) for out in ("bfloat16", "float32")]
+        for hidden in widths
+        for rows in chunks
     ]
-    groups += [
-        [
-            Product("dX", rows, vocab, width, "bfloat16"),
-            Product("dW", vocab, rows, width, "bfloat16"),
-            Product("dW", vocab, rows, width, "float32", accumulates=True),
-        ]
-        for rows in windows
-    ]
+    for rows in windows:
+        gradients = [Product("dW", vocab, rows, width, out) for out in ("bfloat16", "float32")]
+        groups.append([Product("dX", rows, vocab, width, "bfloat16"), *gradients])
     for group in groups:
-        work = {product: _multiplication(product, device) for product in group}
-        seconds = interleaved_seconds(work, 2 if rehearse else 10, lambda: None, clock(device), deadline)
+        work = {product: _multiplication(product, job.device) for product in group}
+        seconds = interleaved_seconds(work, 2 if job.rehearse else 10, clock(job.device), job.deadline)
         for product, samples in seconds.items():
             median = statistics.median(samples) if samples else None
-            yield {
-                "product": product.name,
-                "shape": {"rows": product.rows, "inner": product.inner, "columns": product.columns},
-                "out": product.out,
-                "accumulates": product.accumulates,
-                "median_s": median,
-                "TFLOP/s": median and product.flop / median / 1e12,
-            }
+            rate = median and 2 * product.rows * product.inner * product.columns / median / 1e12
+            shape = {"rows": product.rows, "inner": product.inner, "columns": product.columns}
+            yield {"product": product.name, "shape": shape, "out": product.out, "median_s": median, "TFLOP/s": rate}
 
 
 def _multiplication(product: Product, device: torch.device) -> Callable[[], object]:
     """A call as in `backends/matmul.py`, with operands that are transposed views where they are views there."""
-    a, b, out = _operands(product, device)
+
+    def normal(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+
+    name, rows, inner, columns, out_dtype = product
+    a = normal(inner, rows).T if name == "dW" else normal(rows, inner)
+    b = normal(columns, inner).T if name == "logits" else normal(inner, columns)
+    out = torch.zeros(rows, columns, device=device, dtype=getattr(torch, out_dtype))
     if device.type == "cpu":  # A CPU has no products of 16-bit operands with float32 results.
         return lambda: out.copy_(a @ b)
     if out.dtype == a.dtype:
         return lambda: torch.mm(a, b, out=out)
-    if product.accumulates:
+    if name == "dW":
         return lambda: torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return lambda: torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _operands(product: Product, device: torch.device) -> tuple[torch.Tensor, ...]:
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
-
-    out = torch.zeros(product.rows, product.columns, device=device, dtype=getattr(torch, product.out))
-    if product.name == "logits":
-        return normal(product.rows, product.inner), normal(product.columns, product.inner).T, out
-    if product.name == "dX":
-        return normal(product.rows, product.inner), normal(product.inner, product.columns), out
-    return normal(product.inner, product.rows).T, normal(product.inner, product.columns), out
 
 
 # --- a profile --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One kernel or copy on the device, in microseconds of the trace."""
 
     name: str
@@ -108,49 +96,55 @@ class Span:
     end: float
 
 
-def profile(steps: Sequence[tuple[str, Workload]], device: torch.device) -> Iterator[Record]:
-    """The kernels of a step of each method on its workload, the time in short ones, and the gaps between kernels."""
+def profile(job: Job) -> Iterator[Record]:
+    """The kernels of a step at the workload of the bars and where a call is short; the time in short ones, and the
+    gaps between kernels.
+    """
+    steps = [(LOSS, MAIN), *((LOSS, workload) for workload in COMPILED), (SPARSE, replace(MAIN, kind="mixed"))]
+    if job.rehearse:
+        steps = [(LOSS, plans.tiny(MAIN, MAIN.tokens))]
     for method, workload in steps:
-        step = METHODS[method].prepare(workload.inputs(device))
-        for _ in range(3):
-            step()
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as trace:
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-        spans = [
-            Span(event.name, event.time_range.start, event.time_range.end)
-            for event in trace.events()
-            if event.device_type == wanted
-        ]
+        spans = _spans(method, workload, job.device)
         shape = {"model": workload.model, "method": method, **vars(workload.shape)}
         yield {"profile": shape, **overheads(spans)}
         for name, calls, microseconds in by_kernel(spans)[:KERNELS]:
             yield {"kernel": name[:160], "shape": shape, "calls": calls, "microseconds": round(microseconds, 1)}
 
 
+def _spans(method: str, workload: Workload, device: torch.device) -> list[Span]:
+    """Of one step under the profiler, after three to warm up."""
+    kind = device.type.upper()
+    step = METHODS[method].prepare(workload.inputs(device))
+    for _ in range(3):
+        step()
+    activities = {getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", kind)}
+    with torch.profiler.profile(activities=activities) as trace:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    wanted = getattr(torch.autograd.DeviceType, kind)
+    events = [event for event in trace.events() if event.device_type == wanted]
+    return [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
+
+
 def overheads(spans: Sequence[Span]) -> Record:
-    """Microseconds from the first kernel to the last, busy and in short kernels, and the longest gaps."""
-    ordered = sorted(spans, key=lambda span: span.start)
-    short = [span for span in ordered if span.end - span.start < SHORT_US]
-    gaps, busy_until = [], ordered[0].start if ordered else 0.0
-    for before, span in zip([None, *ordered], ordered, strict=False):
-        if before is not None and span.start > busy_until:
-            gaps.append((span.start - busy_until, before.name, span.name))
-        busy_until = max(busy_until, span.end)
-    gaps.sort(reverse=True)
-    whole = busy_until - ordered[0].start if ordered else 0.0
+    """Microseconds from the first kernel to the last, idle and in short kernels, and the longest gaps."""
+    spans = sorted(spans, key=lambda span: span.start)
+    short = [span.end - span.start for span in spans if span.end - span.start < SHORT_US]
+    busy_until = list(accumulate((span.end for span in spans), max))
+    gaps = [
+        (after.start - until, before.name[:80], after.name[:80])
+        for before, until, after in zip(spans, busy_until, spans[1:], strict=False)
+        if after.start > until
+    ]
+    longest = sorted(gaps, reverse=True)[:GAPS]
     return {
-        "kernels": len(ordered),
+        "kernels": len(spans),
         "short_kernels": len(short),
-        "short_us": round(sum(span.end - span.start for span in short), 1),
+        "short_us": round(sum(short), 1),
         "idle_us": round(sum(gap for gap, _, _ in gaps), 1),
-        "whole_us": round(whole, 1),
-        "gaps": [{"us": round(us, 1), "after": after[:80], "before": before[:80]} for us, after, before in gaps[:GAPS]],
+        "whole_us": round(busy_until[-1] - spans[0].start, 1) if spans else 0.0,
+        "gaps": [{"us": round(gap, 1), "after": before, "before": after} for gap, before, after in longest],
     }
 
 
@@ -166,7 +160,7 @@ def by_kernel(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def demo(device: torch.device, rehearse: bool) -> Iterator[Record]:
+def demo(job: Job) -> Iterator[Record]:
     """The demo's training, evaluated before and after, and its comparison with the eager loss."""
     try:
         from drpo_kernels.demo.compare import compare, large_head_batch, run_batch
@@ -176,10 +170,10 @@ def demo(device: torch.device, rehearse: bool) -> Iterator[Record]:
         from drpo_kernels.demo.train import train
     except ModuleNotFoundError as error:
         raise Unsupported(f"{error.name} not installed") from error
-    settings = Settings.quick(**SMALL_DEMO) if rehearse else Settings()
-    generator = torch.Generator(device).manual_seed(settings.seed)
+    settings = Settings.quick(**SMALL_DEMO) if job.rehearse else Settings()
+    generator = torch.Generator(job.device).manual_seed(settings.seed)
     training, held_out = split_problems(settings.seed, settings.held_out)
-    model, start = build_model(settings, device), time.perf_counter()
+    model, start = build_model(settings, job.device), time.perf_counter()
     result = train(model, training, held_out, settings, generator)
     seconds = time.perf_counter() - start
     yield {

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from benchmarks.device import bars
-from benchmarks.device.findings import FINDINGS, PICTURES, main_heads, small_shapes, timed
+from benchmarks.device.findings import FINDINGS, main_heads, small_shapes
+from benchmarks.device.plan import LOSS, WHOLE
+from benchmarks.harness import speed_tables
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
-from benchmarks.harness.measure import largest_error
-from benchmarks.harness.records import Record
-from benchmarks.harness.runs import DEVICE, MAIN, SPEED, Run, once
+from benchmarks.harness.runs import DEVICE, SPEED, Run, once, record_of
 from benchmarks.harness.tables import gibibytes, table, times
-from benchmarks.speed import tables as speed_tables
-from benchmarks.speed.tables import LABELS
 
 NOT_ON_A_GPU = """\
 **Not measured yet: anything on a GPU.** The kernels are compiled ahead of time for four architectures (no register
@@ -25,27 +23,13 @@ def gpus(run: Run) -> str:
     return " and an ".join(names)
 
 
-def summary(run: Run, short: bool = False) -> str:
-    """The bars, the tests and the parts of a run; the short one has only the parts that have not come to their end, and
-    no findings.
-    """
-    sourced = [record for record in run[DEVICE] if "device" in record]
-    title = "Device unknown: the part `environment` has not run"
-    if sourced:
-        name = sourced[0]["device"].get("gpu", "A rehearsal on a CPU: numbers mean nothing")
-        title = "{}, torch {torch}, triton {triton}".format(name, **sourced[0]["versions"])
-    ends = [r for r in run[DEVICE] if "end" in r and not (short and r["end"] == "done")]
+def summary(run: Run) -> str:
+    """The bars, the tests and the parts of a run."""
+    title = f"# {gpus(run) or 'A rehearsal on a CPU: numbers mean nothing'}"
+    ends = [record for record in run[DEVICE] if "end" in record]
     rows = [(r["part"], r["end"], f"{r['seconds']:.0f} of {r['box']:.0f} s") for r in ends]
-    sections = {"Bars": bar_table(run), "Tests": "\n".join(tests(run))}
-    sections["Parts"] = table(("part", "end", "time"), rows, left=3) if rows else ""
-    if not short:
-        sections |= findings(run)
-    return f"# {title}\n\n" + "".join(f"## {name}\n\n{text}\n\n" for name, text in sections.items() if text)
-
-
-def findings(run: Run) -> dict[str, str]:
-    """Title -> Markdown, empty where the records are missing."""
-    return {title: "\n".join(find(run)).strip() for title, find in FINDINGS.items()}
+    parts = table(("part", "end", "time"), rows, left=3) if rows else NOT_YET
+    return f"{title}\n\n## Bars\n\n{bar_table(run)}\n\n## Tests\n\n{render_tests(run)}\n\n## Parts\n\n{parts}\n"
 
 
 def bar_table(run: Run) -> str:
@@ -56,19 +40,21 @@ def bar_table(run: Run) -> str:
     return table(("bar", "limit", "measured", "verdict", "remark"), rows, left=5)
 
 
-def tests(run: Run) -> Iterator[str]:
+# --- docs/gpu.md ------------------------------------------------------------------------------------------------------
+
+
+def render_tests(run: Run) -> str:
     """The counts of every run of tests, and the names of those that failed."""
+    lines = []
     for record in run[DEVICE]:
         if "tests" in record:
             end = f", exit {record['exit']}" if record["finished"] else ", stopped before the end"
             counts = f"{record['passed']} passed, {len(record['failed'])} failed, {record['skipped']} skipped"
-            yield f"* `pytest {record['tests']}`: {counts}{end}"
-            yield from (f"    * failed: `{name}`" for name in record["failed"])
+            lines.append(f"* `pytest {record['tests']}`: {counts}{end}")
+            lines += [f"    * failed: `{name}`" for name in record["failed"]]
         if "memcheck" in record:
-            yield f"* compute-sanitizer: {record['memcheck']}, exit {record['exit']}"
-
-
-# --- docs/gpu.md ------------------------------------------------------------------------------------------------------
+            lines.append(f"* compute-sanitizer: {record['memcheck']}, exit {record['exit']}")
+    return "\n".join(lines) or NOT_YET
 
 
 def render_bars(run: Run) -> str:
@@ -76,8 +62,8 @@ def render_bars(run: Run) -> str:
     if not run[DEVICE] and not run[SPEED]:
         return NOT_YET
     words = [verdict.word for verdict in bars.verdicts(run)]
-    counts = f"{words.count('PASS')} of {len(words)} bars are met, {words.count('MISS')} are missed"
-    counts += f" and {words.count('not measured')} could not be measured"
+    counts = f"{words.count(bars.PASS)} of {len(words)} bars are met, {words.count(bars.MISS)} are missed"
+    counts += f" and {words.count(bars.NOT_MEASURED)} could not be measured"
     return "\n\n".join([f"**On an {gpus(run)}, {counts}.**", bar_table(run), run_origin(run)])
 
 
@@ -85,21 +71,11 @@ def run_origin(run: Run) -> str:
     return origin([record for records in run.values() for record in records if "versions" in record])
 
 
-def render_tests(run: Run) -> str:
-    return "\n".join(tests(run)) or NOT_YET
-
-
 def render_findings(run: Run) -> str:
-    """Every finding under its title, with its picture."""
+    """Every finding under its title."""
     if not any(run.values()):
         return NOT_YET
-    parts = []
-    for title, text in findings(run).items():
-        parts += [f"### {title}", text or NOT_YET]
-        if text and title in PICTURES:
-            name, what = PICTURES[title]
-            parts.append(f"![{what}](../bench_results/gpu_{name}.png)")
-    return "\n\n".join(parts)
+    return "\n\n".join(f"### {title}\n\n{find(run) or NOT_YET}" for title, find in FINDINGS.items())
 
 
 # --- parts of other pages ---------------------------------------------------------------------------------------------
@@ -107,16 +83,20 @@ def render_findings(run: Run) -> str:
 
 def render_readme(run: Run) -> str:
     """A few sentences, the heads at the workload of the bars, and where the rest is."""
-    heads = main_heads(run)
-    if not any(record["median_s"] for record in heads):
+    ours, floor = record_of(run, LOSS), record_of(run, WHOLE)
+    if not (ours and ours["median_s"] and ours["floor_median_s"]):
         return NOT_YET
-    setting = speed_tables.setting_of(heads[0])
-    floors = [r for r in once(run[SPEED]) if r["method"] == bars.WHOLE and speed_tables.setting_of(r) == setting]
-    records = sorted(floors + heads, key=lambda record: list(LABELS).index(record["method"]))
-    words = [verdict.word for verdict in bars.verdicts(run)]
+    records = [*([floor] if floor else []), *main_heads(run)]
+    met = sum(verdict.word == bars.PASS for verdict in bars.verdicts(run))
+    shape = "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
+    headline = (
+        f"**On an {gpus(run)}** one forward and backward of `linear_policy_loss` at {shape} takes "
+        f"{1e3 * ours['median_s']:.1f} ms, {times(bars.in_floors(ours))} the bare matrix products, with "
+        f"{gibibytes(ours['peak_beyond_gradients_bytes'])} beyond the gradients."
+    )
     return "\n".join([
-        " ".join([f"**On an {gpus(run)}**", *_headline(heads), *_where_eager_wins(run)]),
-        f"{words.count('PASS')} of the {len(words)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, "
+        " ".join([headline, *_where_eager_wins(run)]),
+        f"{met} of the {len(bars.BARS)} bars are met: [docs/gpu.md](docs/gpu.md) has each with its number, "
         "what the runs decide, and pictures.",
         "",
         *speed_tables.section(records),
@@ -124,33 +104,16 @@ def render_readme(run: Run) -> str:
     ])  # fmt: skip
 
 
-def _headline(heads: Sequence[Record]) -> Iterator[str]:
-    """Our time at the workload of the bars, and the two heads that a reader has at hand."""
-    found = {record["method"]: record for record in heads if record["median_s"] and record["floor_median_s"]}
-    ours = found.get(bars.LOSS)
-    if ours is None:
-        return
-    floors, shape = bars.in_floors(ours), "T={tokens} H={hidden} V={vocab}".format(**ours["shape"])
-    yield (
-        f"one forward and backward of `linear_policy_loss` at {shape} takes {1e3 * ours['median_s']:.1f} ms, "
-        f"{times(floors)} the bare matrix products, with {gibibytes(ours['peak_beyond_gradients_bytes'])} beyond the "
-        "gradients."
-    )
-    for name in ("trl", "eager_compiled"):
-        if name in found:
-            yield (
-                f"{LABELS[name][0].upper()}{LABELS[name][1:]} takes {times(bars.in_floors(found[name]) / floors)} its "
-                f"time with {gibibytes(found[name]['peak_beyond_gradients_bytes'])}, its gradients "
-                f"{largest_error(found[name]):.1%} off."
-            )
-
-
 def _where_eager_wins(run: Run) -> Iterator[str]:
+    medians = {
+        workload: [1e3 * methods[name]["median_s"] for name in ("eager", LOSS)]
+        for workload, methods in small_shapes(run).items()
+        if "eager" in methods
+    }
     slower = [
-        f"{model} T={tokens} ({1e3 * methods['eager']['median_s']:.2f} against "
-        f"{1e3 * methods[bars.LOSS]['median_s']:.2f} ms)"
-        for (model, tokens), methods in sorted(small_shapes(run).items())
-        if "eager" in methods and methods["eager"]["median_s"] < methods[bars.LOSS]["median_s"]
+        f"{workload.model} T={workload.tokens} ({eager:.2f} against {ours:.2f} ms)"
+        for workload, (eager, ours) in medians.items()
+        if eager < ours
     ]
     if slower:
         yield f"Where the host decides, eager PyTorch is faster: {', '.join(slower)}."
@@ -164,23 +127,6 @@ def render_every_speed(run: Run) -> str:
     return "\n".join([speed_tables.render_all(records), origin_with_samples(records)])
 
 
-def render_invariance_cost(run: Run) -> str:
-    """The time of `batch_invariant` over that of the default."""
-    invariant = timed(run, "ours").get((MAIN.model, MAIN.tokens), {}).get("batch_invariant")
-    try:
-        default = invariant and bars.dense_beside(invariant, run[SPEED])
-    except bars.NotMeasured:
-        default = None
-    if default is None:
-        return NOT_YET
-    shape = "T={tokens} H={hidden} V={vocab}".format(**default["shape"])
-    return (
-        f"{shape}, {default['dtype']}: {1e3 * invariant['median_s']:.1f} ms, "
-        f"{times(invariant['median_s'] / default['median_s'])} the default's {1e3 * default['median_s']:.1f}.\n\n"
-        + origin_with_samples([default, invariant])
-    )
-
-
 def _block(name: str, page: str, render: Callable[[Run], str], absent: str = NOT_YET, **further: str) -> Block:
     return Block(name, "device", "gpu", page, render, absent, **further)
 
@@ -191,5 +137,4 @@ BLOCKS = (
     _block("gpu-findings", "docs/gpu.md", render_findings),
     _block("gpu-tests", "docs/gpu.md", render_tests),
     _block("every-gpu", "docs/benchmarks.md", render_every_speed),
-    _block("invariance-cost", "docs/determinism.md", render_invariance_cost),
 )

@@ -14,6 +14,8 @@ from functools import partial
 
 import torch
 
+from benchmarks.device.plan import Job
+from benchmarks.harness.measure import OVER_BUDGET
 from benchmarks.harness.method import OBJECTIVE, Unsupported
 from benchmarks.harness.records import Record
 from benchmarks.harness.timing import clock, interleaved_seconds
@@ -31,20 +33,21 @@ ROUNDS = 10
 COPY, TWO_READS, ONE_READ = "copy", "two reads", "one read"
 
 
-def measure(device: torch.device, rehearse: bool, deadline: float) -> Iterator[Record]:
+def measure(job: Job) -> Iterator[Record]:
     """A record per dtype, kernel and tile: seconds of a launch, and TB/s counting one read and one write of the logits;
     a copy reads and writes the logits' own dtype.
     """
+    device = job.device
     if device.type == "cpu" and not INTERPRETING:
         raise Unsupported("needs a GPU")
-    count, vocab = TINY if rehearse else FULL
+    count, vocab = TINY if job.rehearse else FULL
     for source, target in PAIRS:
         properties = device_properties(device)
         tiles = dict.fromkeys(row_tile(vocab, source.itemsize, properties, threads) for threads in THREADS)
         launches = _launches(_batch(count, vocab, source, device), target, tiles)
         failed = {key: reason for key, launch in launches.items() if (reason := _fails(launch))}
         working = {key: launch for key, launch in launches.items() if key not in failed}
-        seconds = interleaved_seconds(working, 1 if rehearse else ROUNDS, lambda: None, clock(device), deadline)
+        seconds = interleaved_seconds(working, 1 if job.rehearse else ROUNDS, clock(device), job.deadline)
         in_use = ONE_READ if any(kernel == ONE_READ for kernel, _ in launches) else TWO_READS
         for kernel, tile in launches:
             samples = seconds.get((kernel, tile))
@@ -57,7 +60,7 @@ def measure(device: torch.device, rehearse: bool, deadline: float) -> Iterator[R
                 "chosen": kernel == in_use and tile == row_tile(vocab, source.itemsize, properties),
                 "logits": str(source).removeprefix("torch."),
                 "shape": {"rows": count, "vocab": vocab},
-                "status": failed.get((kernel, tile), "ok" if median else "not run: time budget"),
+                "status": failed.get((kernel, tile), "ok" if median else OVER_BUDGET),
                 "median_s": median,
                 "TB/s": moved / median / 1e12 if median else None,
             }

@@ -11,16 +11,6 @@ from typing import Any
 from benchmarks.harness.records import Record
 
 NOT_YET = "Not measured yet."
-# the name of a benchmark in its records, and the module that measures it
-MODULES = {
-    "speed": "benchmarks.speed",
-    "precision": "benchmarks.precision",
-    "sparsity": "benchmarks.sparsity",
-    "longrun_sparse": "benchmarks.longrun.sparse",
-    "device": "benchmarks.device",
-    "trainers": "benchmarks.trainers",
-    "invariance": "benchmarks.invariance",
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +18,7 @@ class Block:
     """A part of a page, and the results from which it is written."""
 
     name: str
-    benchmark: str  # the name in the records, a key of MODULES
+    benchmark: str  # the name in the records: longrun_sparse is that of benchmarks.longrun.sparse
     results: str  # a file in bench_results/, or the folder of a run of `benchmarks.device`
     page: str
     render: Callable[[Any], str]  # takes the records of the file, or the `Run` of the folder
@@ -37,7 +27,8 @@ class Block:
 
     @property
     def module(self) -> str:
-        return MODULES[self.benchmark]
+        """What measures it."""
+        return f"benchmarks.{self.benchmark.replace('_', '.')}"
 
     @property
     def markers(self) -> tuple[str, str]:

@@ -1,15 +1,17 @@
-"""The gradients every method is compared with before its time is taken: naive autograd in float64."""
+"""The results that every method is compared with: naive autograd in float64."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.method import OBJECTIVE, Method, Result
-from benchmarks.harness.workloads import Inputs, capped
+from benchmarks.harness.workloads import Inputs
 from drpo_kernels import Tokens
+from drpo_kernels.objectives import Objective
 
 # norm-wise, of what claims to be exact: float32 rounding over thousands of additions stays well below; from bf16
 # operands, rounding dlogits to bf16 alone costs 0.18 %
@@ -21,57 +23,75 @@ BLOCK = {"cpu": 1 << 23, "cuda": 1 << 27}
 WRONG = "wrong gradients"
 
 
+def blocks(inputs: Inputs) -> Iterator[slice]:
+    """Rows whose float64 logits are held at a time."""
+    count, vocab = inputs.targets.numel(), inputs.weight.shape[0]
+    step = max(BLOCK[inputs.targets.device.type] // vocab, 1)
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def differentiated(
+    logits: Tensor, inputs: Inputs, rows: slice, objective: Objective | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the float64 logits of a block of rows: (the targets' log-probs, their terms of the mean loss, the gradient of
+    the logits). Without an objective a token's loss is -log π.
+    """
+    leaf = logits.detach().requires_grad_()
+    logprobs = inputs.scaled(leaf).log_softmax(-1).gather(-1, inputs.targets[rows, None])[:, 0]
+    losses = -logprobs
+    if objective is not None:
+        old, advantages = inputs.old_logprobs[rows].double(), inputs.advantages[rows].double()
+        losses = objective.token_loss(Tokens(logprobs, old, advantages))
+    terms = losses / inputs.targets.numel()
+    return logprobs.detach(), terms.detach(), torch.autograd.grad(terms.sum(), leaf)[0]
+
+
+def head(
+    inputs: Inputs, operands: tuple[Tensor, Tensor] | None = None, objective: Objective | None = OBJECTIVE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs [T], terms of the loss [T], gradients of hidden states and weight), a block of rows at a time.
+
+    `operands`, hidden and weight by default, are multiplied to logits. The gradients are products of hidden and weight
+    even where the operands are others: what is rounded for the logits is differentiated straight-through.
+    """
+    own = inputs.hidden.double(), inputs.weight.double()
+    hidden, weight = own if operands is None else (x.double() for x in operands)
+    logprobs, terms = hidden.new_empty(2, hidden.shape[0])
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    for rows in blocks(inputs):
+        logits = inputs.product(hidden[rows], weight)
+        logprobs[rows], terms[rows], d_logits = differentiated(logits, inputs, rows, objective)
+        d_hidden[rows] = d_logits @ own[1]
+        d_weight.addmm_(d_logits.T, own[0][rows])
+    return logprobs, terms, d_hidden, d_weight
+
+
 class Exact:
-    """float64 gradients of the loss of `inputs`, or of the mean of -log π where the method has another loss."""
+    """The gradients of the loss of `inputs`, or of the mean of -log π where the method has another loss."""
 
     def __init__(self, inputs: Inputs, same_loss: bool = True):
-        self.inputs, self.same_loss = inputs, same_loss
-        self._head: Result | None = None
+        self.inputs, self._objective = inputs, OBJECTIVE if same_loss else None
+        self._head: dict[str, Tensor] = {}
 
     def errors(self, found: Result, method: Method) -> dict[str, float]:
         """|found - exact| / |exact| in norm, for each gradient that the method computes."""
         if method.takes == "logits":
             return {"logits": self._logits_error(found.logits)}
-        exact = self.head()
-        return {name: _relative(getattr(found, name), getattr(exact, name)) for name in method.wrt}
-
-    def head(self) -> Result:
-        """Loss and gradients of hidden states and weight; computed once."""
-        if self._head is None:
-            hidden, weight = self.inputs.hidden.double(), self.inputs.weight.double()
-            total, d_hidden, d_weight = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
-            for rows in self._blocks():
-                loss, d_logits = self._logits_gradient(hidden[rows] @ weight.T, rows, self.inputs.softcap)
-                d_hidden[rows] = d_logits @ weight
-                d_weight.addmm_(d_logits.T, hidden[rows])
-                total += loss
-            self._head = Result(total, d_hidden, d_weight)
-        return self._head
+        if not self._head:
+            _, _, d_hidden, d_weight = head(self.inputs, objective=self._objective)
+            self._head = {"hidden": d_hidden, "weight": d_weight}
+        exact = self._head
+        return {name: ((getattr(found, name) - exact[name]).norm() / exact[name].norm()).item() for name in method.wrt}
 
     def _logits_error(self, found: Tensor) -> float:
         """Block by block: the exact gradient of all the logits would not fit."""
+        ready = dataclasses.replace(self.inputs, softcap=None)
         difference, size = found.new_zeros((2,), dtype=torch.float64)
-        for rows in self._blocks():
-            _, exact = self._logits_gradient(self.inputs.logits[rows].double(), rows, softcap=None)
+        for rows in blocks(ready):
+            *_, exact = differentiated(ready.logits[rows].double(), ready, rows, self._objective)
             difference += (found[rows] - exact).square().sum()
             size += exact.square().sum()
         return (difference / size).sqrt().item()
-
-    def _logits_gradient(self, logits: Tensor, rows: slice, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """Of a block of rows -> (its part of the loss, the gradient of its float64 logits)."""
-        inputs, leaf = self.inputs, logits.requires_grad_()
-        logprobs = torch.log_softmax(capped(leaf, softcap), -1).gather(-1, inputs.targets[rows, None])[:, 0]
-        losses = -logprobs
-        if self.same_loss:
-            old, advantages = inputs.old_logprobs[rows].double(), inputs.advantages[rows].double()
-            losses = OBJECTIVE.token_loss(Tokens(logprobs, old, advantages))
-        loss = losses.sum() / inputs.targets.numel()
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
-
-    def _blocks(self) -> Iterator[slice]:
-        count, vocab = self.inputs.targets.numel(), self.inputs.weight.shape[0]
-        step = max(BLOCK[self.inputs.targets.device.type] // vocab, 1)
-        return (slice(start, start + step) for start in range(0, count, step))
 
 
 def verdict(errors: dict[str, float], method: Method, dtype: torch.dtype) -> str:
@@ -82,7 +102,3 @@ def verdict(errors: dict[str, float], method: Method, dtype: torch.dtype) -> str
     if method.rounds is not None and largest <= LARGEST:
         return f"ok, gradient error {100 * largest:.2g} %"
     return WRONG
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()

@@ -14,12 +14,10 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import subprocess
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,45 +46,33 @@ class Case:
 
 
 @dataclass
-class Attempt:
-    """What has become of a case: callable while nothing has failed, a record at the end.
+class Outcome:
+    """What has become of a case.
 
-    status      "ok", "ok, gradient error 4 %", or why there are no numbers
-    step        None until prepared, and again once the case has failed
+    status         "ok", "ok, gradient error 4 %", or why there are no numbers
+    step           None unless its gradients are right
+    floor_seconds  samples of its floor, taken between its own
     """
 
-    case: Case
-    method: Method
     status: str = OVER_BUDGET
     step: Step | None = None
     gradient_error: dict[str, float] | None = None
     metrics: dict[str, float] | None = None
     peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
-    floor_seconds: list[float] = field(default_factory=list)  # samples of its floor, taken between its own
+    floor_seconds: list[float] = field(default_factory=list)
 
-    def __call__(self) -> object:
-        """One step; a failure is this row's end, not the run's."""
-        if self.step is None:
-            return None
-        try:
-            return self.step()
-        except Exception as error:
-            self.fail(error)
-            return None
 
-    def fail(self, error: Exception) -> None:
-        """The status in a word: messages name paths of this machine."""
-        self.step, self.peak_bytes, self.seconds, self.floor_seconds = None, None, [], []
-        if self.method.package is not None and isinstance(error, ModuleNotFoundError):
-            self.status = f"{(error.name or self.method.package).split('.')[0]} not installed"
-        elif isinstance(error, Unsupported):
-            self.status = str(error)
-        elif isinstance(error, torch.OutOfMemoryError):
-            self.status = "out of memory"
-        else:
-            traceback.print_exception(error)
-            self.status = f"{FAILED}: {type(error).__name__}"
+def failure(error: Exception, method: Method) -> str:
+    """The status of what has failed, in a word: messages name paths of this machine."""
+    if method.package is not None and isinstance(error, ModuleNotFoundError):
+        return f"{(error.name or method.package).split('.')[0]} not installed"
+    if isinstance(error, Unsupported):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    traceback.print_exception(error)
+    return f"{FAILED}: {type(error).__name__}"
 
 
 def is_broken(method: str, status: str) -> bool:
@@ -140,19 +126,36 @@ def measured(
     begin: Callable[[Case], object] = lambda case: None,
 ) -> Iterator[Record]:
     """The records of `measure`, each as soon as its case is done; `begin` is told of a case before it is started."""
-    inputs = Prepared(device)
+    prepared = Prepared(device)
     for case in in_order(plan):
         begin(case)
-        attempt = Attempt(case, METHODS[case.method])
-        if time.monotonic() <= deadline:
-            try:
-                chosen, exact = inputs.of(case)
-                check(attempt, chosen, exact)
-                _take_peak(attempt, chosen)
-                _take_times(attempt, chosen, device, rounds, deadline)
-            except torch.OutOfMemoryError as error:  # The inputs or the exact gradients do not fit.
-                attempt.fail(error)
-        yield _record(attempt, inputs.made) | source
+        outcome = attempt(case, prepared, rounds, deadline) if time.monotonic() <= deadline else Outcome()
+        yield _record(case, outcome, prepared.made) | source
+
+
+def attempt(case: Case, prepared: Prepared, rounds: int, deadline: float) -> Outcome:
+    """Gradients, peak and times of a case; a failure is this row's end, not the run's."""
+    method, outcome = METHODS[case.method], Outcome()
+    try:
+        inputs, exact = prepared.of(case)
+        outcome = check(method, inputs, exact)
+        if outcome.step is None:
+            return outcome
+        if not method.floor:
+            outcome.peak_bytes = peak_of(outcome.step, case.method, inputs)
+        release(inputs.hidden.device)
+        functions = {"own": outcome.step}
+        if method.held_to is not None:
+            functions["floor"] = METHODS[method.held_to].prepare(inputs)
+        seconds = interleaved_seconds(functions, rounds, clock(inputs.hidden.device), deadline)
+        outcome.seconds, outcome.floor_seconds = seconds["own"], seconds.get("floor", [])
+        if not outcome.seconds:
+            outcome.status = OVER_BUDGET
+    except Exception as error:
+        outcome.status, outcome.peak_bytes = failure(error, method), None
+    finally:
+        outcome.step = None  # It holds the inputs, which are to be gone before the next ones are made.
+    return outcome
 
 
 class Prepared:
@@ -177,26 +180,22 @@ class Prepared:
         return self._exact.inputs, self._exact
 
 
-def check(attempt: Attempt, inputs: Inputs, exact: Exact) -> None:
+def check(method: Method, inputs: Inputs, exact: Exact) -> Outcome:
     """Run it once and compare its gradients with the exact ones. Only what is right keeps its step."""
-    method, dtype = attempt.method, inputs.hidden.dtype
-    reason = _unsuited(method, dtype, inputs.hidden.device)
-    if reason is not None:
-        attempt.status = reason
-        return
-    attempt.status = "ok"
+    dtype = inputs.hidden.dtype
+    if reason := _unsuited(method, dtype, inputs.hidden.device):
+        return Outcome(reason)
     try:
-        attempt.step = method.prepare(inputs)
-        found = attempt()
-        if attempt.step is not None and not method.floor:
-            attempt.gradient_error = exact.errors(found, method)
-            if found.metrics is not None:
-                attempt.metrics = {name: value.item() for name, value in found.metrics.items()}
-            attempt.status = verdict(attempt.gradient_error, method, dtype)
-            if attempt.status == WRONG:
-                attempt.step = None
+        step = method.prepare(inputs)
+        found = step()
+        if method.floor:
+            return Outcome("ok", step)
+        errors = exact.errors(found, method)
     except Exception as error:
-        attempt.fail(error)
+        return Outcome(failure(error, method))
+    status = verdict(errors, method, dtype)
+    metrics = found.metrics and {name: value.item() for name, value in found.metrics.items()}
+    return Outcome(status, None if status == WRONG else step, errors, metrics)
 
 
 def _unsuited(method: Method, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -206,41 +205,15 @@ def _unsuited(method: Method, dtype: torch.dtype, device: torch.device) -> str |
     return None if dtype in names else f"takes {' and '.join(method.dtypes)} only"
 
 
-def _take_peak(attempt: Attempt, inputs: Inputs) -> None:
-    """On a GPU in this process, on a CPU in a fresh one."""
-    if attempt.step is None or attempt.method.floor:
-        return
-    if inputs.hidden.device.type == "cuda":
-        _release(inputs.hidden.device)
-        peak = peak_on_device(attempt, inputs.hidden.device)
-        attempt.peak_bytes = None if attempt.step is None else peak
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder, "inputs.pt")
-        inputs.save(saved)
-        try:
-            attempt.peak_bytes = peak_in_fresh_process(saved, attempt.case.method)
-        except subprocess.CalledProcessError as error:
-            attempt.fail(error)
+def peak_of(step: Step, method: str, inputs: Inputs) -> int | None:
+    """The bytes that a step takes at its peak, its gradients included. On a CPU only a fresh process can tell."""
+    if inputs.hidden.device.type == "cpu":
+        return peak_in_fresh_process(inputs, method)
+    release(inputs.hidden.device)
+    return peak_on_device(step, inputs.hidden.device)
 
 
-def _take_times(attempt: Attempt, inputs: Inputs, device: torch.device, rounds: int, deadline: float) -> None:
-    """Its samples, and between them those of its floor with all rows active."""
-    if attempt.step is None:
-        return
-    _release(device)
-    functions: dict[str, Callable] = {"own": attempt}
-    if attempt.method.held_to is not None:
-        functions["floor"] = METHODS[attempt.method.held_to].prepare(inputs)
-    seconds = interleaved_seconds(functions, rounds, lambda: None, clock(device), deadline)
-    if attempt.step is None:
-        return  # it failed meanwhile
-    attempt.seconds, attempt.floor_seconds = seconds["own"], seconds.get("floor", [])
-    if not attempt.seconds:
-        attempt.status = OVER_BUDGET
-
-
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -248,22 +221,18 @@ def _release(device: torch.device) -> None:
 
 def started(case: Case) -> Record:
     """What stands for a case until its own record does: it says that the process has not survived it."""
-    return _record(Attempt(case, METHODS[case.method], DIED), None)
+    return _record(case, Outcome(DIED), None)
 
 
-def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
+def _record(case: Case, outcome: Outcome, inputs: Inputs | None) -> Record:
     """Without its source."""
-    case, method, seconds, peak = attempt.case, attempt.method, attempt.seconds, attempt.peak_bytes
-    beyond = None
-    if peak is not None:
+    method, seconds, beyond = METHODS[case.method], outcome.seconds, None
+    if outcome.peak_bytes is not None:
         made = sum(getattr(inputs, name).nbytes for name in method.wrt if name not in method.reuses)
-        beyond = max(peak - made, 0)
+        beyond = max(outcome.peak_bytes - made, 0)
     return {
         "benchmark": "speed",
-        "workload": case.workload.model,
-        "inputs": case.workload.kind,
-        "shape": asdict(case.workload.shape),
-        "dtype": case.workload.dtype,
+        **case.workload.fields,
         "entropy_nats": None if inputs is None else round(inputs.entropy, 3),
         "entropy_quantiles": None if inputs is None else quantiles(inputs.entropies),
         "objective": str(OBJECTIVE),
@@ -274,15 +243,15 @@ def _record(attempt: Attempt, inputs: Inputs | None) -> Record:
         "held_to": method.held_to,
         "same_loss": method.same_loss,
         "rounds_away": method.rounds,
-        "status": attempt.status,
-        "gradient_error": attempt.gradient_error,
-        "metrics": attempt.metrics,
+        "status": outcome.status,
+        "gradient_error": outcome.gradient_error,
+        "metrics": outcome.metrics,
         "seconds": [round(sample, 7) for sample in seconds],
         "median_s": statistics.median(seconds) if seconds else None,
         "min_s": min(seconds, default=None),
         "max_s": max(seconds, default=None),
-        "floor_median_s": statistics.median(attempt.floor_seconds) if attempt.floor_seconds else None,
-        "peak_extra_bytes": peak,
+        "floor_median_s": statistics.median(outcome.floor_seconds) if outcome.floor_seconds else None,
+        "peak_extra_bytes": outcome.peak_bytes,
         "peak_beyond_gradients_bytes": beyond,
     }
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,14 @@ RESET_PEAK = "5"
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
-def peak_in_fresh_process(inputs: Path, method: str) -> int | None:
+def peak_in_fresh_process(inputs: Inputs, method: str) -> int | None:
     """Bytes at the peak of a warm call on the CPU beyond those before it; the gradients handed back are among them."""
-    command = [sys.executable, "-m", "benchmarks.harness.memory", str(inputs), method]
-    run = subprocess.run(
-        command, cwd=ROOT, env=os.environ | RETURN_FREED, stdout=subprocess.PIPE, text=True, check=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder, "inputs.pt")
+        torch.save(vars(inputs), saved)
+        command = [sys.executable, "-m", "benchmarks.harness.memory", str(saved), method]
+        environment = os.environ | RETURN_FREED
+        run = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -65,7 +68,7 @@ def _status_bytes(field: str) -> int:
 def main(inputs: str, method: str) -> None:
     from benchmarks.harness.methods import METHODS
 
-    step = METHODS[method].prepare(Inputs.load(Path(inputs)))
+    step = METHODS[method].prepare(Inputs(**torch.load(inputs)))
     step()  # loads libraries, starts thread pools, compiles
     print(json.dumps(peak_of(step)))
 

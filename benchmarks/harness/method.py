@@ -11,7 +11,7 @@ A method is a function that takes `Inputs` and returns a step; a step runs one f
 
         return differentiated(inputs, loss)
 
-    PEERS = {"theirs": Method(theirs, package="some_package", rounds="bf16 logits")}
+    PEERS = {"theirs": Method(theirs, "their head", package="some_package", rounds="bf16 logits")}
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ Step = Callable[[], Result | None]
 class Method:
     """prepare    inputs -> one forward and backward; a floor's returns None. ModuleNotFoundError of `package` and
                `Unsupported` become the row's status
+    label      what tables call it
     wrt        what it differentiates: HEAD, FROZEN_HEAD (the weight needs no gradient: 4F) or LOGITS
     package    the module that a peer needs installed, or None for what comes with this repository
-    floor      True: bare work with no loss, so there is nothing to compare and no memory to measure
-    held_to    the floor whose work it cannot avoid; None for a floor
+    held_to    the floor whose work it cannot avoid. None makes it a floor itself: bare work with no loss, so that there
+               is nothing to compare and no memory to measure
     gpu        True: it has compiled GPU kernels only, so that on a CPU it is a row without numbers
     same_loss  False: "same cost, other loss": the mean of -log π over all rows, whose gradient is compared with the
                exact one of that loss
@@ -70,15 +71,19 @@ class Method:
     """
 
     prepare: Callable[[Inputs], Step]
+    label: str = ""
     wrt: tuple[str, ...] = HEAD
     package: str | None = None
-    floor: bool = False
     held_to: str | None = "gemms_whole"
     gpu: bool = False
     same_loss: bool = True
     rounds: str | None = None
     dtypes: tuple[str, ...] = DTYPES
     reuses: tuple[str, ...] = ()
+
+    @property
+    def floor(self) -> bool:
+        return self.held_to is None
 
     @property
     def takes(self) -> str:

@@ -166,30 +166,47 @@ def from_logits(inputs: Inputs, inplace: bool = False) -> Step:
 
 BF16_LOGITS, SPARSE = "bf16 logits", "sparse gradient"
 FLOORS = {
-    "gemms_whole": Method(whole_gemms, floor=True, held_to=None),
-    "gemms": Method(chunked_gemms, floor=True, held_to=None),
-    "gemms_frozen": Method(partial(whole_gemms, weight_gradient=False), FROZEN_HEAD, floor=True, held_to=None),
-    "gemms_recompute": Method(partial(whole_gemms, forwards=2), floor=True, held_to=None),
-    "copy": Method(copied_logits, LOGITS, floor=True, held_to=None),
+    "gemms_whole": Method(whole_gemms, "floor: three GEMMs, unchunked", held_to=None),
+    "gemms": Method(chunked_gemms, "three GEMMs, in chunks", held_to=None),
+    "gemms_frozen": Method(
+        partial(whole_gemms, weight_gradient=False), "floor of a frozen head: two GEMMs", FROZEN_HEAD, held_to=None
+    ),
+    "gemms_recompute": Method(partial(whole_gemms, forwards=2), "floor of recomputation: four GEMMs", held_to=None),
+    "copy": Method(copied_logits, "floor: one copy of the logits", LOGITS, held_to=None),
 }
 OURS = {
-    "linear_policy_loss": Method(fused),
+    "linear_policy_loss": Method(fused, "`linear_policy_loss`"),
     "linear_policy_loss_bf16_logits": Method(
-        partial(fused, logits_dtype=torch.bfloat16), rounds=BF16_LOGITS, dtypes=("bfloat16",)
+        partial(fused, logits_dtype=torch.bfloat16),
+        "`linear_policy_loss`, bf16 logits",
+        rounds=BF16_LOGITS,
+        dtypes=("bfloat16",),
     ),
-    "linear_policy_loss_not_compacted": Method(partial(fused, compact="none")),
-    "linear_policy_loss_frozen_head": Method(partial(fused, wrt=FROZEN_HEAD), FROZEN_HEAD, held_to="gemms_frozen"),
-    "linear_policy_loss_main_grad": Method(main_grad, reuses=("weight",)),
-    "linear_policy_loss_sparse": Method(partial(sparse, tolerance=SPARSE_GRAD), rounds=SPARSE),
-    "linear_policy_loss_sparse_tight": Method(partial(sparse, tolerance=TIGHT_SPARSE_GRAD), rounds=SPARSE),
-    "linear_token_logprobs": Method(recompute, held_to="gemms_recompute"),
-    "batch_invariant": Method(partial(fused, batch_invariant=True), gpu=True),
-    "policy_loss": Method(from_logits, LOGITS, held_to="copy"),
-    "policy_loss_inplace": Method(partial(from_logits, inplace=True), LOGITS, held_to="copy", reuses=LOGITS),
+    "linear_policy_loss_not_compacted": Method(
+        partial(fused, compact="none"), '`linear_policy_loss`, `compact="none"`'
+    ),
+    "linear_policy_loss_frozen_head": Method(
+        partial(fused, wrt=FROZEN_HEAD), "`linear_policy_loss`, frozen head", FROZEN_HEAD, held_to="gemms_frozen"
+    ),
+    "linear_policy_loss_main_grad": Method(main_grad, "`linear_policy_loss`, `main_grad`", reuses=("weight",)),
+    "linear_policy_loss_sparse": Method(
+        partial(sparse, tolerance=SPARSE_GRAD), "`linear_policy_loss`, `sparse_grad=0.01`", rounds=SPARSE
+    ),
+    "linear_policy_loss_sparse_tight": Method(
+        partial(sparse, tolerance=TIGHT_SPARSE_GRAD), "`linear_policy_loss`, `sparse_grad=0.003`", rounds=SPARSE
+    ),
+    "linear_token_logprobs": Method(recompute, "`linear_token_logprobs` + objective", held_to="gemms_recompute"),
+    "batch_invariant": Method(
+        partial(fused, batch_invariant=True), "`linear_policy_loss`, `batch_invariant=True`", gpu=True
+    ),
+    "policy_loss": Method(from_logits, "`policy_loss`", LOGITS, held_to="copy"),
+    "policy_loss_inplace": Method(
+        partial(from_logits, inplace=True), "`policy_loss`, in place", LOGITS, held_to="copy", reuses=LOGITS
+    ),
 }
 PLAIN = {
-    "eager": Method(eager, rounds=BF16_LOGITS),
-    "eager_compiled": Method(compiled, rounds=BF16_LOGITS),
-    "eager_from_logits": Method(eager_from_logits, LOGITS, held_to="copy"),
+    "eager": Method(eager, "eager PyTorch", rounds=BF16_LOGITS),
+    "eager_compiled": Method(compiled, "eager PyTorch under `torch.compile`", rounds=BF16_LOGITS),
+    "eager_from_logits": Method(eager_from_logits, "eager PyTorch from logits", LOGITS, held_to="copy"),
 }
 METHODS = {**FLOORS, **PLAIN, **OURS, **PEERS}

@@ -6,15 +6,14 @@ of the weight, as strong as gives the entropy. A row more open than its noise al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SPREAD = 8.0  # of the logits; that of the trained-looking inputs is 7.5
-# a pull beyond any that is needed; halvings of the range
-MOST, STEPS = 200.0, 40
+MOST = 200.0  # a pull beyond any that is needed
 # logits held at a time
 BLOCK = 1 << 24
 
@@ -52,6 +51,21 @@ MIXES = {
 }
 
 
+def entropy_of(logits: Tensor) -> Tensor:
+    """Of every row, in nats."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def least(low: Tensor, high: Tensor, too_low: Callable[[Tensor], Tensor], steps: int = 40) -> Tensor:
+    """By bisection, entry by entry: the least value between two that is not too low."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        below = too_low(middle)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return high
+
+
 def hidden_states(noise: Tensor, weight: Tensor, targets: Tensor, nats: Tensor, spread: float) -> Tensor:
     """noise [T, H] of unit variance, weight [V, H] of rows of unit length, targets and nats [T] -> hidden [T, H]."""
     step = max(BLOCK // weight.shape[0], 1)
@@ -62,22 +76,13 @@ def hidden_states(noise: Tensor, weight: Tensor, targets: Tensor, nats: Tensor, 
 def _block(noise: Tensor, weight: Tensor, aim: Tensor, nats: Tensor) -> Tensor:
     base, lift = noise @ weight.T, aim @ weight.T
 
-    def parts(level: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of noise and aim: level -1 is flat, 0 the noise alone."""
-        return (1 + level).clamp(0, 1)[:, None], level.clamp(min=0)[:, None]
-
-    def entropy(level: Tensor) -> Tensor:
-        of_noise, of_aim = parts(level)
-        logp = (of_noise * base).addcmul_(of_aim, lift).log_softmax(-1)
-        return -(logp.exp() * logp).sum(-1)
+    def mixed(level: Tensor, noise: Tensor, aim: Tensor) -> Tensor:
+        """Level -1 is flat, 0 the noise alone, and above it the aim is added so many times."""
+        return ((1 + level).clamp(0, 1)[:, None] * noise).addcmul_(level.clamp(min=0)[:, None], aim)
 
     low, high = torch.full_like(nats, -1.0), torch.full_like(nats, MOST)
-    for _ in range(STEPS):
-        level = (low + high) / 2
-        open_ = entropy(level) > nats
-        low, high = torch.where(open_, level, low), torch.where(open_, high, level)
-    of_noise, of_aim = parts(high)
-    return of_noise * noise + of_aim * aim
+    level = least(low, high, lambda level: entropy_of(mixed(level, base, lift)) > nats)
+    return mixed(level, noise, aim)
 
 
 def quantiles(entropies: Tensor, at: Sequence[float] = (0.5, 0.8, 1.0)) -> list[float]:

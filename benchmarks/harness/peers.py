@@ -151,18 +151,25 @@ def torch_linear(inputs: Inputs) -> Step:
 
 
 PEERS = {
-    "trl": Method(trl, package="trl", rounds="bf16 logits"),
-    "liger_scaled": Method(liger_scaled, package="liger_kernel", rounds="bf16 logits"),
+    "trl": Method(trl, "TRL's fused head", package="trl", rounds="bf16 logits"),
+    "liger_scaled": Method(
+        liger_scaled, "Liger's fused scaled CE, PyTorch", package="liger_kernel", rounds="bf16 logits"
+    ),
     "liger_scaled_sm90": Method(
-        liger_scaled_sm90, package="liger_kernel", gpu=True, rounds="fp16 logits", dtypes=("bfloat16",)
+        liger_scaled_sm90, "Liger's fused scaled CE, Hopper kernels", package="liger_kernel", gpu=True,
+        rounds="fp16 logits", dtypes=("bfloat16",),
     ),
-    "liger_grpo": Method(liger_grpo, package="liger_kernel", same_loss=False, rounds="bf16 logits"),
+    "liger_grpo": Method(
+        liger_grpo, "Liger's chunked GRPO loss", package="liger_kernel", same_loss=False, rounds="bf16 logits"
+    ),
     "liger_triton_grpo": Method(
-        liger_triton_grpo, wrt=LOGITS, package="liger_kernel", gpu=True, same_loss=False, held_to="copy"
+        liger_triton_grpo, "Liger's Triton GRPO loss", LOGITS, package="liger_kernel", gpu=True, same_loss=False,
+        held_to="copy",
     ),
-    "cce": Method(cce, package="cut_cross_entropy", rounds="gradient filter"),
+    "cce": Method(cce, "cut-cross-entropy", package="cut_cross_entropy", rounds="gradient filter"),
     "cce_exact": Method(
-        cce_exact, package="cut_cross_entropy", gpu=True, rounds="bf16 sums of dX and dW", dtypes=("bfloat16",)
+        cce_exact, "cut-cross-entropy, exact", package="cut_cross_entropy", gpu=True,
+        rounds="bf16 sums of dX and dW", dtypes=("bfloat16",),
     ),
-    "torch_linear": Method(torch_linear, rounds="bf16 log-probs"),
-}
+    "torch_linear": Method(torch_linear, "PyTorch's `linear_cross_entropy`", rounds="bf16 log-probs"),
+}  # fmt: skip

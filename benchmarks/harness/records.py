@@ -21,6 +21,11 @@ def read(path: Path) -> list[Record]:
     return records
 
 
+def select(records: Iterable[Record], **fields: object) -> list[Record]:
+    """The records that have these fields with these values."""
+    return [record for record in records if fields.items() <= record.items()]
+
+
 def line(record: Record) -> str:
     """The record as one line, without its end."""
     return json.dumps(record, ensure_ascii=False)

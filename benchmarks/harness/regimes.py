@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness import exact
 from benchmarks.harness.method import sparsity_of
-from benchmarks.harness.workloads import Shape, capped, peaked, zipf
-from drpo_kernels import DRPO, Tokens, linear_policy_loss, policy_loss
+from benchmarks.harness.mixes import entropy_of, least
+from benchmarks.harness.workloads import Inputs, Shape, peaked, zipf
+from drpo_kernels import DRPO, linear_policy_loss, policy_loss
 from drpo_kernels.objectives import Objective
 
 OBJECTIVE = DRPO(delta=0.2)
@@ -27,41 +29,6 @@ RARE = 1e-6  # μ of the regime with rare targets
 OFFSET = 1e4  # what the regimes with large logits add to each of them
 SPREAD = 2.5  # standard deviation of the logits of the moderate regime
 NOISE = 0.2  # standard deviation of log μ - log π, in nats
-ROWS = 256  # rows whose float64 logits are held at a time
-
-
-@dataclass(frozen=True)
-class Case:
-    """hidden [T, H], weight [V, H] and bias [V] or None in bf16; targets [T]; old_logprobs, advantages [T] in fp32."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    temperature: float = 1.0
-    softcap: float | None = None
-    bias: Tensor | None = None
-
-    @property
-    def transform(self) -> dict:
-        """How hidden @ weight.T becomes z, as keywords of the linear functions."""
-        return {"temperature": self.temperature, "softcap": self.softcap, "bias": self.bias}
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden @ weight.T + bias, in the dtype of the operands."""
-        return self.biased(hidden @ weight.T)
-
-    def biased(self, logits: Tensor) -> Tensor:
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
-
-    def scaled(self, logits: Tensor) -> Tensor:
-        """z = softcap(logits) / temperature, in the dtype of the logits."""
-        return capped(logits, self.softcap) / self.temperature
-
-    def logprobs(self, logits: Tensor) -> Tensor:
-        """log π [T] of the targets."""
-        return self.scaled(logits).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
 
 
 class Result(NamedTuple):
@@ -84,37 +51,23 @@ class Exact(NamedTuple):
     entropy: float
 
 
-def exact_result(case: Case, operands: tuple[Tensor, Tensor] | None = None, objective: Objective = OBJECTIVE) -> Exact:
-    """Everything in float64 by autograd, a block of rows at a time.
-
-    `operands`, hidden and weight by default, are multiplied to logits. The gradients are products of hidden and weight
-    even where the operands are others: what is rounded for the logits is differentiated straight-through.
-    """
-    own = case.hidden.double(), case.weight.double()
-    hidden, weight = own if operands is None else (x.double() for x in operands)
-    count = hidden.shape[0]
-    logprobs, terms = hidden.new_empty(count), hidden.new_empty(count)
-    dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
-    largest = largest_sum = entropy = 0.0
+def exact_result(
+    case: Inputs, operands: tuple[Tensor, Tensor] | None = None, objective: Objective = OBJECTIVE
+) -> Exact:
+    """Everything in float64; `operands` as in `exact.head`."""
+    logprobs, terms, dx, dw = exact.head(case, operands, objective)
+    hidden, weight = (x.double() for x in operands or (case.hidden, case.weight))
     bias = 0.0 if case.bias is None else case.bias.double().abs()
-    for rows in (slice(start, start + ROWS) for start in range(0, count, ROWS)):
-        leaf = case.logits(hidden[rows], weight).requires_grad_()
-        logp = case.scaled(leaf).log_softmax(-1)
-        chosen = logp.gather(1, case.targets[rows, None])[:, 0]
-        tokens = Tokens(chosen, case.old_logprobs[rows].double(), case.advantages[rows].double())
-        losses = objective.token_loss(tokens) / count
-        (dlogits,) = torch.autograd.grad(losses.sum(), leaf)
-        logprobs[rows], terms[rows] = chosen.detach(), losses.detach()
-        dx[rows] = dlogits @ own[1]
-        dw += dlogits.T @ own[0][rows]
-        with torch.no_grad():
-            entropy -= (logp.exp() * logp).sum().item() / count
-            largest = max(largest, leaf.abs().max().item())
-            largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
+    largest = largest_sum = entropy = 0.0
+    for rows in exact.blocks(case):
+        logits = case.product(hidden[rows], weight)
+        entropy += entropy_of(case.scaled(logits)).sum().item() / len(hidden)
+        largest = max(largest, logits.abs().max().item())
+        largest_sum = max(largest_sum, (hidden[rows].abs() @ weight.abs().T + bias).max().item())
     return Exact(Result(logprobs, terms.sum(), dx, dw), terms.abs().sum().item(), largest, largest_sum, entropy)
 
 
-def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **options) -> Result:
+def ours(case: Inputs, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **options) -> Result:
     """`linear_policy_loss` on inputs of this dtype; gradients of `scale` times the loss, divided by it in float64."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
     out = linear_policy_loss(
@@ -127,9 +80,9 @@ def ours(case: Case, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **
     )
 
 
-def bf16_dlogits(case: Case, logits: Tensor | None = None) -> tuple[Result, Tensor]:
+def bf16_dlogits(case: Inputs, logits: Tensor | None = None) -> tuple[Result, Tensor]:
     """(the result without gradients, dlogits rounded to bf16) of float32 logits: those of the case, or the given."""
-    leaf = (case.logits(case.hidden.float(), case.weight.float()) if logits is None else logits).requires_grad_()
+    leaf = (case.product(case.hidden.float(), case.weight.float()) if logits is None else logits).requires_grad_()
     out = policy_loss(
         leaf, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, temperature=case.temperature,
         softcap=case.softcap,
@@ -156,16 +109,19 @@ class Regime:
     rare: bool = False
     bias: float | None = None
 
-    def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Case:
+    def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
         """Inputs drawn by the device's own generator."""
         with torch.device(device):
             return self._drawn(shape, torch.Generator(device).manual_seed(seed))
 
-    def _drawn(self, shape: Shape, generator: torch.Generator) -> Case:
+    def _drawn(self, shape: Shape, generator: torch.Generator) -> Inputs:
         hidden, weight, targets = self.make(shape, generator)
         blank = torch.zeros(shape.tokens)
         bias = None if self.bias is None else torch.full((shape.vocab,), self.bias, dtype=torch.bfloat16)
-        case = Case(hidden.bfloat16(), weight.bfloat16(), targets, blank, blank, self.temperature, self.softcap, bias)
+        case = Inputs(
+            hidden.bfloat16(), weight.bfloat16(), targets, blank, blank,
+            temperature=self.temperature, softcap=self.softcap, bias=bias,
+        )  # fmt: skip
         # The bias shifts all logits of a row alike, which leaves the log-probs as they are.
         logp = case.scaled(case.hidden.double() @ case.weight.double().T).log_softmax(-1)
         if self.rare:
@@ -202,12 +158,8 @@ def moderate(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     noise = SPREAD * torch.randn(shape.tokens, shape.hidden, generator=generator)
     pull = (0.5 + torch.rand(shape.tokens, 1, generator=generator)) * weight[targets]
     base, lift = noise @ weight.T, pull @ weight.T
-    low, high = 0.0, 100.0
-    for _ in range(40):
-        level = (low + high) / 2
-        nats = torch.distributions.Categorical(logits=base + level * lift).entropy().mean()
-        low, high = (level, high) if nats > ENTROPY else (low, level)
-    return noise + high * pull, weight, targets
+    level = least(torch.tensor(0.0), torch.tensor(100.0), lambda x: entropy_of(base + x * lift).mean() > ENTROPY)
+    return noise + level * pull, weight, targets
 
 
 def certain(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,12 +168,11 @@ def certain(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     aim = weight[targets] + 0.1 * torch.randn(shape.tokens, shape.hidden, generator=generator) / shape.hidden**0.5
     logits = (aim @ weight.T).double()
     low, high = torch.zeros(shape.tokens, 1).double(), torch.full((shape.tokens, 1), 1e3).double()
-    for _ in range(50):
-        middle = (low + high) / 2
-        logp = (middle * logits).log_softmax(-1).gather(1, targets[:, None])
-        short = -torch.expm1(logp) > MISS
-        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return (high * aim).float(), weight, targets
+
+    def uncertain(length: Tensor) -> Tensor:
+        return -torch.expm1((length * logits).log_softmax(-1).gather(1, targets[:, None])) > MISS
+
+    return (least(low, high, uncertain, 50) * aim).float(), weight, targets
 
 
 def offset(shape: Shape, generator: torch.Generator, by: float, make=trained) -> tuple[Tensor, Tensor, Tensor]:

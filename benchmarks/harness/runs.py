@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.plans import STANDARD
-from benchmarks.harness.records import Record, read
+from benchmarks.harness.records import Record, read, select
 from benchmarks.harness.workloads import Workload
 
 DEVICE, SPEED, INVARIANCE, PRECISION = FILES = ("device.jsonl", "speed.jsonl", "invariance.jsonl", "precision.jsonl")
 # The workload on which every method is measured.
-MAIN = Workload(STANDARD["cuda"].model, STANDARD["cuda"].tokens, "trained", STANDARD["cuda"].dtype)
+MAIN = STANDARD["cuda"].main
 # Parts of a run may measure the same case. The record of the part that stands first here is the one that counts.
 SPEED_PARTS = ("ours", "small", "peers", "sparse", "memory", "liger_sm90", "slow_peers", "sweep")
 
@@ -48,3 +48,9 @@ def once(records: Sequence[Record]) -> list[Record]:
         return models.index(record["workload"]), (record["workload"], tokens) != (MAIN.model, MAIN.tokens), tokens
 
     return sorted(found.values(), key=place)
+
+
+def record_of(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) -> Record | None:
+    """The record of a case that counts, if there is one."""
+    found = once(select(run[SPEED], method=method, active_share=share, **workload.fields))
+    return found[0] if found else None

@@ -50,7 +50,6 @@ def clock(device: torch.device) -> Callable[[Callable], float]:
 def interleaved_seconds(
     functions: Mapping[Key, Callable],
     rounds: int,
-    after_each: Callable[[], object],
     seconds_of: Callable[[Callable], float] = host_seconds,
     deadline: float = math.inf,
 ) -> dict[Key, list[float]]:
@@ -58,31 +57,20 @@ def interleaved_seconds(
 
     No round is started after `deadline`, a time of `time.monotonic`.
     """
-    gc.collect()
-    gc.freeze()  # what exists now is left alone, or each collection below would walk all of it
-    try:
-        return _rounds(functions, rounds, after_each, seconds_of, deadline)
-    finally:
-        gc.unfreeze()
-
-
-def _rounds(
-    functions: Mapping[Key, Callable],
-    rounds: int,
-    after_each: Callable[[], object],
-    seconds_of: Callable[[Callable], float],
-    deadline: float,
-) -> dict[Key, list[float]]:
     names = list(functions)
     seconds: dict[Key, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        if time.monotonic() > deadline:
-            break
-        turn = number % max(len(names), 1)
-        for name in names[turn:] + names[:turn]:
-            gc.collect()
-            elapsed = seconds_of(functions[name])
-            if number:
-                seconds[name].append(elapsed)
-            after_each()
+    gc.collect()
+    gc.freeze()  # What exists now is left alone, or each collection below would walk all of it.
+    try:
+        for number in range(rounds + 1):
+            if time.monotonic() > deadline:
+                break
+            turn = number % max(len(names), 1)
+            for name in names[turn:] + names[:turn]:
+                gc.collect()
+                elapsed = seconds_of(functions[name])
+                if number:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.unfreeze()
     return seconds

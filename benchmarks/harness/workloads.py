@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.mixes import MIXES, hidden_states
+from benchmarks.harness.mixes import MIXES, entropy_of, hidden_states, least
 
 # The kinds of inputs, and what tables call them.
 KINDS = {
@@ -74,6 +73,12 @@ class Workload:
     def shape(self) -> Shape:
         return Shape(self.tokens, MODELS[self.model].hidden, MODELS[self.model].vocab)
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """How a record names it."""
+        shape = dataclasses.asdict(self.shape)
+        return {"workload": self.model, "inputs": self.kind, "shape": shape, "dtype": self.dtype}
+
     def inputs(self, device: torch.device) -> Inputs:
         softcap, dtype = MODELS[self.model].softcap, getattr(torch, self.dtype)
         return make_inputs(self.kind, self.shape, softcap=softcap, dtype=dtype, device=device)
@@ -83,8 +88,8 @@ class Workload:
 class Inputs:
     """hidden [T, H], weight [V, H], targets [T] int64, old_logprobs [T] and advantages [T] float32, all on one device
 
-    entropies of the distributions, [T] float32 in nats
-    softcap   c of the logits c · tanh(hidden @ weight.T / c), or None
+    entropies of the distributions, [T] float32 in nats; None where nobody asks for them
+    softcap, temperature, bias [V]   how hidden @ weight.T becomes z = softcap(hidden @ weight.T + bias) / temperature
     logits    [T, V] in the dtype of `hidden`, soft-capped, for what starts from logits; None until `with_logits`
     """
 
@@ -93,9 +98,31 @@ class Inputs:
     targets: Tensor
     old_logprobs: Tensor
     advantages: Tensor
-    entropies: Tensor
+    entropies: Tensor | None = None
     softcap: float | None = None
+    temperature: float = 1.0
+    bias: Tensor | None = None
     logits: Tensor | None = None
+
+    @property
+    def transform(self) -> dict:
+        """How hidden @ weight.T becomes z, as keywords of the linear functions."""
+        return {"temperature": self.temperature, "softcap": self.softcap, "bias": self.bias}
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden @ weight.T + bias, in the dtype of the operands."""
+        return self.biased(hidden @ weight.T)
+
+    def biased(self, logits: Tensor) -> Tensor:
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """z = softcap(logits) / temperature, in the dtype of the logits."""
+        return capped(logits, self.softcap) / self.temperature
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """log π [T] of the targets."""
+        return self.scaled(logits).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
 
     @property
     def entropy(self) -> float:
@@ -115,13 +142,6 @@ class Inputs:
         for rows, block in logit_blocks(self.hidden, self.weight, self.softcap):
             logits[rows] = block
         return dataclasses.replace(self, logits=logits)
-
-    def save(self, path: Path) -> None:
-        torch.save(vars(self), path)
-
-    @classmethod
-    def load(cls, path: Path) -> Inputs:
-        return cls(**torch.load(path))
 
 
 def make_inputs(
@@ -178,25 +198,21 @@ def peaked(
     softcap: float | None = None,
 ) -> Tensor:
     """Hidden states pulled towards their targets' rows to different degrees, scaled to a mean entropy of `nats`."""
-    least, spread = PULL if softcap is None else CAPPED_PULL
-    pull = least + spread * torch.rand(hidden.shape[0], 1, generator=generator, device=hidden.device)
+    low, spread = PULL if softcap is None else CAPPED_PULL
+    pull = low + spread * torch.rand(hidden.shape[0], 1, generator=generator, device=hidden.device)
     hidden = hidden + pull * weight[targets]
     logits = hidden[:SAMPLE] @ weight.T
 
-    def entropy(scale: float) -> float:
-        return torch.distributions.Categorical(logits=capped(scale * logits, softcap)).entropy().mean().item()
+    def flat(scale: Tensor) -> Tensor:
+        return entropy_of(capped(scale * logits, softcap)).mean() > nats
 
-    # the entropy falls as the scale rises, until a soft-cap flattens all: up to the first scale that is large enough
-    high = 0.5
-    while entropy(high) > nats:
-        high *= 1.25
+    # The entropy falls as the scale rises, until a soft-cap flattens all: up to the first scale that is large enough.
+    high = hidden.new_tensor(0.5)
+    while flat(high):
+        high = 1.25 * high
         if high > 100:
             raise ValueError(f"no scale of the hidden states gives an entropy of nats={nats} with softcap={softcap}")
-    low = 0.0
-    for _ in range(30):
-        scale = (low + high) / 2
-        low, high = (scale, high) if entropy(scale) > nats else (low, scale)
-    return high * hidden
+    return least(torch.zeros_like(high), high, flat) * hidden
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -216,8 +232,7 @@ def _logprobs_and_entropy(
     """log π of the targets and the entropy, [T] float32."""
     results = []
     for rows, logits in logit_blocks(hidden, weight, softcap):
-        logprobs = torch.log_softmax(logits, -1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        results.append(torch.stack([logprobs.gather(-1, targets[rows, None])[:, 0], entropy]))
+        logprobs = torch.log_softmax(logits, -1).gather(-1, targets[rows, None])[:, 0]
+        results.append(torch.stack([logprobs, entropy_of(logits)]))
     logprobs, entropy = torch.cat(results, 1)
     return logprobs, entropy

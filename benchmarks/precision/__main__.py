@@ -29,7 +29,8 @@ from benchmarks.harness import cli, regimes
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, write
-from benchmarks.harness.regimes import REGIMES, Case, Exact, Result, exact_result
+from benchmarks.harness.regimes import REGIMES, Exact, Result, exact_result
+from benchmarks.harness.workloads import Inputs as Case
 from benchmarks.harness.workloads import Shape
 from benchmarks.precision.mismatch import measure_mismatch, percentile_99, three_digits
 from benchmarks.precision.recipes import OPERANDS, RECIPES, Recipe

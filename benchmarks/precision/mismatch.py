@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.records import Record
-from benchmarks.harness.regimes import Case
+from benchmarks.harness.workloads import Inputs as Case
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.backends.quantize import FORMATS, per_row
 

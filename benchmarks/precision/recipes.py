@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.quantization import dequantized, per_block, per_tensor
-from benchmarks.harness.regimes import OBJECTIVE, Case, Result, bf16_dlogits, ours
+from benchmarks.harness.regimes import OBJECTIVE, Result, bf16_dlogits, ours
+from benchmarks.harness.workloads import Inputs as Case
 from benchmarks.harness.workloads import capped
 from drpo_kernels import PolicyGradient, Tokens
 from drpo_kernels.backends import row_ops
@@ -80,7 +81,7 @@ def one_read(case: Case) -> Result:
     states times the factors of their rows. A CPU rounds neither. Sums are float32.
     """
     hidden, weight = case.hidden.float(), case.weight.float()
-    logits, count = case.logits(hidden, weight), len(case.targets)
+    logits, count = case.product(hidden, weight), len(case.targets)
     rows = logits.new_zeros(len(Field), count)
     rows[Field.OLD_LOGPROB], rows[Field.ADVANTAGE], rows[Field.POLICY] = case.old_logprobs, case.advantages, 1 / count
     rows[Field.INV_TEMPERATURE], rows[Field.KIND] = 1 / case.temperature, RowKind.ACTIVE
@@ -101,7 +102,7 @@ def two_reads(case: Case, logits: Tensor | None = None) -> Result:
 
 def quantized_head(case: Case, name: str, granularity: str) -> Result:
     """An fp8 head with other scales than `head_dtype` has. The gradient is straight-through."""
-    return two_reads(case, case.logits(*quantized(case, name, granularity)))
+    return two_reads(case, case.product(*quantized(case, name, granularity)))
 
 
 def accumulated_in_bf16(case: Case) -> Result:

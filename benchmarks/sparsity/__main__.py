@@ -55,9 +55,9 @@ REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(1
 
 
 def speed(options: argparse.Namespace) -> Iterator[Record]:
-    standard = plans.STANDARD[options.device]
+    main = plans.STANDARD[options.device].main
     kinds = ("mixed", "random") if options.quick else KINDS
-    workloads = [Workload(standard.model, standard.tokens, kind, standard.dtype) for kind in kinds]
+    workloads = [Workload(main.model, main.tokens, kind, main.dtype) for kind in kinds]
     plan = [Case(name, workload) for workload in workloads for name in METHODS]
     rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
     plan = plans.quick(plan) if options.quick else plan
@@ -90,7 +90,7 @@ def regimes(options: argparse.Namespace) -> Iterator[Record]:
     progress.close()
 
 
-def errors_over_tolerance(case: cases.Case, dtype: torch.dtype) -> Record:
+def errors_over_tolerance(case: Inputs, dtype: torch.dtype) -> Record:
     """Norm-wise errors against float64: of dlogits rounded to bf16, of the dense path, and over τ."""
     exact = cases.exact_result(case).result
 
@@ -123,7 +123,7 @@ def demo(options: argparse.Namespace) -> Iterator[Record]:
     inputs = Inputs(hidden, batch.weight, targets, old_logprobs, advantages, entropies)
     exact = Exact(inputs)
     steps = {tolerance: sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
-    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30, lambda: None)
+    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30)
     over = {}
     for tolerance, step in steps.items():
         found = step()

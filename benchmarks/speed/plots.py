@@ -9,21 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from benchmarks.harness.measure import largest_error, ratio
 from benchmarks.harness.methods import OURS
 from benchmarks.harness.pictures import GREY, STYLES, finish, frame, new_axes, plt, save
 from benchmarks.harness.records import Record
-from benchmarks.speed.tables import (
-    KINDS,
-    LABELS,
-    Setting,
-    by_setting,
-    dense,
-    largest_error,
-    pictures,
-    ratio,
-    setting_of,
-    swept,
-)
+from benchmarks.harness.speed_tables import Setting, by_setting, dense, plain, setting_of
+from benchmarks.harness.workloads import KINDS
+from benchmarks.speed.tables import pictures, swept
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
@@ -122,11 +114,6 @@ def active_figure(group: Sequence[Record], where: str) -> Figure:
     axes.set_xlabel("rows with an advantage, %")
     axes.set_ylabel("time, % of all rows active")
     return figure
-
-
-def plain(method: str) -> str:
-    """A method's name without Markdown."""
-    return LABELS.get(method, method).replace("`", "")
 
 
 def _lines(groups: dict[int, list[Record]], key: str) -> Iterable[tuple[str, list[tuple[int, float]]]]:

@@ -13,6 +13,7 @@ from benchmarks.device import measures as device_measures
 from benchmarks.device import parts as device_parts
 from benchmarks.device.measures import Span
 from benchmarks.device.parts import LOST, OTHERS, PARTS, SCALE, STOPPED, UNAVAILABLE
+from benchmarks.device.plan import PLANS, Job
 from benchmarks.harness import measure, plans, provenance
 from benchmarks.harness.measure import DIED
 from benchmarks.harness.methods import METHODS
@@ -44,15 +45,15 @@ def test_speed_parts(part, tmp_path, monkeypatch):
 
 
 def test_every_case_of_the_standard_plan_has_a_part():
-    planned = [case for part in SPEED_PARTS for case in device_parts.plan_of(part)]
+    planned = [case for part in SPEED_PARTS for case in PLANS[part]]
     assert set(plans.STANDARD["cuda"].cases()) <= set(planned)
     at_the_bars = ("ours", "peers", "slow_peers", "liger_sm90")
-    assert {case.method for part in at_the_bars for case in device_parts.plan_of(part)} == {*METHODS}
+    assert {case.method for part in at_the_bars for case in PLANS[part]} == {*METHODS}
 
 
 def test_cases_that_an_earlier_process_has_begun_are_left_alone(tmp_path):
     """Of this part: what another part has begun is measured again."""
-    floors = [c for c in plans.quick(device_parts.plan_of("sparse")) if c.method == "gemms_whole"]
+    floors = [c for c in plans.quick(PLANS["sparse"]) if c.method == "gemms_whole"]
     mixed, reasoning = (next(c for c in floors if c.workload.kind == kind) for kind in ("mixed", "reasoning"))
     for part, case in (("sparse", mixed), ("peers", reasoning)):
         append(tmp_path / SPEED, {"part": part, **measure.started(case)})
@@ -67,12 +68,12 @@ def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
     def ones(*_, device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    (case, *_) = device_parts.plan_of("ours")
+    (case, *_) = PLANS["ours"]
     failed = measure.started(case) | {"status": "failed: AcceleratorError"}
-    monkeypatch.setattr(device_parts, "provenance", lambda command, device: {})
+    monkeypatch.setattr(Job, "source", lambda job, part: {})
     monkeypatch.setattr(device_parts, "measured", lambda *_: iter([failed]))
     monkeypatch.setattr(device_parts.torch, "ones", ones)
-    found = device_parts.speed("ours", 3, device_parts.Run(tmp_path, float("inf"), False, torch.device("cuda")))
+    found = device_parts.speed("ours", 3, Job(tmp_path, float("inf"), False, torch.device("cuda")))
     assert next(found) == failed
     with pytest.raises(device_parts.Lost):
         next(found)
@@ -97,8 +98,6 @@ def test_exit_statuses(error, status, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "part, field, least",
     [
-        ("environment", "packages", 1),
-        ("floors", "floor", 4),
         ("floors", "product", 5),
         pytest.param("rows", "row_kernel", 5, marks=pytest.mark.interpreted),
         ("profile", "kernel", 5),
@@ -126,14 +125,14 @@ def test_products():
     """Each shape with every dtype of its result, as the linear path multiplies; without time they are lines all the
     same.
     """
-    found = list(device_measures.products(CPU, True, float("inf")))
-    kinds = [(record["product"], record["out"], record["accumulates"]) for record in found]
-    logits, dx = [("logits", out, False) for out in ("bfloat16", "float32")], ("dX", "bfloat16", False)
-    assert kinds == [*logits, dx, ("dW", "bfloat16", False), ("dW", "float32", True)]
+    found = list(device_measures.products(Job(Path(), math.inf, True, CPU)))
+    kinds = [(record["product"], record["out"]) for record in found]
+    logits, dw = ([(name, out) for out in ("bfloat16", "float32")] for name in ("logits", "dW"))
+    assert kinds == [*logits, ("dX", "bfloat16"), *dw]
     for record in found:
         flop = 2 * math.prod(record["shape"].values())
         assert record["TFLOP/s"] == pytest.approx(flop / record["median_s"] / 1e12)
-    assert {r["median_s"] for r in device_measures.products(CPU, True, float("-inf"))} == {None}
+    assert {r["median_s"] for r in device_measures.products(Job(Path(), -math.inf, True, CPU))} == {None}
 
 
 def test_overheads():
@@ -191,9 +190,9 @@ def test_outcomes_of_tests(part, status, code, tmp_path, monkeypatch):
 def test_a_part_without_a_test_fails(status, lines, tmp_path, monkeypatch):
     """pytest found none (5), or no such file (4), or broke off (2); or every test was skipped."""
     monkeypatch.setattr(device_parts, "output", lambda *_: (status, lines))
-    run = device_parts.Run(tmp_path, float("inf"), False, CPU)
+    job = Job(tmp_path, math.inf, False, CPU)
     with pytest.raises(RuntimeError, match=r"pytest exited|every test was skipped"):
-        list(device_parts.tests_of("scale", ["-m", "gpu"], SCALE, run))
+        list(device_parts.tests_of(["-m", "gpu"], 3, SCALE, job))
 
 
 def test_files_with_tests_of_a_gpu():

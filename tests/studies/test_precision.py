@@ -93,7 +93,7 @@ def test_a_16_bit_bias_is_added_in_float32(device):
 
 @pytest.mark.parametrize("name", ["trained", "softcap", "temperature10", "bias-1e4"])
 def test_exact_result_is_that_of_all_rows_at_once(name, monkeypatch):
-    monkeypatch.setattr(regimes, "ROWS", 5)
+    monkeypatch.setitem(regimes.exact.BLOCK, "cpu", 5 * TINY.vocab)
     case = regimes.REGIMES[name].case(TINY)
     exact = exact_of(case, objective=dk.SPO())
     hidden, weight = (x.double().requires_grad_() for x in (case.hidden, case.weight))

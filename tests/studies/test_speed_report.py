@@ -88,14 +88,14 @@ def test_report_rewrites_its_block_alone(measured, tmp_path):
 def test_ratios(measured):
     """To the floor by the samples between one's own; to another of the same process by its median, else in floors."""
     floor, eager, ours, *_ = records = recorded(measured)
-    assert speed_tables.ratio(eager, "gemms_whole", records) == pytest.approx(2.5 / 1.25)
-    assert speed_tables.ratio(ours, "eager", records) == pytest.approx(1.8 / 2.5)
+    assert measure.ratio(eager, "gemms_whole", records) == pytest.approx(2.5 / 1.25)
+    assert measure.ratio(ours, "eager", records) == pytest.approx(1.8 / 2.5)
     later = ours | {"date": "later", "median_s": 3.6, "floor_median_s": 2.5}
-    assert speed_tables.ratio(later, "eager", [*records, later]) == pytest.approx((3.6 / 2.5) / (2.5 / 1.25))
+    assert measure.ratio(later, "eager", [*records, later]) == pytest.approx((3.6 / 2.5) / (2.5 / 1.25))
     without = {"floor_median_s": None}
-    assert speed_tables.ratio(later | without, "eager", records) is None
-    assert speed_tables.ratio(ours | without, "gemms_whole", records) == pytest.approx(1.8 / 1.5)
-    assert speed_tables.ratio(later | without, "gemms_whole", [floor, eager]) is None
+    assert measure.ratio(later | without, "eager", records) is None
+    assert measure.ratio(ours | without, "gemms_whole", records) == pytest.approx(1.8 / 1.5)
+    assert measure.ratio(later | without, "gemms_whole", [floor, eager]) is None
 
 
 def test_pictures_need_something_to_show(measured):
