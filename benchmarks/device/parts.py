@@ -69,6 +69,15 @@ def output(command: Sequence[object], seconds: float) -> tuple[int | None, list[
     return None if stopped.is_set() else status, lines
 
 
+def environment(job: Job) -> Iterator[Record]:
+    """The clocks and the power. Device and versions are in every line anyway."""
+    if shutil.which("nvidia-smi") is None:
+        raise Unsupported("nvidia-smi is not on this machine")
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.used"
+    status, lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], job.seconds)
+    yield {"nvidia_smi": dict(zip(fields.split(","), lines[0].split(", "), strict=True)), "exit": status}
+
+
 # A line of `pytest -v`, alone and under xdist.
 TEST_LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 XDIST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/\S+::.+?) *$")
@@ -183,6 +192,7 @@ def _tests(seconds: float, what: str, workers: int, *selection: str, rehearsed: 
 
 # Every sitting's parts in the order in which they run.
 FIRST = {
+    "environment": Part(6, "clocks and power", environment),
     "floors": Part(9, "matrix rates of bare products at chunk shapes", measures.products),
     "ours": _speed(34, "floors and ours at the workload of the bars", "ours", 10),
     "scale": _tests(34, "pytest on a GPU: sizes, graphs, streams, bits", 3, "-m", "gpu", SCALE),
