@@ -7,9 +7,9 @@ profile, the other GPU tests and a run; `third` is what is left. `--parts` names
 Parts run in order, each in a process of its own and for a share of the time that is left. Every result is a line of a
 file in DIR as soon as it is measured. A process that dies, hangs or loses the device costs the case that it had begun;
 a new one goes on behind that case. summary.md is rewritten after every part and printed in the end. A part that is done
-in DIR is skipped unless --again is given. Nothing is installed or fetched: beside PyTorch and Triton this needs tabulate
-and tqdm, and peers are measured where Python finds them. Without a repository around it, the environment's DRPO_COMMIT
-names the commit.
+in DIR is skipped unless --again is given. Nothing is installed or fetched: peers are measured where Python finds them,
+and beside PyTorch and Triton tabulate and tqdm must be there. Without a repository around it, the environment's
+DRPO_COMMIT names the commit.
 
 The exit status is 0 if every part came to its end and no test failed, else 1. `--rehearse` goes through the same lines
 on a CPU at tiny shapes, where its numbers mean nothing.
