@@ -48,7 +48,6 @@ LABELS = {
 PLOTS = {
     "time": "Time of forward and backward against the number of tokens",
     "memory": "Peak extra memory against the number of tokens",
-    "floor": "Share of the floor that each method reaches",
     "active": "Time against the share of active rows",
 }
 EAGER = {"hidden": "eager", "logits": "eager_from_logits"}
@@ -89,7 +88,7 @@ def pictures(records: Sequence[Record]) -> list[str]:
     """Of `PLOTS`, those for which there is something to show."""
     over_tokens = len(swept(records)) > 1
     over_shares = any(record["active_share"] < 1 for record in records)
-    shown = {"time": over_tokens, "memory": over_tokens, "floor": True, "active": over_shares}
+    shown = {"time": over_tokens, "memory": over_tokens, "active": over_shares}
     return [name for name in PLOTS if shown[name]]
 
 
