@@ -9,8 +9,8 @@ result of the bf16 model: the rounding of the operands comes on top. Per quantit
     loss                                                                          |error| / Σ |terms of the loss|
     hidden, weight (dX and dW)                                                    |error| / largest entry
 
-There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer, each
-bar, and each size of the logits.
+There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer and each
+bar.
 """
 
 from __future__ import annotations
@@ -37,10 +37,6 @@ from benchmarks.precision.recipes import OPERANDS, RECIPES, Recipe
 RESULTS = ROOT / "bench_results" / "precision" / "precision.jsonl"
 NORMAL, QUICK, FULL = Shape(256, 512, 4096), Shape(16, 64, 256), Shape(1024, 4096, 151_936)
 QUICK_REGIMES = ("random", "moderate", "bias+1e4", "softcap")
-# The errors over |logit| are those of a random head whose logits an outlier channel moves away from 0.
-SWEEP = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
-SWEEP_SHAPE = Shape(64, 512, 2048)
-SWEPT = ("fp32", "bf16", "bf16-logits", "eager-bf16", "trl", "fp8_e4m3-row")
 GRADIENT_BOUND = 4e-3
 Errors = dict[str, list[float]]
 ExactOf = Callable[[str, object], Exact]  # (a key of OPERANDS, an objective) -> exact result
@@ -161,18 +157,6 @@ def bars(errors: dict[str, Errors | None], bound: float) -> Iterator[Record]:
         yield {"bar": name, "value": value, "bound": three_digits(limit), "met": value <= limit}
 
 
-def measure_sweep(shape: Shape, device: torch.device) -> Iterator[Record]:
-    """Errors of log-probs over the largest |logit|."""
-    for size in SWEEP:
-        regime = regimes.Regime("", functools.partial(regimes.offset, by=size, make=regimes.random))
-        case = regime.case(shape, device=device)
-        exact = exact_result(case)
-        swept = {key: RECIPES[key] for key in SWEPT if obstacle(RECIPES[key], case) is None}
-        found = {key: errors_of(recipe.run(case), exact, case)["logprob"] for key, recipe in swept.items()}
-        bound = three_digits(logprob_bound(shape.hidden, exact.largest_sum, 1.0))
-        yield {"kind": "sweep", "largest_logit": three_digits(exact.largest_logit), "bound": bound, "logprob": found}
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,8 +186,6 @@ def _records(options: argparse.Namespace, source: Record) -> Iterator[Record]:
     for name in names:
         progress.say(name)
         yield from measure_regime(name, shape, device, progress.advance)
-    progress.say("errors over |logit|")
-    yield from measure_sweep(QUICK if options.quick else SWEEP_SHAPE, device)
     progress.close()
 
 

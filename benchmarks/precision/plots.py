@@ -9,14 +9,11 @@ from pathlib import Path
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from benchmarks.harness.pictures import COLOURS, frame, plt, save
+from benchmarks.harness.pictures import plt, save
 from benchmarks.harness.records import Record
 from benchmarks.precision.recipes import RECIPES
-from benchmarks.precision.tables import by_recipe, labels_of, of_kind
+from benchmarks.precision.tables import by_recipe, labels_of
 
-MARKERS = ("o", "s", "D", "^", "v", "x")
-STYLES = list(zip(COLOURS, MARKERS, strict=True))
-FLOOR = 1e-8  # smaller values are drawn at it
 ERRORS = (1e-6, 1.0)  # the errors between which a heatmap's colours change
 
 
@@ -26,7 +23,6 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
     save(heatmap(records, "ratio", ratio), folder / "ratio.png")
     gradient = "Error of the gradient dW against float64, relative to its norm"
     save(heatmap(records, "weight", gradient), folder / "gradient.png")
-    save(error_over_logit(of_kind(records, "sweep")), folder / "logit.png")
 
 
 def plain_label(recipe: str) -> str:
@@ -61,21 +57,3 @@ def _short(value: float) -> str:
     if value >= 0.01:
         return f"{value:.2f}" if value < 10 else f"{value:.0f}"
     return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
-
-
-def error_over_logit(sweep: Sequence[Record]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.2, 4.8), layout="constrained")
-    largest = [record["largest_logit"] for record in sweep]
-    for i, (key, (colour, marker)) in enumerate(zip(sweep[0]["logprob"], STYLES, strict=False)):
-        errors = [max(record["logprob"][key][0], FLOOR) for record in sweep]
-        # Hollow markers of decreasing size keep lines visible that coincide.
-        style = {"marker": marker, "markersize": 13 - 1.8 * i, "markerfacecolor": "none", "linewidth": 1.3}
-        axes.loglog(largest, errors, color=colour, label=plain_label(key), **style)
-    bounds = [record["bound"] for record in sweep]
-    axes.loglog(largest, bounds, "--", color="grey", label="bound for 16-bit inputs with fp32 logits")
-    axes.set_xlabel("largest |logit| of the batch (an outlier channel moves all logits alike)")
-    axes.set_ylabel("largest error of a log-prob, nats")
-    axes.set_title("What the size of the logits costs", fontsize=11, loc="left")
-    frame(axes)
-    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure

@@ -181,14 +181,13 @@ def assumed() -> str:
     """What a call is charged for besides FLOPs and bytes."""
     first, second = charges.TWO_READS[4]
     narrow = sum(charges.TWO_READS[2])
-    clocks = ", ".join(f"{chip.name} {chip.clock / 1e9:.2f}" for chip in CHIPS.values() if chip.clock)
     return (
         f"**Assumptions** too: {charges.LAUNCH * 1e6:g} µs for every kernel, and {charges.SMALL_KERNELS} small ones in "
         f"a call of ours with {charges.SMALL_KERNELS_OF_A_CHUNK} more in a chunk, as in the profiles of docs/gpu.md; "
         f"{charges.READ_BACK * 1e6:g} µs for the count that compaction reads back; and, per logit, {first} + {second} "
         f"instructions of two reads of float32, {narrow:.1f} of bf16, {charges.ONE_READ:g} of one read, of which a "
         f"multiprocessor issues {charges.ISSUED} in a clock at best and {charges.ISSUE_SHARE:.0%} of that at worst: "
-        f"{charges.ISSUE_SOURCE}. Clocks are those that the float32 rates imply, in GHz: {clocks}."
+        f"{charges.ISSUE_SOURCE}. Clocks are those that the float32 rates imply."
     )
 
 

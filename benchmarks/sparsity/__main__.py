@@ -1,7 +1,6 @@
 """`python -m benchmarks.sparsity`: what `sparse_grad` saves and what it costs, into bench_results/sparsity.jsonl.
 
-    speed     time, memory and gradient error over the entropy of the rows, beside the floor, the dense path and
-              cut-cross-entropy, whose gradient filter is the other way to save work
+    speed     time, memory and gradient error over the entropy of the rows, beside the floor and the dense path
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 

@@ -17,7 +17,7 @@ from benchmarks.harness.workloads import KINDS as LABELS
 FLOOR, DENSE, SPARSE, TIGHT = (
     "gemms_whole", "linear_policy_loss", "linear_policy_loss_sparse", "linear_policy_loss_sparse_tight",
 )  # fmt: skip
-METHODS = (FLOOR, DENSE, SPARSE, TIGHT, "cce")
+METHODS = (FLOOR, DENSE, SPARSE, TIGHT)
 KINDS = (*MIXES, "trained", "random")
 SIZE = "T={tokens} H={hidden} V={vocab}, "
 
@@ -71,19 +71,6 @@ def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
     )
 
 
-def cce(records: Sequence[Record]) -> str:
-    """What cut-cross-entropy did on the same inputs."""
-    rows = []
-    for kind, methods in by_kind(records).items():
-        record = methods.get("cce")
-        if record and record["median_s"] is None:
-            rows.append((LABELS[kind], record["status"], NOTHING, NOTHING))
-        elif record:
-            relative = times(record["median_s"] / methods[DENSE]["median_s"])
-            rows.append((LABELS[kind], milliseconds(record), relative, f"{largest_error(record):.1e}"))
-    return table(("rows", "cut-cross-entropy, ms", "× our dense", "gradient error"), rows)
-
-
 def regimes(records: Sequence[Record]) -> str:
     """Errors over τ: the larger of dX's and dW's, each beside what rounding dlogits to bf16 makes of the same."""
     rows = []
@@ -115,7 +102,7 @@ def render_speed(records: Sequence[Record]) -> str:
     records = of_part(records, "speed")
     if not by_kind(records):
         return NOT_YET
-    return "\n".join([*speed(records), cce(records), "", origin_with_samples(records)])
+    return "\n".join([*speed(records), origin_with_samples(records)])
 
 
 def render_regimes(records: Sequence[Record]) -> str:

@@ -9,23 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.harness.pictures import GREY, STYLES, finish, new_axes, save
+from benchmarks.harness.pictures import STYLES, finish, new_axes, save
 from benchmarks.harness.records import Record
-from benchmarks.speed.tables import KINDS, LABELS, dense, pictures, ratio, setting_of, swept
+from benchmarks.speed.tables import KINDS, LABELS, dense, pictures, setting_of, swept
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
-    """Write {stem}_{time,memory,active}.png into `folder`, each where there is something to show."""
+    """Write {stem}_time.png and {stem}_memory.png into `folder`, where several T were measured."""
     main, over_tokens, shape = setting_of(records[0]), swept(records), records[0]["shape"]
     where = f"{main.model} head, " if not main.model.startswith("cpu") else ""
     where += f"H={shape['hidden']} V={shape['vocab']}, {main.dtype}, {KINDS[main.inputs]}"
-    figures = {
-        "time": lambda: time_figure(over_tokens, where),
-        "memory": lambda: memory_figure(over_tokens, where),
-        "active": lambda: active_figure(over_tokens[main.tokens], where),
-    }
+    figures = {"time": time_figure, "memory": memory_figure}
     for name in pictures(records):
-        save(figures[name](), folder / f"{stem}_{name}.png", records[:1])
+        save(figures[name](over_tokens, where), folder / f"{stem}_{name}.png", records[:1])
 
 
 def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
@@ -45,28 +41,6 @@ def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _mebibytes(value)))
     finish(axes, list(groups), "peak extra memory, gradients included (log scale)")
-    return figure
-
-
-def active_figure(group: Sequence[Record], where: str) -> Figure:
-    figure, axes = new_axes(f"What do rows without an advantage cost? T={group[0]['shape']['tokens']}, {where}")
-    colour = STYLES["linear_policy_loss"][0]
-    looks = {
-        "linear_policy_loss": ("-", "such rows dropped (the default)", (-10, 8), "right"),
-        "linear_policy_loss_not_compacted": ("--", 'all rows computed, compact="none"', (0, -18), "center"),
-    }
-    for method, (dash, text, offset, side) in looks.items():
-        measured = [(r, ratio(r, "linear_policy_loss", group)) for r in group if r["method"] == method]
-        points = sorted((100 * r["active_share"], 100 * found) for r, found in measured if found is not None)
-        if points:
-            axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", linewidth=2)
-            axes.annotate(text, points[len(points) // 2], offset, textcoords="offset points", ha=side, color=colour)
-    axes.plot([0, 100], [0, 100], ":", color=GREY)
-    axes.annotate("in proportion", (60, 60), (8, -12), textcoords="offset points", fontsize=10, color=GREY)
-    axes.set_xlim(0, 103)
-    axes.set_ylim(0, None)
-    axes.set_xlabel("rows with an advantage, %")
-    axes.set_ylabel("time, % of all rows active")
     return figure
 
 

@@ -48,7 +48,6 @@ LABELS = {
 PLOTS = {
     "time": "Time of forward and backward against the number of tokens",
     "memory": "Peak extra memory against the number of tokens",
-    "active": "Time against the share of active rows",
 }
 EAGER = {"hidden": "eager", "logits": "eager_from_logits"}
 
@@ -85,11 +84,8 @@ def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def pictures(records: Sequence[Record]) -> list[str]:
-    """Of `PLOTS`, those for which there is something to show."""
-    over_tokens = len(swept(records)) > 1
-    over_shares = any(record["active_share"] < 1 for record in records)
-    shown = {"time": over_tokens, "memory": over_tokens, "active": over_shares}
-    return [name for name in PLOTS if shown[name]]
+    """Of `PLOTS`, those for which there is something to show: all where several T were measured."""
+    return list(PLOTS) if len(swept(records)) > 1 else []
 
 
 def label(record: Record) -> str:

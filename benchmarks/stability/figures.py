@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from benchmarks.harness.pictures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, frame, save
 from benchmarks.stability.measures import gradient_weight
 from benchmarks.stability.runs import Runs
-from benchmarks.stability.settings import METHODS, SWEEP_SETTING
+from benchmarks.stability.settings import METHODS
 from benchmarks.stability.statistics import bootstrap
 from drpo_kernels import DPPO, DRPO
 
@@ -54,28 +54,6 @@ def _curve(runs: Runs, axes: Axes, method: str, setting: str) -> None:
         x = np.arange(len(estimate.mean)) * runs.size.point * runs.size.completions / 1000
         axes.plot(x, estimate.mean, color=colour, linewidth=1.9)
         axes.fill_between(x, estimate.low, estimate.high, color=colour, alpha=0.18, linewidth=0)
-
-
-def draw_rates(runs: Runs, path: Path) -> None:
-    """The area under the curve against the learning rate, from the sweep."""
-    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
-    for method in [method for method in METHODS if method in set(runs.sweep["method"])]:
-        areas = runs.sweep[runs.sweep["method"] == method].groupby("lr")["area"]
-        mean, style = areas.mean(), {"color": COLOURS[method], "linewidth": 1.6}
-        ends = [mean - areas.min(), areas.max() - mean]
-        axes.errorbar(mean.index, mean, ends, label=method, marker="o", elinewidth=1, **style)
-    axes.axhline(runs.sweep["start"].mean(), color="#888888", linestyle=":", label="before the first update")
-    axes.set_xscale("log")
-    axes.set_xticks(runs.size.rates, [f"{lr:g}" for lr in runs.size.rates])
-    axes.minorticks_off()
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("area under the held-out curve")
-    axes.set_title(f"Over how wide a range of rates does a method learn? ({SWEEP_SETTING}; bars: least to most)",
-                   fontsize=12, loc="left")  # fmt: skip
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    frame(axes)
-    save(figure, path)
 
 
 def draw_slices(runs: Runs, path: Path) -> None:

@@ -36,7 +36,6 @@ TEXTS: dict[str, Callable[[Runs], str]] = {
 # The file name of each picture without its ending, what it shows, and what draws it.
 PICTURES: dict[str, tuple[str, Callable[[Runs, Path], None]]] = {
     "curves_rollouts": ("Held-out accuracy against rollouts", figures.draw_curves),
-    "learning_rates": ("Area under the curve against the learning rate", figures.draw_rates),
     "table1_slices": ("Gradient weight along π", figures.draw_slices),
 }
 

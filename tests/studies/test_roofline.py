@@ -345,6 +345,7 @@ def test_command(capsys):
     text = capsys.readouterr().out
     assert "PREDICTED, not measured: Qwen3-8B, T=2048 H=4096 V=151936, bf16" in text
     assert "| a copy of the logits" in text and "eager PyTorch" not in text
-    assert command.main(["--chip", "B200", "--stages", "--method", "linear_token_logprobs", "--matmul-efficiency", "0.5"]) == 0
+    method = ["--method", "linear_token_logprobs"]
+    assert command.main(["--chip", "B200", "--stages", *method, "--matmul-efficiency", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "B200, assuming 50% of the published FLOP/s" in text and "| logits again" in text

@@ -48,7 +48,6 @@ def records(tmp_path_factory):
     out = tmp_path_factory.mktemp("sparsity") / "sparsity.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "peak_in_fresh_process", lambda inputs, method: 1 << 20)
-        patch.setattr(sparsity, "METHODS", [name for name in sparsity_tables.METHODS if name != "cce"])
         arguments = ["--quick", "--device", "cpu", "--out", str(out)]
         assert sparsity.main([*arguments, "--parts", "regimes"]) == 0
         assert sparsity.main([*arguments, "--parts", "speed"]) == 0
@@ -83,8 +82,9 @@ def test_regimes_record_what_bounds_promise(records):
 
 def test_pictures(records, tmp_path):
     sparsity_plots.draw(read(records), tmp_path, "sparsity")
-    for name in ("sparsity_speed.png", "sparsity_error.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 8000
+    picture = (tmp_path / "sparsity_speed.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 8000
+
 
 
 def test_paired_rewards():
