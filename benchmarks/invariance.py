@@ -155,8 +155,8 @@ def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Ite
 
 def render(records: Sequence[Record]) -> str:
     """The Markdown of a run: a table per method, of shares of rows in which a bit changed."""
-    parts = []
-    for method, chosen in pd.json_normalize(records).groupby("method", sort=False):
+    parts, lines = [], pd.json_normalize([{"dW_change": float("nan")} | record for record in records])
+    for method, chosen in lines.groupby("method", sort=False):
         if (chosen["status"] != "ok").any():
             parts.append(f"`{method}`: {chosen['status'].iloc[0]}.\n")
             continue
@@ -164,16 +164,14 @@ def render(records: Sequence[Record]) -> str:
         counts = chosen.pivot_table(
             ["rows", "changed.logprob", "changed.dX"], "variation", "dtype", aggfunc="sum", sort=False
         )
-        logprob, dx = counts["changed.logprob"] / counts["rows"], counts["changed.dX"] / counts["rows"]
+        logprob, dx = ((counts[f"changed.{x}"] / counts["rows"]).map("{:.0%}".format) for x in ("logprob", "dX"))
+        cells = logprob + " / " + dx
         largest_dw = chosen.groupby("variation", sort=False)["dW_change"].max()
-        dtypes, rows = list(chosen["dtype"].unique()), []
-        for variation, change in largest_dw.items():
-            shares = (f"{logprob.loc[variation, dtype]:.0%} / {dx.loc[variation, dtype]:.0%}" for dtype in dtypes)
-            rows.append((variation, *shares, NOTHING if pd.isna(change) else f"{change:.1e}"))
+        cells["norm-wise change of dW"] = largest_dw.map("{:.1e}".format, na_action="ignore").fillna(NOTHING)
         parts.append(
             f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
             f"change of a log-prob is {chosen['largest_logprob_change'].max():.1e}.\n\n"
-            + table(("rows computed", *dtypes, "norm-wise change of dW"), rows) + "\n"
+            + table(("rows computed", *cells), cells.itertuples(name=None)) + "\n"
         )  # fmt: skip
     return "\n".join([*parts, origin(records[:1])])
 

@@ -71,31 +71,36 @@ def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
     )
 
 
-def regimes(records: Sequence[Record]) -> str:
+def render_regimes(records: Sequence[Record]) -> str:
     """Errors over τ: the larger of dX's and dW's, each beside what rounding dlogits to bf16 makes of the same."""
-    rows = []
+    records, rows = of_part(records, "regimes"), []
+    if not records:
+        return NOT_YET
     for record in records:
         cells = (f"{_worst(f['errors'])} ({f['drpo/sparse_share']:.0%})" for f in record["over_tolerance"].values())
         rows.append((record["label"], record["dtype"], _worst(record["rounded"]), *cells))
-    tolerances = (f"τ = {tolerance}" for tolerance in records[0]["over_tolerance"])
-    return table(("regime", "inputs", "bf16 dlogits", *tolerances), rows, left=2)
+    header = ("regime", "inputs", "bf16 dlogits", *(f"τ = {tau}" for tau in records[0]["over_tolerance"]))
+    return f"{table(header, rows, left=2)}\n\n{origin(records[:1])}"
 
 
 def _worst(errors: dict[str, float]) -> str:
     return f"{max(errors.values()):.2%}"
 
 
-def learning(records: Sequence[Record]) -> str:
+def render_learning(records: Sequence[Record]) -> str:
     """Mean rewards and the paired difference with its standard error, in points."""
+    records, rows = of_part(records, "learning"), []
+    if not records:
+        return NOT_YET
     rewards = pd.DataFrame(records).pivot(index="seed", columns="sparse_grad", values=["sampled", "greedy"]) * 100
-    tolerance, rows = max(record["sparse_grad"] for record in records), []
+    tolerance = max(record["sparse_grad"] for record in records)
     for name in ("sampled", "greedy"):
         exact, sparse = rewards[name, 0.0], rewards[name, tolerance]
         paired = sparse - exact
         means = (f"{values.mean():.1f} %" for values in (exact, sparse))
         rows.append((f"{name}, {len(paired)} seeds", *means, f"{paired.mean():+.1f} ± {paired.sem():.1f}"))
     header = ("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points")
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{origin(records[:1])}"
 
 
 def render_speed(records: Sequence[Record]) -> str:
@@ -103,16 +108,6 @@ def render_speed(records: Sequence[Record]) -> str:
     if not by_kind(records):
         return NOT_YET
     return "\n".join([*speed(records), origin_with_samples(records)])
-
-
-def render_regimes(records: Sequence[Record]) -> str:
-    records = of_part(records, "regimes")
-    return f"{regimes(records)}\n\n{origin(records[:1])}" if records else NOT_YET
-
-
-def render_learning(records: Sequence[Record]) -> str:
-    records = of_part(records, "learning")
-    return f"{learning(records)}\n\n{origin(records[:1])}" if records else NOT_YET
 
 
 def render_gpu(records: Sequence[Record]) -> str:

@@ -104,13 +104,6 @@ def dense(group: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
-def render_main(records: Sequence[Record]) -> str:
-    """The README's: the tables of the workload on which everything was measured."""
-    first = setting_of(records[0])
-    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
-    return "\n".join(line for group in groups for line in section(group))
-
-
 def render_all(records: Sequence[Record]) -> str:
     """Settings of which nothing has a time are left out."""
     groups = [group for group in by_setting(records).values() if any(r["median_s"] for r in group)]
@@ -182,9 +175,12 @@ def _error(record: Record) -> str:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The tables of the main workload, the plots, and where the numbers come from."""
+    """The README's: the tables of the workload on which everything was measured, the plots, and their origin."""
+    first = setting_of(records[0])
+    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
+    lines = [line for group in groups for line in section(group)]
     images = [f"![{PLOTS[name]}](bench_results/cpu_{name}.png)" for name in pictures(records)]
-    return "\n".join([render_main(records), *images, "", origin_with_samples(records)])
+    return "\n".join([*lines, *images, "", origin_with_samples(records)])
 
 
 def render_every(records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ for package in ("transformers", "matplotlib", "tqdm", "rich"):
 
 from benchmarks.harness import measure
 from benchmarks.harness.blocks import NOT_YET
+from benchmarks.harness.provenance import provenance
 from benchmarks.harness.records import read
 from benchmarks.harness.workloads import Shape, make_inputs
 from benchmarks.sparsity import __main__ as sparsity
@@ -90,11 +91,12 @@ def test_pictures(records, tmp_path):
 def test_paired_rewards():
     exact, sparse = (0.7, 0.8, 0.9), (0.71, 0.79, 0.93)
     records = [
-        {"seed": seed, "sparse_grad": tolerance, "sampled": rewards[seed], "greedy": 1.0}
+        {"part": "learning", "seed": seed, "sparse_grad": tolerance, "sampled": rewards[seed], "greedy": 1.0}
+        | provenance("test")
         for tolerance, rewards in ((0.0, exact), (0.01, sparse))
         for seed in range(3)
     ]
-    lines = unpadded(sparsity_tables.learning(records)).splitlines()
+    lines = unpadded(sparsity_tables.render_learning(records)).splitlines()
     assert lines[2] == "| sampled, 3 seeds | 80.0 % | 81.0 % | +1.0 ± 1.2 |"
     assert lines[3] == "| greedy, 3 seeds | 100.0 % | 100.0 % | +0.0 ± 0.0 |"
 
