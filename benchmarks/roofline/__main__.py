@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from benchmarks.harness import cli
 from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import tables
-from benchmarks.roofline.chips import CHIPS, Chip
+from benchmarks.roofline.chips import CHIPS
 from benchmarks.roofline.ours import METHODS
 from benchmarks.roofline.predict import predict
-from benchmarks.roofline.work import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,18 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"PREDICTED, not measured: {options.model}, {shape}, bf16")
     for name in options.chip:
         chip = CHIPS[name].with_efficiency(options.matmul_efficiency, options.memory_efficiency)
-        print("\n".join(_of_chip(chip, options.method, problem, options.stages)))
+        products, memory = chip.matmul_efficiency.value, chip.memory_efficiency.value
+        print(f"\n{name}, assuming {products:.0%} of the published FLOP/s and {memory:.0%} of the bandwidth\n")
+        if not options.stages:
+            print(tables.method_table(chip, options.method, problem))
+            continue
+        for method in options.method:
+            print(f"{METHODS[method].label}:\n{tables.stage_table(predict(chip, method, problem))}\n")
     return 0
-
-
-def _of_chip(chip: Chip, methods: Sequence[str], problem: Problem, stages: bool) -> Iterator[str]:
-    products, memory = chip.matmul_efficiency.value, chip.memory_efficiency.value
-    yield f"\n{chip.name}, assuming {products:.0%} of the published FLOP/s and {memory:.0%} of the bandwidth\n"
-    if not stages:
-        yield tables.method_table(chip, methods, problem)
-        return
-    for method in methods:
-        yield f"{METHODS[method].label}:\n{tables.stage_table(predict(chip, method, problem))}\n"
 
 
 if __name__ == "__main__":

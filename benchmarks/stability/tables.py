@@ -59,11 +59,9 @@ def cells(runs: Runs, columns: dict[str, Column]) -> str:
 def status(runs: Runs) -> str:
     """How many runs there are, and a warning where they are too small or too few to say anything."""
     counts = [len(runs.of(method, setting)) for method in runs.methods for setting in runs.settings]
-    seeds = f"{max(counts)} seeds" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)} seeds"
-    lines = [
-        f"{len(runs.methods)} methods × {len(runs.settings)} settings × {seeds}, and {len(runs.sweep)} runs to choose "
-        "learning rates."
-    ]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    grid = f"{len(runs.methods)} methods × {len(runs.settings)} settings × {seeds} seeds"
+    lines = [f"{grid}, and {len(runs.sweep)} runs to choose learning rates."]
     if min(counts) < ENOUGH:
         lines.append(f"**The grid is not complete**: methods are compared where they share {ENOUGH} seeds.")
     if runs.size == SMOKE:

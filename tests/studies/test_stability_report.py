@@ -75,7 +75,7 @@ def test_which_differences_count(written):
     signs = {"PPO": 0, "SPO": 1, "DPPO-TV": -1}
     for other, sign in signs.items():
         estimate = differences.loc[other, "estimate"]
-        assert (estimate.low > 0) - (estimate.high < 0) == sign
+        assert int(estimate.low > 0) - int(estimate.high < 0) == sign
     assert tables.faster(found).count("**") == 2 * 2
 
 
