@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-DRIVER = "`l2_bytes` of drpo_kernels/backends/devices.py, as the driver reports it"
-# The fastest bf16 products that a search over shapes found, cuBLAS and hipBLASLt.
-BEST_PRODUCTS = "https://github.com/stas00/ml-engineering/tree/master/compute/accelerator"
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -34,7 +30,7 @@ class Chip:
     capacity    bytes of memory
     cache       bytes of the last cache that all processors share
     processors  SMs or compute units; each works on one tile of a product, or one row, at a time
-    product     FLOP/s of the fastest 16-bit product that was measured, which products are assumed to reach
+    product     FLOP/s of the fastest bf16 product that a search over shapes found; products are assumed to reach it
     memory_efficiency  share of the bandwidth that is assumed to be reached
     lanes       float32 results of a processor in a clock, which give the clock; None if instructions are not charged
     """
