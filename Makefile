@@ -118,7 +118,7 @@ endif
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
 
-sparsity: $(PEERS)
+sparsity: $(STAMP)
 	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report
 
 fuzz: $(STAMP)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -154,34 +155,25 @@ def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Ite
 
 def render(records: Sequence[Record]) -> str:
     """The Markdown of a run: a table per method, of shares of rows in which a bit changed."""
-    parts = []
-    for method in dict.fromkeys(record["method"] for record in records):
-        chosen = [record for record in records if record["method"] == method]
-        if chosen[0]["status"] != "ok":
-            parts += [f"`{method}`: {chosen[0]['status']}.", ""]
+    parts, lines = [], pd.json_normalize([{"dW_change": float("nan")} | record for record in records])
+    for method, chosen in lines.groupby("method", sort=False):
+        if (chosen["status"] != "ok").any():
+            parts.append(f"`{method}`: {chosen['status'].iloc[0]}.\n")
             continue
-        dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
-        shapes = dict.fromkeys("H={hidden} V={vocab}".format(**record["shape"]) for record in chosen)
-        largest = max(record["largest_logprob_change"] for record in chosen)
-        rows = []
-        for variation in dict.fromkeys(record["variation"] for record in chosen):
-            same = [record for record in chosen if record["variation"] == variation]
-            cells = (_changed_share([record for record in same if record["dtype"] == dtype]) for dtype in dtypes)
-            weights = [record["dW_change"] for record in same if "dW_change" in record]
-            rows.append((variation, *cells, f"{max(weights):.1e}" if weights else NOTHING))
-        parts += [
+        shapes = dict.fromkeys("H={hidden} V={vocab}".format(**r["shape"]) for r in records if r["method"] == method)
+        counts = chosen.pivot_table(
+            ["rows", "changed.logprob", "changed.dX"], "variation", "dtype", aggfunc="sum", sort=False
+        )
+        logprob, dx = ((counts[f"changed.{x}"] / counts["rows"]).map("{:.0%}".format) for x in ("logprob", "dX"))
+        cells = logprob + " / " + dx
+        largest_dw = chosen.groupby("variation", sort=False)["dW_change"].max()
+        cells["norm-wise change of dW"] = largest_dw.map("{:.1e}".format, na_action="ignore").fillna(NOTHING)
+        parts.append(
             f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
-            f"change of a log-prob is {largest:.1e}.",
-            "",
-            table(("rows computed", *dtypes, "norm-wise change of dW"), rows),
-            "",
-        ]
+            f"change of a log-prob is {chosen['largest_logprob_change'].max():.1e}.\n\n"
+            + table(("rows computed", *cells), cells.itertuples(name=None)) + "\n"
+        )  # fmt: skip
     return "\n".join([*parts, origin(records[:1])])
-
-
-def _changed_share(records: Sequence[Record]) -> str:
-    rows = sum(record["rows"] for record in records)
-    return " / ".join(f"{sum(r['changed'][name] for r in records) / rows:.0%}" for name in ("logprob", "dX"))
 
 
 def render_gpu(records: Sequence[Record]) -> str:

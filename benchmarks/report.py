@@ -15,15 +15,13 @@ from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, read
 from benchmarks.harness.runs import Run, read_run
 from benchmarks.longrun import sparse as longrun
-from benchmarks.precision import gpu as precision_gpu
 from benchmarks.precision import tables as precision
 from benchmarks.roofline import tables as roofline
-from benchmarks.sparsity import gpu as sparsity_gpu
 from benchmarks.sparsity import tables as sparsity
 from benchmarks.speed import tables as speed
 
 STUDIES = (
-    speed, device, roofline, sparsity, sparsity_gpu, longrun, precision, precision_gpu, invariance, trainers,
+    speed, device, roofline, sparsity, longrun, precision, invariance, trainers,
 )  # fmt: skip
 REHEARSALS = ("--quick", "--rehearse")  # A run whose command has one of these has measured nothing that counts.
 BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}

@@ -123,11 +123,6 @@ def peak_bytes(name: str, size: Size) -> int | None:
     return memory.peak_of(step_of(name, size))
 
 
-def peak_in_fresh_process(name: str, size: Size) -> int | None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_bytes, name, size).result()
-
-
 def measure(size: Size, rounds: int) -> list[Record]:
     """A record per trainer; AssertionError where the two do not compute the same."""
     steps = {name: step_of(name, size) for name in TRAINERS}
@@ -137,7 +132,8 @@ def measure(size: Size, rounds: int) -> list[Record]:
         raise AssertionError(f"losses {our_loss} and {their_loss}, head gradients {error} apart: nothing is timed")
     seconds = interleaved_seconds(steps, rounds)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
-    peaks = {name: peak_in_fresh_process(name, size) for name in TRAINERS}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = dict(zip(TRAINERS, pool.map(peak_bytes, TRAINERS, [size] * len(TRAINERS)), strict=True))
     return [
         {
             "benchmark": "trainers", "size": asdict(size), "dtype": "float32", "trainer": name, "gradient_error": error,

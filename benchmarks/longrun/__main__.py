@@ -7,7 +7,7 @@ how far float32 alone drifts.
 The bound, by which the exit status goes: our loss is within 1e-4 of the mean |loss| of the exact one at every step,
 which is the contract on one loss, and ours is within 10 times eager's distance, in the loss and in the weights.
 
-Writes one JSON line per run to bench_results/longrun.jsonl, curves sampled, and a plot beside it.
+Writes one JSON line per run to bench_results/longrun.jsonl, curves sampled.
 `python -m benchmarks.longrun.sparse` does the same for `sparse_grad`.
 """
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.harness import cli
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record
-from benchmarks.longrun.stream import Policy, Run, Size, compare, distance, record_stream, smoothed, write
+from benchmarks.longrun.stream import Policy, Run, Size, compare, record_stream, write
 
 RESULTS = ROOT / "bench_results" / "longrun.jsonl"
 LOSS_BOUND, EAGER_BOUND = 1e-4, 10.0
@@ -45,26 +44,6 @@ def stays_together(records: Mapping[str, Record]) -> bool:
     return near and ours["loss_gap_max"] <= LOSS_BOUND * ours["loss_scale"]
 
 
-def plot(records: Mapping[str, Record], path: Path) -> None:
-    from benchmarks.harness.pictures import BLACK, BLUE, VERMILION, frame, plt, save
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    exact = records["exact"]["loss"]
-    colours = {"exact": BLACK, "eager": VERMILION, "ours": BLUE}
-    for name, record in records.items():
-        mean = smoothed(record["loss"])
-        top.plot(range(len(exact) - len(mean), len(exact)), mean, label=name, color=colours[name], linewidth=1)
-        if name != "exact":
-            gap = distance(record["loss"], exact) + 1e-12
-            bottom.semilogy(gap, label=f"|{name} - exact|", color=colours[name], linewidth=0.6)
-    top.set(ylabel="loss, running mean", title="One recorded stream, three copies of the weights")
-    bottom.set(xlabel="optimiser step", ylabel="distance of the loss")
-    for axes in (top, bottom):
-        frame(axes)
-        axes.legend()
-    save(figure, path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("benchmarks.longrun", __doc__)
     parser.add_argument("--steps", type=int, default=Size.steps)
@@ -75,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = provenance(cli.command(parser, options))
     records = measure(size)
     write(records, out, {"size": vars(size), **source})
-    plot(records, out.with_suffix(".png"))
     return int(not stays_together(records))
 
 

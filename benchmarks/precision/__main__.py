@@ -9,8 +9,8 @@ result of the bf16 model: the rounding of the operands comes on top. Per quantit
     loss                                                                          |error| / Σ |terms of the loss|
     hidden, weight (dX and dW)                                                    |error| / largest entry
 
-There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer, each
-bar, and each size of the logits.
+There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer and each
+bar.
 """
 
 from __future__ import annotations
@@ -30,18 +30,13 @@ from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, append, write
 from benchmarks.harness.regimes import REGIMES, Exact, Result, exact_result
-from benchmarks.harness.workloads import Inputs as Case
-from benchmarks.harness.workloads import Shape
+from benchmarks.harness.workloads import Inputs, Shape
 from benchmarks.precision.mismatch import measure_mismatch, percentile_99, three_digits
 from benchmarks.precision.recipes import OPERANDS, RECIPES, Recipe
 
 RESULTS = ROOT / "bench_results" / "precision" / "precision.jsonl"
 NORMAL, QUICK, FULL = Shape(256, 512, 4096), Shape(16, 64, 256), Shape(1024, 4096, 151_936)
 QUICK_REGIMES = ("random", "moderate", "bias+1e4", "softcap")
-# The errors over |logit| are those of a random head whose logits an outlier channel moves away from 0.
-SWEEP = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
-SWEEP_SHAPE = Shape(64, 512, 2048)
-SWEPT = ("fp32", "bf16", "bf16-logits", "eager-bf16", "trl", "fp8_e4m3-row")
 GRADIENT_BOUND = 4e-3
 Errors = dict[str, list[float]]
 ExactOf = Callable[[str, object], Exact]  # (a key of OPERANDS, an objective) -> exact result
@@ -50,7 +45,7 @@ ExactOf = Callable[[str, object], Exact]  # (a key of OPERANDS, an objective) ->
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def token_quantities(logprobs: Tensor, case: Case) -> dict[str, Tensor]:
+def token_quantities(logprobs: Tensor, case: Inputs) -> dict[str, Tensor]:
     """What follows from log-probs [T], in float64, so that a recipe's error is that of its log-probs."""
     difference = logprobs.double() - case.old_logprobs.double()
     ratio = difference.clamp(-20, 20).exp()
@@ -59,7 +54,7 @@ def token_quantities(logprobs: Tensor, case: Case) -> dict[str, Tensor]:
     return {"logprob": logprobs.double(), "ratio": ratio, "prob_shift": shift, **weights}
 
 
-def errors_of(found: Result, exact: Exact, case: Case) -> Errors:
+def errors_of(found: Result, exact: Exact, case: Inputs) -> Errors:
     """[max, p99, norm-wise relative] of each quantity; a NaN stays one."""
     want, errors = exact.result, {}
     if found.logprobs is not None:
@@ -87,19 +82,19 @@ def _summary(found: Tensor, want: Tensor, scale: Tensor | None = None) -> list[f
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def exact_of(case: Case) -> ExactOf:
+def exact_of(case: Inputs) -> ExactOf:
     """The exact results of a case, each computed once."""
     return functools.cache(lambda operands, objective: exact_result(case, OPERANDS[operands](case), objective))
 
 
-def obstacle(recipe: Recipe, case: Case) -> str | None:
+def obstacle(recipe: Recipe, case: Inputs) -> str | None:
     """Why the recipe does not run here, or None."""
     if recipe.package is not None and importlib.util.find_spec(recipe.package) is None:
         return f"{recipe.package} not installed"
     return "no soft-cap" if case.softcap is not None and not recipe.softcap else None
 
 
-def measure_recipe(recipe: Recipe, case: Case, exact: ExactOf) -> Record:
+def measure_recipe(recipe: Recipe, case: Inputs, exact: ExactOf) -> Record:
     """{"status", "errors", "total"}; the record of a peer that is missing or fails says so."""
     status, errors, total = obstacle(recipe, case) or "ok", None, None
     if status == "ok":
@@ -162,18 +157,6 @@ def bars(errors: dict[str, Errors | None], bound: float) -> Iterator[Record]:
         yield {"bar": name, "value": value, "bound": three_digits(limit), "met": value <= limit}
 
 
-def measure_sweep(shape: Shape, device: torch.device) -> Iterator[Record]:
-    """Errors of log-probs over the largest |logit|."""
-    for size in SWEEP:
-        regime = regimes.Regime("", functools.partial(regimes.offset, by=size, make=regimes.random))
-        case = regime.case(shape, device=device)
-        exact = exact_result(case)
-        swept = {key: RECIPES[key] for key in SWEPT if obstacle(RECIPES[key], case) is None}
-        found = {key: errors_of(recipe.run(case), exact, case)["logprob"] for key, recipe in swept.items()}
-        bound = three_digits(logprob_bound(shape.hidden, exact.largest_sum, 1.0))
-        yield {"kind": "sweep", "largest_logit": three_digits(exact.largest_logit), "bound": bound, "logprob": found}
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,8 +186,6 @@ def _records(options: argparse.Namespace, source: Record) -> Iterator[Record]:
     for name in names:
         progress.say(name)
         yield from measure_regime(name, shape, device, progress.advance)
-    progress.say("errors over |logit|")
-    yield from measure_sweep(QUICK if options.quick else SWEEP_SHAPE, device)
     progress.close()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.records import Record
-from benchmarks.harness.workloads import Inputs as Case
+from benchmarks.harness.workloads import Inputs
 from drpo_kernels import linear_token_logprobs
 from drpo_kernels.backends.quantize import FORMATS, per_row
 
@@ -29,7 +29,7 @@ TRAINERS = {
 }
 
 
-def engine_logprobs(case: Case, quantized: str, logits: str) -> Tensor:
+def engine_logprobs(case: Inputs, quantized: str, logits: str) -> Tensor:
     """log μ [T] of the targets in the emulated engine."""
     operands = zip((case.hidden, case.weight), QUANTIZED[quantized], strict=True)
     (hidden, row), (weight, channel) = (
@@ -41,13 +41,13 @@ def engine_logprobs(case: Case, quantized: str, logits: str) -> Tensor:
     return case.logprobs(case.biased(total * row * channel.T).to(LOGITS[logits]).float())
 
 
-def trainer_logprobs(case: Case, trainer: str) -> Tensor:
+def trainer_logprobs(case: Inputs, trainer: str) -> Tensor:
     """log π [T] of the same weights in our head."""
     options = case.transform | TRAINERS[trainer]
     return linear_token_logprobs(case.hidden, case.weight, case.targets, **options)[0]
 
 
-def measure_mismatch(case: Case) -> Iterator[Record]:
+def measure_mismatch(case: Inputs) -> Iterator[Record]:
     """A record per engine. For every trainer it holds max, p99 and mean of |r - 1| over tokens, and max |π - μ|."""
     trainers = {name: trainer_logprobs(case, name).double() for name in TRAINERS}
     for quantized in QUANTIZED:

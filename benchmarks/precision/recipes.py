@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.quantization import dequantized, per_block, per_tensor
 from benchmarks.harness.regimes import OBJECTIVE, Result, bf16_dlogits, ours
-from benchmarks.harness.workloads import Inputs as Case
-from benchmarks.harness.workloads import capped
+from benchmarks.harness.workloads import Inputs, capped
 from drpo_kernels import PolicyGradient, Tokens
 from drpo_kernels.backends import row_ops
 from drpo_kernels.backends.quantize import FORMATS, per_row
@@ -42,20 +41,20 @@ class Recipe:
     """
 
     label: str
-    run: Callable[[Case], Result]
+    run: Callable[[Inputs], Result]
     operands: str = "bf16"
     objective: Objective = OBJECTIVE
     package: str | None = None
     softcap: bool = True
 
 
-def quantized(case: Case, name: str, granularity: str) -> tuple[Tensor, Tensor]:
+def quantized(case: Inputs, name: str, granularity: str) -> tuple[Tensor, Tensor]:
     """Hidden and weight in float32 after rounding to fp8; blocks are 1 x 128 for hidden and 128 x 128 for weight."""
     quantize = GRANULARITIES[granularity]
     return quantize(case.hidden, FORMATS[name], 1), quantize(case.weight, FORMATS[name], 128)
 
 
-OPERANDS: dict[str, Callable[[Case], tuple[Tensor, Tensor]]] = {
+OPERANDS: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {
     "bf16": lambda case: (case.hidden, case.weight),
     "fp16": lambda case: (case.hidden.half(), case.weight.half()),
     **{
@@ -69,14 +68,14 @@ OPERANDS: dict[str, Callable[[Case], tuple[Tensor, Tensor]]] = {
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def float16(case: Case) -> Result:
+def float16(case: Inputs) -> Result:
     """fp16 under the loss scale at which a GradScaler settles: the largest gradient just below fp16's largest value."""
     plain = ours(case)
     largest = max(plain.hidden.abs().max().item(), plain.weight.abs().max().item())
     return ours(case, torch.float16, scale=2.0 ** math.floor(math.log2(2**15 / largest)))
 
 
-def one_read(case: Case) -> Result:
+def one_read(case: Inputs) -> Result:
     """What ours does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so are hidden
     states times the factors of their rows. A CPU rounds neither. Sums are float32.
     """
@@ -93,19 +92,19 @@ def one_read(case: Case) -> Result:
     return Result(outcome[Outcome.LOGPROB], outcome[Outcome.LOSS].sum(), dx.bfloat16(), dw.bfloat16())
 
 
-def two_reads(case: Case, logits: Tensor | None = None) -> Result:
+def two_reads(case: Inputs, logits: Tensor | None = None) -> Result:
     """What ours does on a GPU where it reads a row twice: dlogits are rounded to bf16, sums are float32."""
     result, dlogits = bf16_dlogits(case, logits)
     dx, dw = dlogits.float() @ case.weight.float(), dlogits.float().T @ case.hidden.float()
     return result._replace(hidden=dx.bfloat16(), weight=dw.bfloat16())
 
 
-def quantized_head(case: Case, name: str, granularity: str) -> Result:
+def quantized_head(case: Inputs, name: str, granularity: str) -> Result:
     """An fp8 head with other scales than `head_dtype` has. The gradient is straight-through."""
     return two_reads(case, case.product(*quantized(case, name, granularity)))
 
 
-def accumulated_in_bf16(case: Case) -> Result:
+def accumulated_in_bf16(case: Inputs) -> Result:
     """Ours, but dW is a bf16 tensor to which every chunk of rows adds its part."""
     result, dlogits = bf16_dlogits(case)
     dw = torch.zeros_like(case.weight)
@@ -117,14 +116,14 @@ def accumulated_in_bf16(case: Case) -> Result:
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-def _differentiated(case: Case, logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Result:
+def _differentiated(case: Inputs, logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Result:
     leaves = [x.detach().requires_grad_() for x in (case.hidden, case.weight)]
     logprobs = logprobs_of(*leaves)
     loss = OBJECTIVE.token_loss(Tokens(logprobs.float(), case.old_logprobs, case.advantages)).mean()
     return Result(logprobs.detach(), loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
-def eager(case: Case, softmax_dtype: torch.dtype) -> Result:
+def eager(case: Inputs, softmax_dtype: torch.dtype) -> Result:
     """A model's bf16 logits, which the model soft-caps in bf16, then log_softmax in this dtype."""
 
     def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ def eager(case: Case, softmax_dtype: torch.dtype) -> Result:
     return _differentiated(case, logprobs)
 
 
-def trl_head(case: Case) -> Result:
+def trl_head(case: Inputs) -> Result:
     """TRL's fused head, called as its GRPO trainer does."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -147,7 +146,7 @@ def trl_head(case: Case) -> Result:
     return _differentiated(case, logprobs)
 
 
-def liger(case: Case) -> Result:
+def liger(case: Inputs) -> Result:
     """Liger's chunked GRPO loss, never clipped (so -A r), every token its own sequence; it reports no log-probs."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from benchmarks.harness.blocks import Block, origin
+from benchmarks.harness.blocks import NOT_YET, Block, origin
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, table, two_figures
 from benchmarks.precision.recipes import RECIPES
@@ -16,8 +15,6 @@ BARS = {
     "GPU weight": "dW on a GPU", "fp16 hidden": "fp16's dX over bf16's", "fp16 weight": "fp16's dW over bf16's",
 }  # fmt: skip
 TABULATED = tuple(BARS)[:6]
-# The tables have these regimes, the pictures all of them.
-COLUMNS = ("random", "moderate", "trained", "rare", "softcap", "temperature0.1", "H8192", "V151936")
 QUANTITIES = {
     "logprob": "log π", "ratio": "ratio", "prob_shift": "π - μ", "weight_0.2": "w, δ = 0.2",
     "weight_12.5": "w, δ = 12.5", "loss": "loss", "hidden": "dX", "weight": "dW",
@@ -59,16 +56,6 @@ def render_choices(records: Sequence[Record]) -> str:
                 cells[0] = record["status"]
             rows.append((RECIPES[record["recipe"]].label, *cells))
     return table(("recipe", *QUANTITIES.values()), rows) + "\n\n" + origin(records[:1])
-
-
-def render_regimes(quantity: str, records: Sequence[Record]) -> str:
-    """One quantity: a row per recipe that computes it, a column per regime."""
-    names = {name: label for name, label in labels_of(records).items() if name in COLUMNS}
-    rows = [
-        (RECIPES[recipe].label, *(two_figures(found[name]) if name in found else NOTHING for name in names))
-        for recipe, found in by_recipe(records, quantity).items()
-    ]
-    return table(("recipe", *names.values()), rows)
 
 
 def render_bars(records: Sequence[Record]) -> str:
@@ -115,16 +102,47 @@ def render_mismatch(records: Sequence[Record]) -> str:
     return table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
 
 
+def render_gpu(records: Sequence[Record]) -> str:
+    """From a GPU's run, the bars of the default path and the mismatch with an engine that has an fp8 head."""
+    bars, labels = of_kind(records, "bar"), labels_of(records)
+    if not bars:
+        return NOT_YET
+    done = {record["regime"] for record in bars}
+    cut = [label for name, label in labels.items() if name not in done]
+    return "\n\n".join([
+        f"Of the default path, {_missed(bars, labels)}",
+        *([f"The run ended before: {', '.join(cut)}."] if cut else []),
+        render_bars(records),
+        "Mismatch between engines and trainers, mean (99th percentile) of |r - 1|:",
+        render_mismatch(records),
+        origin(of_kind(records, "run")),
+    ])  # fmt: skip
+
+
+def _missed(bars: Sequence[Record], labels: dict[str, str]) -> str:
+    """A sentence about the bars that are not met."""
+    missed: dict[str, list[str]] = {}
+    for record in bars:
+        if not record["met"]:
+            numbers = f"{BARS[record['bar']]} {two_figures(record['value'])} > {two_figures(record['bound'])}"
+            missed.setdefault(labels[record["regime"]], []).append(numbers)
+    if not missed:
+        return f"all {len(bars)} bars are met."
+    regimes = "; ".join(f"{label}: {', '.join(numbers)}" for label, numbers in missed.items())
+    return f"**{sum(map(len, missed.values()))} of {len(bars)} bars are not met**: {regimes}."
+
+
+PAGE = "docs/precision.md"
+
+
 def _block(name: str, render: Callable[[Sequence[Record]], str], plots: str | None = None) -> Block:
-    results, page = "precision/precision.jsonl", "docs/precision.md"
-    return Block(f"precision-{name}", "precision", results, page, render, plots=plots)
+    return Block(f"precision-{name}", "precision", "precision/precision.jsonl", PAGE, render, plots=plots)
 
 
 BLOCKS = (
     _block("choices", render_choices, plots="benchmarks.precision.plots"),
     _block("bars", render_bars),
-    _block("ratio", partial(render_regimes, "ratio")),
-    _block("gradients", partial(render_regimes, "weight")),
     _block("rounding", render_rounding),
     _block("mismatch", render_mismatch),
+    Block("precision-gpu", "precision", "gpu/precision.jsonl", PAGE, render_gpu, NOT_YET),
 )

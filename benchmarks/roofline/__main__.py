@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from benchmarks.harness import cli
 from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import tables
-from benchmarks.roofline.chips import CHIPS, Chip
-from benchmarks.roofline.methods import METHODS
+from benchmarks.roofline.chips import CHIPS
+from benchmarks.roofline.ours import METHODS
 from benchmarks.roofline.predict import predict
-from benchmarks.roofline.work import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,33 +20,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default=tables.MODEL, help="whose head's H and V are taken")
     parser.add_argument("--tokens", type=int, default=tables.TOKENS, help=f"T, by default {tables.TOKENS}")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--workspace-gib", type=float, help="of our linear paths; by default the package's own")
-    parser.add_argument("--active-share", type=float, default=1.0, help="share of the rows that have an advantage")
     parser.add_argument("--matmul-efficiency", type=float, help="share of the published FLOP/s, for every chip")
     parser.add_argument("--memory-efficiency", type=float, help="share of the published bandwidth, for every chip")
     parser.add_argument("--stages", action="store_true", help="each method's stages: FLOPs, bytes, time, live memory")
     options = parser.parse_args(argv)
-    problem = replace(
-        tables.problem_of(options.model, options.tokens),
-        workspace=None if options.workspace_gib is None else round(options.workspace_gib * 2**30),
-        active_share=options.active_share,
-    )
+    problem = tables.problem_of(options.model, options.tokens)
     shape = f"T={problem.tokens} H={problem.hidden} V={problem.vocab}"
     print(f"PREDICTED, not measured: {options.model}, {shape}, bf16")
     for name in options.chip:
         chip = CHIPS[name].with_efficiency(options.matmul_efficiency, options.memory_efficiency)
-        print("\n".join(_of_chip(chip, options.method, problem, options.stages)))
+        products, memory = chip.matmul_efficiency.value, chip.memory_efficiency.value
+        print(f"\n{name}, assuming {products:.0%} of the published FLOP/s and {memory:.0%} of the bandwidth\n")
+        if not options.stages:
+            print(tables.method_table(chip, options.method, problem))
+            continue
+        for method in options.method:
+            print(f"{METHODS[method].label}:\n{tables.stage_table(predict(chip, method, problem))}\n")
     return 0
-
-
-def _of_chip(chip: Chip, methods: Sequence[str], problem: Problem, stages: bool) -> Iterator[str]:
-    products, memory = chip.matmul_efficiency.share, chip.memory_efficiency.share
-    yield f"\n{chip.name}, assuming {products:.0%} of the published FLOP/s and {memory:.0%} of the bandwidth\n"
-    if not stages:
-        yield tables.method_table(chip, methods, problem)
-        return
-    for method in methods:
-        yield f"{METHODS[method].label}:\n{tables.stage_table(predict(chip, method, problem))}\n"
 
 
 if __name__ == "__main__":

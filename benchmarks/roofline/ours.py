@@ -1,9 +1,9 @@
-"""The work of this package's own paths, cut up by its own planning, and of the floors they are held to."""
+"""The work of this package's own paths, cut up by its own planning, of plain PyTorch, and of the floors of both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -166,3 +166,63 @@ def whole_products(problem: Problem, forwards: int = 1) -> Cost:
 
 def frozen(problem: Problem) -> Problem:
     return replace(problem, trainable_head=False)
+
+
+def eager(problem: Problem) -> Cost:
+    """Logits in the inputs' dtype, `log_softmax` in float32, `gather` and autograd, a kernel for each operation."""
+    item, narrow = problem.itemsize, problem.itemsize < FLOAT32
+    size, wide, row = item * problem.logits, FLOAT32 * problem.logits, FLOAT32 * problem.vocab
+    held = size if narrow else 0
+    stages = [
+        whole_logits(problem, live=size),
+        Stage("log_softmax", read=wide, reread=wide, row_bytes=row, written=wide, live=held + 2 * wide),
+        Stage("gather backward", written=wide, live=2 * wide),
+        Stage("log_softmax backward", read=2 * wide, reread=wide, row_bytes=row, written=wide, live=3 * wide),
+        *whole_gradients(problem, size),
+    ]
+    if narrow:
+        stages.insert(1, Stage("cast", read=size, written=wide, live=size + wide))
+        stages.insert(5, Stage("cast backward", read=wide, written=size, live=wide + size))
+    return Cost(tuple(stages), problem.gradients)
+
+
+def eager_compiled(problem: Problem) -> Cost:
+    """Eager code under a compiler that fuses all it can: one read for the statistics, and one read and write after."""
+    size = problem.itemsize * problem.logits
+    stages = [
+        whole_logits(problem, live=size),
+        Stage("statistics", read=size, live=size),
+        Stage("gradient", read=size, written=size, live=2 * size),
+        *whole_gradients(problem, size),
+    ]
+    return Cost(tuple(stages), problem.gradients)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The label in tables, the work on a problem, and the floor whose work it cannot avoid (None for a floor)."""
+
+    label: str
+    cost: Callable[[Problem], Cost]
+    held_to: str | None = "gemms_whole"
+
+
+# By the names under which `benchmarks.harness` measures them. Other people's heads are measured and not predicted.
+METHODS = {
+    "gemms_whole": Method("three bare products (6F)", whole_products, held_to=None),
+    "gemms_frozen": Method("two bare products (4F)", lambda p: whole_products(frozen(p)), held_to=None),
+    "gemms_recompute": Method("four bare products (8F)", lambda p: whole_products(p, 2), held_to=None),
+    "copy": Method("a copy of the logits", copy, held_to=None),
+    "linear_policy_loss": Method("`linear_policy_loss`", linear),
+    "linear_policy_loss_bf16_logits": Method(
+        "`linear_policy_loss`, bf16 logits", lambda p: linear(replace(p, logits_itemsize=p.itemsize))
+    ),
+    "linear_policy_loss_frozen_head": Method(
+        "`linear_policy_loss`, frozen head", lambda p: linear(frozen(p)), held_to="gemms_frozen"
+    ),
+    "linear_token_logprobs": Method("`linear_token_logprobs`", recompute, held_to="gemms_recompute"),
+    "policy_loss": Method("`policy_loss` from logits", ready, held_to="copy"),
+    "policy_loss_inplace": Method("`policy_loss`, in place", lambda p: ready(p, in_place=True), held_to="copy"),
+    "eager": Method("eager PyTorch", eager),
+    "eager_compiled": Method("`torch.compile`, all fused", eager_compiled),
+}

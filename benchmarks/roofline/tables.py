@@ -11,9 +11,8 @@ from benchmarks.harness.tables import NOTHING, table, times
 from benchmarks.harness.workloads import MODELS
 from benchmarks.roofline import charges
 from benchmarks.roofline.chips import CHIPS, Chip, Figure
-from benchmarks.roofline.measured import Comparison, compared
-from benchmarks.roofline.methods import METHODS
-from benchmarks.roofline.predict import Prediction, predict
+from benchmarks.roofline.ours import METHODS
+from benchmarks.roofline.predict import Comparison, Prediction, compared, predict
 from benchmarks.roofline.work import Problem
 
 GIB = 1 << 30
@@ -95,38 +94,18 @@ def comparison(records: Sequence[Record]) -> str:
 
 def conclusions(rows: Sequence[Comparison]) -> Iterator[str]:
     """How good the predictions of time and of memory were."""
-    ratios = [row.ratio for row in rows]
     yield (
         f"Of {len(rows)} times measured on {rows[0].prediction.chip.name}, {sum(row.within for row in rows)} lie in "
-        f"the predicted range; half take at most {times(statistics.median(ratios))} the least that was predicted."
+        f"the predicted range; half take at most {times(statistics.median(row.ratio for row in rows))} the least that "
+        "was predicted."
     )
-    for name in ("gemms_whole", "linear_policy_loss"):
-        for row in rows:
-            if row.prediction.method == name and row.prediction.problem == _headline_of(row):
-                least, most = row.prediction.least * 1e3, row.prediction.most * 1e3
-                yield (
-                    f"At {MODEL} and T={TOKENS}, {METHODS[name].label} took {row.record['median_s'] * 1e3:.1f} ms "
-                    f"where {span(least, most, 1)} were predicted."
-                )
-    worst = max(rows, key=lambda row: row.ratio)
-    yield f"The time is furthest off for {_case(worst)}, with {times(worst.ratio)} the least predicted."
-    peaks = [row for row in rows if row.peak_off is not None]
+    peaks = [abs(row.peak_off) for row in rows if row.peak_off is not None]
     if peaks:
-        worst = max(peaks, key=lambda row: abs(row.peak_off))
-        close = sum(abs(row.peak_off) <= CLOSE for row in peaks)
+        close = sum(off <= CLOSE for off in peaks)
         yield (
-            f"Of {len(peaks)} peaks of memory, {close} are within {CLOSE:.0%} of the prediction; {_case(worst)} is "
-            f"furthest off, by {worst.peak_off:+.0%}."
+            f"Of {len(peaks)} peaks of memory, {close} are within {CLOSE:.0%} of the prediction; the furthest is "
+            f"{max(peaks):.0%} off."
         )
-
-
-def _headline_of(row: Comparison) -> Problem:
-    """The problem of the predictions on the row's chip."""
-    return Problem(**vars(problem_of()) | {"device": row.prediction.chip.preset})
-
-
-def _case(row: Comparison) -> str:
-    return f"{METHODS[row.prediction.method].label} at {row.record['workload']} T={row.record['shape']['tokens']}"
 
 
 def _compared(row: Comparison) -> tuple[str, ...]:
@@ -178,7 +157,7 @@ def chips() -> str:
         )  # fmt: skip
         cells = [_figure(figure, unit, sources) for figure, unit in figures]
         efficiencies = (chip.matmul_efficiency, chip.memory_efficiency)
-        assumed = [f"{each.share:.0%} [{_number(each.source, sources)}]" for each in efficiencies]
+        assumed = [f"{each.value:.0%} [{_number(each.source, sources)}]" for each in efficiencies]
         rows.append((chip.name, *cells, *assumed))
     origins = "; ".join(
         f"[{number}] <{source}>" if source.startswith("https:") else f"[{number}] {source}"
@@ -202,14 +181,13 @@ def assumed() -> str:
     """What a call is charged for besides FLOPs and bytes."""
     first, second = charges.TWO_READS[4]
     narrow = sum(charges.TWO_READS[2])
-    clocks = ", ".join(f"{chip.name} {chip.clock / 1e9:.2f}" for chip in CHIPS.values() if chip.clock)
     return (
         f"**Assumptions** too: {charges.LAUNCH * 1e6:g} µs for every kernel, and {charges.SMALL_KERNELS} small ones in "
         f"a call of ours with {charges.SMALL_KERNELS_OF_A_CHUNK} more in a chunk, as in the profiles of docs/gpu.md; "
         f"{charges.READ_BACK * 1e6:g} µs for the count that compaction reads back; and, per logit, {first} + {second} "
         f"instructions of two reads of float32, {narrow:.1f} of bf16, {charges.ONE_READ:g} of one read, of which a "
-        f"multiprocessor issues {charges.ISSUED} in a clock at best and {charges.ISSUE.share:.0%} of that at worst: "
-        f"{charges.ISSUE.source}. Clocks are those that the float32 rates imply, in GHz: {clocks}."
+        f"multiprocessor issues {charges.ISSUED} in a clock at best and {charges.ISSUE_SHARE:.0%} of that at worst: "
+        f"{charges.ISSUE_SOURCE}. Clocks are those that the float32 rates imply."
     )
 
 

@@ -7,7 +7,7 @@ because what its tiles read again overlaps with the arithmetic. Vectors of T or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 FLOAT32 = 4
 
@@ -124,22 +124,14 @@ class Cost:
 
 
 def products(
-    name: str,
-    shapes: Sequence[tuple[int, int, int]],
-    itemsize: int,
-    out: int,
-    live: int,
-    sums: bool = False,
-    keep: bool = True,
+    name: str, shapes: Sequence[tuple[int, int, int]], itemsize: int, out: int, live: int, sums: bool = False
 ) -> Stage:
     """Products [m, k] @ [k, n], given as (m, n, k), with operands of `itemsize` and results of `out` bytes.
 
     sums  all products add to one result, which each but the first reads back
-    keep  False where the result never leaves the chip
     """
     results = [m * n for m, n, _ in shapes]
-    again = out * sum(results[1:]) if sums else 0
-    written = out * sum(results) if keep else 0
+    again, written = out * sum(results[1:]) if sums else 0, out * sum(results)
     plain = itemsize * (results[0] if sums else sum(results))
     return Stage(
         name,
@@ -157,16 +149,10 @@ def slices(count: int, size: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
-def together(stages: Sequence[Stage]) -> Stage:
-    """One stage of several, whose products have one name and operands of one size."""
-    total = {name: sum(getattr(stage, name) for stage in stages) for name in ("flops", "read", "written", "exposed")}
-    return replace(stages[0], **total, results=tuple(result for stage in stages for result in stage.results))
-
-
-def whole_logits(problem: Problem, name: str = "logits", live: int = 0, keep: bool = True) -> Stage:
+def whole_logits(problem: Problem, name: str = "logits", live: int = 0) -> Stage:
     """The logits of all rows in one product."""
     shape = [(problem.tokens, problem.vocab, problem.hidden)]
-    return products(name, shape, problem.itemsize, problem.itemsize, live, keep=keep)
+    return products(name, shape, problem.itemsize, problem.itemsize, live)
 
 
 def whole_gradients(problem: Problem, dlogits: int) -> list[Stage]:

@@ -1,10 +1,7 @@
 """`python -m benchmarks.sparsity`: what `sparse_grad` saves and what it costs, into bench_results/sparsity.jsonl.
 
-    speed     time, memory and gradient error over the entropy of the rows, beside the floor, the dense path and
-              cut-cross-entropy, whose gradient filter is the other way to save work
-    ways      what may become of the probabilities that are left out: dropped, renormalised, spread evenly, sampled
+    speed     time, memory and gradient error over the entropy of the rows, beside the floor and the dense path
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
-    demo      the same on the model that the demo trains
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 
 Parts are measured alone or together; the lines of the others stay as they are.
@@ -15,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,22 +22,14 @@ from torch import Tensor
 
 from benchmarks.harness import cli, plans
 from benchmarks.harness import regimes as cases
-from benchmarks.harness.exact import Exact
 from benchmarks.harness.measure import Case, measure
-from benchmarks.harness.method import OBJECTIVE
-from benchmarks.harness.methods import METHODS as SPEED_METHODS
-from benchmarks.harness.methods import SPARSE_GRAD, fused
-from benchmarks.harness.methods import sparse as sparse_step
-from benchmarks.harness.mixes import quantiles
+from benchmarks.harness.methods import SPARSE_GRAD
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, replace_part
-from benchmarks.harness.timing import interleaved_seconds
-from benchmarks.harness.workloads import Inputs, Shape, Workload, make_inputs
-from benchmarks.sparsity import tails
+from benchmarks.harness.workloads import Inputs, Shape, Workload
 from benchmarks.sparsity.tables import KINDS, METHODS
 from drpo_kernels.demo.model import build_model
-from drpo_kernels.demo.run import trained_batch
 from drpo_kernels.demo.settings import Settings
 from drpo_kernels.demo.task import split_problems
 from drpo_kernels.demo.train import train
@@ -50,7 +38,6 @@ RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
 ROUNDS = {"cpu": 5, "cuda": 20}
 SEEDS = 8
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
-WAYS_KINDS, WAYS_SHAPE, QUICK_WAYS_SHAPE = ("mixed", "reasoning"), Shape(256, 512, 32_768), Shape(16, 16, 512)
 REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(16, 64, 256), ("random", "trained")
 
 
@@ -62,16 +49,6 @@ def speed(options: argparse.Namespace) -> Iterator[Record]:
     rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
     plan = plans.quick(plan) if options.quick else plan
     yield from measure(plan, {}, device=torch.device(options.device), rounds=rounds)
-
-
-def ways(options: argparse.Namespace) -> Iterator[Record]:
-    shape = QUICK_WAYS_SHAPE if options.quick else WAYS_SHAPE
-    common = {"tolerance": SPARSE_GRAD, "shape": asdict(shape), "objective": str(OBJECTIVE)}
-    for kind in WAYS_KINDS:
-        inputs = make_inputs(kind, shape)
-        for shared, chosen in ((False, inputs), (True, tails.with_common_mean(inputs))):
-            for record in tails.compare(chosen, SPARSE_GRAD):
-                yield {"inputs": kind, "common_mean": shared, **common, **record}
 
 
 def regimes(options: argparse.Namespace) -> Iterator[Record]:
@@ -113,30 +90,6 @@ def errors_over_tolerance(case: Inputs, dtype: torch.dtype) -> Record:
     }
 
 
-def demo(options: argparse.Namespace) -> Iterator[Record]:
-    """The last batch of `make demo` under the trained weights, every token with an advantage of its own."""
-    settings = Settings.quick() if options.quick else Settings()
-    batch = trained_batch(settings, torch.device("cpu"))
-    hidden, targets, old_logprobs = (x[batch.mask] for x in (batch.hidden, batch.targets, batch.old_logprobs))
-    advantages = torch.randn(len(hidden), generator=torch.Generator().manual_seed(0))
-    entropies = torch.distributions.Categorical(logits=hidden @ batch.weight.T).entropy()
-    inputs = Inputs(hidden, batch.weight, targets, old_logprobs, advantages, entropies)
-    exact = Exact(inputs)
-    steps = {tolerance: sparse_step(inputs, tolerance) for tolerance in TOLERANCES}
-    seconds = interleaved_seconds({0: fused(inputs), **steps}, 3 if options.quick else 30)
-    over = {}
-    for tolerance, step in steps.items():
-        found = step()
-        metrics = {name: value.item() for name, value in found.metrics.items()}
-        errors = exact.errors(found, SPEED_METHODS["linear_policy_loss_sparse"])
-        over[str(tolerance)] = {"errors": errors, "median_s": statistics.median(seconds[tolerance]), **metrics}
-    shape = Shape(len(advantages), *reversed(batch.weight.shape))
-    yield {
-        "shape": asdict(shape), "objective": str(OBJECTIVE), "dtype": "float32", "settings": str(settings),
-        "dense_s": statistics.median(seconds[0]), "entropy_quantiles": quantiles(entropies), "over_tolerance": over,
-    }  # fmt: skip
-
-
 def learning(options: argparse.Namespace) -> Iterator[Record]:
     """Pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
     make = Settings.quick if options.quick else Settings
@@ -158,7 +111,7 @@ def trained_rewards(settings: Settings) -> dict[str, float]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
-    function.__name__: function for function in (speed, ways, regimes, demo, learning)
+    function.__name__: function for function in (speed, regimes, learning)
 }
 
 

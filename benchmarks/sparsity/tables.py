@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
 
 from benchmarks.harness.blocks import NOT_YET, Block, origin, origin_with_samples
 from benchmarks.harness.measure import largest_error, ratio
 from benchmarks.harness.mixes import MIXES
 from benchmarks.harness.records import Record
+from benchmarks.harness.runs import latest
 from benchmarks.harness.tables import NOTHING, milliseconds, table, times
 from benchmarks.harness.workloads import KINDS as LABELS
 
 FLOOR, DENSE, SPARSE, TIGHT = (
     "gemms_whole", "linear_policy_loss", "linear_policy_loss_sparse", "linear_policy_loss_sparse_tight",
 )  # fmt: skip
-METHODS = (FLOOR, DENSE, SPARSE, TIGHT, "cce")
+METHODS = (FLOOR, DENSE, SPARSE, TIGHT)
 KINDS = (*MIXES, "trained", "random")
-WAYS = {
-    "rounded": "nothing left out, dlogits rounded to bf16",
-    "dropped": "dropped",
-    "renormalised": "the kept scaled up to its mass",
-    "spread": "spread evenly (this package)",
-    "sampled": "sampled, unbiased",
-    "spread_twice": "spread evenly, with as many tokens as the sampled",
-    "cce": "cut-cross-entropy's filter",
-}
-QUANTITIES = {"hidden": "dX", "weight": "dW", "rare": "rows of dW that are no target's"}
 SIZE = "T={tokens} H={hidden} V={vocab}, "
 
 
@@ -61,6 +52,7 @@ def speed(records: Sequence[Record]) -> Iterator[str]:
             if name in methods:
                 rows.append((LABELS[kind], nats, tolerance, *_speed_cells(methods[name], methods)))
     yield table(header, rows)
+    yield ""
 
 
 def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
@@ -79,103 +71,62 @@ def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
     )
 
 
-def cce(records: Sequence[Record]) -> str:
-    """What cut-cross-entropy did on the same inputs."""
-    rows = []
-    for kind, methods in by_kind(records).items():
-        record = methods.get("cce")
-        if record and record["median_s"] is None:
-            rows.append((LABELS[kind], record["status"], NOTHING, NOTHING))
-        elif record:
-            relative = times(record["median_s"] / methods[DENSE]["median_s"])
-            rows.append((LABELS[kind], milliseconds(record), relative, f"{largest_error(record):.1e}"))
-    return table(("rows", "cut-cross-entropy, ms", "× our dense", "gradient error"), rows)
-
-
-def ways(records: Sequence[Record]) -> Iterator[str]:
-    """A table per kind of inputs; errors where the weight's rows have no common mean, and where they do."""
-    found = {(record["inputs"], record["common_mean"], record["way"]): record for record in records}
-    header = ("what is left out is", "tokens per row", *QUANTITIES.values(), "dX where rows of W share a mean")
-    for kind in dict.fromkeys(record["inputs"] for record in records):
-        rows = []
-        for way, label in WAYS.items():
-            record, shared = found[kind, False, way], found[kind, True, way]
-            tokens = NOTHING if "entries" not in record else f"{record['entries']:.0f}"
-            if "blocks" in record:
-                label += f" ({record['blocks']:.0%} of the blocks kept)"
-            errors = [f"{record['errors'][quantity]:.2%}" for quantity in QUANTITIES]
-            rows.append((label, tokens, *errors, f"{shared['errors']['hidden']:.2%}"))
-        yield f"{LABELS[kind]}, " + SIZE.format(**records[0]["shape"]) + f"τ = {records[0]['tolerance']}:"
-        yield ""
-        yield table(header, rows)
-        yield ""
-
-
-def regimes(records: Sequence[Record]) -> Iterator[str]:
+def render_regimes(records: Sequence[Record]) -> str:
     """Errors over τ: the larger of dX's and dW's, each beside what rounding dlogits to bf16 makes of the same."""
-    tolerances = list(records[0]["over_tolerance"])
-    rows = []
+    records, rows = of_part(records, "regimes"), []
+    if not records:
+        return NOT_YET
     for record in records:
         cells = (f"{_worst(f['errors'])} ({f['drpo/sparse_share']:.0%})" for f in record["over_tolerance"].values())
         rows.append((record["label"], record["dtype"], _worst(record["rounded"]), *cells))
-    yield table(("regime", "inputs", "bf16 dlogits", *(f"τ = {tolerance}" for tolerance in tolerances)), rows, left=2)
+    header = ("regime", "inputs", "bf16 dlogits", *(f"τ = {tau}" for tau in records[0]["over_tolerance"]))
+    return f"{table(header, rows, left=2)}\n\n{origin(records[:1])}"
 
 
 def _worst(errors: dict[str, float]) -> str:
     return f"{max(errors.values()):.2%}"
 
 
-def demo(records: Sequence[Record]) -> Iterator[str]:
-    """A sentence and a table over τ."""
-    (record,) = records
-    median, most, largest = record["entropy_quantiles"]
-    yield SIZE.format(**record["shape"]) + (
-        f"float32; entropies of a median of {median:.2g} nat, 80 % below {most:.2g}, all below {largest:.2g}. "
-        f"The dense path takes {1e3 * record['dense_s']:.2f} ms."
-    )
-    yield ""
-    rows = []
-    for tolerance, found in record["over_tolerance"].items():
-        errors = (f"{found['errors'][name]:.2%}" for name in ("hidden", "weight"))
-        share, tokens = f"{found['drpo/sparse_share']:.0%}", f"{found['drpo/sparse_entries']:.1f}"
-        rows.append((tolerance, share, tokens, *errors, f"{1e3 * found['median_s']:.2f}"))
-    yield table(("τ", "sparse rows", "tokens", "error of dX", "error of dW", "sparse, ms"), rows, left=0)
-
-
-def learning(records: Sequence[Record]) -> Iterator[str]:
+def render_learning(records: Sequence[Record]) -> str:
     """Mean rewards and the paired difference with its standard error, in points."""
+    records, rows = of_part(records, "learning"), []
+    if not records:
+        return NOT_YET
+    rewards = pd.DataFrame(records).pivot(index="seed", columns="sparse_grad", values=["sampled", "greedy"]) * 100
     tolerance = max(record["sparse_grad"] for record in records)
-    rows = []
     for name in ("sampled", "greedy"):
-        points = {(record["seed"], record["sparse_grad"]): 100 * record[name] for record in records}
-        seeds = sorted({seed for seed, _ in points})
-        exact, sparse = ([points[seed, tau] for seed in seeds] for tau in (0.0, tolerance))
-        paired = [b - a for a, b in zip(exact, sparse, strict=True)]
-        error = statistics.stdev(paired) / len(paired) ** 0.5
-        means = (f"{statistics.mean(values):.1f} %" for values in (exact, sparse))
-        rows.append((f"{name}, {len(seeds)} seeds", *means, f"{statistics.mean(paired):+.1f} ± {error:.1f}"))
+        exact, sparse = rewards[name, 0.0], rewards[name, tolerance]
+        paired = sparse - exact
+        means = (f"{values.mean():.1f} %" for values in (exact, sparse))
+        rows.append((f"{name}, {len(paired)} seeds", *means, f"{paired.mean():+.1f} ± {paired.sem():.1f}"))
     header = ("reward on held-out problems", "exact", f"`sparse_grad={tolerance:g}`", "paired difference, points")
-    yield table(header, rows)
+    return f"{table(header, rows)}\n\n{origin(records[:1])}"
 
 
 def render_speed(records: Sequence[Record]) -> str:
     records = of_part(records, "speed")
     if not by_kind(records):
         return NOT_YET
-    return "\n".join([*speed(records), "", cce(records), "", origin_with_samples(records)])
+    return "\n".join([*speed(records), origin_with_samples(records)])
 
 
-def render_part(lines: Callable[[Sequence[Record]], Iterator[str]], records: Sequence[Record]) -> str:
-    """The part that is named as the function."""
-    records = of_part(records, lines.__name__)
-    return "\n".join([*lines(records), "", origin(records[:1])]) if records else NOT_YET
+def render_gpu(records: Sequence[Record]) -> str:
+    """The same for a GPU, from the lines of its run."""
+    records = of_part(latest(records), "sparse")
+    if not by_kind(records):
+        return NOT_YET
+    absent = [r for r in records if r["method"] == SPARSE and r["median_s"] is None]
+    lines = list(speed(records))
+    if absent:
+        reasons = "; ".join(f"{LABELS[record['inputs']]} ({record['status']})" for record in absent)
+        lines += [f"Without a time: {reasons}.", ""]
+    return "\n".join([*lines, origin_with_samples(records)])
 
 
 RESULTS, PAGE = "sparsity.jsonl", "docs/sparse.md"
 BLOCKS = (
     Block("sparse-speed", "sparsity", RESULTS, PAGE, render_speed, plots="benchmarks.sparsity.plots"),
-    *(
-        Block(f"sparse-{lines.__name__}", "sparsity", RESULTS, PAGE, partial(render_part, lines))
-        for lines in (ways, regimes, demo, learning)
-    ),
+    Block("sparse-regimes", "sparsity", RESULTS, PAGE, render_regimes),
+    Block("sparse-learning", "sparsity", RESULTS, PAGE, render_learning),
+    Block("sparse-gpu", "speed", "gpu/speed.jsonl", PAGE, render_gpu, NOT_YET),
 )

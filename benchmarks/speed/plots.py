@@ -9,28 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.harness.measure import largest_error, ratio
-from benchmarks.harness.methods import OURS
-from benchmarks.harness.pictures import GREY, STYLES, finish, frame, new_axes, plt, save
+from benchmarks.harness.pictures import STYLES, finish, new_axes, save
 from benchmarks.harness.records import Record
-from benchmarks.harness.speed_tables import Setting, by_setting, dense, plain, setting_of
+from benchmarks.harness.speed_tables import dense, plain, setting_of
 from benchmarks.harness.workloads import KINDS
 from benchmarks.speed.tables import pictures, swept
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
-    """Write {stem}_{time,memory,floor,active}.png into `folder`, each where there is something to show."""
+    """Write {stem}_time.png and {stem}_memory.png into `folder`, where several T were measured."""
     main, over_tokens, shape = setting_of(records[0]), swept(records), records[0]["shape"]
     where = f"{main.model} head, " if not main.model.startswith("cpu") else ""
     where += f"H={shape['hidden']} V={shape['vocab']}, {main.dtype}, {KINDS[main.inputs]}"
-    figures = {
-        "time": lambda: time_figure(over_tokens, where),
-        "memory": lambda: memory_figure(over_tokens, where),
-        "floor": lambda: floor_figure(records, main),
-        "active": lambda: active_figure(over_tokens[main.tokens], where),
-    }
+    figures = {"time": time_figure, "memory": memory_figure}
     for name in pictures(records):
-        save(figures[name](), folder / f"{stem}_{name}.png", records[:1])
+        save(figures[name](over_tokens, where), folder / f"{stem}_{name}.png", records[:1])
 
 
 def time_figure(groups: dict[int, list[Record]], where: str) -> Figure:
@@ -50,69 +43,6 @@ def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _mebibytes(value)))
     finish(axes, list(groups), "peak extra memory, gradients included (log scale)")
-    return figure
-
-
-def floor_figure(records: Sequence[Record], main: Setting) -> Figure:
-    """A row per method, a dot per model at the main T; the main model's share is written out."""
-    groups = {
-        setting: group
-        for setting, group in by_setting(records).items()
-        if setting._replace(model=main.model, takes=main.takes) == main
-    }
-    shares = {
-        (record["method"], setting.model): 100 / slower
-        for setting, group in groups.items()
-        for record in dense(group)
-        if (slower := ratio(record, record["held_to"], group)) is not None
-    }
-    rounded = {
-        r["method"]: largest_error(r) for group in groups.values() for r in group if r["status"].startswith("ok,")
-    }
-    methods = sorted({method for method, _ in shares}, key=lambda method: shares.get((method, main.model), 0))
-    figure, axes = plt.subplots(figsize=(9.2, 1.6 + 0.34 * len(methods)), layout="constrained")
-    looks = dict(zip(dict.fromkeys(setting.model for setting in groups), "oDs^vP", strict=False))
-    for y, method in enumerate(methods):
-        colour = STYLES["linear_policy_loss" if method in OURS else "eager"][0]
-        for model, marker in looks.items():
-            if (method, model) in shares:
-                size, alpha = (70, 1) if model == main.model else (30, 0.45)
-                axes.scatter(shares[method, model], y, marker=marker, s=size, color=colour, alpha=alpha, zorder=3)
-        if (method, main.model) in shares:
-            axes.annotate(f"{shares[method, main.model]:.0f} %", (1.01, y), xycoords=("axes fraction", "data"),
-                          va="center", fontsize=9.5, color=colour, annotation_clip=False)  # fmt: skip
-    names = [plain(m) + (f" (gradient {100 * rounded[m]:.1g} % off)" if m in rounded else "") for m in methods]
-    axes.set_yticks(range(len(methods)), names, fontsize=9.5)
-    axes.axvline(100, color=GREY, linewidth=1, linestyle="--")
-    axes.set_xlim(0, None)
-    frame(axes, "x")
-    axes.set_xlabel("its floor's time (bare products, or a copy) in % of its own")
-    figure.suptitle(f"How close does each method come to its floor? T={main.tokens}, {main.dtype}", fontsize=12)
-    if len(looks) > 1:
-        marks = [plt.Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in looks.items()]
-        axes.legend(handles=marks, loc="lower right", fontsize=9)
-    return figure
-
-
-def active_figure(group: Sequence[Record], where: str) -> Figure:
-    figure, axes = new_axes(f"What do rows without an advantage cost? T={group[0]['shape']['tokens']}, {where}")
-    colour = STYLES["linear_policy_loss"][0]
-    looks = {
-        "linear_policy_loss": ("-", "such rows dropped (the default)", (-10, 8), "right"),
-        "linear_policy_loss_not_compacted": ("--", 'all rows computed, compact="none"', (0, -18), "center"),
-    }
-    for method, (dash, text, offset, side) in looks.items():
-        measured = [(r, ratio(r, "linear_policy_loss", group)) for r in group if r["method"] == method]
-        points = sorted((100 * r["active_share"], 100 * found) for r, found in measured if found is not None)
-        if points:
-            axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", linewidth=2)
-            axes.annotate(text, points[len(points) // 2], offset, textcoords="offset points", ha=side, color=colour)
-    axes.plot([0, 100], [0, 100], ":", color=GREY)
-    axes.annotate("in proportion", (60, 60), (8, -12), textcoords="offset points", fontsize=10, color=GREY)
-    axes.set_xlim(0, 103)
-    axes.set_ylim(0, None)
-    axes.set_xlabel("rows with an advantage, %")
-    axes.set_ylabel("time, % of all rows active")
     return figure
 
 

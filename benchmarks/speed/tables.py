@@ -11,8 +11,6 @@ from benchmarks.harness.speed_tables import by_setting, render_all, section, set
 PLOTS = {
     "time": "Time of forward and backward against the number of tokens",
     "memory": "Peak extra memory against the number of tokens",
-    "floor": "Share of the floor that each method reaches",
-    "active": "Time against the share of active rows",
 }
 
 
@@ -26,24 +24,17 @@ def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def pictures(records: Sequence[Record]) -> list[str]:
-    """Of `PLOTS`, those for which there is something to show."""
-    over_tokens = len(swept(records)) > 1
-    over_shares = any(record["active_share"] < 1 for record in records)
-    shown = {"time": over_tokens, "memory": over_tokens, "floor": True, "active": over_shares}
-    return [name for name in PLOTS if shown[name]]
-
-
-def render_main(records: Sequence[Record]) -> str:
-    """The README's: the tables of the workload on which everything was measured."""
-    first = setting_of(records[0])
-    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
-    return "\n".join(line for group in groups for line in section(group))
+    """Of `PLOTS`, those for which there is something to show: all where several T were measured."""
+    return list(PLOTS) if len(swept(records)) > 1 else []
 
 
 def render(records: Sequence[Record]) -> str:
-    """The tables of the main workload, the plots, and where the numbers come from."""
+    """The README's: the tables of the workload on which everything was measured, the plots, and their origin."""
+    first = setting_of(records[0])
+    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
+    lines = [line for group in groups for line in section(group)]
     images = [f"![{PLOTS[name]}](bench_results/cpu_{name}.png)" for name in pictures(records)]
-    return "\n".join([render_main(records), *images, "", origin_with_samples(records)])
+    return "\n".join([*lines, *images, "", origin_with_samples(records)])
 
 
 def render_every(records: Sequence[Record]) -> str:

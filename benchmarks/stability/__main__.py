@@ -14,7 +14,7 @@ from benchmarks.harness.provenance import ROOT
 from benchmarks.stability.grid import comparison_jobs, run_missing, sweep_jobs
 from benchmarks.stability.report import RESULTS, write_report
 from benchmarks.stability.runs import chosen_rates, load
-from benchmarks.stability.settings import CORE_METHODS, CORE_SETTINGS, METHODS, SEEDS, SETTINGS, SMOKE, Size
+from benchmarks.stability.settings import METHODS, SEEDS, SETTINGS, SMOKE, Size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.smoke and options.out == RESULTS:
         parser.error("--smoke needs an --out of its own: its runs are too small to mean anything")
-    methods = options.methods or list(METHODS if options.full else CORE_METHODS)
-    settings = options.settings or list(SETTINGS if options.full else CORE_SETTINGS)
+    methods, settings = options.methods or list(METHODS), options.settings or list(SETTINGS)
     size = SMOKE if options.smoke else Size()
     path = options.out / "runs.jsonl"
     run = partial(run_missing, size=size, path=path, cache=options.cache, workers=options.workers,
@@ -38,27 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if options.no_report else write_report(path, options.out, options.page)
+    return 0 if options.no_report else write_report(options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("benchmarks.stability", __doc__)
-    parser.add_argument("--full", action="store_true", help="every method in every setting, not the core grid")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds (default: all)")
-    parser.add_argument("--workers", type=int, default=_cores(), help="runs at a time (default: one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     parser.add_argument("--smoke", action="store_true", help="sizes that say nothing, in a minute: a rehearsal")
     parser.add_argument("--no-report", action="store_true", help="run only")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl and the pictures")
-    parser.add_argument("--page", type=Path, help="default: docs/stability.md, or a copy of it in --out if given")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl, pictures, page")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "stability", help="warmed-up policies")
     return parser
-
-
-def _cores() -> int:
-    """The cores that this process may use, as far as the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The rollout engine: a copy of the policy as inference engines hold it, rounded to bf16 or quantised to fp8.
+"""The rollout engine: a copy of the policy with the numbers of an fp8 inference engine.
 
-In bf16 every weight, every input of a linear layer and the logits are rounded. In fp8 the weights of the transformer's
-linear layers are E4M3 with a scale per output channel, and their inputs E4M3 with a scale per token. The embedding and
-the head stay bf16, as engines leave them.
+The weights of the transformer's linear layers are E4M3 with a scale per output channel, and their inputs E4M3 with a
+scale per token. The embedding, the head, the head's inputs and the logits are bf16, as engines leave them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness.quantization import dequantized
 from drpo_kernels.backends.quantize import FORMATS, per_row
 
-FORMAT = FORMATS["fp8_e4m3"]
-PRECISIONS = ("float32", "bf16", "fp8")
+PRECISIONS = ("float32", "fp8")
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -27,11 +25,11 @@ def rounded(x: Tensor) -> Tensor:
 
 def quantised(x: Tensor) -> Tensor:
     """x rounded to E4M3 with a scale for each row of the last axis, as float32."""
-    return dequantized(per_row(x.reshape(-1, x.shape[-1]), FORMAT)).reshape(x.shape)
+    return dequantized(per_row(x.reshape(-1, x.shape[-1]), FORMATS["fp8_e4m3"])).reshape(x.shape)
 
 
 def rollout_engine(policy: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """The model that samples: the policy itself for "float32", else a copy that rounds to the precision."""
+    """The model that samples: the policy itself for "float32", a copy that rounds for "fp8"."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "float32":
@@ -42,7 +40,7 @@ def rollout_engine(policy: PreTrainedModel, precision: str) -> PreTrainedModel:
             parameter.copy_(rounded(parameter))
     for module in engine.modules():
         if isinstance(module, nn.Linear):
-            _lower(module, quantised if precision == "fp8" and module is not engine.lm_head else rounded)
+            _lower(module, rounded if module is engine.lm_head else quantised)
     engine.lm_head.register_forward_hook(lambda module, inputs, logits: rounded(logits))
     return engine
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/stability.md that the runs decide. Each title is the question that the picture answers."""
+"""The pictures of docs/stability.md. Each title is the question that the picture answers."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
-from benchmarks.harness.pictures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, frame, save
-from benchmarks.stability.claims import BASELINE, BOUNDED
-from benchmarks.stability.measures import RATIO_BOUNDARY, SHIFT_BOUNDARY
+from benchmarks.harness.pictures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, frame, save
+from benchmarks.stability.measures import gradient_weight
 from benchmarks.stability.runs import Runs
-from benchmarks.stability.settings import METHODS, SWEEP_SETTING
+from benchmarks.stability.settings import METHODS
 from benchmarks.stability.statistics import bootstrap
+from drpo_kernels import DPPO, DRPO
 
 # Losses clipped by the ratio are warm, those bounded by |π - μ| cold.
 COLOURS = {
-    "PG": GREY, "PPO": ORANGE, "PPO clip-higher": "#a06800", "SPO": VERMILION, "DPPO-TV": GREEN, "DPPO-KL": "#00634a",
-    "DRPO δ=0.05": "#08306b", "DRPO δ=0.2": BLUE, "DRPO δ=1": "#4a6fe3", "DRPO δ=12.5": SKY, "DRPO without |A|": PINK,
-    "Mask-DRPO": "#7b3294",
+    "PG": GREY, "PPO": ORANGE, "SPO": VERMILION, "DPPO-TV": GREEN, "DRPO δ=0.2": BLUE, "DRPO δ=12.5": SKY,
 }  # fmt: skip
-BARS = (SKY, BLUE, ORANGE, GREY, PINK)  # a colour for each setting
+BOUNDED = [name for name, objective in METHODS.items() if isinstance(objective, (DPPO, DRPO))]
+SLICES = (0.01, 0.1, 0.5, 0.9)  # the μ of a rare, an uncommon, a common and a nearly certain token
+SIGNS = {1: "A > 0: pushed up", -1: "A < 0: pushed down"}
 
 
 def draw_curves(runs: Runs, path: Path) -> None:
@@ -56,50 +56,25 @@ def _curve(runs: Runs, axes: Axes, method: str, setting: str) -> None:
         axes.fill_between(x, estimate.low, estimate.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def draw_rates(runs: Runs, path: Path) -> None:
-    """The area under the curve against the learning rate, from the sweep."""
-    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
-    for method in [method for method in METHODS if method in set(runs.sweep["method"])]:
-        areas = runs.sweep[runs.sweep["method"] == method].groupby("lr")["area"]
-        mean, style = areas.mean(), {"color": COLOURS[method], "linewidth": 1.6}
-        ends = [mean - areas.min(), areas.max() - mean]
-        axes.errorbar(mean.index, mean, ends, label=method, marker="o", elinewidth=1, **style)
-    axes.axhline(runs.sweep["start"].mean(), color="#888888", linestyle=":", label="before the first update")
-    axes.set_xscale("log")
-    axes.set_xticks(runs.size.rates, [f"{lr:g}" for lr in runs.size.rates])
-    axes.minorticks_off()
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("area under the held-out curve")
-    axes.set_title(f"Over how wide a range of rates does a method learn? ({SWEEP_SETTING}; bars: least to most)",
-                   fontsize=12, loc="left")  # fmt: skip
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    frame(axes)
-    save(figure, path)
-
-
-def draw_boundaries(runs: Runs, path: Path) -> None:
-    """A panel for each outcome, with a bar for each method in each setting off-policy."""
-    outcomes = {
-        f"share beyond |r - 1| = {RATIO_BOUNDARY}": "beyond_ratio",
-        f"share beyond |π - μ| = {SHIFT_BOUNDARY}": "beyond_shift",
-        "weight w beyond the ratio's": "weight_beyond_ratio",
-        "weight w beyond the shift's": "weight_beyond_shift",
-    }
-    settings = [setting for setting in runs.settings if setting != BASELINE] or runs.settings
-    size = (11.6, 1.5 + 0.55 * len(runs.methods))
-    figure, panels = plt.subplots(1, len(outcomes), figsize=size, layout="constrained", sharey=True)
-    for axes, (label, outcome) in zip(panels, outcomes.items(), strict=True):
-        means = runs.comparison.pivot_table(index="method", columns="setting", values=outcome, dropna=False)
-        means = means.reindex(index=runs.methods[::-1], columns=settings)
-        means.plot.barh(
-            ax=axes, legend=False, width=0.7, xlabel=label, ylabel="", color=[SKY, BLUE, ORANGE, GREY, PINK]
-        )
-        if label.startswith("share"):
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.axvline(0, color=GREY, linewidth=0.9)
-        axes.set_axisbelow(True)
-        frame(axes, "x")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle("How many tokens lie beyond the boundaries, and what does each loss do to them?")
+def draw_slices(runs: Runs, path: Path) -> None:
+    """Table 1 of the paper: the gradient weight w of each method along π. It needs no run."""
+    size = (11.6, 6.0)
+    figure, panels = plt.subplots(2, len(SLICES), figsize=size, layout="constrained", sharex="col", sharey=True)
+    for row, (sign, label) in zip(panels, SIGNS.items(), strict=True):
+        row[0].set_ylabel(f"{label}\nweight w")
+        for axes, mu in zip(row, SLICES, strict=True):
+            pi = torch.from_numpy(np.geomspace(mu / 30, 1, 1500) if mu < 0.2 else np.linspace(1e-3, 1, 1500))
+            old, advantages = torch.full_like(pi, np.log(mu)), torch.full_like(pi, sign)
+            for method, objective in METHODS.items():
+                weights = gradient_weight(objective, pi.log(), old, advantages)
+                axes.plot(pi, weights, color=COLOURS[method], label=method)
+            axes.axvline(mu, color="#888888", linewidth=0.8, linestyle=":")
+            axes.set_xscale("log" if mu < 0.2 else "linear")
+            axes.set_ylim(-1.6, 2.6)
+            frame(axes)
+    for axes, below, mu in zip(*panels, SLICES, strict=True):
+        axes.set_title(f"μ = {mu}" + (" (log scale)" if mu < 0.2 else ""), fontsize=10, loc="left")
+        below.set_xlabel("π, now (dotted: π = μ)")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle("When does a rare token hit the boundary, and when a common one?", fontsize=12)
     save(figure, path)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.stability.weights import gradient_weight
 from drpo_kernels import Objective, PolicyLossOutput, Tokens
+from drpo_kernels.backends.row_loss import derivative
 from drpo_kernels.demo.rollout import Rollout
 
 # DPPO and PPO, at their defaults, stop a token that moves the harmful way beyond this |π - μ| or this |r - 1|.
 SHIFT_BOUNDARY, RATIO_BOUNDARY = 0.15, 0.2
 RARE = 0.01  # A token is rare if its μ is below this.
+
+
+def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """w [N] in dℓ/dlogπ = -A r w of tokens with A ≠ 0, by autograd through the objective's formula: 1 if the loss
+    leaves the policy gradient alone, 0 if it drops the token.
+    """
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        tokens = Tokens(logprobs, old_logprobs, advantages)
+        slope = derivative(objective.token_loss(tokens), logprobs, objective)
+    return -slope / (advantages * tokens.ratio.detach())
 
 
 def token_measures(objective: Objective, out: PolicyLossOutput, batch: Rollout) -> dict[str, float]:
@@ -29,24 +40,17 @@ def token_measures(objective: Objective, out: PolicyLossOutput, batch: Rollout) 
     harmful = advantages * log_ratio > 0
     weight = gradient_weight(objective, logprobs, old, torch.where(pushed, advantages, 1))
     beyond_shift, beyond_ratio = harmful & (shift > SHIFT_BOUNDARY), harmful & (excess > RATIO_BOUNDARY)
-    return {
-        "entropy": _over(out.entropy[valid], True),
-        "prob_shift": _over(shift, True),
-        "log_ratio": _over(log_ratio.abs(), True),
-        "log_ratio_std": log_ratio.std().item(),
-        "log_ratio_rare": _over(log_ratio.abs(), rare),
-        "kl": _over(tokens.ratio_minus_one - log_ratio, True),
-        "rare": _over(rare.float(), True),
-        "pushed": _over(pushed.float(), True),
-        "beyond_shift": _over(beyond_shift.float(), pushed),
-        "beyond_ratio": _over(beyond_ratio.float(), pushed),
-        "beyond_ratio_rare": _over(rare.float(), beyond_ratio),
-        "weight_beyond_shift": _over(weight, beyond_shift),
-        "weight_beyond_ratio": _over(weight, beyond_ratio),
-        "weight_within": _over(weight, pushed & ~beyond_shift & ~beyond_ratio),
+    means = {
+        "entropy": out.entropy[valid],
+        "prob_shift": shift,
+        "log_ratio_rare": log_ratio.abs()[rare],
+        "rare": rare.float(),
+        "pushed": pushed.float(),
+        "beyond_shift": beyond_shift[pushed].float(),
+        "beyond_ratio": beyond_ratio[pushed].float(),
+        "beyond_ratio_rare": rare[beyond_ratio].float(),
+        "weight_beyond_shift": weight[beyond_shift],
+        "weight_beyond_ratio": weight[beyond_ratio],
+        "weight_within": weight[pushed & ~beyond_shift & ~beyond_ratio],
     }
-
-
-def _over(values: Tensor, where: Tensor | bool) -> float:
-    chosen = values if where is True else values[where]
-    return chosen.mean().item()
+    return {name: values.mean().item() for name, values in means.items()} | {"log_ratio_std": log_ratio.std().item()}

@@ -13,10 +13,10 @@ from scipy.integrate import trapezoid
 
 from benchmarks.harness.records import Record, read
 from benchmarks.stability.grid import recorded
-from benchmarks.stability.settings import COLLAPSE, METHODS, REACHED, SETTINGS, SMOKE, Size
+from benchmarks.stability.settings import COLLAPSE, METHODS, SETTINGS, SMOKE, Size
 
 
-def outcomes(record: Record, size: Size) -> dict[str, object]:
+def outcomes(record: Record) -> dict[str, object]:
     """Every outcome of a run. What measures.py measures at each update is averaged over those that had such tokens."""
     sampled, greedy = record["evaluations"]["sampled"], record["evaluations"]["greedy"]
     curve = pd.DataFrame(record["curve"], dtype=float)
@@ -26,7 +26,6 @@ def outcomes(record: Record, size: Size) -> dict[str, object]:
         "area": trapezoid(sampled) / (len(sampled) - 1),
         "start": sampled[0],
         "final": sampled[-1],
-        "best": max(sampled),
         "start_greedy": greedy[0],
         "final_greedy": greedy[-1],
         "lowest_greedy": min(greedy),
@@ -34,7 +33,6 @@ def outcomes(record: Record, size: Size) -> dict[str, object]:
         "weight_beyond_shift": _weight(curve, "shift"),
         "weight_beyond_ratio": _weight(curve, "ratio"),
         "largest_gradient": curve["gradient_norm"].fillna(math.inf).max(),
-        "price": price(sampled, size),
         "collapsed": collapsed(sampled),
         "collapsed_for_good": collapsed_for_good(sampled),
     }
@@ -55,16 +53,6 @@ def collapsed(sampled: list[float]) -> bool:
 def collapsed_for_good(sampled: list[float]) -> bool:
     """The mean of the last two accuracies is below the share COLLAPSE of the best before them."""
     return sum(sampled[-2:]) / 2 < COLLAPSE * max(sampled[:-2])
-
-
-def price(sampled: list[float], size: Size) -> float:
-    """Completions sampled until the accuracy first crosses REACHED, linear between points; inf if it never does."""
-    if sampled[0] >= REACHED:
-        return 0.0
-    for i, (before, after) in enumerate(itertools.pairwise(sampled)):
-        if after >= REACHED:
-            return (i + (REACHED - before) / (after - before)) * size.point * size.completions
-    return math.inf
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ def load(path: Path) -> Runs:
     """Raises ValueError if there is no run, or one of another definition than settings.py has now."""
     size = _size_of(read(path), path)
     runs = dict(sorted(recorded(path, size).items()))
-    table = pd.DataFrame(asdict(job) | outcomes(record, size) for job, record in runs.items())
+    table = pd.DataFrame(asdict(job) | outcomes(record) for job, record in runs.items())
     parts = (table[table["purpose"] == purpose] for purpose in ("comparison", "sweep"))
     found = Runs(size, list(runs.values()), *parts)
     for together in (found.comparison.groupby(["method", "setting"]), found.own_rate.groupby("method")):

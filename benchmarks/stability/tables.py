@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pandas as pd
 
 from benchmarks.harness.blocks import origin
 from benchmarks.harness.tables import NOTHING, table
-from benchmarks.stability.claims import with_references
+from benchmarks.stability.comparisons import REFERENCES, differences
 from benchmarks.stability.measures import RARE, RATIO_BOUNDARY, SHIFT_BOUNDARY
 from benchmarks.stability.policy import build_policy
 from benchmarks.stability.runs import Runs, chosen_rates
-from benchmarks.stability.settings import METHODS, REACHED, SETTINGS, SMOKE
+from benchmarks.stability.settings import METHODS, SETTINGS, SMOKE
 from benchmarks.stability.statistics import ENOUGH, bootstrap, counted, interval
 
 Column = Callable[[pd.DataFrame], str]  # from the runs of a method in a setting to a cell of the table
@@ -23,17 +22,10 @@ def mean(outcome: str, digits: str = ".3f", percent: bool = False) -> Column:
     return lambda runs: interval(bootstrap(runs[outcome].dropna()), digits, percent)
 
 
-def _price(runs: pd.DataFrame) -> str:
-    """The median, and how many runs reached the accuracy."""
-    median, reached = runs["price"].median(), runs["price"].lt(math.inf).sum()
-    return f"{f'{median:,.0f}' if median < math.inf else 'not reached'} ({reached} of {len(runs)})"
-
-
 RESULTS: dict[str, Column] = {
     "seeds": lambda runs: str(len(runs)),
     "area under the curve": mean("area"),
     "final accuracy": mean("final"),
-    f"rollouts to {REACHED:g} (runs that did)": _price,
     "collapsed": lambda runs: counted(int(runs["collapsed"].sum()), len(runs)),
     "for good": lambda runs: str(runs["collapsed_for_good"].sum()),
 }
@@ -65,15 +57,40 @@ def cells(runs: Runs, columns: dict[str, Column]) -> str:
 
 
 def status(runs: Runs) -> str:
-    """Which cells have how many seeds."""
-    lines = ["**A rehearsal (`--smoke`): these numbers mean nothing.**"] if runs.size == SMOKE else []
-    counts = [[len(runs.of(method, setting)) for setting in runs.settings] for method in runs.methods]
-    if {count for row in counts for count in row} == {ENOUGH}:
-        grid = f"{len(runs.methods)} methods × {len(runs.settings)} settings × {ENOUGH} seeds"
-        return "\n\n".join([*lines, f"{grid}, and {len(runs.sweep)} runs to choose learning rates."])
-    lines.append(f"**The grid is not complete.** A verdict needs {ENOUGH} seeds. So far there are:")
-    rows = [(method, *map(str, row)) for method, row in zip(runs.methods, counts, strict=True)]
-    return "\n\n".join([*lines, table(("method", *runs.settings), rows)])
+    """How many runs there are, and a warning where they are too small or too few to say anything."""
+    counts = [len(runs.of(method, setting)) for method in runs.methods for setting in runs.settings]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    grid = f"{len(runs.methods)} methods × {len(runs.settings)} settings × {seeds} seeds"
+    lines = [f"{grid}, and {len(runs.sweep)} runs to choose learning rates."]
+    if min(counts) < ENOUGH:
+        lines.append(f"**The grid is not complete**: methods are compared where they share {ENOUGH} seeds.")
+    if runs.size == SMOKE:
+        lines.append("**A rehearsal (`--smoke`): these numbers mean nothing.**")
+    return " ".join(lines)
+
+
+def collapses(runs: Runs) -> str:
+    """How many runs of each method collapsed in each setting, and the lowest rate of the sweep at which one did."""
+    lowest = runs.sweep[runs.sweep["collapsed"]].groupby("method")["lr"].min()
+    rows = []
+    for method in runs.methods:
+        found = [runs.of(method, setting)["collapsed"] for setting in runs.settings]
+        rate = f"{lowest[method]:g}" if method in lowest.index else "none"
+        rows.append((method, *(f"{each.sum()} of {len(each)}" for each in found), rate))
+    return table(("method", *runs.settings, "lowest rate of the sweep with a collapse"), rows)
+
+
+def faster(runs: Runs) -> str:
+    """By how much a DRPO at either δ has the larger area under the curve, a column for each of the other methods."""
+    found = differences(runs)
+    if found.empty:
+        return f"No two methods share {ENOUGH} seeds yet."
+    texts = found["estimate"].map(lambda estimate: interval(estimate, "+.3f"))
+    found["cell"] = texts.where(~found["counts"], "**" + texts + "**")
+    cells = found.pivot(index=["reference", "setting"], columns="other", values="cell")
+    cells = cells.fillna(NOTHING).reindex(columns=[method for method in METHODS if method in cells])
+    rows = [(a, s, *cells.loc[a, s]) for a in REFERENCES for s in runs.settings if (a, s) in cells.index]
+    return table(("area under the curve of", "setting", *(f"minus {method}'s" for method in cells)), rows, left=2)
 
 
 def setup(runs: Runs) -> str:
@@ -102,10 +119,9 @@ def settings(runs: Runs) -> str:
 
 
 def methods(runs: Runs) -> str:
-    """Every method of settings.py, and the learning rate of those that were run."""
+    """The objective of each method, and its learning rate."""
     rates = runs.own_rate.groupby("method")["lr"].first()
-    shown = {method: f"{rate:g}" for method, rate in rates.items()}
-    rows = [(method, f"`{objective!r}`", shown.get(method, NOTHING)) for method, objective in METHODS.items()]
+    rows = [(method, f"`{METHODS[method]!r}`", f"{rate:g}") for method, rate in rates[runs.methods].items()]
     return table(("method", "objective", "learning rate"), rows, left=2)
 
 
@@ -126,26 +142,6 @@ def _rate(runs: pd.DataFrame, chosen: bool) -> str:
     text = f"{area.mean():.3f} ({area.min():.3f} to {area.max():.3f})"
     text = f"**{text}**" if chosen else text
     return f"{text}, {fallen} collapsed" if fallen else text
-
-
-def differences(runs: Runs) -> str:
-    """Every comparison with a DRPO at either δ."""
-    rows = []
-    for setting in runs.settings:
-        for area, final in zip(*(with_references(runs, name, setting) for name in ("area", "final")), strict=True):
-            columns = [text for c in (area, final) for text in (_difference(c), _p(c.p))]
-            rows.append((setting, f"{area.cell[0]} minus {area.other[0]}", *columns))
-    header = ("setting", "difference", "area under the curve", "p, corrected", "final accuracy", "p, corrected")
-    return table(header, rows, left=2) if rows else f"No two methods share {ENOUGH} seeds yet."
-
-
-def _difference(comparison) -> str:
-    text = interval(comparison.difference, "+.3f")
-    return f"**{text}**" if comparison.sign else text
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def source(runs: Runs) -> str:

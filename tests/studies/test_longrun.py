@@ -104,12 +104,10 @@ def test_rows_that_are_all_dense_show_nothing(sparse_records):
     assert not longrun_sparse.stays_together(sparse_records | {"sparse": dense})
 
 
-def test_results_and_plot(tmp_path, monkeypatch, records):
-    pytest.importorskip("matplotlib")
+def test_results(tmp_path, monkeypatch, records):
     monkeypatch.setattr(longrun, "measure", lambda size: records)
     assert longrun.main(["--steps", "40", "--out", str(tmp_path / "run.jsonl")]) == 0
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == len(longrun.RUNS)
-    assert (tmp_path / "run.png").stat().st_size > 1000
 
 
 def test_results_and_plot_of_sparse_gradients(tmp_path, monkeypatch, sparse_records):

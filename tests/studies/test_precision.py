@@ -152,7 +152,7 @@ def test_quick_run(quick):
     assert run["command"] == "python -m benchmarks.precision --regimes moderate softcap --quick"
     assert {"device", "versions", "commit", "dirty", "date"} <= set(run)
     assert str(results.parent) not in json.dumps(records)
-    assert {record["kind"] for record in rest} == {"regime", "errors", "mismatch", "bar", "sweep"}
+    assert {record["kind"] for record in rest} == {"regime", "errors", "mismatch", "bar"}
     by_recipe = {r["recipe"]: r for r in rest if r["kind"] == "errors" and r["regime"] == "moderate"}
     assert list(by_recipe) == list(recipes.RECIPES)
     for name, record in by_recipe.items():
@@ -172,7 +172,7 @@ def test_quick_run(quick):
 def test_pictures(quick, tmp_path):
     plots = pytest.importorskip("benchmarks.precision.plots", reason="matplotlib is not installed")
     plots.draw(quick[1], tmp_path, "quick")
-    assert {path.name for path in tmp_path.iterdir()} == {"ratio.png", "gradient.png", "logit.png", "mismatch.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"ratio.png", "gradient.png"}
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 

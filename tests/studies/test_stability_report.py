@@ -11,10 +11,11 @@ pytest.importorskip("matplotlib")
 from benchmarks.harness.blocks import markers
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.records import read, write
-from benchmarks.stability import claims, grid, report, runs, statistics, tables
+from benchmarks.stability import comparisons, grid, report, runs, statistics, tables
 from benchmarks.stability.figures import COLOURS
 from benchmarks.stability.measures import RARE, RATIO_BOUNDARY, SHIFT_BOUNDARY
-from benchmarks.stability.settings import COLLAPSE, METHODS, REACHED, SEEDS, SETTINGS, SMOKE, SWEEP_SETTING
+from benchmarks.stability.settings import COLLAPSE, METHODS, SEEDS, SETTINGS, SMOKE, SWEEP_SETTING
+from pages import unpadded
 
 TWO = ["PPO", "DRPO δ=0.2"]
 CURVES = ("entropy", "prob_shift", "log_ratio", "log_ratio_std", "log_ratio_rare", "kl", "rare", "pushed",
@@ -66,78 +67,63 @@ def test_another_definition_is_an_error_and_loses_nothing(written, tmp_path):
     assert path.read_text(encoding="utf-8") == text
 
 
-def signs(comparisons):
-    return {(c.cell[0], c.other[0]): c.sign for c in comparisons}
-
-
-def test_verdicts(written):
-    levels = {"DRPO δ=0.2": 0.9, "PPO": 0.9, "SPO": 0.5, "DPPO-TV": 0.95, "Mask-DRPO": 0.5}
+def test_which_differences_count(written):
+    levels = {"DRPO δ=0.2": 0.9, "PPO": 0.9, "SPO": 0.5, "DPPO-TV": 0.95}
     found = runs.load(written({(method, "stale", SEEDS): level for method, level in levels.items()}))
-    others = {"PPO": 0, "SPO": 1, "DPPO-TV": -1, "Mask-DRPO": 1}
-    expected = {("DRPO δ=0.2", other): sign for other, sign in others.items()}
-    assert signs(claims.with_references(found, "area", "stale")) == expected
-    assert tables.differences(found).count("**") == 2 * 6
+    differences = comparisons.differences(found).set_index("other")
+    assert dict(differences["counts"]) == {"PPO": False, "SPO": True, "DPPO-TV": True}
+    signs = {"PPO": 0, "SPO": 1, "DPPO-TV": -1}
+    for other, sign in signs.items():
+        estimate = differences.loc[other, "estimate"]
+        assert int(estimate.low > 0) - int(estimate.high < 0) == sign
+    assert tables.faster(found).count("**") == 2 * 2
 
 
-def test_a_difference_must_survive_the_correction(written):
+def test_a_difference_must_survive_the_correction(written, monkeypatch):
     """Two comparisons at p = 0.03 are 0.06 each after Holm's correction."""
-    interval = statistics.Estimate(0.2, 0.1, 0.3)
-    assert claims.Comparison(("A", "stale"), ("B", "stale"), interval, 0.03).sign == 1
-    assert claims.Comparison(("A", "stale"), ("B", "stale"), interval, statistics.holm([0.03, 0.03])[0]).sign == 0
+    monkeypatch.setattr(comparisons, "paired_p", lambda values: 0.03)
+    levels = {("DRPO δ=0.2", "stale", SEEDS): 0.9, ("SPO", "stale", SEEDS): 0.5}
+    found = comparisons.differences(runs.load(written(levels)))
+    assert list(found["p"]) == [0.03] and list(found["counts"]) == [True]
+    found = comparisons.differences(runs.load(written(levels | {("PG", "stale", SEEDS): 0.5})))
+    assert list(found["p"]) == [0.06, 0.06] and not any(found["counts"])
 
 
-def test_no_verdict_on_too_few_seeds(written):
+def test_nothing_is_compared_on_too_few_seeds(written):
     levels = {("DRPO δ=0.2", "stale", SEEDS[:4]): 0.9, ("SPO", "stale", SEEDS): 0.3}
-    assert claims.with_references(runs.load(written(levels)), "area", "stale") == []
+    found = runs.load(written(levels))
+    assert comparisons.differences(found).empty and "No two methods share 5 seeds" in tables.faster(found)
 
 
-def test_each_method_against_itself_on_policy(written):
-    levels = {("PPO", "stale", SEEDS): 0.5, ("PPO", "on-policy", SEEDS): 0.9}
-    said = claims.on_costs(runs.load(written(levels)))
-    assert said.startswith(
-        "* Against itself on-policy, a method in **stale** was faster in 0, slower in 1 (PPO, stale: -0."
-    )
-
-
-def test_claims_follow_the_runs(written):
-    """Falling curves of the clipped losses are instability, and those of the others are not."""
-    fallen = {(m, "stale", SEEDS): 0.05 for m in ("PPO", "SPO")}
-    held = {(m, "stale", SEEDS): 0.9 for m in ("DPPO-TV", "DRPO δ=0.2")}
-    said = claims.claims(runs.load(written(fallen | held)))
-    assert "collapsed in 10 of 10 [72%, 100%] runs" in said and "in 0 of 10 [0%, 28%]: more often" in said
-    assert "runs collapsed of PPO from 0.0005, SPO from 0.0005" in said
-    assert "no run of DPPO-TV and DRPO δ=0.2 did up to 0.001" in said
-    assert "Against PPO, DRPO was faster in 1 (DRPO δ=0.2, stale: +0." in said
-    assert "Against DPPO-TV, DRPO was faster in 0, slower in 0 and no different in 1 of 1 comparisons." in said
-    assert "Against PG, DRPO was not compared on 5 seeds yet." in said
-    swapped = {key: 0.95 - level for key, level in (fallen | held).items()}
-    assert ": *less* often" in claims.claims(runs.load(written(swapped)))
-    assert "**not seen** there" in claims.claims(runs.load(written(held)))
+def test_collapses_follow_the_runs(written):
+    levels = {("SPO", "stale", SEEDS): 0.05, ("DRPO δ=0.2", "stale", SEEDS): 0.9}
+    said = unpadded(tables.collapses(runs.load(written(levels))))
+    assert "| SPO | 5 of 5 | 0.0005 |" in said and "| DRPO δ=0.2 | 0 of 5 | none |" in said
 
 
 @pytest.mark.parametrize(
     "levels",
     [
         {("PPO", "stale", (3,)): 0.8},
-        {("PPO", "stale", SEEDS): 0.8, ("PG", "on-policy", (0, 1)): 0.7, ("Mask-DRPO", "mismatch (bf16)", (2,)): 0.9},
+        {("PPO", "stale", SEEDS): 0.8, ("PG", "on-policy", (0, 1)): 0.7, ("SPO", "mismatch (fp8)", (2,)): 0.9},
     ],
     ids=["one run", "holes"],
 )
 def test_report_on_a_partial_grid(written, tmp_path, levels, monkeypatch):
-    for name in ("table1", "table1_slices"):
-        monkeypatch.setitem(report.PICTURES, name, (name, lambda runs, path: None))
-    assert report.write_report(written(levels), tmp_path) == 0
+    monkeypatch.setitem(report.PICTURES, "table1_slices", ("", lambda runs, path: None))
+    written(levels)
+    assert report.write_report(tmp_path) == 0
     page = (tmp_path / "stability.md").read_text(encoding="utf-8")
     assert "grid is not complete" in page and "nan" not in page.lower()
     assert (tmp_path / "curves_rollouts.png").exists()
 
 
 def test_report_of_nothing(tmp_path, capsys, written):
-    assert report.write_report(tmp_path / "runs.jsonl", tmp_path) == 2
+    assert report.write_report(tmp_path) == 2
     assert "holds no run" in capsys.readouterr().err
     path = written({("PPO", "stale", (0,)): 0.8})
     write(path, read(path)[:1])
-    assert report.write_report(path, tmp_path) == 2
+    assert report.write_report(tmp_path) == 2
     assert "holds no sweep" in capsys.readouterr().err
 
 
@@ -170,7 +156,7 @@ def test_the_page_has_every_part():
 def test_the_page_defines_what_the_code_does():
     page = " ".join(report.PAGE.read_text(encoding="utf-8").split())
     for text in (
-        f"fell below {COLLAPSE:.0%} of the best", f"*Rollouts to {REACHED:g}*", f"|π - μ| = {SHIFT_BOUNDARY} ",
+        f"fell below {COLLAPSE:.0%} of the best", f"|π - μ| = {SHIFT_BOUNDARY} ",
         f"|r - 1| = {RATIO_BOUNDARY} ", f"if μ < {RARE}.", f"{statistics.LEVEL:.0%} percentile bootstrap",
         f"({statistics.RESAMPLES:,} resamples)", f"p < {1 - statistics.LEVEL:.2f} ",
     ):  # fmt: skip
@@ -193,20 +179,13 @@ def test_collapse_by_its_definition():
     assert all(runs.collapsed_for_good(found) for found in (for_good, from_the_start))
 
 
-def test_rollouts_to_an_accuracy():
-    step = SMOKE.point * SMOKE.completions
-    assert runs.price([0.4, 0.6, 1.0, 0.2], SMOKE) == pytest.approx(1.5 * step)
-    assert runs.price([0.9, 0.6], SMOKE) == 0
-    assert runs.price([0.4, 0.6], SMOKE) == math.inf
-
-
 def test_means_leave_out_what_had_no_token():
     record = fabricated("PPO", "stale", 0, 0.9)
     record["curve"] |= {"kl": [None, 1.0, 3.0], "log_ratio": [None] * 3, "gradient_norm": [1.0, None, 2.0],
                         "pushed": [1.0, 0.5, 0.0], "beyond_shift": [0.1, 0.6, None],
                         "weight_beyond_shift": [1.0, -1.0, None], "weight_beyond_ratio": [None] * 3}  # fmt: skip
     record["curve"] = {name: (values + [0.0] * 3)[:3] for name, values in record["curve"].items()}
-    found = runs.outcomes(record, SMOKE)
+    found = runs.outcomes(record)
     assert found["kl"] == 2 and math.isnan(found["log_ratio"]) and found["largest_gradient"] == math.inf
     assert found["weight_beyond_shift"] == pytest.approx((0.1 - 0.3) / 0.4)
     assert math.isnan(found["weight_beyond_ratio"])
@@ -215,4 +194,4 @@ def test_means_leave_out_what_had_no_token():
 def test_the_area_is_by_trapezoids():
     record = fabricated("PPO", "stale", 0, 0.9)
     record["evaluations"]["sampled"] = [0.0, 0.4, 1.0]
-    assert runs.outcomes(record, SMOKE)["area"] == pytest.approx(0.45)
+    assert runs.outcomes(record)["area"] == pytest.approx(0.45)
