@@ -286,20 +286,10 @@ class LinearSweep:
         shard = None if self.shard is None or self.shard.partial_hidden_gradient else self.shard
         direct = shard is None and gradient.dtype in self.matmul.hidden_gradient_dtypes
         direct &= factors is None or gradient.dtype == accumulator
-
-        def place(rows: slice | Tensor, dx: Tensor, factors: Tensor | None, complete_sum: Callable[[], object]) -> None:
-            complete_sum()
-            if factors is None:
-                gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
-            elif self.index is None:
-                torch.mul(dx, factors, out=gradient[rows])
-            else:
-                gradient[self.index[rows]] = dx.mul_(factors).to(gradient.dtype)
-
-        complete = _nothing
         if direct and self.index is None and isinstance(window, slice):
             self._hidden_gradient(dlogits, gradient[window], unscale, factors)
-            return complete
+            return _nothing
+        complete: Callable[[], None] = _nothing
         for piece in ChunkPlan(len(dlogits), self.plan.piece_rows):
             complete()
             if isinstance(window, slice):
@@ -309,9 +299,22 @@ class LinearSweep:
             dtype = gradient.dtype if direct else accumulator
             dx = gradient.new_empty(piece.stop - piece.start, gradient.shape[1], dtype=dtype)
             self._hidden_gradient(dlogits[piece], dx, unscale)
-            part = None if factors is None else factors[piece]
-            complete = partial(place, rows, dx, part, _nothing if shard is None else start_sum(dx, shard.group))
+            wait = _nothing if shard is None else start_sum(dx, shard.group)
+            complete = partial(self._place_hidden_gradient, rows, dx, None if factors is None else factors[piece], wait)
         return complete
+
+    def _place_hidden_gradient(
+        self, rows: slice | Tensor, dx: Tensor, factors: Tensor | None, wait: Callable[[], object]
+    ) -> None:
+        """Write a piece of dX, multiplied by `factors` [n, 1], to its place once `wait` has returned."""
+        gradient = self._gradients.hidden
+        assert gradient is not None
+        wait()
+        if factors is not None and self.index is None:
+            torch.mul(dx, factors, out=gradient[rows])
+            return
+        dx = dx if factors is None else dx.mul_(factors)
+        gradient[rows if self.index is None else self.index[rows]] = dx.to(gradient.dtype)
 
     def _hidden_gradient(self, dlogits: Tensor, out: Tensor, *factors: Tensor | None) -> None:
         self.matmul.hidden_gradient(dlogits, out)
