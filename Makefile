@@ -93,7 +93,7 @@ compile-oldest compile-middle: compile-%: $(VENV)/%/.installed
 	$(VENV)/$*/bin/python -m drpo_kernels compile
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright
 

@@ -312,9 +312,7 @@ def _coefficients(
         normalizer = options.normalizer
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.detach().to(device=valid.device, dtype=problem.dtype)
-        policy = reduction_coefficients(
-            options.reduction, valid, sequences, normalizer, options.horizon, problem.dtype
-        )
+        policy = reduction_coefficients(options.reduction, valid, sequences, normalizer, options.horizon, problem.dtype)
         others = [policy] * 3
     if options.token_weights is not None:
         policy = policy * problem.flat(options.token_weights, valid, zeros)

@@ -80,9 +80,7 @@ def _empty_gradients(
 ) -> tuple[Tensor, ...]:
     returned = NeedsGrad(*needs_grad).returned(main_grad)
     return tuple(
-        x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype))
-        if x is not None and needed
-        else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=stored_gradient_dtype(x.dtype)) if x is not None and needed else hidden.new_empty(0)
         for x, needed in zip((hidden, weight, bias), returned, strict=True)
     )
 
@@ -150,8 +148,8 @@ kept_logits = _define(
     f"Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_SPEC}",
     "Tensor",
     _kept_logits,
-    lambda hidden, weight, bias, ids, words, numbers: (
-        hidden.new_empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    lambda hidden, weight, bias, ids, words, numbers: hidden.new_empty(
+        ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32)
     ),
 )
 kept_gradients = _define(

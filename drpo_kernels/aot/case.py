@@ -90,6 +90,7 @@ class KernelCase:
     def launch_options(self) -> dict[str, object]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
 
+
 def places(kernel: Any, constants: Collection[str]) -> dict[str, tuple[int, ...]]:
     """The names in a kernel's signature, in order, with the place of each: (argument,), or (argument, field) within a
     NamedTuple that is not itself one of the `constants`.

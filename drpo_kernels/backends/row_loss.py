@@ -33,9 +33,7 @@ def other_terms(tokens: Tokens, logsumexp: Tensor, entropy: Tensor, rows: Tensor
         has_kl = rows[Field.KL] != 0
         compared = torch.where(has_kl, tokens.logprobs, 0)
         reference = torch.where(has_kl, rows[Field.REF_LOGPROB], 0)
-        kl = kl_loss(
-            terms.kl_estimator, compared, tokens.old_logprobs, reference, terms.kl_importance, terms.kl_cap
-        )
+        kl = kl_loss(terms.kl_estimator, compared, tokens.old_logprobs, reference, terms.kl_importance, terms.kl_cap)
         found = rows[Field.KL] * kl
     if terms.z_loss:
         z_loss = rows[Field.Z_LOSS] * logsumexp.square()
@@ -85,9 +83,7 @@ def policy_slope(
     with own_graph():
         leaf = recordable(logprobs).detach().requires_grad_()
         valid = None if valid is None else recordable(valid)
-        tokens = Tokens(
-            leaf, recordable(old_logprobs), recordable(advantages), valid=valid, sequences=sequences
-        )
+        tokens = Tokens(leaf, recordable(old_logprobs), recordable(advantages), valid=valid, sequences=sequences)
         return derivative(token_losses(objective, tokens), leaf, objective)
 
 

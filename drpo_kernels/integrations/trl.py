@@ -185,7 +185,7 @@ class DRPOTrainer(SampledBatches):
 
         # TRL's formula feeds only its metrics and its entropy controller. The loss is the one that the head computed.
         super()._compute_loss(score, inputs)
-        (fused, router_loss), = results
+        ((fused, router_loss),) = results
         mode = self._mode
         loss = fused.out.loss
         if self._entropy_bonus_enabled:

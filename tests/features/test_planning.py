@@ -22,6 +22,8 @@ from drpo_kernels.commands import plan as command
 from launcher import launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
 def plan(*sizes, sparse=False, **options):
     return (sparse_plan if sparse else planning.plan)(*sizes, **options)
 

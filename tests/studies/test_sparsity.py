@@ -87,7 +87,6 @@ def test_pictures(records, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 8000
 
 
-
 def test_paired_rewards():
     exact, sparse = (0.7, 0.8, 0.9), (0.71, 0.79, 0.93)
     records = [

@@ -251,9 +251,6 @@ def spread(value, shape) -> Tensor | None:
     return value.expand(shape).reshape(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# the loss
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of a policy loss, by the package's names and with its defaults."""

@@ -76,7 +76,11 @@ class EntryOps(RowOps, Protocol):
         ...
 
     def gathered_sums(
-        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype,
+        self,
+        table: Tensor,
+        sums: GatheredSums,
+        out: Tensor,
+        dtype: torch.dtype,
         base: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """out[places] += sums, or with `base` (a row [H], factors [G]) out[places] = sums + factors · row.

@@ -87,7 +87,13 @@ class TritonRows:
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         outcome = batch.rows.new_empty(len(Outcome), batch.rows.shape[1])
         self.launch(
-            kernels.policy_kernel, batch, outcome, outcome.stride(0), _output(out), factors, _loss_terms(terms),
+            kernels.policy_kernel,
+            batch,
+            outcome,
+            outcome.stride(0),
+            _output(out),
+            factors,
+            _loss_terms(terms),
             FROM_ROLLOUT=self.from_rollout,
         )
         return outcome
