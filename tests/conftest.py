@@ -1,4 +1,6 @@
-"""What all tests share. Without a GPU the Triton kernels run in the interpreter, which is chosen before any import."""
+"""Fixtures and hooks of all tests. Without a GPU the Triton kernels run in the interpreter, which is chosen before any
+import.
+"""
 
 import contextlib
 import gc
@@ -26,7 +28,7 @@ if HAS_TRITON and not ON_GPU:
 
     quick_interpreter.quicken()
 
-# The tests marked `gpu` of these files run first, the most important ones before the others.
+# The tests marked `gpu` in these files run first, in this order.
 FIRST = ("test_scale.py", "test_cases.py", "test_invariance.py", "test_fp8.py", "test_exact_products.py")
 
 
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A GPU test gives its memory back, because several processes share the device. Tests marked `large` take turns."""
+    """A GPU test frees its memory, because several processes share the device. Tests marked `large` take turns."""
     if not ON_GPU or "gpu" not in item.keywords:
         return (yield)
     with _turn() if "large" in item.keywords else contextlib.nullcontext():
@@ -60,7 +62,7 @@ def pytest_runtest_protocol(item):
 
 @contextlib.contextmanager
 def _turn():
-    import fcntl  # not on Windows
+    import fcntl  # this module is not on Windows
 
     with Path(tempfile.gettempdir(), f"drpo_kernels-{os.getuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -90,7 +92,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="session")
 def device():
-    """The device on which the tests put their tensors."""
+    """Return the device on which tests put their tensors."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 

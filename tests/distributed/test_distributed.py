@@ -1,5 +1,5 @@
-"""2 and 4 processes against one: torchrun and gloo on the CPU, NCCL where there are as many GPUs; and what needs no
-process group.
+"""Tests of 2 and 4 processes against one, with torchrun and gloo on the CPU and NCCL where there are as many GPUs; and
+of what needs no process group.
 """
 
 import re
@@ -67,7 +67,7 @@ def test_single_process_accumulation():
 
 
 def test_normalizers():
-    """The values are by hand: 5 valid tokens in 3 non-empty sequences, and one old log-prob that is NaN."""
+    """The values were worked out by hand: 5 valid tokens in 3 non-empty sequences, and one old log-prob that is NaN."""
     masks = [torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[True, True, False], [False, False, True]])]
     old = [torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.nan, torch.nan]])]
     assert global_normalizer(masks).item() == 5
@@ -84,7 +84,7 @@ def test_normalizers():
 
 
 def test_sequence_coefficients_of_whole_sequences():
-    """In a context group of one they are the named reductions themselves."""
+    """In a context group of one, the coefficients are those of the named reductions."""
     whole = problems.full_problem(2, dtype=torch.float64).with_options(horizon=7.0)
     for reduction in problems.REDUCTIONS:
         want = problems.call(whole.with_options(reduction=reduction), dk.DRPO(), "torch")

@@ -1,4 +1,4 @@
-"""The fused head under the wrappers that shard a model: 2 and 4 CPU processes against one, and ZeRO-3."""
+"""Tests of the fused head under the wrappers that shard a model: 2 and 4 CPU processes against one, and ZeRO-3."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ from drpo_kernels.integrations.transformers import add_fused_head
 from fused_models import assert_same_gradients, eager, gradients, logprobs_of, loss_of, make, make_batch
 from launcher import assert_cases_pass, torchrun
 
-# with 4 processes: one of each wrapper, and what needs 4
+# Four processes run one case of each wrapper, and the cases that need four.
 OF_FOUR = (
     "gradients-ddp", "gradients-layers-accumulated", "gradients-bare head-own", "tensor_parallel-transformers",
     "sharded_tensor_parallel-root", "sharded_tensor_parallel-head",
@@ -56,7 +56,7 @@ class _GatherBeforeBackward(torch.autograd.Function):
 
 
 class ReleasedWeight:
-    """A stand-in, not DeepSpeed: the life cycle of a ZeRO-3 parameter. The module's weight is empty outside its own
+    """This stand-in has the life cycle of a ZeRO-3 parameter in DeepSpeed. The module's weight is empty outside its own
     call, gathered by a pre-forward hook, released by a forward hook, gathered again when the gradient of one of the
     call's outputs arrives, and released when its own gradient has been accumulated.
     """
@@ -73,7 +73,7 @@ class ReleasedWeight:
         self.gathered += 1
 
     def release(self):
-        self.weight.data.fill_(torch.nan)  # whoever kept the data itself is found out
+        self.weight.data.fill_(torch.nan)  # NaN shows if somebody kept the data
         self.weight.data = torch.empty(0)
 
     def after_forward(self, _, __, output):
@@ -102,7 +102,7 @@ def test_stand_in_for_zero3():
 
 
 def test_the_stand_in_finds_a_head_outside_its_module():
-    """This happens to a trainer that takes (hidden, weight) out of the model, which this design does not do."""
+    """This happens if a trainer takes (hidden, weight) out of the model, which our fused head does not do."""
     model, batch = add_fused_head(make("Qwen3")), make_batch()
     ReleasedWeight(model.lm_head)
     hidden, weight = model(**batch.inputs, fused_head=lambda hidden, weight, **_: (hidden, weight))

@@ -1,4 +1,6 @@
-"""Each condition gives exactly its sentence, from the metrics of a real call that shows it; a healthy run none."""
+"""Tests of `diagnose`: a real call that shows a condition gets exactly that condition's
+sentence, a healthy run none.
+"""
 
 import math
 from dataclasses import replace
@@ -44,7 +46,7 @@ def test_an_on_policy_batch_says_nothing():
 
 
 def metrics_of(batch: Batch, form="logits", **options):
-    """Return `out.metrics` of all tokens of a batch of [N]."""
+    """Return `out.metrics` of a call on all tokens of the batch, whose shape is [N]."""
     first = (batch.hidden, batch.head) if form == "linear" else (batch.logits,)
     call = dk.linear_policy_loss if form == "linear" else dk.policy_loss
     options = {"temperature": batch.temperature, "validate": False, "compact": "mask", **options}
@@ -56,7 +58,7 @@ def found_in(batch: Batch, **options) -> list[str]:
 
 
 def parts(batch: Batch, tokens: int) -> list[Batch]:
-    """Cut the batch into batches of so many tokens."""
+    """Cut the batch into batches of `tokens` tokens each."""
     cut = [x.split(tokens) for x in (batch.hidden, batch.targets, batch.old_logprobs, batch.advantages)]
     return [
         replace(batch, hidden=hidden, targets=targets, old_logprobs=old, advantages=advantages)
@@ -69,8 +71,8 @@ ENTROPIES = [(300, 0.3), (300, 1.4)]
 
 @pytest.mark.parametrize("name", CAUSES)
 def test_the_cause_comes_first(name):
-    """This holds from 256 tokens on, at entropies on either side of a nat. Of 64 tokens the cause is first, or nothing
-    is said.
+    """From 256 tokens on, the first sentence names the cause, at entropies below and above one nat. With 64 tokens it
+    does so too, or nothing is said.
     """
     phrase, make = CAUSES[name]
     for seed, (vocab, entropy) in enumerate(ENTROPIES):
@@ -81,7 +83,9 @@ def test_the_cause_comes_first(name):
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_mismatch_says_nothing(name):
-    """A real engine and its trainer differ so, from almost certain to flat policies, and over five tokens alone."""
+    """A real engine differs from its trainer by this much, for almost certain to flat policies and for a vocabulary of
+    five.
+    """
     for seed, (vocab, entropy) in enumerate([(300, 0.05), (300, 0.3), (300, 1.4), (1500, 4.0), (5, 0.3), (49, 3.5)]):
         for tokens in (64, 256, 1024):
             assert found_in(HEALTHY[name](seed, tokens, vocab, entropy)) == [], (tokens, vocab, entropy)
@@ -90,7 +94,7 @@ def test_healthy_mismatch_says_nothing(name):
 @pytest.mark.parametrize("temperature", [0.6, 0.8, 1.3])
 @pytest.mark.parametrize("tokens", [256, 2048])
 def test_the_temperature_is_estimated(tokens, temperature):
-    """The estimate is of second order in the temperature's logarithm, and within 15 %."""
+    """The error of the estimate is of second order in the temperature's logarithm, and stays within 15 %."""
     (sentence,) = found_in(heated(temperature)(0, tokens, 300, 0.6))
     estimate = float(sentence.split("about ")[1].split(" times")[0])
     assert estimate == pytest.approx(temperature, rel=0.15)
@@ -157,19 +161,23 @@ def test_tokens_of_another_temperature_than_their_log_probs(temperature, phrases
 
 
 def test_steps_on_answers_of_which_none_was_good_are_no_filter():
-    """Every sampled token is a little less likely than it was."""
+    """After such steps every sampled token is a little less likely than before, which is no sign of top-k or top-p."""
     assert found_in(unrewarded(0, 256, 300, 0.3)) == []
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 def test_a_handful_of_tokens_says_nothing(tokens):
-    """Few tokens show fp8's mismatch 64 times over, but their spread is no measure of chance."""
+    """Each of 64 small batches shows the mismatch of an fp8 engine, but the spread of so few tokens does not measure
+    chance.
+    """
     metrics = [metrics_of(part) for part in parts(HEALTHY["fp8 engine"](0, 64 * tokens, 300, 4.0), tokens)]
     assert [said for m in metrics for said in diagnose(m)] == []
 
 
 def test_a_log_ratio_that_does_not_vary():
-    """Rows are flat over 8 or 4 tokens, of which the engine kept half. There is no spread, and yet no chance."""
+    """Rows are uniform over 8 or 4 tokens, of which the engine kept half. The log-ratio has no spread, and yet it is
+    not due to chance.
+    """
     four = torch.arange(256) % 3 % 2
     hidden = torch.stack([1.0 - four, four.float()], -1)
     head = torch.stack([torch.zeros(8), -1e4 * (torch.arange(8) >= 4).float()], -1)
@@ -192,7 +200,7 @@ def test_a_prompt_in_the_mask_on_policy():
 
 @pytest.mark.parametrize("name", ["temperature 0.5", "targets one late"])
 def test_metrics_without_evidence(name):
-    """Metrics of an old log give one sentence with every cause."""
+    """Metrics of an old log have no evidence, and give one sentence that names every cause."""
     metrics = metrics_of(CAUSES[name][1](0, 512, 300, 4.0))
     (sentence,) = diagnose({key: value for key, value in metrics.items() if "evidence" not in key})
     assert "misaligned" in sentence or "not aligned" in sentence
@@ -221,7 +229,7 @@ def test_old_logprobs_missing():
 
 @pytest.mark.parametrize("change", [torch.exp, torch.neg], ids=["probabilities", "negated"])
 def test_positive_old_logprobs(change):
-    """They are an error where values are checked, and a sentence where they are not, as on a GPU."""
+    """Positive log-probs are an error where values are checked, and a sentence where they are not, as on a GPU."""
     logits, targets, old, advantages = batch()
     with pytest.raises(ValueError, match="are these probabilities, or negated"):
         said(logits, targets, change(old), advantages)
@@ -237,7 +245,7 @@ def test_nan_logits():
 
 
 def test_normalizer_of_zero():
-    """It is an error where values are checked, and a sentence where they are not."""
+    """A normalizer of 0 is an error where values are checked, and a sentence where they are not."""
     with pytest.raises(ValueError, match=r"normalizer must be positive and finite, got 0\.0: a batch without a"):
         said(*batch(), normalizer=torch.tensor(0.0))
     (sentence,) = said(*batch(), normalizer=torch.tensor(0.0), validate=False)
@@ -284,7 +292,7 @@ def test_what_are_not_metrics():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# messages at the door
+# messages of the input checks
 
 
 class LooksLikeADTensor(torch.Tensor):
@@ -306,7 +314,9 @@ def test_distributed_tensors_are_refused_at_the_door(name):
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("shape", ["sequence", "column", "packed"])
 def test_temperature_per_sequence(shape, form, backend, device):
-    """As for advantages, [B], [B, 1] or one per packed sequence equals the same temperature on each of its tokens."""
+    """A temperature of shape [B], [B, 1] or one per packed sequence equals the same temperature
+    on each of its tokens.
+    """
     problem = problems.random_problem(4, (3, 2), 5, 11)
     problem = problem if form == "linear" else problem.as_logits()
     heat = torch.tensor([0.6, 1.0, 1.7])
@@ -322,8 +332,8 @@ def test_temperature_per_sequence(shape, form, backend, device):
 
 
 def test_log_probs_over_more_than_the_kept_ids():
-    """The policy is over the ids that top-k kept. Old log-probs from before top-k are named, and those from after it
-    are not.
+    """The policy is over the ids that top-k kept. `diagnose` names old log-probs from before top-k, and accepts those
+    from after it.
     """
     logits, _, _, advantages = batch(spread=1.5)
     ids = logits.topk(8).indices

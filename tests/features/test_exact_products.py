@@ -1,7 +1,7 @@
 """Products are exact whatever the process has set, and its settings survive signals, threads, forks and errors.
 
-A CPU changes no setting. Tests marked `guarded` take the way of a GPU, where a product may need one changed: they put
-every setting that there is around each product of a CPU.
+A product on a CPU changes no setting, while one on a GPU may have to. Tests marked `guarded` imitate a GPU: around each
+product on the CPU they change and restore every setting that exists.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def way(request, monkeypatch):
 
 
 class Paused(dk.Objective):
-    """This objective stops in the middle of a call, says so, and waits."""
+    """This objective stops in the middle of a call, sets `inside`, and waits for `go`."""
 
     def __init__(self):
         self.inside, self.go = threading.Event(), threading.Event()
@@ -62,7 +62,7 @@ class Paused(dk.Objective):
 
 @contextlib.contextmanager
 def thread_inside(objective):
-    """Keep a thread inside a call."""
+    """Hold another thread inside a call while the block runs."""
     thread = threading.Thread(target=call, args=(objective,))
     thread.start()
     try:
@@ -144,7 +144,7 @@ def test_what_a_product_depends_on():
     for operand, result in itertools.product((BF16, FP16, FP32, FP64), repeat=2):
         assert settings_of(CPU, operand, result) == ()
         assert bool(settings_of(cuda, operand, result)) == ((operand, result) in CUDA_SETTINGS)
-    # the products of every chunk on a GPU: logits, dX and an accumulated dW of bf16 operands
+    # On a GPU every chunk has these products: logits, dX, and dW accumulated from bf16 operands.
     assert settings_of(cuda, BF16, FP32) == settings_of(cuda, FP64, FP64) == ()
 
 
@@ -156,12 +156,14 @@ def test_settings_are_exact_inside():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# what was found is there afterwards
+# settings are restored afterwards
 
 
 @needs_levels
 def test_every_level_gets_its_own_precision_back():
-    """A level without a precision of its own inherits before and after, whatever its parents are then changed to."""
+    """A level without a precision of its own inherits one before and after the call, whatever its parents are changed
+    to later.
+    """
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     levels = LEVELS[:3]
     try:
@@ -170,7 +172,7 @@ def test_every_level_gets_its_own_precision_back():
                 write(*level, precision)
             exactly(EVERY, list)
             for level, precision in zip(levels, own, strict=True):
-                assert read(*level) == precision  # its parents have none by now
+                assert read(*level) == precision  # by now its parents have no precision of their own
                 write(*level, "none")
     finally:
         for level in levels:
@@ -200,7 +202,7 @@ def test_after_an_error_in_a_product():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         exactly(EVERY, functools.partial(torch.mm, torch.ones(2, 3), torch.ones(2, 3)))
     assert settings() == before
-    thread = threading.Thread(target=exactly, args=(EVERY, list))  # the lock is free
+    thread = threading.Thread(target=exactly, args=(EVERY, list))  # this thread gets the lock only if it is free
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
@@ -227,7 +229,7 @@ def test_ctrl_c_while_another_thread_has_the_lock():
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
             exactly(EVERY, list)
-        assert settings() != before  # still the other thread's
+        assert settings() != before  # the other thread's settings still hold
         thread.join()
         assert settings() == before
         exactly(EVERY, list)
@@ -298,7 +300,7 @@ def test_fork_while_a_thread_is_inside_a_call(way):
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_fork_while_a_setting_is_changed():
-    """The fork waits for the product."""
+    """The fork waits until the product is finished."""
     before, stop = settings(), threading.Event()
 
     def work():

@@ -1,4 +1,4 @@
-"""The fp8 head against an emulation in float64: the same logits, and a straight-through gradient."""
+"""Tests of the fp8 head against an emulation in float64, with the same logits and a straight-through gradient."""
 
 import math
 
@@ -13,7 +13,7 @@ from drpo_kernels.backends.quantize import per_row
 from problems import SMALL_WORKSPACE, SPECS, full_problem, oracle, random_problem, relative, replace
 
 FP8 = {"fp8_e4m3": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
-# fp32: the contract's; 16-bit dlogits cost 0.18 %
+# float32 has the contract's bound; 16-bit dlogits cost 0.18 %.
 GRADIENTS = {torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 SHAPE = (3, 4)
 chunked = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -22,7 +22,9 @@ every_name = pytest.mark.parametrize("name", FP8)
 
 @pytest.fixture(autouse=True)
 def exact_products(request, monkeypatch):
-    """Products are exact on a GPU too. Tensor cores cut the sums of fp8 products, for which one test has a bound."""
+    """Make products exact on a GPU too. Tensor cores truncate the sums of fp8 products, and one test has a bound for
+    that.
+    """
     if "gpu" not in request.keywords:
         monkeypatch.setattr(fp8_head, "scaled_mm_route", lambda device, form: None)
 
@@ -44,7 +46,7 @@ def straight_through(hidden, weight, name, cast=None):
 
 
 def solve(problem, spec, name, upstream=1.0):
-    """Return the (output, gradients) of the oracle on emulated logits."""
+    """Return (output, gradients) of the oracle on emulated logits."""
     leaves = {n: x.detach().double().requires_grad_() for n, x in problem.leaves().items()}
     logits = straight_through(leaves["hidden"].flatten(0, -2), leaves["weight"], name)
     logits = logits if "bias" not in leaves else logits + leaves["bias"]
@@ -66,7 +68,8 @@ def assert_agrees(problem, spec, name, backend, device, **extra):
         assert error <= problems.logprob_bound(problem), field
     for n, grad in grads.items():
         assert grad.dtype == getattr(problem, n).dtype
-        # a bias sums rounded dlogits of both signs, so that rounding weighs more: it has no bound in the contract
+        # The gradient of a bias sums rounded dlogits of both signs, so rounding weighs more there. The contract does
+        # not bound it.
         bound = GRADIENTS[problem.hidden.dtype] * (2 if n == "bias" else 1)
         assert relative(grad, want_grads[n]) <= bound, n
     return out, grads
@@ -129,7 +132,7 @@ def test_masked_rows_and_compaction(compact, backend, device):
 def test_zero_rows_and_padded_vocabulary(backend, device):
     problem = random_problem(5, SHAPE, hidden_size=16, vocab=40, vocab_size=37)
     hidden, weight = problem.hidden.clone(), problem.weight.clone()
-    hidden[0, -1], weight[3], weight[38] = 0, 0, math.nan  # the last is padding
+    hidden[0, -1], weight[3], weight[38] = 0, 0, math.nan  # row 38 is padding
     problem = replace(problem, hidden=hidden, weight=weight, mask=torch.ones(SHAPE, dtype=torch.bool))
     clean = replace(problem, weight=weight.nan_to_num(), options=problem.options)
     want, _ = solve(clean, SPECS["ppo"], "fp8_e4m3")
@@ -212,13 +215,13 @@ def test_refused(message, change):
         dk.token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), head_dtype="fp8_e4m3")
 
 
-# --- its product, and the hardware's --------------------------------------------------------------------------------
+# --- the emulated product and the hardware's ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("route", ["rowwise", "unit"])
 @pytest.mark.parametrize("columns", [48, 37])
 def test_scaled_mm_routes_compute_the_same(route, columns, monkeypatch):
-    """torch._scaled_mm, which the CPU build has too, is given what it wants. V need not be a multiple of 16."""
+    """torch._scaled_mm, which the CPU build has too, gets operands that it accepts. V need not be a multiple of 16."""
     g = problems.generator(11)
     a, b = (per_row(torch.randn(n, 32, generator=g), torch.float8_e4m3fn) for n in (5, columns))
     want = (a.values.double() @ b.values.double().T) * a.scales.double() * b.scales.double().T
@@ -237,9 +240,9 @@ def test_scaled_mm_routes_compute_the_same(route, columns, monkeypatch):
 @pytest.mark.gpu
 @every_name
 def test_on_a_gpu_as_on_a_cpu(name, device):
-    """The two agree up to the tensor cores' accumulation, which on sm_90 keeps of 32 products 13 bits below the largest
-    one. Emulated, that moves a log-prob here by 2e-3 to 5e-3 (root mean square), where the quantisation moves it by
-    0.37.
+    """The two agree up to the accumulation of the tensor cores: on sm_90 a sum of 32 products keeps 13 bits below the
+    largest one. An emulation of that moves a log-prob here by 2e-3 to 5e-3 (root mean square), while the quantisation
+    moves it by 0.37.
     """
     problem = random_problem(12, (8, 16), hidden_size=256, vocab=1000, dtype=torch.bfloat16)
     runs = [
@@ -260,12 +263,12 @@ def test_scales_and_rounding(name):
     assert found.scales[0].item() == pytest.approx(2 / largest)
     assert found.values[0, 2].item() == -largest and found.values[2, 0].float() > 0
     assert (found.values[1].float() == 0).all() and found.values.float().isfinite().all()
-    step = {"fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3}[name]  # half the gap to the next value, relative
+    step = {"fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3}[name]  # half the relative gap to the next value
     g = problems.generator(13)
     y = torch.randn(16, 64, generator=g).bfloat16()
     error = (dequantized(per_row(y, form)) - y.float()).abs()
     assert (error <= step * y.float().abs() + 1e-3).all() and error.max() > 0
-    ties = torch.tensor([[largest, 17.0, 19.0, 18.0]])  # scale 1
+    ties = torch.tensor([[largest, 17.0, 19.0, 18.0]])  # the row's scale is 1
     assert per_row(ties, form).values[0, 1:].tolist() == ([16, 20, 18] if name == "fp8_e4m3" else [16, 20, 16])
 
 

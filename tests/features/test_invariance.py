@@ -1,4 +1,6 @@
-"""Determinism, and `batch_invariant`: what a row reports and its dX, bit for bit, whatever is computed beside it."""
+"""Tests of determinism and of `batch_invariant`: a row's outputs and dX have the same bits whatever is computed beside
+it.
+"""
 
 from dataclasses import dataclass
 
@@ -21,10 +23,10 @@ from drpo_kernels.triton_support import INTERPRETING
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS, HIDDEN, VOCAB = 7, 9, 21
-# several tiles in every dimension, and not the last one full; compiled, tl.dot wants 16 at least
+# There are several tiles in every dimension, and the last one is not full. Compiled, tl.dot needs at least 16.
 SMALL = MatmulTile(4, 16, 8, 4, 2, group=1) if INTERPRETING else MatmulTile(64, 64, 16, 4, 2)
-SMALL_GRADIENT = MatmulTile(16, 8, 2, 4, 2) if INTERPRETING else SMALL  # of the weight: chunks of two rows
-# of 16-bit inputs: the contract's, but the interpreter truncates to bf16 where a GPU rounds, twice the error
+SMALL_GRADIENT = MatmulTile(16, 8, 2, 4, 2) if INTERPRETING else SMALL  # for dW, in chunks of two rows
+# 16-bit inputs have the contract's bound, but the interpreter truncates to bf16 where a GPU rounds: twice the error.
 GRADIENTS = {torch.float32: 5e-5, torch.bfloat16: 8e-3 if INTERPRETING else 4e-3, torch.float16: 4e-3}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -35,7 +37,7 @@ def small_tiles(monkeypatch):
 
 
 def chosen(problem, rows):
-    """Return the problem of those rows alone, in that order."""
+    """Return the problem of the given rows alone, in the given order."""
     count = problem.targets.numel()
 
     def pick(value):
@@ -48,7 +50,7 @@ def chosen(problem, rows):
 
 
 def row_problem(dtype, rows=ROWS, hidden=HIDDEN, vocab=VOCAB, seed=1):
-    """Return a problem with every term and transform and every kind of row. A row's coefficient does not depend on
+    """Return a problem with every term, every transform and every kind of row. A row's coefficient does not depend on
     other rows.
     """
     problem = full_problem(seed, (rows,), hidden, vocab, dtype, reduction="token-sum")
@@ -59,7 +61,7 @@ def row_problem(dtype, rows=ROWS, hidden=HIDDEN, vocab=VOCAB, seed=1):
 
 @dataclass(frozen=True)
 class Untwinned(dk.Objective):
-    """This objective runs through PyTorch, not in the kernel."""
+    """This objective has no Triton twin, and so it runs in PyTorch."""
 
     def token_loss(self, tokens):
         return -tokens.advantages * tokens.ratio
@@ -78,7 +80,7 @@ def reported(problem, route, device, monkeypatch, **options):
         logprobs, entropy, logsumexp = dk.linear_token_logprobs(
             leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], return_logsumexp=True, **keywords
         )
-        # slopes that are 0 where masked: then an unmasked call has the same gradients
+        # Slopes are 0 where masked, so that an unmasked call has the same gradients.
         slopes = torch.where(problem.mask, problem.advantages, 0).to(device)
         ((logprobs + 0.3 * entropy + 0.1 * logsumexp) * slopes).sum().backward()
         kept = torch.stack([logprobs, entropy, logsumexp]).detach() * problem.mask.to(device)
@@ -110,12 +112,12 @@ def test_rescored_log_probs_have_the_same_bits(dtype, device, monkeypatch):
 
 
 def assert_products(matmul, hidden, weight, device):
-    """Compare all four products with float64: |error| <= depth · 2^-23 · Σ |a||b|, the most that any order of additions
-    does.
+    """Compare all four products with float64. The bound, |error| <= depth · 2^-23 · Σ |a||b|, holds for any order of
+    additions.
     """
     rows, vocab, compute = len(hidden), len(weight), matmul.compute_dtype
     g = problems.generator(3)
-    hidden, weight = hidden.to(compute), weight.to(compute)  # as the kernel does
+    hidden, weight = hidden.to(compute), weight.to(compute)  # the kernel rounds its operands like this
     buffer = torch.randn(rows, -(-vocab // 16) * 16 + 16, generator=g).to(device, matmul.operand_dtype)
     dlogits = buffer[:, :vocab]
     empty = torch.full_like(buffer, torch.nan, dtype=torch.float32)
@@ -148,7 +150,7 @@ def test_products(rows, layout, dtype, device, small_tiles):
 def test_products_in_the_chosen_tiles(dtype, device):
     g = problems.generator(2)
     hidden, weight = torch.randn(ROWS, 70, generator=g), torch.randn(139, 70, generator=g)
-    hidden, weight = hidden.to(device, dtype), weight.to(device)  # a master weight, rounded on its way to the product
+    hidden, weight = hidden.to(device, dtype), weight.to(device)  # a master weight is rounded on its way to the product
     assert_products(invariant.InvariantMatmul(weight, dtype), hidden, weight, device)
 
 
@@ -197,7 +199,7 @@ def test_rows_do_not_depend_on_the_batch(route, dtype, device, monkeypatch, smal
 
 @pytest.mark.parametrize("dtype, retain", [*((d, False) for d in DTYPES), (torch.bfloat16, True)], ids=str)
 def test_weight_gradient_does_not_depend_on_the_chunks(retain, dtype, device, monkeypatch, small_tiles):
-    """It does not depend on whether bf16 dlogits are kept for one product either, nor on rows without a gradient."""
+    """Nor does it depend on whether bf16 dlogits are kept for one product, or on rows without a gradient."""
     problem = row_problem(dtype).with_options(kl_coef=0.0, entropy_coef=0.0)
     scored = problem.advantages != 0
     assert not scored[problem.mask].all()
@@ -222,7 +224,7 @@ def test_autocast_with_master_weights(device):
     want, _ = problems.run(rounded, dk.PPO(), "triton", device, **options)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out, grads = problems.run(problem, dk.PPO(), "triton", device, **options)
-    bound = problems.logprob_bound(rounded)  # another tile, another order
+    bound = problems.logprob_bound(rounded)  # another tile adds in another order
     assert (out.logprobs - want.logprobs).abs().max().item() <= bound
     _, exact = problems.solve(rounded, ("PPO", {"clip_low": 0.2, "clip_high": 0.2}))
     for name, grad in grads.items():
@@ -291,8 +293,8 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
 @pytest.mark.parametrize("route", ["fused", "recompute"])
 @pytest.mark.parametrize("hidden, vocab", [(1024, 32_003), (896, 151_936)])
 def test_real_shapes(hidden, vocab, route, dtype, device, monkeypatch):
-    """With the chosen tiles, compiled, rows are bitwise the same alone, permuted, compacted and chunked, and dW by
-    chunks.
+    """With the chosen tiles, compiled, a row has the same bits alone, permuted, compacted and chunked, and dW the same
+    bits in any chunks.
     """
     rows = 517
     with device:

@@ -1,5 +1,7 @@
-"""`kept_ids`: a softmax over the ids that top-p or top-k sampling kept, against one over the whole vocabulary in which
-every other logit is -inf, in float64."""
+"""Tests of `kept_ids`, a softmax over the ids that top-p or top-k sampling kept.
+
+It is compared in float64 with a softmax over the whole vocabulary in which every other logit is -inf.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ CASES = {
     "every row": {"compact": "none"},
     "padded vocabulary": {"vocab_size": V - 4},
 }
-# of float32: what its logits' rounding makes of the slope, as for a whole vocabulary
+# The bound of float32 is what rounded logits do to the slope, as for a whole vocabulary.
 GRADIENT_BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-5, torch.bfloat16: 3 * 4e-3}
 
 
@@ -36,7 +38,7 @@ def problem_with_ids(seed=3, shape=(4, 6), dtype=torch.float32, bias=True, **opt
 
 
 def call(problem, form, backend, **options):
-    """Return (output, gradients by name)."""
+    """Return (output, gradients by name) of a call and its backward."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in problem.leaves().items()}
     function = dk.policy_loss if form == "logits" else dk.linear_policy_loss
     arguments = problem.targets, problem.old_logprobs, problem.advantages, problem.mask
@@ -69,7 +71,7 @@ def test_the_loss_is_that_of_banned_logits(spec, backend, name):
     out, grads = call(problem, "linear", backend, kept_ids=ids, **options)
 
     wide, logits, kept = banned(problem, ids)
-    cap = options.pop("softcap", None)  # at -inf a tanh is -1, and bans nothing
+    cap = options.pop("softcap", None)  # tanh(-inf) is -1, so a softcap would lift the ban
     if cap:
         logits = cap * torch.tanh(logits * options.pop("logit_scale") / cap)
     exact = dk.policy_loss(
@@ -123,7 +125,7 @@ def test_ready_logits_and_logprobs(backend):
     out, grads = call(ready, "logits", backend, kept_ids=ids)
     torch.testing.assert_close(out.logprobs, linear.logprobs, rtol=1e-5, atol=1e-5, equal_nan=True)
     _, logits, kept = banned(problem, ids)
-    # no gradient outside the set, and none of a masked row
+    # There is no gradient outside the set, and none in a masked row.
     assert not grads["logits"][~kept | ~problem.mask[..., None]].any() and grads["logits"].any()
     options = {"mask": problem.mask, "kept_ids": ids, "backend": backend}
     for scored in (
@@ -136,8 +138,8 @@ def test_ready_logits_and_logprobs(backend):
 
 
 def test_the_ratio_is_exact():
-    """This is the purpose of `kept_ids`: under top-p sampling an unchanged policy has a ratio of 1, and another one
-    without the ids.
+    """This is what `kept_ids` is for: under top-p sampling an unchanged policy has a ratio of 1, and without the ids it
+    does not.
     """
     problem, _ = problem_with_ids(bias=False)
     probs = (problem.hidden @ problem.weight.T).double().softmax(-1)

@@ -9,9 +9,9 @@ from drpo_kernels.backends.rows import Field, Terms, Transform
 from drpo_kernels.backends.spec import Execution, Spec
 from problems import SMALL_WORKSPACE, SPECS, full_problem, random_problem, relative
 
-GRADIENTS = {torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}  # the contract's
+GRADIENTS = {torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}  # the contract's bounds
 CASES = [*((torch.float32, scale) for scale in (1.0, 1 / 3, 1024.0)), (torch.bfloat16, 3.0), (torch.float16, 64.0)]
-START = 0.25  # what the buffer holds before
+START = 0.25  # value of the buffer before the call
 
 
 def differentiated(problem, spec, backend, device, scale, **options):
@@ -54,7 +54,7 @@ def test_micro_batches_add_up(spec, device):
 
 @pytest.mark.parametrize("function", ["logprobs", "gspo"])
 def test_recomputing_routes_add_in_every_backward(function, device):
-    """They add with the upstream gradient that comes, whatever loss_scale says."""
+    """In every backward they add dW times the upstream gradient, whatever loss_scale says."""
     problem = random_problem(7)
     leaves = {n: x.detach().clone().to(device).requires_grad_() for n, x in problem.leaves().items()}
     buffer = torch.zeros_like(leaves["weight"])
@@ -80,7 +80,9 @@ def test_recomputing_routes_add_in_every_backward(function, device):
 
 @pytest.mark.parametrize("factor", [0.5, 1.001, float("nan")])
 def test_another_factor_is_an_error(factor):
-    """On a GPU it is a device-side assertion, which would end this process."""
+    """A factor other than loss_scale raises here. On a GPU it is a device-side assertion, which
+    would end this process.
+    """
     problem = random_problem(1)
     leaves = {name: value.clone().requires_grad_() for name, value in problem.leaves().items()}
     buffer = torch.zeros_like(leaves["weight"])
@@ -91,7 +93,9 @@ def test_another_factor_is_an_error(factor):
 
 @pytest.mark.parametrize("said, multiplied", [(1 / 3, 1 / 3), (0.1, 0.1), (0.1, 0.2), (3.0, 1.0)])
 def test_loss_scale_without_main_grad(said, multiplied, device):
-    """The gradients are those of the loss times its factor, which is rounded into them once, if it is the one said."""
+    """The gradients are those of the loss times the factor. They are rounded only once if loss_scale announced that
+    factor.
+    """
     problem = random_problem(9, dtype=torch.bfloat16, bias=True)
 
     def gradients(factor, **options):
@@ -104,7 +108,8 @@ def test_loss_scale_without_main_grad(said, multiplied, device):
     plain_loss, _ = gradients(1.0)
     _, want = problems.solve(problem, ("DRPO", {"delta": 0.2}), multiplied)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
-    _, at_once = gradients(1.0, token_weights=torch.full(problem.targets.shape, said))  # before any rounding
+    # here the factor is applied before any rounding
+    _, at_once = gradients(1.0, token_weights=torch.full(problem.targets.shape, said))
     for name, grad in found.items():
         if said == multiplied:
             assert relative(grad, at_once[name].double()) <= 1e-4, name

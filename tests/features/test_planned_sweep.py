@@ -1,4 +1,6 @@
-"""What `LinearSweep` makes of a plan: windows of several chunks, the way of a GPU, and the memory that it takes."""
+"""Tests of what `LinearSweep` does with a plan: windows of several chunks, the route of a
+GPU, and the memory it takes.
+"""
 
 import sys
 
@@ -20,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FROZEN = NeedsGrad(True, False, False)
 
 
-@pytest.mark.interpreted  # tiles of four columns, which no tensor core takes
+@pytest.mark.interpreted  # its tiles have four columns, too few for a tensor core
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
     """bf16 dlogits lie beside float32 logits or over bf16 ones. With `batch_invariant` the result is that of one
@@ -51,7 +53,7 @@ def test_windows_of_several_chunks(logits_dtype, device, monkeypatch):
 
 
 def small_chunks(monkeypatch):
-    """Let a chunk have two rows where a window is larger."""
+    """Make chunks of two rows, so that larger windows have several chunks."""
     monkeypatch.setattr(planning, "CHUNK_ROWS", 2)
     monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
 
@@ -85,7 +87,7 @@ def test_temporaries_of_narrow_logits_stay_small(monkeypatch):
     monkeypatch.setattr(matmul, "CPU_CAST_BYTES", 4096)
     hidden, weight, out = torch.randn(100, 2), torch.randn(300, 2), torch.empty(100, 300, dtype=BF16)
     matmul.HeadMatmul(weight, FP32).logits(hidden, out)
-    # a block's product may add in another order: where float32 differs, bf16 rounds to a neighbour
+    # The product of a block may add in another order. Where float32 differs, bf16 rounds to a neighbour.
     torch.testing.assert_close(out, (hidden @ weight.T).bfloat16(), rtol=2**-7, atol=1e-6)
     assert sum(sizes) == 4 * 100 * 300 and max(sizes) <= 4096
 
@@ -113,10 +115,10 @@ def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypat
     small_chunks(monkeypatch)
     monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)
     problem = random_problem(6, dtype=dtype, bias=True, compact=compact)
-    # three roundings to bf16, of dlogits, of the gradient, and of 3.7 times it
+    # There are three roundings to bf16: of dlogits, of the gradient, and of 3.7 times it.
     options = {"workspace_bytes": workspace, "grad_bound": 3 * 2.0**-9 if dtype == BF16 else 4e-3}
     problems.assert_agrees(problem, SPECS["drpo-active"], "torch", device, **options)
-    if dtype == BF16:  # bf16 logits are worth less: the contract is for float32 ones
+    if dtype == BF16:  # the contract is for float32 logits; bf16 ones are less exact
         narrow = options | {"logits_dtype": BF16, "grad_bound": 4e-2, "loss_bound": 4e-2}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(problems, "logprob_bound", lambda _: 4e-2)
@@ -125,8 +127,8 @@ def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypat
 
 @pytest.mark.parametrize("compact", ["active", "none"])
 def test_factors_the_way_of_a_gpu(compact, device, monkeypatch, tensor_cores):
-    """dX, dW and db are those of factors times exponentials, up to their rounding. The caller's hidden states, which
-    the factors scale for dW, stay what they were.
+    """dX, dW and db are those of dlogits that are factors times exponentials, up to rounding. For dW the factors scale
+    the hidden states, but the caller's own hidden states do not change.
     """
     kept, policy = [], TorchRows.policy
 
@@ -146,7 +148,7 @@ def test_factors_the_way_of_a_gpu(compact, device, monkeypatch, tensor_cores):
     ).loss.backward()
     assert torch.equal(hidden, before)
     (dlogits,) = kept
-    assert relative(bias.grad, dlogits.sum(0)) <= 1e-4  # float32, so the factors' two parts show
+    assert relative(bias.grad, dlogits.sum(0)) <= 1e-4  # db is float32, so both parts of the factors show
     assert relative(hidden.grad, dlogits @ weight.double()) <= 2.0**-8
     assert relative(weight.grad, dlogits.T @ hidden.double()) <= 2.0**-7
 
@@ -177,9 +179,13 @@ def test_main_grad_the_way_of_a_gpu(dtype, device, monkeypatch, tensor_cores):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case, limit_mib", [("main-grad-bf16", 96), ("strided", 96), ("sparse", 160)])
 def test_peak_memory(case, limit_mib):
-    """main-grad-bf16: a head of 128 MiB, a workspace of 16: neither an accumulator (256) nor a gradient (128) fits.
-    strided: hidden[:, :-1] of 128 MiB, a workspace of 16: it is never copied whole.
-    sparse: entries are added whenever they fill a quarter of the workspace of 64 MiB, and never take hundreds."""
+    """The three cases:
+
+    main-grad-bf16: the head has 128 MiB and the workspace 16 MiB, so neither a float32 accumulator (256 MiB) nor a
+    gradient (128 MiB) fits.
+    strided: hidden[:, :-1] has 128 MiB and the workspace 16 MiB, so it is never copied whole.
+    sparse: entries are added whenever they fill a quarter of the workspace of 64 MiB, and never take hundreds of MiB.
+    """
     status, output = launch("memory_probe", case)
     assert status == 0, output
     assert float(output.split()[-1]) <= limit_mib

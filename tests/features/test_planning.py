@@ -1,4 +1,4 @@
-"""The plan of a sweep: what it promises of memory, at any size; and what `LinearSweep` makes of it."""
+"""Tests of the plan of a sweep: what it promises of memory at any size, and what `LinearSweep` makes of it."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def assert_covers(chunks, rows):
     wanted=st.sampled_from([ALL, FROZEN]), main_grad=st.booleans(), sparse=st.booleans(),
 )  # fmt: skip
 def test_promises(active, forward, hidden, vocab, storage, device, workspace, multiple, wanted, main_grad, sparse):
-    """Every row is there once. The plan takes the workspace, and beyond it the least that dW may take."""
+    """Every row is there once. The plan takes no more than the workspace and the least that dW may take."""
     main_grad = main_grad and wanted.weight
     made = plan(
         PRESETS[device], Sizes(active, forward, hidden, vocab), storage, wanted,
@@ -66,7 +66,8 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
         chunks = made.chunks(window)
         assert_covers(chunks, window.stop - window.start)
         assert chunks.largest <= made.logits_rows
-        assert len(chunks) == 1 or not (made.in_place or storage.dlogits == FP16)  # whose scale is of one chunk
+        # float16 dlogits have one scale per chunk
+        assert len(chunks) == 1 or not (made.in_place or storage.dlogits == FP16)
     assert made.retained or made.windows.chunk_rows % multiple == 0 or len(made.windows) <= 1
     least = vocab * (storage.logits.itemsize + storage.dlogits.itemsize) * multiple
     budget = planning.workspace_bytes(PRESETS[device], vocab, storage.logits.itemsize, workspace)
@@ -81,8 +82,8 @@ def test_promises(active, forward, hidden, vocab, storage, device, workspace, mu
 @pytest.mark.parametrize("device", ["cpu", "h100", "mi300x"])
 @pytest.mark.parametrize("storage", STORED)
 def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
-    """As many rows are computed at a time as without `sparse_grad`. dW is a sum, for no window of dense rows is known
-    to be the only one. On a GPU dense rows are moved together beside the logits, whose programs run in no order.
+    """As many rows are computed at a time as without `sparse_grad`. dW is accumulated, because a window of dense rows
+    may not be the only one. On a GPU dense rows are packed beside the logits, because programs run in no fixed order.
     """
     sizes = Sizes(4096, 0, 4096, 151_936)
     made, without = (plan(PRESETS[device], sizes, storage, ALL, sparse=sparse) for sparse in (True, False))
@@ -95,8 +96,8 @@ def test_sparse_gradients_are_planned_for_dense_rows(storage, device):
     "vocab, on_cpu, on_a_gpu", [(1, 16, 16), (1087, 16, 16), (1088, 17, 16), (32_000, 500, 125), (151_936, 1024, 593)]
 )
 def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
-    """The limit follows from what an entry costs beside a column. It is at least 16, so that small vocabularies have
-    sparse rows, and at most 1024.
+    """The limit follows from the cost of an entry relative to that of a column. It is at least 16, so that small
+    vocabularies have sparse rows, and at most 1024.
     """
     assert entry_limit(vocab, "cpu") == on_cpu
     assert entry_limit(vocab, "cuda") == entry_limit(vocab, "mps") == on_a_gpu
@@ -105,8 +106,8 @@ def test_entries_of_a_sparse_row(vocab, on_cpu, on_a_gpu):
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize("tokens", [2048, 8192, 65_536])
 def test_the_plan_of_qwen3_8b(tokens, device):
-    """The default is 1 GiB, whatever T. dlogits are kept where a float32 dW would take as much, and then no sum is
-    kept.
+    """The default workspace is 1 GiB, whatever T. dlogits are kept where a float32 dW would take as much memory, and
+    then no sum is kept.
     """
     sizes, wide = Sizes(tokens, 0, 4096, 151_936), 4 * 151_936 * 4096
     made = plan(PRESETS[device], sizes, ON_A_GPU, ALL)
@@ -125,8 +126,8 @@ def test_a_larger_workspace_reads_the_weight_gradient_less_often():
     assert passes == sorted(passes, reverse=True) and passes[-1] <= passes[0] / 3
 
 
-# (T, H, V, workspace in MiB), and per kind of plan the bytes per entry of the vocabulary that it takes in windows, of
-# which all that fit are as few as can be, or with all bf16 dlogits where T <= 2H
+# A shape is (T, H, V, workspace in MiB). For each kind of plan, BYTES holds the bytes per entry of the vocabulary of
+# the plan with the fewest windows that fit, or with all bf16 dlogits where T <= 2H.
 SHAPES = [
     (512, 896, 151_936, 1024), (2048, 896, 151_936, 1024), (4096, 1536, 151_936, 1024), (8192, 2048, 151_936, 1024),
     (8192, 4096, 151_936, 1024), (9216, 4096, 151_936, 1024), (16_384, 4096, 151_936, 1024),
@@ -157,8 +158,8 @@ UNCOUNTED = replace(PRESETS["h200"], multiprocessors=0)
 @pytest.mark.parametrize("shape, index", [(shape, index) for index, shape in enumerate(SHAPES)])
 def test_bytes(kind, shape, index):
     """A plan never takes more than the one with the fewest windows. It takes the same where nothing is gained: for a
-    head that is not bf16 or has no gradient of its own, or without a number of processors. All rows are in one window
-    wherever the rule says so.
+    head that is not bf16 or has no gradient of its own, or for an unknown number of multiprocessors. All rows are in
+    one window wherever the rule below says so.
     """
     tokens, hidden, vocab, mib = shape
     options = {"storage": ON_A_GPU, "needs_grad": ALL, "workspace": mib * MIB, **KINDS.get(kind, {})}
@@ -171,12 +172,12 @@ def test_bytes(kind, shape, index):
     before = BYTES[kind][index]
     taken = {name: (each.buffer_bytes + each.accumulator_bytes) / vocab for name, each in found.items()}
     assert max(taken.values()) <= before, taken
-    assert kind == "cpu" or taken["mi300x"] == taken[""]  # AMD's products are cut otherwise
+    assert kind == "cpu" or taken["mi300x"] == taken[""]  # AMD's products are cut into other tiles
     if kind not in ("trained", "bf16 logits", "invariant"):
         assert taken[""] == before and not any(each.retained for each in found.values())
     if kind in ("float32", "sparse", "cpu"):
         assert set(taken.values()) == {before}
-    if kind in ("trained", "invariant"):  # beside 512 rows of logits, or half of them where windows do with less room
+    if kind in ("trained", "invariant"):  # the rule counts 512 rows of logits, or 256 if windows need less
         rule = (2 * tokens + 4 * 512) * vocab <= mib * MIB + 4 * vocab * hidden
         one = tokens <= 2 * hidden or (rule and 2 * tokens + 4 * 256 <= before)
         assert all((len(each.windows) == 1) == one for each in found.values())
@@ -199,7 +200,7 @@ def test_chunks_do_not_grow_where_windows_shrink():
     ("mi300x", 9216, 9216, 2048), ("h200", 100, 100, 2048),
 ])  # fmt: skip
 def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
-    """2048 rows of 4096 numbers fit, and a rest of 256 would have a wave of its own."""
+    """2048 rows of 4096 features fit, and 256 rows left over would need a wave of their own."""
     made = plan(PRESETS[device], Sizes(tokens, 0, 4096, 151_936), ON_A_GPU, ALL)
     assert (made.windows.largest, made.piece_rows) == (window, piece)
 
@@ -208,11 +209,11 @@ def test_pieces_of_dx_in_whole_waves(device, tokens, window, piece):
     "fitting, hidden, processors, best, share",
     [
         (2432, 4096, 132, 2048, 0.97), (2048, 4096, 132, 2048, 0.97), (2432, 4096, 148, 2304, 0.97),
-        (2432, 8192, 132, 2432, 0.92),  # 2048 would fill 97 %, for one more window
+        (2432, 8192, 132, 2432, 0.92),  # 2048 rows would fill 97 % but need one more window
     ],
 )  # fmt: skip
 def test_windows_in_whole_waves_by_hand(fitting, hidden, processors, best, share):
-    """Of 16,384 rows there is a tile for every 128 rows and 256 numbers."""
+    """The product has a tile for every 128 rows and 256 features of its 16,384 rows."""
     assert planning.whole_waves(16_384, fitting, hidden, processors) == best
     full = best // 128 * (hidden // 256)
     assert full / (-(-full // processors) * processors) == pytest.approx(share, abs=0.005)
@@ -247,7 +248,7 @@ def test_windows_in_whole_waves(rows, fitting, hidden, processors):
 def test_neither_choice_takes_memory(
     active, forward, hidden, vocab, storage, device, workspace, wanted, main_grad, multiple
 ):
-    """One window and whole waves take no more than the plan without either."""
+    """With one window or whole waves a plan takes no more memory than without."""
     sizes, main_grad = Sizes(active, forward, hidden, vocab), main_grad and wanted.weight
     options = {"workspace": workspace, "row_multiple": multiple, "main_grad": main_grad}
     made = plan(PRESETS[device], sizes, storage, wanted, **options)
@@ -261,7 +262,7 @@ def test_neither_choice_takes_memory(
 
 
 def test_ranks_on_other_gpus_cut_alike(monkeypatch):
-    """Every window of a head split over ranks is a collective."""
+    """The ranks must agree, because every window of a head that is split over ranks is a collective."""
     from drpo_kernels.backends import sweep
     from drpo_kernels.collectives import VocabShard
 
@@ -328,8 +329,8 @@ def test_command(arguments, said, capsys):
     ],
 )
 def test_a_cpu_takes_what_is_planned(case, sizes, dtype):
-    """The gradients are added to the plan. What the allocator keeps differs by a tenth from run to run, and is allowed
-    twice that.
+    """The test adds the gradients to the plan. What the allocator keeps varies by a tenth from run to run, and twice
+    that is allowed.
     """
     status, output = launch("memory_probe", case)
     assert status == 0, output

@@ -1,6 +1,6 @@
-"""Shards of a vocabulary put together in one process: the statistics and gradients of column slices against whole rows.
+"""Shards of a vocabulary are put together in one process: statistics and gradients of column slices against whole rows.
 
-No process group: what the ranks would gather is stacked by hand.
+There is no process group: what the ranks would gather is stacked by hand.
 """
 
 from dataclasses import dataclass
@@ -79,20 +79,20 @@ def alone(backend, logits, targets, vocab, transform=PLAIN, rows=None, slopes=No
 def random_rows(seed, device, scale=4.0):
     g = generator(seed)
     logits = scale * torch.randn(8, VOCAB, generator=g)
-    targets = torch.tensor([0, 5, 7, 8, 12, 15, 18, 19])  # in every shard of every split
+    targets = torch.tensor([0, 5, 7, 8, 12, 15, 18, 19])  # at least one target in every shard of every split
     return (x.to(device) for x in (logits, targets, torch.randn(len(Slope), 8, generator=g)))
 
 
-# the statistics that do not depend on the reference, which a backend chooses, and each shard its own
+# These statistics do not depend on the reference value, which each backend and each shard chooses for itself.
 SETTLED = [Stat.LOGPROB, Stat.ENTROPY, Stat.MISS, Stat.LOGSUMEXP]
 
 
 @every_backend
 @pytest.mark.parametrize("sizes, vocab", SPLITS)
-@pytest.mark.parametrize("used", [1, 2, 3])  # slopes
+@pytest.mark.parametrize("used", [1, 2, 3])  # number of slopes
 @pytest.mark.parametrize("transform", [PLAIN, Transform(1.3, 4.0)], ids=["plain", "softcap"])
 def test_shards_make_whole_rows(used, transform, sizes, vocab, backend, device):
-    """They differ by rounding only: the sums are in another order, each of a few ulp."""
+    """The two differ by rounding only: sums are in another order, and each is off by a few ulp."""
     logits, targets, slopes = random_rows(1, device)
     slopes = slopes[:used]
     kinds, temperature = torch.tensor([2, 2, 0, 2, 1, 2, 2, 2]), torch.linspace(0.5, 2, 8)
@@ -114,7 +114,7 @@ def test_far_from_zero(offset, backend, device):
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
     ulp = torch.zeros(len(Stat), 1, device=device)
-    ulp[Stat.LOGSUMEXP] = 2.0**-10  # of 1e4, to which it is rounded
+    ulp[Stat.LOGSUMEXP] = 2.0**-10  # a log-sum-exp near 1e4 is rounded to this
     assert ((got - want).abs() <= 4e-6 + ulp)[SETTLED].all()
     assert relative(found, gradient) <= 1e-6
     logits[:, 6:12] -= 2 * offset
@@ -126,13 +126,13 @@ def test_far_from_zero(offset, backend, device):
 
 @every_backend
 def test_certain_tokens(backend, device):
-    """Where p_y is within 1e-7 of 1, 1 - p_y, log p_y and the gradient keep their digits, with the rest in either
-    shard.
+    """Where p_y is within 1e-7 of 1, 1 - p_y, log p_y and the gradient keep their digits, whichever shard holds the
+    other probabilities.
     """
     targets = torch.tensor([2, 2, 14, 14])
     logits = torch.full((4, VOCAB), -3.0)
     logits[range(4), targets] = torch.tensor([16.0, 17.5, 16.0, 22.0])
-    logits[1, 15] = 1.0  # most of what is left of row 1 in the other shard
+    logits[1, 15] = 1.0  # the other shard holds most of 1 - p_y in row 1
     slopes = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 0.2, -0.1, 0.0], [0.0, 0.1, 0.0, -0.3]])
     logits, targets, slopes = (x.to(device) for x in (logits, targets, slopes))
     exact = logits.double()
@@ -154,10 +154,12 @@ def test_certain_tokens(backend, device):
 
 @every_backend
 def test_banned_shards(backend, device):
-    """A whole shard is -inf and holds nothing. A banned target has log p = -inf. With every token banned, it is NaN."""
+    """A shard whose logits are all -inf contributes nothing. A banned target has log p = -inf, and a row of banned
+    tokens is NaN.
+    """
     logits, targets, _ = random_rows(3, device)
     slopes = torch.ones(1, 8, device=device)
-    logits[:, 6:12] = -torch.inf  # the targets of rows 2 and 3
+    logits[:, 6:12] = -torch.inf  # this bans the targets of rows 2 and 3
     want, gradient = alone(backend, logits, targets, VOCAB, slopes=slopes)
     got, found = together(backend, logits, targets, (6, 6, 6, 5), VOCAB, slopes=slopes)
     assert got[Stat.LOGPROB].isneginf().tolist() == targets.ge(6).logical_and(targets.lt(12)).tolist()
@@ -172,12 +174,12 @@ def test_banned_shards(backend, device):
 @every_backend
 @pytest.mark.parametrize("sizes", [(6, 6, 6, 5), (1, 20, 2)])
 def test_a_nan_in_any_shard_is_never_a_number(sizes, backend, device):
-    """There is a NaN logit, a whole shard of them, or a target that is no real entry."""
+    """The rows hold a NaN logit, a whole shard of NaN, or a target outside the vocabulary."""
     logits, targets, _ = random_rows(4, device)
     vocab, slopes = 22, torch.ones(1, 8, device=device)
     logits[0, 21] = torch.nan
     logits[1, :6] = torch.nan
-    logits[2, 0] = torch.nan  # the whole of a shard of one column
+    logits[2, 0] = torch.nan  # this fills a shard of one column
     targets[3], targets[4], targets[5] = -100, 22, 10**6
     got, found = together(backend, logits, targets, sizes, vocab, slopes=slopes)
     assert got[Stat.LOGPROB].isnan().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]

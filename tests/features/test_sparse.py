@@ -1,7 +1,7 @@
-"""`sparse_grad`: what a row leaves out is within its bound, and so is what that does to dX, dW and db.
+"""Tests of `sparse_grad`: what a row leaves out is within its bound, and so is the effect on dX, dW and db.
 
-sparse_cases.py makes the problems, solves them in float64 by the oracle and states the bounds; here is what they are
-asked of. A tolerance that is not stated there is beside its test.
+sparse_cases.py makes the problems, solves them in float64 by the oracle, and states the bounds. A tolerance that is not
+stated there stands beside its test.
 """
 
 import functools
@@ -74,8 +74,8 @@ def test_the_problems_above_are_many_and_of_both_kinds(device):
 @pytest.mark.parametrize("vocab", [40, 130, 200, 256, 640, 1000, 2000])
 @pytest.mark.parametrize("count", [3, LEAST_ENTRIES])
 def test_a_row_that_few_entries_suffice_for_is_sparse(count, vocab, device):
-    """It is sparse whatever columns they are in, even one in every block of 64. The others weigh a thousandth of the
-    budget.
+    """The row is sparse whatever columns the entries are in, even with one in every block of 64. The other columns
+    weigh a thousandth of the budget.
     """
     logits = torch.full((vocab,), -20.0)
     logits[torch.linspace(0, vocab - 2, count).long()] = 1.0
@@ -88,7 +88,7 @@ def test_a_row_that_few_entries_suffice_for_is_sparse(count, vocab, device):
 
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_the_entry_limit(beyond, device):
-    """So many equal probabilities beside the target are all kept. With one more, the row is dense."""
+    """As many equal probabilities as the limit allows are all kept. With one more, the row is dense."""
     vocab = 300
     limit = entry_limit(vocab, device.type)
     logits = torch.full((vocab,), -20.0)
@@ -101,7 +101,7 @@ def test_the_entry_limit(beyond, device):
 
 @pytest.mark.parametrize("tau", [0.5 * SHARE_ROUNDING, 1e-5, 0.9, 0.999])
 def test_extreme_tolerances(tau, device):
-    """Below what the sums of float32 can tell, every row is dense."""
+    """Every row is dense if the tolerance is below what float32 sums can resolve."""
     case = case_of(2, (40,), vocab=LEAST_ENTRIES, tau=tau)
     got = found(case, device=device)
     assert_within_bounds(case, got)
@@ -111,17 +111,19 @@ def test_extreme_tolerances(tau, device):
 @pytest.mark.parametrize("vocab", [700, 32_768])
 @pytest.mark.parametrize("spread", [1.0, 3.0, 4.0, 5.0, 8.0])
 def test_rows_that_are_given_up_are_dense(spread, vocab, device):
-    """By what is left out at least, which misses few of them, or by their entropy, which tells of flat ones alone."""
+    """Two tests give rows up: a lower bound on what they leave out, which misses few, and the entropy, which finds only
+    flat rows.
+    """
     limit, tau = entry_limit(vocab, "cpu"), 0.01
     e = (spread * torch.randn(100, vocab, generator=problems.generator(5))).exp().to(device)
-    e[:, 0] = 0  # the target's place
+    e[:, 0] = 0  # column of the target
     e /= e.amax(1, keepdim=True)
     total = e.sum(1)
     left_out = 1 - e.topk(limit, dim=1).values.sum(1) / total
     least = selection.hopeless(e, e[:, : vocab // 64 * 64].unflatten(1, (-1, 64)).amax(2), limit) / total
     assert_below(least, left_out + 1e-5, "what is left out at least")
     assert (least > tau).sum() >= 0.85 * (left_out > tau).sum()
-    for miss in (1e-6, 0.3, 1 - 1e-6):  # a target that weighs as much
+    for miss in (1e-6, 0.3, 1 - 1e-6):  # total probability of the columns beside the target
         p = (e / total[:, None] * miss).double()
         entropy = -torch.special.xlogy(p, p).sum(1) - (1 - miss) * math.log1p(-miss)
         statistics = torch.stack([entropy * 0, entropy, entropy * 0, entropy * 0 + 1, entropy * 0 + miss]).float()
@@ -132,7 +134,7 @@ def test_rows_that_are_given_up_are_dense(spread, vocab, device):
 
 @pytest.mark.parametrize("spread, tau", [(6.0, 0.05), (10.0, 0.01)])
 def test_a_large_vocabulary(spread, tau, device):
-    """Large enough for that sample to be taken: some rows are given up, and some that it was not sure of are sparse."""
+    """The vocabulary is large enough to be sampled: some rows are given up, and some undecided ones turn out sparse."""
     case = case_of(8, (24,), vocab=8192, hidden=24, spread=spread, pull=0.0, tau=tau)
     got = found(case, device=device)
     assert_within_bounds(case, got)
@@ -160,7 +162,7 @@ def test_the_loss_and_its_statistics_are_those_without(dtype, options, device):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("workspace", [None, ROW * 3])
 def test_flat_rows_are_as_without(workspace, bias, device):
-    """The same sums are added in two orders, hence 1e-6."""
+    """The two calls add the same sums in different orders, hence 1e-6."""
     case = case_of(1, (40,), spread=0.05, pull=0.0, bias=bias, workspace_bytes=workspace)
     got = found(case, device=device)
     assert not got.entries.any()
@@ -172,7 +174,7 @@ def test_flat_rows_are_as_without(workspace, bias, device):
 @pytest.mark.parametrize("options", [{}, {"workspace_bytes": ROW * 3}, {"compact": "none"}])
 def test_no_row_is_dense(options, device):
     case = case_of(4, (160,), pull=16.0, bias=True, tau=0.3, **options)
-    peaked = exact(case).miss < 0.2  # the others may need more
+    peaked = exact(case).miss < 0.2  # the other rows may need more entries
     kept = {n: getattr(case.problem, n)[peaked] for n in ("hidden", "targets", "old_logprobs", "advantages")}
     case = case.with_tensors(**kept)
     got = found(case, device=device)
@@ -186,7 +188,7 @@ def test_no_row_is_dense(options, device):
 @pytest.mark.parametrize("compact", COMPACT)
 @pytest.mark.parametrize("mask", [None, 3])
 def test_metrics_are_what_the_gradient_shows(mask, compact, device):
-    """Every entry of a row that was left out has the same gradient, which no other entry has."""
+    """All entries that a row left out have the same gradient, which no other entry has."""
     case = case_of(6, (40,), tau=0.05, spread=1.5, compact=compact, pull=14.0)
     if mask:
         case = case.with_tensors(mask=torch.arange(40) % mask > 0)
@@ -204,7 +206,7 @@ def test_metrics_are_what_the_gradient_shows(mask, compact, device):
         "drpo/left_out_mean": left.mean(),
         "drpo/left_out_share_max": (left / want.miss[sparse]).max(),
     }
-    for name, value in shown.items():  # what is left out is reported with SHARE_ROUNDING, an upper bound
+    for name, value in shown.items():  # what is left out is reported plus SHARE_ROUNDING, as an upper bound
         assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=2 * SHARE_ROUNDING), name
         assert not out.metrics[name].requires_grad and out.metrics[name].shape == ()
 
@@ -248,7 +250,7 @@ def test_the_same_bits_from_run_to_run(options, device):
     assert_same(again, grads)
 
 
-@pytest.mark.interpreted  # a GPU's products of other chunks differ in their last bit, and with it what is left out
+@pytest.mark.interpreted  # on a GPU other chunks change the products' last bit, and so what is left out
 @pytest.mark.parametrize("compact", COMPACT)
 def test_chunks_and_order_do_not_matter(compact, device):
     """Float32 sums are added in another order, hence 1e-6."""
@@ -269,7 +271,7 @@ def test_chunks_and_order_do_not_matter(compact, device):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("options", [{}, {"compact": "none"}], ids=str)
 def test_temporaries_of_any_size(options, dtype, monkeypatch, device):
-    """Blocks of a few rows for the selection and a few gathered rows at a time: sums in another order at most."""
+    """Rows are selected and gathered a few at a time, which changes at most the order of sums."""
     case = in_dtype(case_of(29, (40,), bias=True, **options), dtype)
     case = case.with_tensors(mask=torch.arange(40) % 4 > 0)
     want, (_, grads) = found(case, device=device), gradients(case, device=device)
@@ -300,7 +302,9 @@ TRITON = {
 
 @pytest.mark.parametrize("name", TRITON)
 def test_triton_keeps_what_torch_keeps(name, device):
-    """The logits are exact, so the two round only the softmax: 1e-4 of the row's gradient, beyond the bits it has."""
+    """The logits are exact, so the backends differ only in rounding the softmax: by 1e-4 of the gradient, plus its
+    dtype's rounding.
+    """
     pytest.importorskip("triton")
     options = dict(TRITON[name])
     dtype = options.pop("dtype", FP32)

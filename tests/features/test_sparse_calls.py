@@ -8,13 +8,15 @@ import problems
 import sparse_cases as sparse
 from drpo_kernels import linear_policy_loss
 
-# --- dtypes, layouts and who wants which gradient ---------------------------------------------------------------------
+# --- dtypes, layouts, and which gradients are wanted ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"workspace_bytes": sparse.ROW * 5}], ids=str)
 @pytest.mark.parametrize("dtype", sparse.STORED, ids=str)
 def test_dtypes(dtype, options, device):
-    """Sixteenths are exact in all dtypes. The float16 loss is multiplied by 2^10, so that no gradient becomes 0."""
+    """The inputs are multiples of 1/16, exact in all dtypes. The loss is multiplied by 2^10, so that no float16
+    gradient becomes 0.
+    """
     case = sparse.in_dtype(sparse.case_of(10, (4, 10), bias=True, tau=0.01, **options), dtype)
     got = sparse.found(case, device=device, upstream=2.0**10)
     assert 0 < (got.entries > 0).sum() < 40
@@ -26,7 +28,7 @@ def test_dtypes(dtype, options, device):
 @pytest.mark.parametrize("compute", [sparse.BF16, sparse.FP16])
 def test_master_weights_under_autocast(compute, device):
     """The gradients are those at the weight and hidden states that autocast rounds, and are float32."""
-    case = sparse.case_of(11, (40,), vocab=40, tau=1e-4)  # below what bfloat16 rounds
+    case = sparse.case_of(11, (40,), vocab=40, tau=1e-4)  # tau is below the rounding of bfloat16
     g = problems.generator(0)
     fine = {n: x + 1e-3 * torch.randn(x.shape, generator=g) for n, x in case.problem.leaves().items()}
     rounded = case.with_tensors(**{n: x.to(compute).float() for n, x in fine.items()})
@@ -35,9 +37,9 @@ def test_master_weights_under_autocast(compute, device):
     assert 0 < (got.entries > 0).sum() < 40
     assert got.out.loss.dtype == sparse.FP32
     want = sparse.exact(rounded)
-    # logits of these are sums that float32 rounds, H = 16 of them
+    # Float32 rounds these logits, which are sums of H = 16 products.
     want = sparse.replace(want, rounding=want.rounding + 16 * sparse.ULP * want.hidden.norm(dim=1) * 8)
-    on_cpu = device.type == "cpu"  # where dlogits are float32
+    on_cpu = device.type == "cpu"  # there dlogits are float32
     sparse.assert_within_bounds(rounded, got, want, stored=0.0 if on_cpu else sparse.STORED[compute])
 
 
@@ -55,7 +57,7 @@ def every_other(x):
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 @pytest.mark.parametrize("layout", [transposed, every_other])
 def test_strides(layout, name, dtype, device):
-    """A product may add in another order; the logits are exact, so the same entries are kept."""
+    """The product of strided operands may add in another order. The logits are exact, so the same entries are kept."""
     case = sparse.in_dtype(sparse.case_of(12, (4, 10)), dtype)
     strided = layout(getattr(case.problem, name))
     assert not strided.is_contiguous()
@@ -71,7 +73,7 @@ def test_strides(layout, name, dtype, device):
 
 
 def test_one_hidden_state_for_all_rows(device):
-    """It is expanded, with a stride of 0."""
+    """The hidden state is expanded, with a stride of 0."""
     case = sparse.case_of(13, (12,), vocab=70)
     x = case.problem.hidden[:1].to(device).requires_grad_()
     rest = [t.to(device) for t in (case.problem.weight, case.problem.targets, case.problem.old_logprobs,
@@ -119,7 +121,9 @@ def test_a_tied_head(device):
 @pytest.mark.parametrize("dtype", [sparse.FP32, sparse.BF16])
 @pytest.mark.parametrize("workspace", [None, sparse.ROW * 5])
 def test_main_grad(workspace, dtype, device):
-    """dW of the loss times loss_scale is added in float32 to what is there. The other gradients are as without it."""
+    """dW of the loss times loss_scale is added in float32 to what the buffer holds. The other gradients are as without
+    it.
+    """
     case = sparse.in_dtype(sparse.case_of(16, (30,), bias=True, workspace_bytes=workspace), dtype)
     buffer = torch.ones(130, 16, device=device)
     _, grads = sparse.gradients(case, device=device, upstream=4.0, main_grad=buffer, loss_scale=4.0)
@@ -228,9 +232,10 @@ def test_and_those_that_do_not(name):
     ids=str,
 )
 def test_rounded_logits(options, device):
-    """Within the bound of the gradients that the exact path has with the same logits.
+    """The gradients are within their bound of those that the exact path has with the same logits.
 
-    Those are not the oracle's, whose slopes and 1 - p_y these may exceed by a half: e^0.4, from logits off by 0.2.
+    The bound of the oracle's logits does not apply: rounded logits are off by up to 0.2, so slopes and 1 - p_y may be
+    larger by a half (e^0.4).
     """
     case = sparse.case_of(23, (40,), objective="pg")
     want = sparse.exact(case)
@@ -246,7 +251,7 @@ def test_rounded_logits(options, device):
     sparse.assert_below(error["weight"].norm(), (bound * want.hidden.norm(dim=1)).sum() + slack, "dW")
 
 
-# --- objectives and what stands beside them ---------------------------------------------------------------------------
+# --- objectives, and options of the loss ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kl", [{}, {"kl_coef": 0.2, "kl_estimator": "k3", "kl_importance": True}], ids=["", "kl"])

@@ -45,14 +45,14 @@ def test_nothing_to_do(what, compact, device):
     out, grads = sparse.gradients(case.with_tensors(**{what: nothing}), device=device)
     assert out.loss == 0 and out.loss.requires_grad
     assert not any(grad.any() for grad in grads.values())
-    rows = 20 if what == "advantages" and compact == "none" else 0  # which are swept as if they had a gradient
+    rows = 20 if what == "advantages" and compact == "none" else 0  # such rows are swept as if they had a gradient
     assert (out.metrics["drpo/sparse_share"] > 0) == (rows > 0)
 
 
 @pytest.mark.parametrize("workspace", [None, sparse.ROW * 4])
 @pytest.mark.parametrize("compact", sparse.COMPACT)
 def test_masked_rows_contribute_nothing(compact, workspace, device):
-    """Whatever they carry, the result is bitwise the same."""
+    """The result has the same bits whatever the masked rows carry."""
     case = sparse.case_of(5, (4, 8), bias=True, compact=compact, workspace_bytes=workspace)
     mask = (torch.arange(32) % 3 > 0).view(4, 8)
     p = case.problem
@@ -75,7 +75,7 @@ class InfiniteAtCertainty(dk.Objective):
 
 @pytest.mark.parametrize("compact", sparse.COMPACT)
 def test_masked_rows_do_not_reach_a_user_objective(compact, device):
-    """A skipped row reports the log-prob 0, where this objective's slope is not finite."""
+    """A skipped row reports the log-prob 0, at which this objective's slope is not finite."""
     case = sparse.case_of(35, (30,), bias=True, compact=compact)
     mask = torch.arange(30) % 3 > 0
     results = []
@@ -92,7 +92,7 @@ def test_masked_rows_do_not_reach_a_user_objective(compact, device):
 @pytest.mark.parametrize("compact", ["active", "none"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_dense_and_alone(value, compact, device):
-    """As without `sparse_grad`, its own dX and all of dW are NaN, and the other rows' dX are what they were."""
+    """As without `sparse_grad`, its own dX and all of dW become NaN, and the dX of other rows does not change."""
     case = sparse.case_of(6, (30,), compact=compact, workspace_bytes=sparse.ROW * 7)
     bad = case.problem.hidden.clone()
     bad[4, 3] = value
@@ -111,14 +111,13 @@ def test_a_row_that_is_not_finite_is_dense_and_alone(value, compact, device):
 
 
 def test_banned_tokens(device):
-    """The bias makes them -inf. They are never an entry of their own, whatever else the row has."""
+    """The bias makes these tokens' logits -inf. They are never kept as entries, whatever else the row has."""
     case = sparse.case_of(7, (40,), vocab=130, bias=True)
     banned = torch.arange(130) % 3 == 1
     p = case.problem
     g = problems.generator(2)
     allowed = (~banned).nonzero()[:, 0]
     targets = allowed[torch.randint(len(allowed), (40,), generator=g)]
-    # the row's other tokens are all banned but one, or all: p_y = 1
     case = case.with_tensors(bias=p.bias.masked_fill(banned, -torch.inf), targets=targets)
     got = sparse.found(case, device=device)
     assert 0 < (got.entries > 0).sum() < 40
@@ -134,7 +133,7 @@ def test_banned_tokens(device):
 @pytest.mark.parametrize("vocab", [3, 17, 40, 41])
 @pytest.mark.parametrize("gap", [30.0, 60.0, 85.0, 88.0, 92.0, 95.0, 103.0, 120.0])
 def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
-    """1 - p_y is near e^-gap. When it is no normal float32, 1e-35 is as good as 0; in the end it is 0."""
+    """1 - p_y is near e^-gap. Below the normal float32 numbers, where 1e-35 is as good as 0, it finally becomes 0."""
     if backend == "triton":
         pytest.importorskip("triton")
     logits = torch.linspace(-gap - 3, -gap, vocab)
@@ -151,7 +150,7 @@ def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("target", [-1, 130, 2**40])
 def test_a_target_outside_the_vocabulary(target, backend, device):
-    """Unchecked, its row is dense and NaN, and nothing is read or written elsewhere."""
+    """With the checks off, its row is dense and NaN, and nothing is read or written out of bounds."""
     if backend == "triton":
         pytest.importorskip("triton")
     case = sparse.case_of(33, (8,), objective="pg")
@@ -175,7 +174,7 @@ def test_one_target_in_every_chunk(device):
 
 
 def test_a_padded_vocabulary(device):
-    """Padding may hold anything and gets no share of what is left out."""
+    """Padding may hold anything, and gets no share of the probability that is left out."""
     case = sparse.case_of(27, (40,), vocab=130, bias=True, vocab_size=123)
     p = case.problem
     padding = torch.arange(130) >= 123
@@ -186,7 +185,7 @@ def test_a_padded_vocabulary(device):
     assert not grads["weight"][123:].any() and not grads["bias"][123:].any()
 
 
-# --- what cannot be asked for -----------------------------------------------------------------------------------------
+# --- calls that are refused -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,11 +210,11 @@ def test_what_cannot_be_asked_for(name, options, device):
 
 
 def test_a_split_vocabulary_cannot_either():
-    shard = VocabShard(None, (65, 65))  # of two ranks, whose process group no call gets to need
+    shard = VocabShard(None, (65, 65))  # one of two shards; no call gets as far as needing its process group
     with pytest.raises(ValueError, match="sparse_grad must be 0 with vocab_shard"):
         validation._check_sparse_grad(PolicyOptions(sparse_grad=0.1, vocab_shard=shard))
     case = sparse.case_of(0)
-    whole = sparse.gradients(case, vocab_shard=VocabShard(None, (130,)))[1]  # of one rank is not split
+    whole = sparse.gradients(case, vocab_shard=VocabShard(None, (130,)))[1]  # a head with a single rank is not split
     sparse.assert_same(whole, sparse.gradients(case)[1])
 
 

@@ -1,4 +1,4 @@
-"""The real verl, where it is installed."""
+"""The fixture of the real verl, for the tests that run where it is installed."""
 
 import importlib.util
 import sys

@@ -1,7 +1,8 @@
-"""A model with a fused head against the same model's own logits, family by family, and what it leaves alone.
+"""Tests of a model with a fused head against the same model's own logits, family by family, and of what the head leaves
+alone.
 
-The budgets are those of fused_models.py; from bf16 inputs, against float64 on the same hidden states, the package's
-1e-4 and 0.4 %.
+The bounds are those of fused_models.py. For bf16 inputs they are the package's 1e-4 and 0.4 %, against float64 on the
+same hidden states.
 """
 
 import copy
@@ -65,7 +66,7 @@ def test_families(name, tied, attention):
 
 
 def assert_as_its_router(model, batch):
-    """The load-balancing loss is the model's own, and its gradient reaches the routers."""
+    """Assert that the load-balancing loss is the model's own, and that its gradient reaches the routers."""
     outputs = model(**batch.inputs)
     loss, logprobs, _ = eager(outputs.logits, batch)
     want = gradients(model, loss + 0.1 * outputs.aux_loss)
@@ -102,7 +103,7 @@ def test_packed_sequences(name, attention):
         "input_ids": batch.inputs["input_ids"],
         "position_ids": torch.cat([torch.arange(n) for n in (5, 4, 3)])[None],
     }
-    batch.inputs["use_cache"] = False  # as in a fused call: with a cache, transformers does not look for packing
+    batch.inputs["use_cache"] = False  # as in a fused call; with a cache, transformers does not look for packing
     batch.mask[0, [4, 8]] = False
     model = add_fused_head(make(name, attention=attention))
     assert_as_its_logits(model, batch)
@@ -110,7 +111,7 @@ def test_packed_sequences(name, attention):
     del batch.inputs["use_cache"]
     got = model(**batch.inputs, fused_head=logprobs_of(batch))[0][0, 5:8]
     want = alone.log_softmax(-1)[0, :3].gather(-1, batch.targets[0, 5:8, None])[:, 0]
-    torch.testing.assert_close(got, want, rtol=0, atol=LOGPROB_BOUND)  # the sequence sees nothing of its neighbours
+    torch.testing.assert_close(got, want, rtol=0, atol=LOGPROB_BOUND)  # the sequence does not see its neighbours
 
 
 def test_logits_to_keep():
@@ -123,7 +124,7 @@ def test_logits_to_keep():
 
 
 def hidden_of(model, inputs):
-    """Return what the model's head is given without a fused head."""
+    """Return the hidden states that the model gives to its own head."""
     hidden = []
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0])):
         model(**inputs)
@@ -132,8 +133,8 @@ def hidden_of(model, inputs):
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision(mode):
-    """Logits are fp32 from bf16 products, where the model rounds them. They are compared with float64 on its hidden
-    states.
+    """Logits are fp32 from bf16 products, while the model itself rounds them. They are compared with float64 on the
+    model's hidden states.
     """
     model, batch = add_fused_head(make("Granite")), make_batch()
     model = model.to(torch.bfloat16) if mode == "bf16" else model
@@ -145,7 +146,8 @@ def test_low_precision(mode):
     weight = head.weight.detach().to(torch.bfloat16).double().requires_grad_()
     loss, logprobs, _ = eager(hidden.to(torch.bfloat16).double() @ weight.T / 4.0, batch)
     torch.testing.assert_close(out.logprobs[batch.mask].double(), logprobs[batch.mask], rtol=0, atol=BF16_LOGPROB_BOUND)
-    assert (eager(rounded.float(), batch)[1] - logprobs).abs().max() > 4 * BF16_LOGPROB_BOUND  # what is avoided
+    # the model's own rounding is avoided
+    assert (eager(rounded.float(), batch)[1] - logprobs).abs().max() > 4 * BF16_LOGPROB_BOUND
     (want,) = torch.autograd.grad(loss, weight)
     got = gradients(model, out.loss)
     assert all(gradient.dtype == p.dtype for gradient, p in zip(got.values(), model.parameters(), strict=True))
@@ -171,7 +173,7 @@ def test_gradient_checkpointing(reentrant):
     runs = []
     model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: runs.append(1))
     got = gradients(model, model(**batch.inputs, fused_head=loss_of(batch)).loss)
-    assert len(runs) == 2  # recomputed
+    assert len(runs) == 2  # the second run is the recomputation
     assert_same_gradients(got, want)
 
 
@@ -230,7 +232,7 @@ def test_never_the_logits(monkeypatch):
     assert fused.elements < tokens * vocab / 8  # 16 rows of the weight's own size fit in that
     with Largest() as plain:
         model(**batch.inputs)
-    assert vocab in products and plain.elements == tokens * vocab  # both traps work
+    assert vocab in products and plain.elements == tokens * vocab  # on a plain call both checks find the logits
 
 
 # --- the model stays itself -------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_saving(tmp_path):
 
 
 def test_changes_after_adding():
-    """The head and the configuration are those at the time of the call."""
+    """A call uses the head and the configuration that the model has at that time."""
     model, batch = add_fused_head(make("Gemma3")), make_batch()
     assert_as_its_logits(model, batch)
     model.config.final_logit_softcapping = None

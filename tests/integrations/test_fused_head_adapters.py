@@ -1,4 +1,4 @@
-"""A fused head beside the adapters of PEFT, on the backbone and on the head."""
+"""Tests of a fused head together with the adapters of PEFT, on the backbone and on the head."""
 
 import pytest
 import torch

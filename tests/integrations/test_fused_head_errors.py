@@ -1,4 +1,6 @@
-"""What cannot have a fused head: refused with a message that says what to do, never silently left out."""
+"""A model that cannot have a fused head is refused with a message that says what to do, and never silently left without
+one.
+"""
 
 from functools import partial
 
@@ -102,7 +104,7 @@ def test_tails_that_are_refused(name):
     with pytest.raises(ValueError, match=r"WithTail cannot have a fused head: what its forward does .*the"):
         model(**batch.inputs, fused_head=loss_of(batch))
     with torch.no_grad():
-        model(**batch.inputs)  # its own logits go on as before
+        model(**batch.inputs)  # the model's own logits work as before
 
 
 def test_a_trainable_scale_is_refused():
@@ -148,5 +150,5 @@ def test_arguments_that_are_refused():
         model(**batch.inputs, labels=batch.targets, fused_head=loss_of(batch))
     with pytest.raises(ValueError, match="return_dict must not be False"):
         model(**batch.inputs, return_dict=False, fused_head=loss_of(batch))
-    with pytest.raises(ValueError, match="targets"):  # what the function says is not rewritten
+    with pytest.raises(ValueError, match="targets"):  # an error that the function itself raises is not rewritten
         model(**batch.inputs, logits_to_keep=3, fused_head=loss_of(batch))

@@ -1,4 +1,6 @@
-"""A `fused_head=` that does not reach the fused forward: an error, never the model's own output in the loss's place."""
+"""A `fused_head=` that does not reach the fused forward is an error, and never gives the model's own output in place of
+the loss.
+"""
 
 import io
 import pickle
@@ -49,7 +51,7 @@ def adapted(model):
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
 
 
-# Mamba's forward keeps unknown keywords to itself, and PEFT calls it past the model's hooks
+# Mamba's forward swallows unknown keywords, and PEFT calls it without running the model's hooks.
 LOST = {
     "pickled": lambda: pickled(add_fused_head(make("Qwen3"))),
     "saved": lambda: saved(add_fused_head(make("Mamba"))),

@@ -1,6 +1,6 @@
-"""The snippets of docs/integrations, run on each trainer's own layout and compared with float64.
+"""The snippets of docs/integrations run on each trainer's own layout and are compared with float64.
 
-The ways from a rollout to the loss are in trainer_ways.py; rollouts.py says what is expected of them, and how far off
+trainer_ways.py holds the ways from a rollout to the loss; rollouts.py says what is expected of them, and how far off
 they may be.
 """
 
@@ -45,7 +45,7 @@ def test_bf16(name):
 
 @every_way
 def test_nothing_crosses_a_boundary(name):
-    """Other contents in all other sequences of the batch leave a sequence's gradient as it was, bit by bit."""
+    """A sequence's gradient has the same bits whatever the other sequences of the batch contain."""
     way = WAYS[name]
     rollout, other = way.rollout(), way.rollout(seed=1)
     for kept, sequence in enumerate(rollout.sequences):

@@ -1,4 +1,4 @@
-"""The snippets of docs/integrations/transformers.md, run as they stand, in a process group of one where needed."""
+"""The snippets of docs/integrations/transformers.md run as they stand, in a process group of one where needed."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,9 @@ def run(title, namespace):
 
 @pytest.fixture
 def names():
-    """Return what the page's reader has: a model, a padded batch, and the same batch in two micro-batches."""
+    """Return the variables that the page's reader has: a model, a padded batch, and the same batch in two
+    micro-batches.
+    """
     batch = make_batch()
     ids = torch.cat([batch.inputs["input_ids"], batch.targets[:, -1:]], 1)
     columns = {"targets": batch.targets, "old_logprobs": batch.old, "advantages": batch.advantages, "mask": batch.mask}
@@ -55,7 +57,7 @@ def group_of_one(tmp_path):
 
 
 def expected(delta, names):
-    """Return the gradient of the head from the logits of an untouched model."""
+    """Return the gradient of the head, computed from the logits of an untouched model."""
     model, batch = make("Qwen3"), names["batch"]
     logits = model(**batch.inputs).logits
     out = dk.policy_loss(
@@ -111,7 +113,7 @@ def test_fsdp2(names, group_of_one):
     run("transformers and plain PyTorch", names)
     names["model"].zero_grad()
     run("FSDP2", names)
-    assert names["out"].loss.item() == pytest.approx(loss, rel=0.1)  # a bf16 backbone
+    assert names["out"].loss.item() == pytest.approx(loss, rel=0.1)  # the backbone is bf16
     assert_gradient(names["model"], {"lm_head.weight": want["lm_head.weight"]}, bound=0.1)
 
 
@@ -145,7 +147,7 @@ def test_peft(names):
     plain = names["ref_logprobs"]
     run("PEFT", names)
     trained = [name for name, p in names["model"].named_parameters() if p.grad is not None and "lora" in name]
-    assert len(trained) == 8  # A and B of two projections in two layers
+    assert len(trained) == 8  # these are A and B of two projections in two layers
     torch.testing.assert_close(names["ref_logprobs"], plain, rtol=0, atol=1e-5)
 
 

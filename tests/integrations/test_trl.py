@@ -1,4 +1,6 @@
-"""DRPOTrainer against the real TRL: the same numbers as GRPOTrainer wherever TRL has the formula, step for step."""
+"""Tests of DRPOTrainer against the real TRL: step for step the same numbers as GRPOTrainer wherever TRL has the
+formula.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ CASES = {
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2}, CISPO(), {}, tiny_trl.model),
     "off-policy mask": ({"off_policy_mask_threshold": 1e-4, "num_iterations": 2}, PPO(), {}, tiny_trl.model),
     "entropy quantile": (
-        # at the third step tokens of equal entropy lie at other quantiles, and the last bit chooses among them
+        # At the third step, tokens of equal entropy lie at other quantiles, and the last bit chooses among them.
         {"top_entropy_quantile": 0.5, "entropy_coef": 0.01, "num_iterations": 2}, PPO(), {}, tiny_trl.model
     ),
     "entropy bonus": ({"entropy_coef": 0.02, "loss_type": "grpo"}, PPO(), {}, tiny_trl.model),
@@ -114,7 +116,8 @@ def test_drpo_is_the_paper_s_loss_in_trl(tmp_path):
     theirs = tiny_trl.trainer(EagerDRPO, tiny_trl.arguments(GRPOConfig, tmp_path, **common), tiny_trl.model())
     want = tiny_trl.run(theirs)
     args = tiny_trl.arguments(DRPOConfig, tmp_path, objective=DRPO(delta=0.2), **common)
-    ours = tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model())  # seeds the process: after the other run
+    # this seeds the process, so it comes after the other run
+    ours = tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model())
     got = tiny_trl.run(ours)
     assert close(got["loss"], want["loss"]) and close(got["grad_norm"], want["grad_norm"])
     assert (tiny_trl.weights(ours) - tiny_trl.weights(theirs)).norm() <= WEIGHT_BOUND * tiny_trl.weights(theirs).norm()
@@ -128,7 +131,7 @@ def test_trl_s_head_is_never_called(tmp_path, monkeypatch):
     monkeypatch.setattr(chunked_logprob.ChunkedLogProbFunction, "apply", refuse)
     options = {"num_iterations": 2, "beta": 0.1, "max_steps": 2, "off_policy_mask_threshold": 0.5}
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    with pytest.raises(AssertionError, match="TRL's head"):  # the trap works: it is the head that GRPOTrainer calls
+    with pytest.raises(AssertionError, match="TRL's head"):  # the trap works, for GRPOTrainer calls the head
         tiny_trl.run(tiny_trl.trainer(GRPOTrainer, tiny_trl.arguments(GRPOConfig, tmp_path, **options), policy))
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     args = tiny_trl.arguments(DRPOConfig, tmp_path, objective=DRPO(delta=0.2), **options)
@@ -142,7 +145,7 @@ def test_the_run_learns(tmp_path):
         per_device_train_batch_size=16, num_generations=8,
     )  # fmt: skip
     rewards = tiny_trl.run(tiny_trl.trainer(DRPOTrainer, args, tiny_trl.model()))["reward"]
-    # vowels: 5 of 49 tokens at first
+    # At first 5 of 49 tokens are vowels.
     assert sum(rewards[:5]) / 5 < 0.2
     assert sum(rewards[-5:]) / 5 > 0.3
 

@@ -1,4 +1,4 @@
-"""DRPOTrainer with what PEFT puts around the backbone and the head, step for step as GRPOTrainer."""
+"""Tests of DRPOTrainer with PEFT's adapters around the backbone and the head: step for step the same as GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from trl_runs import LOSS_BOUND, LOSS_FLOOR, WEIGHT_BOUND
 
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
-OLD = {"num_iterations": 2}  # scores old log-probs
+OLD = {"num_iterations": 2}  # a second iteration needs old log-probs to be scored
 REFERENCE = {"num_iterations": 2, "beta": 0.1, "gradient_accumulation_steps": 2}
 
-# (PEFT's configuration, options of both trainers beside gradient checkpointing, which is TRL's default, the policy's)
+# Each case is name: (PEFT's configuration, options of both trainers, options of the policy). Gradient checkpointing,
+# TRL's default, is on unless an option says otherwise.
 CASES = {
     "prompt": (lambda: PromptTuningConfig(**VIRTUAL), OLD, {}),
     "prompt, reference": (lambda: PromptTuningConfig(**VIRTUAL), REFERENCE, {}),
     "p-tuning, reference": (lambda: PromptEncoderConfig(encoder_hidden_size=16, **VIRTUAL), REFERENCE, {}),
-    "prefix, reference": (  # its keys and values do not come through checkpointing, in GRPOTrainer either
+    "prefix, reference": (  # its keys and values are lost in checkpointing, in GRPOTrainer too
         lambda: PrefixTuningConfig(**VIRTUAL), {**REFERENCE, "gradient_checkpointing": False}, {},
     ),
     "head, reference": (lambda: LoraConfig(modules_to_save=["lm_head"], **LORA), REFERENCE, {}),

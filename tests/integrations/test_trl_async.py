@@ -1,4 +1,6 @@
-"""AsyncDRPOTrainer against TRL's AsyncGRPOTrainer on recorded, stale samples: the same numbers in each step."""
+"""Tests of AsyncDRPOTrainer against TRL's AsyncGRPOTrainer on recorded, stale samples: the
+same numbers in each step.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ class Naive(AsyncGRPOTrainer):
         tree["tree_max_seqlen_q"], tree["tree_max_seqlen_k"] = inputs["tree_max_seqlens"][0].tolist()
         logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **tree).logits[0].double()
         position, sequence = inputs["token_index"][0], inputs["segment_id"][0]
-        assert len(position.unique()) < len(position)  # two samples' tokens share one
+        assert len(position.unique()) < len(position)  # tokens of two samples share a position
         targets = inputs["shift_labels"][0][position]
         logp = (logits[position] / self.temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         old, advantages = inputs["old_log_probs"][0].double(), inputs["advantages"][0].double()
@@ -72,7 +74,7 @@ class Naive(AsyncGRPOTrainer):
 
 
 NO_LOGPROB = {"old_log_probs": lambda old: np.where((old < 0) & (old > -2.5), math.nan, old)}
-# name: (the formula, the objective, what the samples are changed in)
+# Each case is name: (formula, objective, changes to the samples).
 FORMULAS = {
     "drpo": (("DRPO", {"delta": 0.2}), DRPO(delta=0.2), {}),
     "drpo, tokens without log-prob": (("DRPO", {"delta": 0.2}), DRPO(delta=0.2), NO_LOGPROB),
@@ -118,7 +120,7 @@ def test_tokens_without_an_advantage_cost_nothing(tmp_path):
     assert torch.equal(got, want) and active["loss"] == mask["loss"]
     assert active["drpo/computed"][0] == 0 < active["drpo/computed"][1] < mask["drpo/computed"][1]
     assert active["entropy"] == active["drpo/entropy_mean"]
-    assert active["ratio"][0] == 1  # of a row in which nothing was computed
+    assert active["ratio"][0] == 1  # nothing was computed in this step
     assert all(math.isfinite(value) for value in active["kl"])
 
 
@@ -132,7 +134,7 @@ def test_options_of_the_head_reach_the_loss(tmp_path):
 
 def test_a_router_without_its_loss(tmp_path):
     ours = trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path)
-    ours.aux_loss_enabled, ours.router_aux_loss_coef = True, 0.1  # as of a model that only declares a router
+    ours.aux_loss_enabled, ours.router_aux_loss_coef = True, 0.1  # as for a model that only declares a router
     with pytest.raises(ValueError, match=r"router_aux_loss_coef must .* 0.1: write AsyncDRPOConfig\(router_aux"):
         ours.train()
 
@@ -214,7 +216,7 @@ def test_logprobs_of_another_distribution(options, mode, warning, tmp_path, capl
 
 
 def test_the_server_is_asked_before_training(tmp_path, monkeypatch):
-    """Where TRL's own worker asks a vLLM server for its log-probs."""
+    """The check runs where TRL's own worker asks a vLLM server for its log-probs."""
     asked = []
     monkeypatch.setattr(AsyncDRPOTrainer, "_check_engine", lambda self: asked.append(self))
     ours = trainer(AsyncDRPOTrainer, AsyncDRPOConfig, tmp_path)

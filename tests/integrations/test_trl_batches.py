@@ -1,4 +1,4 @@
-"""DRPOTrainer beside GRPOTrainer on batches made by hand, which hold what a tiny run cannot produce."""
+"""Tests of DRPOTrainer beside GRPOTrainer on batches made by hand, which hold what a tiny run cannot produce."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_advantages_per_token(loss_type, tmp_path):
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 1)], ids=["token", "sequence"])
 def test_vllm_correction_as_in_trl(shape, tmp_path):
-    """vllm_importance_sampling_correction=True: recomputed old log-probs, and TRL's ratio on the policy term alone."""
+    """vllm_importance_sampling_correction=True recomputes old log-probs, and puts TRL's ratio
+    on the policy term alone.
+    """
     theirs, ours = pair(tmp_path, vllm_importance_sampling_correction=True)
     theirs.use_vllm = ours.use_vllm = True
     ratio = 0.5 + torch.rand(*shape, generator=torch.Generator().manual_seed(9))
@@ -48,7 +50,7 @@ def test_the_engine_s_logprobs_are_the_behaviour_policy(tmp_path):
     ours.use_vllm, ours.beta, theirs.beta = True, 0.1, 0.1
     ours.args.compact, reference = "mask", {"ref_per_token_logps": old_logprobs(11)}
     sampling = old_logprobs(10)
-    # TRL, told that the old log-probs are the engine's, with the unscorable token out of its mask but in its counts
+    # TRL is told that the old log-probs are the engine's. The unscorable token is out of its mask but in its counts.
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[0, 2] = 0
     want_loss, want = loss_and_gradient(
@@ -77,7 +79,7 @@ def test_sparse_gradients(tmp_path):
         assert loss == pytest.approx(want_loss, rel=1e-6)
         assert sparse._metrics["train"]["drpo/left_out_share_max"][0] <= tolerance
         errors.append((found - want).norm() / want.norm())
-    # every token's dlogits are within τ of themselves; their sum may cancel, but not to a twentieth
+    # Every token's dlogits are off by at most τ of their norm. Their sum may cancel, but not to a twentieth.
     assert errors[0] > 1e-3 and errors[1] < 20 * 1e-3
 
 
@@ -89,7 +91,7 @@ def test_skipping_tokens_without_advantage(tmp_path):
     loss_and_gradient(ours, batch(ours))
     assert ours._metrics["train"]["drpo/active_share"] == [1.0]
     assert lean._metrics["train"]["drpo/active_share"] == [pytest.approx(15 / 17)]
-    # of the computed tokens, not a mean in which the skipped ones count as 0
+    # This is a mean over the computed tokens, not one in which the skipped ones count as 0.
     assert lean._metrics["train"]["entropy"] == lean._metrics["train"]["drpo/entropy_mean"]
     assert lean._metrics["train"]["entropy"][0] == pytest.approx(ours._metrics["train"]["entropy"][0], rel=0.1)
 
@@ -118,7 +120,7 @@ def test_a_user_s_objective(tmp_path):
 
 
 def test_accumulated_metrics_are_one_step_s(tmp_path, caplog):
-    """A micro-batch without an advantage is no reason for a warning, and counts add up."""
+    """A micro-batch without an advantage causes no warning, and counts add up."""
     _, ours = pair(tmp_path)
     nothing = batch(ours, advantages=torch.zeros(4))
     ours.accelerator.gradient_state._set_sync_gradients(False)
@@ -132,7 +134,7 @@ def test_accumulated_metrics_are_one_step_s(tmp_path, caplog):
 
 
 def test_fsdp_does_not_round_what_the_loss_is_made_of(tmp_path):
-    """FSDP1 casts every tensor it finds in a forward's arguments, in dataclasses too."""
+    """FSDP1 casts every tensor that it finds in a forward's arguments, including those in dataclasses."""
     from torch.distributed.utils import _apply_to_tensors
 
     _, ours = pair(tmp_path)

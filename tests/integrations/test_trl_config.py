@@ -1,4 +1,4 @@
-"""DRPOConfig: objectives as text, options that are refused, and the pages' snippets."""
+"""Tests of DRPOConfig: objectives as text, options that are refused, and the pages' snippets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):
 
 @dataclass
 class OnTheCPU(DRPOConfig):
-    """The snippets are for a GPU; this is what differs without one."""
+    """The snippets are for a GPU, and these defaults make them run on a CPU."""
 
     use_cpu: bool = True
     max_completion_length: int = 6

@@ -1,4 +1,6 @@
-"""What DRPOTrainer says of its metrics: once in training, once in evaluation, and not what is so by construction."""
+"""DRPOTrainer says what its metrics show once in training and once in evaluation, but not
+what holds by construction.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class Counter(TrainerCallback):
     [(None, 1, 1, 0), (1, 1, 1, 0), (4, 1, 1, 1), (4, 0, 1, 1), (1, 9, 0, 0), (4, 9, 0, 0)],
 )
 def test_advantages_that_vanish(evaluated, breaks, training, evaluation, tmp_path, caplog):
-    """`evaluated`: completions per prompt in evaluation, of which one has no advantage. After `breaks` steps all
-    rewards are equal.
+    """`evaluated` is the number of completions per prompt in evaluation; a single one has no advantage. After `breaks`
+    steps all rewards are equal.
     """
     counter = Counter()
 
@@ -49,7 +51,7 @@ def test_advantages_that_vanish(evaluated, breaks, training, evaluation, tmp_pat
 
 
 def test_evidence_is_not_logged(tmp_path, monkeypatch):
-    """What is there for `diagnose` alone goes to it and not into the log."""
+    """Metrics that only `diagnose` needs go to it and not into the log."""
     given = []
     monkeypatch.setattr(trl_objective, "diagnose", lambda values, seen: given.append(values) or [])
     logs = tiny_trl.run(

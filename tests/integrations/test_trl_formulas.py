@@ -1,4 +1,6 @@
-"""Formulas of TRL that no objective here has by name: what is to be written in their place trains the same."""
+"""For formulas of TRL that no objective here has by name, the replacements that we tell
+users to write train the same.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from trl_runs import LOSS_BOUND, LOSS_FLOOR, WEIGHT_BOUND
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page's objectives, in a module as a reader would have them."""
+    """Yield the page's objectives as a module, as a reader would have them."""
     path = tmp_path_factory.mktemp("page") / "objectives_of_the_page.py"
     path.write_text(snippet("class SAPO", ROOT / "docs" / "integrations" / "trl.md"))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -56,7 +58,7 @@ def test_objectives_of_the_page(name, loss_type, theirs, ours, page, tmp_path):
 
 @pytest.mark.parametrize("low, high, delta", [(0.2, 0.2, 1.5), (0.1, 0.3, 1.4), (0.2, 0.3, 1.1), (0.2, 0.2, 1.2)])
 def test_what_stands_for_delta(low, high, delta, tmp_path):
-    """TRL's two-sided clip, for ratios on both sides of every bound and both signs of A."""
+    """The suggested objective is TRL's two-sided clip, for ratios on both sides of every bound and both signs of A."""
     with pytest.raises(ValueError, match="must keep its default") as error:
         tiny_trl.arguments(DRPOConfig, tmp_path, objective="PPO", epsilon=low, epsilon_high=high, delta=delta)
     objective = parse_objective(str(error.value).rpartition("objective=")[2])

@@ -1,4 +1,4 @@
-"""The head's options of `linear_policy_loss` in DRPOConfig: from the command line to every call of the head."""
+"""The head's options of `linear_policy_loss` in DRPOConfig get from the command line to every call of the head."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_refused_at_construction(options, message, tmp_path):
 
 
 def test_every_call_of_the_head_has_them(tmp_path, monkeypatch):
-    """The loss, the scoring of old and reference log-probs, and that of what selects tokens."""
+    """The calls are the loss, the scoring of old and reference log-probs, and the scoring that selects tokens."""
     want = {"workspace_bytes": 100_000, "logits_dtype": torch.bfloat16, "head_dtype": "fp8_e4m3", "validate": True}
     calls = {"linear_policy_loss": [], "linear_token_logprobs": []}
 
@@ -86,7 +86,8 @@ def test_every_call_of_the_head_has_them(tmp_path, monkeypatch):
     args = tiny_trl.arguments(DRPOConfig, tmp_path, **want, **options)
     logs = tiny_trl.run(tiny_trl.trainer(DRPOTrainer, args, str(tmp_path / "policy")))
     assert len(calls["linear_policy_loss"]) == 2
-    assert len(calls["linear_token_logprobs"]) == 4  # one generation: old and reference; two steps: their selection
+    # one generation scores old and reference; two steps score their selection
+    assert len(calls["linear_token_logprobs"]) == 4
     assert all(call == {**want, "temperature": 0.8} for found in calls.values() for call in found)
-    # the same head scored log μ: without that, an fp8 head would be 6 % off
+    # log μ was scored by the same head; otherwise an fp8 head would be 6 % off.
     assert logs["drpo/ratio_max"][0] == pytest.approx(1, abs=1e-5)

@@ -1,4 +1,6 @@
-"""`kept_ids` of a `rollout_func`: top-k sampling through DRPOTrainer, with the ratio of what was sampled from."""
+"""Tests of `kept_ids` from a `rollout_func`: with top-k sampling through DRPOTrainer, the ratio is of what was sampled
+from.
+"""
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ TOP = 6
 
 
 def sampler(kept=True, logprobs=True, top=TOP, tool=False):
-    """A rollout function that samples up to five tokens of the policy's `top` likeliest; with `tool`, the second one is
-    a tool's, whose ids mean nothing.
+    """Return a rollout function that samples up to five tokens of the policy's `top` likeliest. With `tool`, the second
+    token is a tool's, whose ids mean nothing.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -50,7 +52,7 @@ def sampler(kept=True, logprobs=True, top=TOP, tool=False):
 
 def run(tmp_path, **options):
     chosen = {name: options.pop(name) for name in ("kept", "logprobs", "top", "tool") if name in options}
-    tiny_trl.model().save_pretrained(tmp_path / "policy")  # from where TRL loads the reference
+    tiny_trl.model().save_pretrained(tmp_path / "policy")  # TRL loads the reference from there
     policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
     arguments = tiny_trl.arguments(DRPOConfig, tmp_path, objective=PPO(), **({"max_steps": 2} | options))
     trainer = tiny_trl.trainer(DRPOTrainer, arguments, policy, rollout_func=sampler(**chosen))
@@ -58,7 +60,7 @@ def run(tmp_path, **options):
 
 
 def test_a_fresh_batch_has_a_ratio_of_one(tmp_path):
-    """Per step a new batch: sampled by the policy that is trained, after top-k."""
+    """Each step has a new batch, which the trained policy sampled after top-k."""
     series, _ = run(tmp_path)
     assert series["drpo/ratio_max"] == pytest.approx([1, 1], abs=1e-4)
     assert series["drpo/entropy_mean"][0] < torch.tensor(TOP).log()
@@ -76,10 +78,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_scored_by_the_trainer(options, tmp_path):
-    """Without log-probs, those of the policy at generation, and the reference's, are over the same ids."""
+    """Without log-probs from the rollout, those of the policy at generation and of the
+    reference are over the same ids.
+    """
     series, _ = run(tmp_path, logprobs=False, num_iterations=2, pad_to_multiple_of=4, **options)
     assert series["drpo/ratio_max"][0] == pytest.approx(1, abs=1e-5)
-    assert series["drpo/ratio_max"][1] != pytest.approx(1, abs=1e-5)  # the second pass over the batch
+    assert series["drpo/ratio_max"][1] != pytest.approx(1, abs=1e-5)  # this is the second pass over the batch
     if "beta" in options:
         assert series["kl"][0] == pytest.approx(0, abs=1e-6) == series["drpo/ref_kl"][0]
 
@@ -89,7 +93,8 @@ def test_sets_of_all_ids_change_nothing(tmp_path):
     without, others = run(tmp_path, top=tiny_trl.VOCAB, num_iterations=2, kept=False)
     assert every["loss"] == pytest.approx(without["loss"], abs=1e-6)
     start = torch.cat([p.detach().reshape(-1) for p in tiny_trl.model().parameters()])
-    assert (weights - others).norm() <= 1e-4 * (others - start).norm()  # Adam's first steps are signs of gradients
+    # Adam's first steps follow only the signs of gradients
+    assert (weights - others).norm() <= 1e-4 * (others - start).norm()
 
 
 def test_padding():

@@ -1,4 +1,4 @@
-"""What users of DRPOConfig and DRPOTrainer write first, and are told to write instead."""
+"""Tests of what users of DRPOConfig and DRPOTrainer write first, and of what they are told to write instead."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_to_write_instead(options, message, tmp_path):
         message = message.replace(special, rf"\{special}")
     with pytest.raises(ValueError, match=message) as error:
         tiny_trl.arguments(DRPOConfig, tmp_path, **options)
-    if "write objective=" in str(error.value):  # what it says can be written
+    if "write objective=" in str(error.value):  # the objective that the message suggests is valid
         text = str(error.value).rpartition("objective=")[2].partition(", which")[0]
         tiny_trl.arguments(DRPOConfig, tmp_path, objective=parse_objective(text))
 
@@ -78,7 +78,7 @@ def test_an_objective_beside_the_config(tmp_path):
 
 
 class Engine:
-    """In place of vLLM, which is not asked for anything here."""
+    """This stands in for vLLM, which is not asked for anything here."""
 
     def __init__(self, **_):
         pass
@@ -123,7 +123,7 @@ def test_a_router_without_its_loss(tmp_path):
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_a_forward_that_was_replaced(says_so, tmp_path):
-    """No other output is taken for a loss or for log-probs, also of a forward that says to wrap the fused one."""
+    """No other output is taken for a loss or for log-probs, even if a forward claims to wrap the fused one."""
     trainer = tiny_trl.trainer(DRPOTrainer, tiny_trl.arguments(DRPOConfig, tmp_path), tiny_trl.model())
     own, fused = type(trainer.model).forward, trainer.model.forward
     trainer.model.forward = lambda fused_head=None, **inputs: own(trainer.model, **inputs)
@@ -136,7 +136,7 @@ def test_a_forward_that_was_replaced(says_so, tmp_path):
 
 
 def test_advice_on_sequences(tmp_path, caplog):
-    """TRL's advice follows the objective, and what it names can be written."""
+    """TRL's advice follows the objective, and the options that it names are valid."""
 
     def warned(**options):
         caplog.clear()
@@ -159,7 +159,7 @@ def test_without_the_package(package, name, monkeypatch):
     for module in list(sys.modules):
         if module.startswith(f"drpo_kernels.integrations.{package}"):
             monkeypatch.delitem(sys.modules, module)
-        if module.startswith(f"{package}."):  # of another test
+        if module.startswith(f"{package}."):  # another test has loaded it
             monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package}>=.* must be installed, got .*pip install '{package}>="):

@@ -1,4 +1,4 @@
-"""Every objective through DRPOTrainer: the run of a GRPOTrainer that has a formula of the oracle for its loss."""
+"""Every objective trains through DRPOTrainer as in a GRPOTrainer whose loss is a formula of the oracle."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from drpo_kernels import CISPO, DPPO, DRPO, GSPO, SPO, PolicyGradient
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
 from trl_runs import WEIGHT_BOUND, close
 
-# batches reused once, so that half of all losses are off-policy; the temperature and the accumulation are in all runs
+# Batches are used twice, so that half of all losses are off-policy; the temperature and the accumulation are in all
+# runs.
 OPTIONS = {"max_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "temperature": 1.2}
-# Adam at this rate turns roundings into steps: of seeds 3 to 7, three come near the bound on the loss or beyond,
-# whatever the code; with this one the losses of DRPO stay within a twentieth of it
+# Adam at this rate turns roundings into steps. Of seeds 3 to 7, three come near the bound on the loss or beyond,
+# whatever the code; with seed 5 the losses of DRPO stay within a twentieth of it.
 OPTIONS |= {"learning_rate": 1e-2, "seed": 5}
 
 
 class Naive(GRPOTrainer):
-    """TRL's trainer with a formula of the oracle for its loss, on the model's own logits in float64."""
+    """This is TRL's trainer with a formula of the oracle for its loss, on the model's own logits in float64."""
 
     spec: tuple = ()
 
@@ -47,7 +48,7 @@ def cispo_with_floor(x, ratio_cap, ratio_floor):
     return -x.ratio.detach().clamp(ratio_floor, ratio_cap) * x.adv * x.logp
 
 
-# name: (the formula, the objective, the aggregation), with bounds that these few steps reach; test_trl.py has PPO
+# Each case is name: (formula, objective, aggregation), with bounds that these few steps reach; test_trl.py has PPO.
 CASES = {
     "drpo": (("DRPO", {"delta": 0.02}), DRPO(delta=0.02), "dapo"),
     "dppo, tv": (("DPPO", {"delta_low": 0.002, "delta_high": 0.004}), DPPO(0.002, 0.004), "grpo"),
@@ -73,7 +74,7 @@ def naive_run(spec, aggregation, tmp_path):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Runs of the policy gradient without any bound: {aggregation: (logged series, weights)}."""
+    """Return {aggregation: (logged series, weights)} of runs of the policy gradient without any bound."""
     formula = ("PolicyGradient", {})
     return {name: naive_run(formula, name, tmp_path_factory.mktemp("plain")) for name in ("dapo", "grpo")}
 
@@ -96,5 +97,5 @@ def test_same_run_as_the_formula(name, plain, tmp_path):
     spec, objective, aggregation = CASES[name]
     want, weights = naive_run(spec, aggregation, tmp_path)
     _, unbounded = plain[aggregation]
-    assert (weights - unbounded).norm() > 20 * WEIGHT_BOUND * weights.norm()  # another run than without the formula
+    assert (weights - unbounded).norm() > 20 * WEIGHT_BOUND * weights.norm()  # the run differs from one without a bound
     assert_same_run(objective, aggregation, want, weights, tmp_path)

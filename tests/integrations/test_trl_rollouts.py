@@ -1,4 +1,4 @@
-"""What a `rollout_func` returns under "logprobs", which TRL asks for in any case: log-probs, or what stands in."""
+"""TRL always asks a `rollout_func` for "logprobs", and it may return log-probs or placeholders for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ LENGTHS = (5, 3, 6, 4)
 
 
 def train(tmp_path, logprobs_of, cls=DRPOTrainer, config=DRPOConfig, greedy=False, **options):
-    """Two steps on random completions -> (weights, the batches' log μ). `logprobs_of` gives a row's, of its tokens."""
+    """Train two steps on random completions, and return (weights, log μ of each batch). `logprobs_of` maps a row's
+    tokens to its log-probs.
+    """
     generator = torch.Generator().manual_seed(0)
     seen = []
 
@@ -62,13 +64,13 @@ PLACEHOLDERS = {
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory):
-    """Weights after a run whose rollouts have no log-probs, by the number of passes over a batch."""
+    """Return the weights after a run whose rollouts have no log-probs, by the number of passes over a batch."""
     return {n: train(tmp_path_factory.mktemp("without"), None, num_iterations=n)[0] for n in (1, 2)}
 
 
 @pytest.mark.parametrize("name, iterations", [*((name, 1) for name in PLACEHOLDERS), ("zeros", 2)])
 def test_placeholders(name, iterations, without, tmp_path, caplog):
-    """Those that stand for none are not μ, at any batch size."""
+    """Placeholders are not taken for log μ, at any batch size."""
     got, _ = train(tmp_path, PLACEHOLDERS[name], num_iterations=iterations)
     assert torch.equal(got, without[iterations])
     assert caplog.text.count(NONE_GIVEN) == 1
@@ -78,11 +80,14 @@ def test_placeholders_as_in_trl(tmp_path):
     got, _ = train(tmp_path, PLACEHOLDERS["zeros"])
     theirs, _ = train(tmp_path, PLACEHOLDERS["zeros"], GRPOTrainer, GRPOConfig)
     start = torch.cat([p.detach().reshape(-1) for p in tiny_trl.model().parameters()])
-    assert (got - theirs).norm() <= 1e-4 * (theirs - start).norm()  # Adam's first steps are signs of gradients
+    # Adam's first steps follow only the signs of gradients
+    assert (got - theirs).norm() <= 1e-4 * (theirs - start).norm()
 
 
 def test_some_zeros_among_log_probs(tmp_path, caplog):
-    """A few tokens of which the engine was sure, and one that it could not score, leave the others' log-probs be."""
+    """A few tokens of which the engine was sure, and one that it could not score, do not spoil
+    the others' log-probs.
+    """
     _, seen = train(tmp_path, lambda row: [0.0, -3.0, None, *[-2.0] * (len(row) - 3)])
     assert NONE_GIVEN not in caplog.text
     for old in seen:
@@ -90,7 +95,7 @@ def test_some_zeros_among_log_probs(tmp_path, caplog):
 
 
 def test_a_policy_that_is_sure(tmp_path, caplog):
-    """At a tiny temperature every sampled token has probability 1: its log-prob is 0, and no placeholder."""
+    """At a tiny temperature every sampled token has probability 1, so that its log-prob of 0 is no placeholder."""
 
     _, seen = train(tmp_path, PLACEHOLDERS["zeros"], greedy=True, temperature=1e-3)
     assert NONE_GIVEN not in caplog.text

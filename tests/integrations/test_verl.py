@@ -1,4 +1,4 @@
-"""Our losses in the real verl, which `make verl-env` installs apart from everything else."""
+"""Tests of our losses in the real verl, which `make verl-env` installs apart from everything else."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_what_is_masked_does_not_matter(verl, name):
 
 @every_loss
 def test_on_policy_gradient_is_verls_vanilla(verl, name):
-    """At r = 1 both penalties have no slope and no ratio is clipped: -A, bit for bit."""
+    """At r = 1 both penalties have no slope and no ratio is clipped, so the gradient is -A, bit for bit."""
     data = batch(torch.float32, poison=0.0)
     data["log_prob"] = data["old_log_prob"]
     _, gradient, _ = call(verl, name, data, actor_config(verl, name))
@@ -48,7 +48,7 @@ def test_on_policy_gradient_is_verls_vanilla(verl, name):
 @every_loss
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_add_up_to_the_batch(verl, name, mode):
-    """With the global normalisers, which no micro-batch can know. Each sum rounds as above."""
+    """They do so with the global normalisers, which no micro-batch can know. Each sum rounds as above."""
     data = batch(torch.float32)
     config = actor_config(verl, name, mode, {**GLOBAL, "dp_size": 1})
     whole, gradient, _ = call(verl, name, data, config)
@@ -80,9 +80,9 @@ def test_metrics(verl):
     }
     assert 0 < reference["actor/pg_clipfrac"] < 1
     assert all(type(value) is float for value in metrics.values())
-    assert "drpo/entropy_mean" not in metrics  # verl reports its own
+    assert "drpo/entropy_mean" not in metrics  # verl reports its own entropy
     for key, value in reference.items():
-        # fp32 means of a few dozen tokens, as above
+        # These are fp32 means of a few dozen tokens, as above.
         assert metrics[key] == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
 
 
@@ -97,7 +97,7 @@ def test_reads_the_device_once(verl, monkeypatch):
 
 @every_loss
 def test_unscorable_tokens_are_masked(verl, name):
-    """vLLM gives NaN for a token it could not score: it counts as masked, in the mode's own normaliser too."""
+    """vLLM gives NaN for a token it could not score. The token counts as masked, in the mode's own normaliser too."""
     data = batch(torch.float32)
     data["old_log_prob"][4, 2] = math.nan
     result = call(verl, name, data, actor_config(verl, name))
@@ -135,7 +135,9 @@ def test_hyper_parameters(verl):
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "token-mean"])
 def test_gspo_is_verls_with_token_level(verl, mode):
-    """Advantages and weights differ within a sequence: then our two forms have the same loss and other gradients."""
+    """Advantages and weights differ within a sequence, so that our two forms have the same loss and different
+    gradients.
+    """
     data = batch(torch.float64, poison=-1.0)
     data["log_prob"][0, 0] = data["old_log_prob"][0, 0] - 0.1  # verl does not clamp the log-ratio of one token
     config = actor_config(verl, "gspo", mode)
@@ -164,13 +166,15 @@ def test_a_loss_of_verls_own_is_left_in_place(verl, monkeypatch):
 
 
 def test_inside_verls_ppo_loss(verl):
-    """What verl's actor calls: unpadded log-probs, the normalisers put into the config, one Metric per value."""
+    """verl's actor calls the loss like this: with unpadded log-probs, the normalisers put into the config, and one
+    Metric per value.
+    """
     from tensordict import TensorDict
     from verl.utils import tensordict_utils
 
     data = batch(torch.float32)
     lengths = data["response_mask"].sum(1)
-    keep = lengths > 0  # verl pads no response of length 0
+    keep = lengths > 0  # verl does not pad responses of length 0
     prompt = 2
 
     def nested(values, front=0):
@@ -186,7 +190,7 @@ def test_inside_verls_ppo_loss(verl):
     for key in ("dp_size", "batch_num_tokens", "global_batch_size"):
         tensordict_utils.assign_non_tensor_data(tensors, key, info[key])
     config = actor_config(verl, "drpo", "seq-mean-token-sum-norm", {"loss_scale_factor": info["loss_scale_factor"]})
-    # position t predicts the token at t + 1: responses begin one position earlier
+    # Position t predicts the token at t + 1, so responses begin one position earlier.
     leaf = data["log_prob"].clone().requires_grad_()
     rows = [torch.cat([torch.zeros(prompt - 1), leaf[i][: lengths[i]], torch.zeros(1)]) for i in keep.nonzero()[:, 0]]
     log_probs = torch.nested.nested_tensor_from_jagged(torch.cat(rows), torch.tensor([0, *map(len, rows)]).cumsum(0))

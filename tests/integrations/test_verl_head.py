@@ -1,4 +1,4 @@
-"""The fused head in verl: the numbers of verl's own head, and how the one takes the place of the other."""
+"""Tests of the fused head in verl: it has the numbers of verl's own head, and it can take its place."""
 
 import importlib.util
 import sys
@@ -11,8 +11,8 @@ from drpo_kernels.distributed import VocabShard
 from verl_calls import relative
 
 HIDDEN, VOCAB, TEMPERATURE = 24, 151, 0.7
-# The package's contract from float32 inputs (README): 1e-4 on a log-prob, 5e-5 of a gradient's norm. Entropy sums
-# p log p of the same errors, the largest weight being 1.
+# The package's contract from float32 inputs is 1e-4 on a log-prob and 5e-5 of a gradient's norm (README). Entropy sums
+# p log p with the same errors and weights of at most 1.
 LOGPROB_BOUND, GRADIENT_BOUND = 1e-4, 5e-5
 
 
@@ -24,7 +24,7 @@ def head_inputs(*lead, dtype=torch.float32):
 
 
 def head_reference(hidden, weight, labels):
-    """-> (logprobs [N], entropy [N]) in float64."""
+    """Return (logprobs [N], entropy [N]) in float64."""
     logp = (hidden.double().reshape(-1, HIDDEN) @ weight.double().T / TEMPERATURE).log_softmax(-1)
     return logp.gather(-1, labels.reshape(-1, 1))[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -47,7 +47,7 @@ def test_head_is_the_formula(verl, lead, what):
     outputs = verl.ours.linear_cross_entropy(hidden, weight, labels, TEMPERATURE, "none")
     reference = head_reference(hidden, weight, labels)
     for out, exact in zip(outputs, reference, strict=True):
-        assert out.shape == (labels.numel(),) and out.dtype == torch.float32  # verl flattens
+        assert out.shape == (labels.numel(),) and out.dtype == torch.float32  # verl flattens these
         assert (out - exact).abs().max() <= LOGPROB_BOUND
     assert (outputs[0] < 0).all()
     slopes = slopes_for(outputs, what)
@@ -68,7 +68,7 @@ def test_head_reduces_log_probs_alone(verl, reduction):
 
 
 def test_head_agrees_with_verls_torch_path(verl):
-    """Both round: twice the bounds."""
+    """Both heads round, hence twice the bounds."""
     hidden, weight, labels = head_inputs(3, 7)
     outputs = verl.ours.linear_cross_entropy(hidden, weight, labels, TEMPERATURE)
     theirs = verl.torch_head.FusedLinearForPPO()(hidden, weight, labels, TEMPERATURE)
@@ -92,11 +92,11 @@ def test_head_agrees_with_verls_kernel(verl, device, reduction):
     )
     for out, other in zip(mine, theirs, strict=True):
         assert out.shape == other.shape and out.dtype == other.dtype
-        # two fp32 accumulations of the same bf16 products
+        # These are two fp32 accumulations of the same bf16 products.
         torch.testing.assert_close(out, other, rtol=1e-5, atol=2 * LOGPROB_BOUND)
     slopes = [torch.randn_like(out) for out in mine]
     for grad, other in zip(*(gradients(out, slopes, leaves) for out in (mine, theirs)), strict=True):
-        assert relative(grad, other) <= 2 * 0.004  # the contract from bf16 inputs, on each side
+        assert relative(grad, other) <= 2 * 0.004  # twice the contract from bf16 inputs, because both sides round
 
 
 def test_head_in_a_process_group(verl, monkeypatch):
@@ -113,13 +113,15 @@ def test_head_in_a_process_group(verl, monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
     assert all(torch.equal(a, b) for a, b in zip(plain, alone, strict=True))
-    # tests/distributed/test_distributed.py holds such a shard to one process's numbers
+    # tests/distributed/test_distributed.py compares such a shard with the numbers of one process.
     rows = weight.shape[0]
     assert received["vocab_shard"] == VocabShard(world, (rows, rows), partial_hidden_gradient=True)
 
 
 def test_head_is_replaced_and_put_back(verl, monkeypatch, restored_head):
-    """Megatron's modules, which need megatron-core, bind the name when they are loaded: one stands in for them."""
+    """Megatron's modules bind the name when they are loaded. They need megatron-core, so that a stand-in takes their
+    place.
+    """
     loaded = types.ModuleType("verl.models.mcore.loaded_before")
     loaded.linear_cross_entropy = verl.ours.VERL_HEAD
     monkeypatch.setitem(sys.modules, loaded.__name__, loaded)
@@ -135,7 +137,7 @@ def test_head_is_replaced_and_put_back(verl, monkeypatch, restored_head):
 
 
 def test_head_in_a_model_that_verl_patched(verl, monkeypatch, restored_head):
-    """verl's own forward for `impl_backend: triton`, on a CPU, against its forward for `impl_backend: torch`."""
+    """verl's own forward for `impl_backend: triton` agrees, on a CPU, with its forward for `impl_backend: torch`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 

@@ -1,4 +1,4 @@
-"""verl's own trainers with our losses: how they are configured, how they choose μ, and how verl finds us."""
+"""Tests of verl's own trainers with our losses: their configuration, their choice of μ, and how verl finds us."""
 
 import __future__
 
@@ -74,7 +74,9 @@ def composed(folder, name, *overrides):
 
 
 def method(path, name, **names):
-    """verl's own method, out of a file whose other imports are not installed here; `names` is what it uses."""
+    """Return verl's own method out of a file whose other imports are not installed here; `names` is what the method
+    uses.
+    """
     tree = ast.parse(verls(path).read_text(encoding="utf-8"))
     tree.body = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == name]
     exec(compile(tree, path, "exec", __future__.annotations.compiler_flag), names)
@@ -82,7 +84,9 @@ def method(path, name, **names):
 
 
 def test_the_v1_trainers_keep_the_loss(verl):
-    """verl's own step from the batch to μ with bypass_mode=true: of all its v1 trainers, synchronous or not."""
+    """With bypass_mode=true, verl's own step from the batch to μ keeps the loss in all v1
+    trainers, synchronous or not.
+    """
     bypass = "algorithm.rollout_correction.bypass_mode=true"
     config = composed("trainer/config", "ppo_trainer", bypass)
     assert config.trainer.use_v1
@@ -103,7 +107,8 @@ def test_the_v1_trainers_keep_the_loss(verl):
 @pytest.mark.parametrize("recipe", ["fully_async", "one_step_off"])
 def test_the_experimental_trainers_cannot_fall_back_to_ppo(verl, recipe):
     """Their configurations come with bypass_mode=true. verl builds its actors before the first step, which overwrites
-    loss_mode: such an actor keeps the loss and takes μ from the rollout engine, and a later one is refused.
+    loss_mode: such an actor keeps the loss and takes μ from the rollout engine, while an actor that is built later is
+    refused.
     """
     from verl.utils.config import omega_conf_to_dataclass
 
@@ -136,7 +141,7 @@ def test_bypass_mode_is_refused(verl):
 
 
 def entry_points():
-    """The entry points in pyproject.toml, {group: {name: module}}."""
+    """Return the entry points in pyproject.toml as {group: {name: module}}."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
 
 
@@ -149,7 +154,9 @@ LOADS = {
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_verl_loads_the_plugin(verl, tmp_path, load):
-    """As after `pip install .`: the metadata that pip writes are written here, the package itself is on the path."""
+    """This is the state after `pip install .`: the test writes the metadata that pip would write, and the package is on
+    the path.
+    """
     metadata = tmp_path / f"drpo_kernels-{drpo_kernels.__version__}.dist-info"
     metadata.mkdir()
     metadata.joinpath("METADATA").write_text(f"Name: drpo_kernels\nVersion: {drpo_kernels.__version__}\n")

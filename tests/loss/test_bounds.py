@@ -1,6 +1,6 @@
-"""The contract's bounds on errors, as the README states them, on inputs that are made to be bad.
+"""Tests of the contract's bounds on errors, which the README states, on inputs that are made to be bad.
 
-Every tolerance is the contract's: `problems.logit_error` is its ε, and G the norm of a gradient's sums of absolute
+Every tolerance is the contract's: `problems.logit_error` is its ε, and G is the norm of a gradient's sums of absolute
 products. Nothing is added for safety; docs/precision.md derives the constants.
 """
 
@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # A gradient is rounded once, by half an ulp of 8 bits or of 11.
 ROUNDING = {FP32: 0.0, BF16: 2.0**-8, FP16: 2.0**-11}
-COMPUTED = 5e-5  # what is not the logits' error
+COMPUTED = 5e-5  # error that does not come from the logits
 
 
 def rounding(dtype, backend, device):
-    """Return the rounding of one gradient. Triton's interpreter truncates to bf16, by up to a whole ulp where a device
-    rounds by half of one.
+    """Return the relative rounding error of one gradient. Triton's interpreter truncates to bf16, which costs up to an
+    ulp where rounding on a device costs up to half of one.
     """
     return ROUNDING[dtype] * (2 if dtype == BF16 and backend == "triton" and device.type == "cpu" else 1)
 
@@ -48,7 +48,7 @@ def cancelling(g, count, hidden, vocab):
 
 
 def taken_back(g, count, hidden, vocab):
-    """The bias takes back an outlier channel of 8,200."""
+    """An outlier channel adds 8,200 to every logit, and the bias takes it back."""
     x, w, _ = random(g, count, hidden, vocab)
     x[:, 0], w[:, 0] = 100.0, 82.0
     return x, w, torch.full((vocab,), -8192.0)
@@ -71,7 +71,7 @@ def large(g, count, hidden, vocab):
 
 
 def together(size, spread):
-    """Logits of about `size` lie within a few `spread` of each other, so that no row is decided."""
+    """Logits of about `size` lie within a few `spread` of each other, so that no token dominates its row."""
 
     def make(g, count, hidden, vocab):
         common = torch.randn(hidden, generator=g)
@@ -83,7 +83,7 @@ def together(size, spread):
 
 
 PER_TOKEN = torch.tensor([1e-2, 0.1, 1.0, 3.0, 1e2, 1e6])
-# Each name stands for (inputs, hidden, options).
+# Each case is name: (inputs, hidden size, options).
 CASES = {
     "H=1": (large, 1, {}),
     "H=2": (cancelling, 2, {}),
@@ -116,11 +116,13 @@ def problem_of(name, form, dtype, vocab=29) -> Problem:
 OUTPUTS = ("logprobs", "entropy", "logsumexp")
 
 
-# --- what is exact ----------------------------------------------------------------------------------------------------
+# --- the exact values -------------------------------------------------------------------------------------------------
 
 
 def exact(problem, slopes, of="logprobs"):
-    """Return ([log-probs, entropy, log-sum-exp], {name: (gradient of Σ slopes · the one named, its G)}) in float64."""
+    """Return ([log-probs, entropy, log-sum-exp], {name: (gradient of Σ slopes · the output named `of`, its G)}) in
+    float64.
+    """
     x = problem.leaves()
     if problem.logits is None:
         hidden, weight = x["hidden"].double(), x["weight"].double()
@@ -180,7 +182,7 @@ def check(problem, backend, device, dtype, gradients=True, of="logprobs", **extr
 
 
 def underflow(gradient, dtype):
-    """Numbers that are subnormal in float16 are rounded to multiples of 2^-24."""
+    """Return how much rounding to multiples of 2^-24, float16's subnormal numbers, may change a gradient."""
     return 2.0**-25 * math.sqrt(gradient.numel()) if dtype == FP16 else 0.0
 
 
@@ -188,8 +190,8 @@ def underflow(gradient, dtype):
 
 
 def combinations():
-    """Return every case in both forms. The slow interpreter takes the dtypes in turn, and the reference has float32
-    alone.
+    """Return every case in both forms. Triton, whose interpreter is slow, takes the dtypes in turn; the reference runs
+    in float32 alone.
     """
     for i, (name, form, backend) in enumerate(itertools.product(CASES, problems.FORMS, problems.BACKENDS)):
         one = FP32 if backend == "reference" or i // 6 % 2 == (form == "linear") else BF16
@@ -199,7 +201,7 @@ def combinations():
 
 @pytest.mark.parametrize("name, form, backend, dtype", list(combinations()))
 def test_bad_inputs(name, form, backend, dtype, device):
-    """The gradients are checked but for the reference, which subtracts 1 - p_y and for which no bound is stated."""
+    """The reference's gradients are not checked: it computes 1 - p_y by subtraction, and no bound is stated for it."""
     check(problem_of(name, form, dtype), backend, device, dtype, gradients=backend != "reference")
 
 
@@ -222,7 +224,7 @@ def test_other_gradients(name, of, form, backend, device):
 
 @pytest.mark.parametrize("name", ["cancelling", "random"])
 def test_a_large_vocabulary(name, device):
-    """The default backend sums over 20,000 entries, whose rounding is within the 1e-4 and the 5e-5."""
+    """The default backend sums over 20,000 entries. The rounding of these sums stays within the 1e-4 and the 5e-5."""
     g = generator(5)
     x, w, _ = {"cancelling": cancelling, "random": random}[name](g, 4, 64, 20_000)
     problem = Problem(torch.randint(20_000, (4,), generator=g), None, torch.ones(4), None, x, w)
@@ -237,13 +239,14 @@ def test_many_channels(device):
 
 @pytest.mark.parametrize("name", ["H=200", "one sign, short"])
 def test_batch_invariant_products(name, device):
-    """Our own Triton kernels add in an order of their own."""
+    """The products are our own Triton kernels, which add in an order of their own."""
     check(problem_of(name, "linear", FP32, vocab=7), "triton", device, FP32, batch_invariant=True)
 
 
 def test_the_worst_case_is_one(device):
-    """A bound of H in place of 3 (H + 10) would not hold: where every product is added to one sum, the error is 2 H. A
-    CPU's product cuts longer sums than this one."""
+    """A bound of H in place of 3 (H + 10) would not hold: where all products are added to one sum, the error is 2 H. On
+    a CPU a product splits sums that are longer than this one.
+    """
     problem = problem_of("one sign", "linear", FP32)
     problem = problems.replace(
         problem, hidden=problem.hidden.repeat(4, 1), targets=problem.targets.repeat(4), advantages=torch.ones(24)
@@ -253,14 +256,14 @@ def test_the_worst_case_is_one(device):
     found = difference(got, want).abs().max() / problems.logit_error(problem)
     assert found <= 1
     if device.type == "cpu":
-        assert found > 0.05  # 0.53 with MKL on AVX2; that of a shorter sum elsewhere
+        assert found > 0.05  # 0.53 with MKL on AVX2; elsewhere that of a shorter sum
 
 
 # --- the losses: how often a gradient is rounded ----------------------------------------------------------------------
 
 
 def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlogits=False, **extra):
-    """Check the contract for that many roundings, and return the largest error over the gradient's norm."""
+    """Check the contract for that many roundings, and return the largest error relative to the gradient's norm."""
     spec = ("DRPO", {})
     _, want = problems.solve(problem, spec, upstream)
     if problem.logits is None:
@@ -274,7 +277,7 @@ def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlog
     moved, once, worst = problems.logit_error(problem, gradients=True), rounding(dtype, backend, device), 0.0
     for name, gradient in want.items():
         error = difference(got[name], gradient).norm()
-        # a rounding of what was rounded is of second order
+        # A rounding error of a rounding error is of second order.
         allowed = ((1 + once) ** roundings - 1) * gradient.norm() + once * of_dlogits * sizes[name] * (1 + once)
         assert error <= allowed + (COMPUTED + 4 * moved) * sizes[name] + underflow(gradient, dtype), name
         worst = max(worst, float(error / gradient.norm()))
@@ -282,7 +285,9 @@ def loss_check(problem, backend, device, dtype, roundings, upstream=1.0, of_dlog
 
 
 def flat(form, dtype, vocab, count=6):
-    """Every row is flat and on-policy with |A| = 1, so that all entries of a gradient but the targets' are equal."""
+    """Return a problem whose rows are flat and on-policy with |A| = 1, so that all entries of a gradient but the
+    targets' are equal.
+    """
     g = generator(vocab)
     targets = torch.randint(vocab, (count,), generator=g)
     signs = torch.randint(2, (count,), generator=g) * 2.0 - 1
@@ -293,7 +298,7 @@ def flat(form, dtype, vocab, count=6):
     return Problem(targets, old, signs, hidden=x.to(dtype), weight=w.to(dtype))
 
 
-# a GradScaler's factor keeps float16 out of its subnormal numbers
+# The factor of a GradScaler keeps float16 out of its subnormal numbers.
 FACTORS = {FP32: (1.0, 1 / 3), BF16: (0.25, 0.7, 1.0, 1 / 3), FP16: (2.0**12, 2.0**12 / 3)}
 
 
@@ -317,11 +322,11 @@ def test_roundings(form, backend, dtype, device):
             found = loss_check(flat(form, dtype, vocab, count), backend, device, dtype, roundings, upstream)
             worst[power_of_two(upstream)] = max(worst[power_of_two(upstream)], found)
     if dtype == BF16 and backend == "torch" and form == "logits":
-        assert worst[True] <= 4e-3 < worst[False] <= 8e-3  # the two roundings are real
+        assert worst[True] <= 4e-3 < worst[False] <= 8e-3  # the second rounding shows
 
 
 def test_a_normalizer_costs_no_rounding(device):
-    """The normalizer rounds nothing, where `loss / 3` would round the same loss."""
+    """A normalizer rounds nothing, while `loss / 3`, which is the same loss, would round once more."""
     for vocab in range(2, 120, 7):
         problem = flat("logits", BF16, vocab).with_options(normalizer=18)
         assert loss_check(problem, "torch", device, BF16, 1) <= 4e-3
@@ -330,7 +335,9 @@ def test_a_normalizer_costs_no_rounding(device):
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_roundings_of_tensor_cores(dtype, upstream, device, tensor_cores):
-    """dlogits are rounded too, and the products cancel: the row sums of dlogits are 0, and so is that of an outlier."""
+    """dlogits are rounded too, and the products cancel: each row of dlogits sums to 0, and so does its product with an
+    outlier.
+    """
     upstream *= 2.0**12 if dtype == FP16 else 1
     roundings = 1 + (dtype == BF16 and upstream != 1)
     for vocab in range(2, 120, 7):

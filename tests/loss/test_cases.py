@@ -1,6 +1,6 @@
 """Shapes and values that broke other implementations, each against the fp64 oracle.
 
-Bounds as in test_conformance.py unless a comment derives another.
+The bounds are those of test_conformance.py unless a comment derives another.
 """
 
 import math
@@ -19,7 +19,7 @@ every_form = pytest.mark.parametrize("form", ["linear", "logits"])
 
 
 def exact(problem, backend) -> Problem:
-    """Return the problem in float64 for the reference, whose naive autograd loses 1 - p near p = 1 in fp32."""
+    """Return the problem in float64 for the reference backend, whose naive autograd loses 1 - p near p = 1 in fp32."""
     if backend != "reference":
         return problem
     return problems.replace(problem, **{name: x.double() for name, x in problem.leaves().items()})
@@ -39,7 +39,7 @@ def logits_problem(logits, targets, *, old=None, advantages=None, seed=0, **opti
 @every_form
 @pytest.mark.parametrize("vocab", [2, 3, 127, 128, 129, 255, 257, 300])
 def test_vocabulary_not_a_multiple_of_a_block(vocab, form, backend, device):
-    """A phantom zero logit shows at once when all real logits are well below zero."""
+    """All real logits are well below zero, so that a phantom logit of 0 would show at once."""
     problem = random_problem(vocab, (2, 3), 8, vocab, bias=True, entropy_coef=0.1)
     problem = problems.replace(problem, bias=problem.bias - 60.0, mask=None)
     problem = problem if form == "linear" else problem.as_logits()
@@ -69,7 +69,7 @@ def test_rows_longer_than_a_block(order, dtype, vocab, device):
 @every_backend
 @every_form
 def test_vocabulary_of_one(form, backend, device):
-    """With p = 1 there is nothing to learn, and nothing to divide by."""
+    """p is 1, so that there is nothing to learn and nothing to divide by."""
     problem = random_problem(1, (2, 3), 4, 1, kl_coef=0.0, entropy_coef=0.2)
     problem = problems.replace(problem, mask=None, old_logprobs=None)
     problem = problem if form == "linear" else problem.as_logits()
@@ -144,8 +144,9 @@ def test_more_logits_than_int32(form, device):
 @every_form
 @pytest.mark.parametrize("level", [-1e4, 1e4])
 def test_all_logits_far_from_zero(level, form, backend, device):
-    """From ready logits the inputs are exact, so fp32 bounds hold. Through a bias each logit itself is rounded to half
-    an ulp of 1e4 (4.9e-4) in fp32, which moves p by as much: twice that is the bound there."""
+    """With ready logits the inputs are exact, so fp32 bounds hold. Through a bias each logit is rounded to half an ulp
+    of 1e4 (4.9e-4) in fp32, which moves p by as much: twice that is the bound there.
+    """
     problem = random_problem(5, (2, 4), 64, 29, bias=True)
     problem = problems.replace(problem, mask=None, old_logprobs=None)
     problem = problems.replace(problem, bias=problem.bias + level)
@@ -170,8 +171,9 @@ def confident_logits(vocab, targets):
 @pytest.mark.parametrize("vocab", [2, 5, 200])
 @pytest.mark.parametrize("name, entropy_coef", [("drpo-active", 0.0), ("ppo", 0.0), ("cispo", 0.0), ("ppo", 0.5)])
 def test_confident_rows(name, entropy_coef, vocab, backend, device):
-    """p = 1 - tail. The row's gradient is s (onehot - p), whose two halves are both of size `tail`: taking the
-    target's half from a rounded 1 - p loses it, and the entropy's in the same way. Row by row within 1e-4."""
+    """The target has p = 1 - tail. The row's gradient is s (onehot - p), and both halves of it are of size `tail`: the
+    target's half is lost if it is taken from a rounded 1 - p, and so is that of the entropy. Each row is within 1e-4.
+    """
     targets = torch.randint(vocab, (len(TAILS),), generator=generator(6))
     options = {"reduction": "token-sum", "entropy_coef": entropy_coef}
     problem = logits_problem(confident_logits(vocab, targets), targets, seed=8, **options)
@@ -199,7 +201,7 @@ def test_confident_rows_through_the_head(tail, backend, device):
 @every_backend
 @pytest.mark.parametrize("old", [-1e-9, 0.0, 1e-7])
 def test_confident_behaviour_policy(old, backend, device):
-    """μ is 1 up to rounding, also from above. π - μ must come from expm1, and DPPO's 1 - μ from its 1e-8."""
+    """μ is 1 up to rounding, and may exceed 1. π - μ must come from expm1, and DPPO's 1 - μ from its 1e-8."""
     shape, vocab = (1, 4), 9
     targets = torch.arange(4).reshape(shape)
     logits = 12.0 * torch.nn.functional.one_hot(targets, vocab) + torch.rand(1, 4, vocab, generator=generator(9))
@@ -231,9 +233,11 @@ EXTREME_LOG_RATIOS = [-60.0, -21.0, -15.0, -3.0, -1e-3, 1e-3, 3.0, 15.0, 21.0, 6
 @every_backend
 @pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name][0] != "GSPO"])
 def test_extreme_ratios(name, backend, device):
-    """log-ratios on both sides of the clamp at 20, beyond the range of exp in fp32, and mu that underflows to 0.
+    """Log-ratios lie on both sides of the clamp at 20 and beyond the range of exp in fp32, and μ underflows to 0.
 
-    Row by row. A logit of 70 puts 70 * 2^-24 = 4e-6 on the log-ratio in fp32, and SPO squares the ratio: 1e-4."""
+    Each row is checked. In fp32 a logit of 70 puts 70 * 2^-24 = 4e-6 on the log-ratio, and SPO squares the ratio, hence
+    1e-4.
+    """
     vocab, rows = 6, len(EXTREME_LOG_RATIOS)
     delta = torch.tensor(EXTREME_LOG_RATIOS, dtype=torch.float64)
     logp = torch.where(delta < -1, delta - 1.0, torch.full_like(delta, -1.0))

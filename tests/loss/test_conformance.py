@@ -1,9 +1,9 @@
-"""Every objective, reduction, backend and input form against the fp64 oracle.
+"""Tests of every objective, reduction, backend and input form against the fp64 oracle.
 
-Error budget. fp32 inputs: a logit carries a rounding of a few 2^-24 of its size (|z| < 30 here), so probabilities and
-ratios are off by about 2e-6 and the contract's 5e-5 on gradients leaves room for accumulation only; the loss gets the
-1e-4 of the contract. bf16 inputs: rounding dlogits once and the result once costs 2^-9/sqrt(3) = 0.11 % each, norm-wise
-at most 0.2-0.3 % together; the contract is 0.4 %. Their loss is computed from fp32 logits, hence 1e-4 again.
+Error budget. With fp32 inputs, a logit carries a rounding of a few 2^-24 of its size (|z| < 30 here), so probabilities
+and ratios are off by about 2e-6, and the contract's 5e-5 on gradients leaves room for accumulation only; the loss gets
+the contract's 1e-4. With bf16 inputs, rounding dlogits once and the result once costs 2^-9/sqrt(3) = 0.11 % each,
+norm-wise at most 0.2-0.3 % together; the contract is 0.4 %. Their loss is computed from fp32 logits, hence 1e-4 again.
 """
 
 import itertools
@@ -62,9 +62,11 @@ CASES = list(itertools.product(SPECS, (*REDUCTIONS, "coefficients")))
 
 @pytest.mark.parametrize("name, reduction, form, backend", grid(SPECS, (*REDUCTIONS, "coefficients")))
 def test_everything_together(name, reduction, form, backend, device):
-    """KL, entropy bonus, z-loss, bias, softcap, scale, per-token temperature, token weights, upstream 3.7, A = 0 rows.
+    """The call has a KL term, entropy bonus, z-loss, bias, softcap, scale, per-token temperature, token weights, an
+    upstream factor of 3.7 and rows with A = 0.
 
-    Metrics too: ratios of exponentials of logprobs that are good to about 1e-6, hence 1e-4 of the value, 1e-6 near 0.
+    Metrics are compared too. They are ratios of exponentials of log-probs that are good to about 1e-6, hence 1e-4 of
+    the value, and 1e-6 near 0.
     """
     seed = CASES.index((name, reduction))
     problem = with_reduction(full_problem(seed), reduction, seed)
@@ -124,7 +126,7 @@ def test_packed_ragged(name, reduction, backend, device):
     """Sequences have different lengths. One has no token, and one has a single token."""
     problem = problems.packed(random_problem(31))
     logp = problems.current_logprobs(problem.hidden, problem.weight, None, problem.targets, {})
-    problem.old_logprobs[-1] = logp[-1] - 0.5  # unclipped for A < 0
+    problem.old_logprobs[-1] = logp[-1] - 0.5  # r = e^0.5, which is not clipped for A < 0
     problem.mask[-1], problem.advantages[-1] = True, -1.5
     problem = problem.with_options(reduction=reduction, cu_seqlens=torch.tensor([0, 3, 3, 14, 23, 24]))
     assert_agrees(problem, SPECS[name], backend, device, **FP32)
@@ -178,7 +180,9 @@ def test_coefficients_default_to_the_policy_ones(estimator, backend, device):
 
 @pytest.mark.parametrize("estimator, form, backend", grid(["k1", "k2", "k3"]))
 def test_kl_weighted_by_the_ratio(estimator, form, backend, device):
-    """The slope of r·kl has a term of the ratio too. Far below the reference that sum must not cancel."""
+    """The slope of r·kl also has a term from the derivative of r. Far below the reference the
+    sum must keep its digits.
+    """
     problem = full_problem(62, kl_estimator=estimator, kl_importance=True, kl_coef=0.4)
     problem = problem.with_options(ref_logprobs=(problem.options["ref_logprobs"] + 12).clamp(max=0))
     problem = problem if form == "linear" else problem.as_logits()
@@ -199,7 +203,7 @@ def test_half_precision_inputs(name, dtype, form, backend, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SPECS)
 def test_double_precision(name, form, backend, device):
-    """In fp64 rounding hides nothing: 1e-9 leaves 1e6 ulp for the order of sums and the conditioning."""
+    """In fp64 rounding hides no error: 1e-9 leaves 1e6 ulp for the order of sums and the conditioning."""
     problem = full_problem(81, dtype=torch.float64)
     problem = problem if form == "linear" else problem.as_logits()
     assert_agrees(problem, SPECS[name], backend, device, grad_bound=1e-9, loss_bound=1e-9)
@@ -271,9 +275,7 @@ def test_the_two_forms_of_gspo(weighted, device):
 
 @pytest.mark.parametrize("name", sorted(oracle.DEFAULTS))
 def test_default_hyper_parameters(name):
-    """A bare constructor means what the specification's table says. None stands for GSPO's clips, which the paper
-    suggests.
-    """
+    """The constructor's defaults are those of the specification's table."""
     objective = getattr(drpo_kernels, name)()
     for key, value in oracle.DEFAULTS[name].items():
         assert getattr(objective, key) == value, key

@@ -1,4 +1,4 @@
-"""What the calls promise beyond the numbers: masked rows, autograd, precision modes, determinism, memory."""
+"""Tests of what the calls promise beyond the numbers: masked rows, autograd, precision modes, determinism, memory."""
 
 import math
 import os
@@ -55,7 +55,7 @@ def assert_same(first, second):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# these rows do not count
+# rows that do not count
 
 
 @pytest.mark.parametrize("name, compact, form, backend", grid(["drpo-active", "gspo"], ["active", "mask", "none"]))
@@ -104,7 +104,7 @@ def test_no_valid_token(name, reduction, compact, form, backend, device):
 @every_form
 @pytest.mark.parametrize("name", ["drpo-active", "dppo-tv", "gspo"])
 def test_compaction_changes_nothing(name, form, backend, device):
-    """`compact` only says which rows are visited. Each visit may add in another order, hence 1e-6."""
+    """`compact` only says which rows are computed. Each choice may add in another order, hence 1e-6."""
     problem = in_form(random_problem(4, SHAPE), form)
     runs = {
         c: problems.run(problem, problems.build(SPECS[name]), backend, device, compact=c)
@@ -173,7 +173,7 @@ def test_nothing_requires_grad(backend, device):
 @chunked_backend
 @every_form
 def test_second_backward_is_an_error(form, backend, device):
-    """The first backward hands out the stored gradient, and a second one must not hand out what is left of it."""
+    """The first backward hands out the stored gradient, so a second one must not hand out what is left of it."""
     problem = in_form(full_problem(8, SHAPE), form)
     leaves = {n: x.to(device).requires_grad_() for n, x in problem.leaves().items()}
     out = problems.call(problem, problems.build(DRPO), backend, device, leaves)
@@ -327,7 +327,7 @@ def test_autocast_with_master_weights(head, name, dtype, backend, device):
 @chunked_backend
 @pytest.mark.parametrize("name", ["drpo-active", "gspo"])
 def test_reduced_precision_settings_do_not_reach_the_products(name, backend, device):
-    """fp32 inputs mean fp32 products, also where the process allows TF32 or bf16 for them. The setting stays."""
+    """Products of fp32 inputs are fp32 even if the process allows TF32 or bf16 for them, and its setting stays."""
     before = torch.get_float32_matmul_precision()
     problem = random_problem(15, SHAPE, hidden_size=128, vocab=256)
     try:
@@ -363,8 +363,10 @@ MEMORY_PROBE = pathlib.Path(__file__).parents[1] / "support" / "memory_probe.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case, limit_mib", [("policy", 256), ("logprobs", 256), ("gspo", 256), ("frozen-bf16", 96)])
 def test_peak_memory(case, limit_mib):
-    """policy, at T=16,384 H=64 V=20,000, and logprobs and gspo, at T=4,096, never hold the logits (1.2 and 0.31 GiB).
-    frozen-bf16: 64 rows against a frozen head of 128 MiB with a workspace of 16 MiB: no copy of the weight fits."""
+    """policy (T=16,384 H=64 V=20,000), logprobs and gspo (T=4,096) never hold the logits, which would take 1.2 and 0.31
+    GiB.
+    frozen-bf16 has 64 rows, a frozen head of 128 MiB and a workspace of 16 MiB, so no copy of the weight fits.
+    """
     root = MEMORY_PROBE.parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
     result = subprocess.run(

@@ -1,4 +1,6 @@
-"""Places where a plain formula would lose its digits: float32 inputs keep the gradient within 5e-5 of float64's."""
+"""Tests of places where a plain formula would lose its digits: float32 inputs keep the gradient within 5e-5 of
+float64's.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 import drpo_kernels as dk
 from problems import BACKENDS, relative
 
-BOUND = 5e-5  # the contract's bound on the norm
+BOUND = 5e-5  # the contract's bound, relative to the norm
 chunked_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 SIZES = (5, 40)
 
@@ -42,7 +44,9 @@ def test_a_saturated_softcap(raw, entropy, backend, device):
 @pytest.mark.parametrize("vocab", [40, 20_000])
 @pytest.mark.parametrize("spread, temperature", [(1e-3, 1), (1e-4, 1), (1e-5, 1), (1.0, 1e3), (0.1, 1e4), (3.0, 1)])
 def test_the_entropy_of_a_flat_row(spread, temperature, vocab, backend, device):
-    """log p + H is the spread of the logits, a difference of two numbers near log V."""
+    """The gradient contains log p + H, which is as small as the logits' spread but a difference of two numbers near log
+    V.
+    """
     logits = spread * torch.randn(3, vocab, generator=generator(5))
     targets = torch.randint(vocab, (3,), generator=generator(6))
 
@@ -63,9 +67,9 @@ def test_the_entropy_of_a_flat_row(spread, temperature, vocab, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clamped", [False, True])
 def test_drpo_near_its_boundary(clamped, backend, device):
-    """w = 1 - (π - μ)/δ within a hundredth of 0 for tokens that μ gave e^-17 to e^-20, or so little that Δ is clamped.
+    """w = 1 - (π - μ)/δ is within a hundredth of 0 for tokens with μ of e^-17 to e^-20, or so small that Δ is clamped.
 
-    An error ε of log π is one of 20 ε in μ (r - 1) but of ε in π - μ, and of 100 ε in w.
+    An error ε of log π becomes 20 ε in μ (r - 1), but only ε in π - μ, which is 100 ε relative to w.
     """
     count, delta = 200, 0.2
     p = (delta * (1 + 0.02 * (torch.rand(count, generator=generator(7)) - 0.5))).double()

@@ -60,7 +60,7 @@ def test_strided_targets(view, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
 def test_inplace_on_views(view, backend, device):
-    """`inplace` is a permission. On rows that are not contiguous the gradient is right as well."""
+    """`inplace` is a permission. The gradient is also right for rows that are not contiguous."""
     targets, old, advantages = (x.to(device) for x in inputs())
     base = {
         "transposed": lambda: logits_of().T.contiguous().T,
@@ -80,7 +80,9 @@ def test_inplace_on_views(view, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_gradient_with_a_low_temperature(backend, device):
-    """dz/dx = 1/temperature is part of a gradient's size. Without it the scaled gradient overflows to inf."""
+    """The scale of a float16 gradient must allow for dz/dx = 1/temperature. Otherwise the scaled gradient overflows to
+    inf.
+    """
     targets, old, advantages = (x.to(device) for x in inputs())
     x = logits_of(dtype=torch.float16).to(device).requires_grad_()
     wide = x.detach().double().requires_grad_()
@@ -118,7 +120,7 @@ class InfiniteAtCertainty(dk.Objective):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 def test_skipped_rows_do_not_reach_a_user_objective(compact, backend, device):
-    """A skipped row reports the log-prob 0, where this objective is infinite."""
+    """A skipped row reports the log-prob 0, at which this objective is infinite."""
     targets, old, advantages = (x.to(device) for x in inputs())
     mask = torch.arange(12, device=device) % 3 > 0
     out = dk.policy_loss(
@@ -154,7 +156,7 @@ def test_fullgraph_with_the_default_objective(device):
 
 
 def test_coefficients_are_not_printed(monkeypatch, device):
-    """Formatting a tensor synchronises with a GPU."""
+    """Formatting a tensor would synchronise with a GPU."""
     targets, old, advantages = (x.to(device) for x in inputs())
 
     def fail(self, **_):
@@ -178,7 +180,7 @@ def test_rollouts_made_in_inference_mode(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clip_share_of_sequences(backend, device):
-    """Only sequences beyond the clip count, whatever the ratios of their tokens."""
+    """Only sequences whose own ratio is beyond the clip count, whatever the ratios of their tokens."""
     targets, _, _ = inputs()
     x = logits_of().view(3, 4, VOCAB).to(device)
     targets = targets.view(3, 4).to(device)
@@ -262,7 +264,9 @@ def test_reference_gradient_under_float16_autocast(device):
 
 
 class Dropped(torch.autograd.Function):
-    """This function does what a branch that is not differentiated does to its input, whose gradient is then None."""
+    """This function treats its input as a branch that is not differentiated does, so that the
+    input's gradient is None.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -300,7 +304,7 @@ def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert out.loss.isnan() and out.metrics["drpo/nonfinite"] == 1
     assert gradient[1].isnan().all()
-    if dtype == torch.float32:  # in float16 the rows share a scale
+    if dtype == torch.float32:  # in float16 the rows share a scale, so the NaN reaches all of them
         assert gradient[[0, 2]].isfinite().all()
 
 
@@ -308,7 +312,7 @@ def test_an_advantage_of_nan_never_looks_good(backend, objective, dtype, device)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_without_a_kl_term_needs_no_reference(backend, estimator, reference, device):
-    """Its coefficient of the KL term is 0, and its reference is no number."""
+    """Such a token has the coefficient 0 for the KL term, and its reference log-prob is not a number."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=g).to(device).requires_grad_() for n in (6, 11))
     rest = torch.arange(6, device=device), torch.full((6,), -2.0, device=device), torch.ones(6, device=device)

@@ -1,4 +1,4 @@
-"""What an error says: the name to write instead, the call to make instead, and what would silently get no gradient."""
+"""Tests of what an error says: the name or the call to write instead, and what would silently get no gradient."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ from small_call import LOGITS, ROWS, A, B, H, L, V, arguments, changed, expect
 
 
 def test_the_labels_of_others_are_named():
-    """In other libraries -100 does what a mask does here. Tensors without values have no value to look at."""
+    """In other libraries -100 does what a mask does here. Meta tensors have no values to look at."""
     given = arguments() | {"targets": changed(A["targets"], -100)}
     with pytest.raises(ValueError, match=r"targets must be .*mask=targets != -100"):
         dk.linear_policy_loss(**given)
@@ -24,7 +24,7 @@ def test_the_labels_of_others_are_named():
     expect("logits", dk.token_logprobs, LOGITS.to("meta"), given["targets"])
 
 
-# Each row is (function, keyword, what is said of it).
+# Each row is (function, keyword, what the message says of the keyword).
 KEYWORDS = [
     ("linear_policy_loss", "temprature", "did you mean 'temperature'?"),
     ("linear_policy_loss", "old_log_probs", "did you mean 'old_logprobs'?"),
@@ -52,7 +52,7 @@ KEYWORDS = [
 
 @pytest.mark.parametrize("function, keyword, said", KEYWORDS)
 def test_unknown_keywords(function, keyword, said):
-    """The keyword is named also where arguments are missing because they were given by another name."""
+    """The keyword is named even if arguments are missing because they were given under this name."""
     message = f"{function}() got an unexpected keyword argument {keyword!r}: {said}"
     with pytest.raises(TypeError, match=re.escape(message)):
         getattr(dk, function)(**{keyword: 0.2})
@@ -97,7 +97,8 @@ ROUTES = {
 }
 
 
-WITHOUT_AGGREGATION = [("normalizer", "per token"), ("reduction.kl", "per token")]  # these do not go together
+# a loss per token takes no such constant
+WITHOUT_AGGREGATION = [("normalizer", "per token"), ("reduction.kl", "per token")]
 
 
 @pytest.mark.parametrize("name, route", sorted({*itertools.product(CONSTANTS, ROUTES)} - {*WITHOUT_AGGREGATION}))
@@ -121,7 +122,7 @@ def test_constants_of_log_probs_and_inside_a_graph():
 
 
 def test_unavailable_backend_is_an_error_not_a_fallback():
-    """Triton is asked for on CPU tensors, in a process where its interpreter is off."""
+    """Triton is asked for on CPU tensors, in a process whose interpreter is off."""
     code = (
         "import torch, drpo_kernels as dk\n"
         "try:\n"

@@ -1,4 +1,4 @@
-"""Bad arguments: each raises ValueError or TypeError with the argument's name in the message; none gives a number."""
+"""Each bad argument raises a ValueError or a TypeError that names it, and none gives a number."""
 
 import math
 
@@ -107,7 +107,7 @@ COMMON = [
     ("delta", {"delta": 0.2}),
 ]
 
-# These are for linear_policy_loss alone.
+# Each row is for linear_policy_loss alone.
 LINEAR = [
     ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.int64)}),
     ("hidden", {"hidden": torch.ones(B, L, H, dtype=torch.complex64)}),
@@ -128,7 +128,7 @@ LINEAR = [
     ("bias", {"bias": 0.5}),
 ]
 
-# These have packed [T] inputs.
+# Each row is for packed inputs, of shape [T].
 PACKED_ROWS = [
     ("cu_seqlens", {"reduction": "seq-mean-token-mean"}),
     ("cu_seqlens", {"reduction": "seq-mean-token-sum"}),
@@ -198,7 +198,7 @@ WHOLE = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torc
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bool, *WHOLE], ids=str)
 def test_whole_numbers_of_any_dtype_are_taken(dtype, backend):
-    """They come from memory-mapped data sets, from rewards of 0 and 1, and as weights and masks."""
+    """Such tensors come from memory-mapped data sets, from rewards of 0 and 1, and as weights and masks."""
     flags = (A["advantages"] > 0).to(dtype)
     given = {**arguments(), "backend": backend}
     names = ("advantages", "mask", "token_weights")

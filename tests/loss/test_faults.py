@@ -1,7 +1,7 @@
-"""A call that dies half-way, out of memory or by Ctrl-C, leaves nothing behind: wherever it dies.
+"""A call that dies half-way, out of memory or by Ctrl-C, leaves nothing behind, wherever it dies.
 
-The fault is raised at the k-th tensor operation inside the call by a TorchDispatchMode: products, row operations,
-allocations and copies alike. k goes through forward and backward in steps that are no divisor of a chunk's operations.
+A TorchDispatchMode raises the fault at the k-th tensor operation inside the call: products, row operations, allocations
+and copies alike. k goes through forward and backward in steps that do not divide the number of a chunk's operations.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import drpo_kernels as dk
 import problems
 
 pytestmark = pytest.mark.interpreted
-VOCAB = 33  # the largest size here: what has it is workspace, logits or a gradient of the head
+VOCAB = 33  # the largest size here: only the workspace, the logits and gradients of the head have it
 SPECS = {"seq": ("GSPO", {}), "token": ("DRPO", {"delta": 0.2})}
 
 
 @pytest.fixture(autouse=True)
 def fast_collection():
-    """Let gc.collect() look only at what the test has made."""
+    """Let gc.collect() look only at objects that the test has made."""
     gc.collect()
     gc.freeze()
     yield
@@ -30,7 +30,7 @@ def fast_collection():
 
 
 class FailAt(TorchDispatchMode):
-    """Raise `error` at the k-th operation, and know every tensor that was made before."""
+    """Raise `error` at the k-th operation, and remember every tensor that was made before it."""
 
     def __init__(self, k: int | None, error: type[BaseException]):
         super().__init__()
@@ -48,7 +48,7 @@ class FailAt(TorchDispatchMode):
 
 
 def state(problem, leaves):
-    """Return everything of the caller and of the process that a call must leave as it was."""
+    """Return everything of the caller and of the process that a call must not change."""
     tensors = [*leaves.values(), problem.targets, problem.old_logprobs, problem.advantages, problem.mask]
     tensors += [value for value in problem.options.values() if isinstance(value, torch.Tensor)]
     settings = [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
@@ -77,7 +77,7 @@ def case_of(name, form):
 
 
 def forward_backward(problem, leaves, objective, mode, **extra):
-    """The fault may strike in the forward or in the backward."""
+    """Run forward and backward, in either of which the fault may strike."""
     with mode:
         out = problems.call(problem, objective, "torch", leaves=leaves, **extra)
         gradients = torch.autograd.grad(out.loss, list(leaves.values()))
@@ -108,7 +108,8 @@ def test_a_fault_at_every_operation(name, form, error):
         assert_same_state(before, state(problem, leaves))
         if struck:
             gc.collect()
-            # PyTorch keeps the graph of a backward that fails in an operation of its own: here [N] values alone
+            # PyTorch keeps the graph of a backward that fails in one of its own operations; here it holds [N] values
+            # alone.
             alive = [x for x in (made() for made in mode.made) if x is not None and max(x.shape, default=0) >= VOCAB]
             assert not alive, f"{len(alive)} tensors outlive a fault at operation {k}"
         k += step
@@ -130,12 +131,12 @@ def test_inplace_only_where_asked():
         given = {"logits": original.clone().requires_grad_()}
         attempt(problem, given, objective, k, torch.OutOfMemoryError, inplace=True)
         touched |= not torch.equal(given["logits"].detach(), original)
-    assert touched  # The permission is used, so that the first half of this test says something.
+    assert touched  # inplace=True does overwrite, so the first half of this test says something
 
 
 @pytest.mark.parametrize("product", ["mm", "addmm_"])
 def test_out_of_memory_in_a_product(product, monkeypatch):
-    """The k-th product of the chunk loop fails, for every k, where the process allows bf16 for fp32 products."""
+    """The k-th product of the chunk loop fails, for every k, in a process that allows bf16 for fp32 products."""
     problem, leaves, objective = case_of("token", "linear")
     want = problems.call(problem, objective, "torch", leaves=leaves)
     owner = torch if product == "mm" else torch.Tensor
@@ -187,6 +188,6 @@ def test_an_interrupted_backward_can_be_repeated():
     out = problems.call(problem, objective, "torch", leaves=leaves)
     with pytest.raises(KeyboardInterrupt), FailAt(1, KeyboardInterrupt):
         torch.autograd.grad(out.loss, list(leaves.values()), retain_graph=True)
-    with contextlib.suppress(RuntimeError):  # "second backward": the first had begun to scale them
+    with contextlib.suppress(RuntimeError):  # "second backward": the first one had begun to scale the gradients
         again = torch.autograd.grad(out.loss, list(leaves.values()))
         assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))

@@ -9,7 +9,7 @@ from fuzz_cases import CASES, HAZARDS, Case
 
 pytestmark = [
     pytest.mark.interpreted,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the interpreter: poison overflows
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns in the interpreter when poison overflows
 ]
 
 

@@ -57,7 +57,7 @@ OPTIONS = {"validate", "vocab_shard"}.union(*CASES.values())
 
 @pytest.fixture
 def swept(monkeypatch):
-    """A list of (backend, rows) that fills with what the backends were asked to compute."""
+    """Return a list that fills with the (backend, rows) that the backends are asked to compute."""
     seen = []
 
     def record(cls, name, told):
@@ -77,7 +77,7 @@ def swept(monkeypatch):
 
 
 def seen_of(options, swept, compiled):
-    """Return all that can be seen of a call, as tensors by name."""
+    """Return everything that can be seen of a call, as tensors by name."""
     swept.clear()
     dtype = torch.bfloat16 if "logits_dtype" in options else torch.float32
     leaves = [x.to(dtype).clone().requires_grad_() for x in (MADE.hidden, MADE.weight, MADE.bias)]
@@ -115,7 +115,7 @@ def test_no_option_is_lost_on_the_way_into_a_graph(name, swept):
         fewer = {other: value for other, value in options.items() if other != field}
         try:
             change = difference(seen_of(fewer, swept, compiled=False), seen)
-        except (ValueError, RuntimeError):  # the other options need it
+        except (ValueError, RuntimeError):  # the other options need the one that is left out
             continue
         assert change > DIFFERENT, f"{field} changes nothing that this test sees"
     assert difference(seen_of(options, swept, compiled=True), seen) <= SAME

@@ -1,4 +1,4 @@
-"""Inside one graph with coefficients that change, with tensors that have no values, and under torch.export."""
+"""Tests inside one graph: with coefficients that change, with tensors that have no values, and under torch.export."""
 
 import dataclasses
 import enum
@@ -50,7 +50,7 @@ class Settings(dk.Objective):
         return -loss if self.mirrored is True and self.mode == "plain" and self.kind == Kind.FIRST else loss
 
 
-# What changes from step to step: each name stands for the options of a call, made from one number.
+# Each name stands for the options of a call that change from step to step, made from one number.
 ANNEALED = {
     "terms": lambda x: {**every_term(x), "normalizer": 10 * x},
     "terms per token": lambda x: {**every_term(x), "kl_importance": True, "reduction": "none"},
@@ -68,7 +68,7 @@ ANNEALED = {
     "CISPO per token": lambda x: {"objective": dk.CISPO(5 * x, x), "reduction": "none"},
     "DPPO per token": lambda x: {"objective": dk.DPPO(x, x, "kl", 5 * x), "reduction": "none"},
 }
-# These keep their metrics, which take most of the time of tracing.
+# These cases keep their metrics, which take most of the time of tracing.
 WITH_METRICS = ("terms", "terms of sequences")
 
 
@@ -158,7 +158,7 @@ FAKE = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAKE)
 def test_fake_tensors_have_shapes_and_gradients(name, backend):
-    """Estimates of memory need this: shapes are as in the real call, and nothing is read."""
+    """Estimates of memory need fake tensors: shapes are those of the real call, and no value is read."""
     tensors = MADE.hidden, MADE.weight, MADE.targets, MADE.old_logprobs, MADE.advantages
 
     def shapes(tensors):

@@ -1,4 +1,4 @@
-"""The cap on the KL term's log-ratio, and CISPO's floor, against float64 autograd of their formulas."""
+"""Tests of the cap on the KL term's log-ratio, and of CISPO's floor, against float64 autograd of their formulas."""
 
 import math
 
@@ -19,7 +19,7 @@ def logprobs(hidden):
 
 
 def call(backend, device, **options):
-    """Return (loss, gradient of hidden, output) of a sum over tokens."""
+    """Return (loss, gradient of hidden, output) of a call whose loss is a sum over tokens."""
     leaf = MADE.hidden.clone().to(device).requires_grad_()
     rest = [x.to(device) for x in (MADE.weight, MADE.targets, MADE.old_logprobs, MADE.advantages)]
     options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}

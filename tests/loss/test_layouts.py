@@ -63,7 +63,7 @@ def test_zero_stride(form, backend, device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_in_place_over_shared_memory(backend, device):
-    """An expanded tensor has no room for its gradient. It is refused by name, or the gradient goes elsewhere."""
+    """An expanded tensor has no room for its gradient. The call refuses it by name, or puts the gradient elsewhere."""
     problem = random_problem(18, (1, 4)).as_logits()
     leaf = problem.logits[:, :1].clone().to(device).requires_grad_()
     want, want_grads = problems.solve(problems.replace(problem, logits=problem.logits[:, :1].expand(1, 4, -1)), DRPO)
@@ -90,7 +90,7 @@ def test_mask_of_any_dtype(dtype, backend, device):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)
 def test_targets_of_any_integer_dtype(dtype, backend, device):
-    """The numbers are the same, or an error names the argument."""
+    """The call gives the same numbers, or an error that names the argument."""
     problem = random_problem(17)
     try:
         assert_agrees(problems.replace(problem, targets=problem.targets.to(dtype)), DRPO, backend, device, **FP32)

@@ -1,4 +1,4 @@
-"""The oracle itself: values worked out by hand, and derivatives checked numerically."""
+"""Tests of the oracle itself: values worked out by hand, and derivatives checked numerically."""
 
 import math
 
@@ -14,7 +14,7 @@ LN2, LN3 = math.log(2.0), math.log(3.0)
 BY_HAND = [
     (("DRPO", {"delta": 0.5}), 2.0, -2.75, -1.5),  # -(1.5*2 - 2*0.5*0.25/1), weight 1 - 0.25/0.5
     (("DRPO", {"delta": 0.5}), -2.0, 3.25, 4.5),  # weight 1 + 0.5
-    (("DRPO", {"delta": 0.25}), 1.0, -1.25, 0.0),  # on the boundary
+    (("DRPO", {"delta": 0.25}), 1.0, -1.25, 0.0),  # on the boundary, where the weight is 0
     (("DPPO", {}), 1.0, 0.0, 0.0),  # |pi - mu| = 0.25 > 0.15, moving away
     (("DPPO", {}), -1.0, 1.5 * math.log(0.75), 1.5),  # moving back: kept, sg(r) * logp
     (("DPPO", {"delta_high": 0.3, "ratio_cap": 1.2}), 1.0, -1.2 * math.log(0.75), -1.2),

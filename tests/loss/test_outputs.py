@@ -1,4 +1,6 @@
-"""Metrics against hand-computed values, objectives a user writes, torch.compile, and bad targets without checks."""
+"""Tests of metrics against hand-computed values, a user's own objectives, torch.compile, and bad targets without
+checks.
+"""
 
 import math
 from dataclasses import dataclass

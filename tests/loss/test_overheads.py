@@ -1,4 +1,4 @@
-"""What a call launches around its products is little, at any size; and the kernel of the metrics is their formula."""
+"""A call launches little around its products, at any size; and the kernel of the metrics computes their formula."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from drpo_kernels.metrics import policy_metrics
 
 pytest.importorskip("triton")
 
-# views and allocations launch nothing
+# These views and allocations launch nothing.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "reshape",
     "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
-# forward and backward with defaults, among them three products, four kernels and the two that factors of rows take; and
-# what a further chunk, which is also a window of its own, adds
+# MOST bounds a forward and backward with defaults, among whose launches are three products, four kernels and two for
+# the factors of rows. MOST_A_CHUNK bounds what a further chunk, which is also a window of its own, adds.
 MOST, MOST_A_CHUNK = 34, 7
 
 
@@ -45,7 +45,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """Row kernels and products are launches of their own, so that only what is around them is counted."""
+    """Replace each product and row kernel by one cheap operation, so that the test counts what surrounds them."""
     monkeypatch.setattr(matmul, "float32_outputs", lambda *_: (True, True))
     monkeypatch.setattr(matmul, "product", lambda a, b, out, accumulate=False: out.fill_(0.5))
     ops = row_ops("triton")
@@ -90,7 +90,7 @@ def test_a_call_launches_little_around_its_products(tokens, like_a_gpu):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU's dispatcher sees")
 def test_a_chunk_launches_little(like_a_gpu):
     one, many = launches(6 * 128), launches(6 * 128, workspace_bytes=128 * 64 * 8 + 1)
-    further = many.count("zeros") - one.count("zeros")  # the fixture replaces row kernels
+    further = many.count("zeros") - one.count("zeros")  # the fixture calls `zeros` in place of a row kernel
     assert further >= 3 and len(many) - len(one) <= MOST_A_CHUNK * further, many
 
 
@@ -101,11 +101,11 @@ def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
 
     def counted(self, *arguments):
         count_rows(self, *arguments)
-        torch.eye(1)  # a call that nothing else makes
+        torch.eye(1)  # this marks the place: nothing else calls `eye`
 
     monkeypatch.setattr(LinearSweep, "_order", counted)
     found = launches(300)
-    assert found[found.index("eye") + 1] == "fill_", found  # the product, which the fixture replaces
+    assert found[found.index("eye") + 1] == "fill_", found  # in place of the product, the fixture calls `fill_`
 
 
 @pytest.mark.parametrize("poison", [None, "logprob", "entropy", "slope"])
@@ -114,7 +114,7 @@ def test_the_device_does_not_wait_after_the_count(like_a_gpu, monkeypatch):
 )
 @pytest.mark.parametrize("count", [0, 1, 2500])
 def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device):
-    """This holds over several blocks. A NaN shows in the metrics in which the formula shows it, and in no other."""
+    """The two agree over several blocks. A NaN shows in the metrics in which the formula shows it, and in no other."""
     generator = torch.Generator().manual_seed(count)
     rows, outcome = torch.zeros(len(Field), count), torch.zeros(len(Outcome), count)
     rows[Field.OLD_LOGPROB] = -6 * torch.rand(count, generator=generator)
@@ -126,7 +126,7 @@ def test_metrics_of_the_kernel_are_the_formula(count, objective, poison, device)
     outcome[Outcome.ENTROPY] = torch.rand(count, generator=generator)
     outcome[Outcome.LOGSUMEXP] = torch.randn(count, generator=generator)
     outcome[Outcome.SLOPE] = torch.randn(count, generator=generator).clamp(min=-0.5)
-    rows[Field.OLD_LOGPROB, ::7] = torch.nan  # on-policy
+    rows[Field.OLD_LOGPROB, ::7] = torch.nan  # these tokens are on-policy
     if poison and count:
         rows[Field.KIND, -1] = 2
         outcome[Outcome[poison.upper()], -1] = torch.nan

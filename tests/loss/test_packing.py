@@ -1,4 +1,4 @@
-"""Packed batches: padding behind the last sequence, and offsets that nobody has checked."""
+"""Tests of packed batches: padding behind the last sequence, and offsets that nobody has checked."""
 
 import pytest
 import torch
@@ -67,7 +67,9 @@ BAD = [[0, 4, 3, 9], [0, 4, 10**7], [-3, 4, 9], [0, -(2**40), 9], [2**40, 2**41]
 @every_backend
 @pytest.mark.parametrize("offsets", BAD, ids=str)
 def test_bad_offsets_reach_no_other_memory(offsets, backend, device):
-    """With the check bad offsets are an error. Without it the call gives some number, made of these tokens alone."""
+    """With the check, bad offsets are an error. Without it, the call gives some number that depends on these tokens
+    alone.
+    """
     made = random_problem(6, (1, 9), 8, 19)
     hidden, weight = made.hidden[0].to(device), made.weight.to(device)
     targets, old = made.targets[0].to(device), made.old_logprobs[0].to(device)

@@ -1,7 +1,8 @@
 """Random shapes, layouts, masks and values against the oracle in fp64, and numeric derivatives.
 
-In fp64 the torch backend and the oracle differ by rounding alone. 1e-8 of the norm: about 1e-16 times the largest
-log-ratio amplification drawn here (exp(6) squared, divided by a delta of 0.05) and the length of the sums.
+In fp64 the torch backend and the oracle differ by rounding alone. The bound is 1e-8 of the norm: about 1e-16 times the
+largest amplification of the log-ratio drawn here (exp(6) squared, divided by a delta of 0.05) times the length of the
+sums.
 """
 
 import math
@@ -90,7 +91,7 @@ def problems_of_any_kind(draw):
 
 
 def relayout(problem, kind):
-    """Return the same values with other strides."""
+    """Return a problem with the same values and other strides."""
 
     def changed(x):
         if not isinstance(x, torch.Tensor) or x.dim() < 2 or kind == 0:
@@ -216,8 +217,10 @@ def numeric_gradient(function, tensors, step=1e-6):
 @pytest.mark.parametrize("form", ["linear", "logits"])
 @pytest.mark.parametrize("name", LOCALLY_SMOOTH)
 def test_gradcheck(name, form, backend):
-    """Central differences with step 1e-6 in fp64 carry 1e-12 * f''' + 1e-16 / 1e-6: 1e-6 of the norm. An in-forward
-    gradient allows one backward, which torch.autograd.gradcheck does not respect, so the differences are our own."""
+    """Central differences with step 1e-6 in fp64 have errors of 1e-12 * f''' + 1e-16 / 1e-6, hence 1e-6 of the norm.
+    torch.autograd.gradcheck differentiates twice, but a gradient computed in the forward allows one backward, so the
+    differences are our own.
+    """
     problem = problems.full_problem(6, (3, 2), 3, 5, dtype=torch.float64)
     problem = problem if form == "linear" else problem.as_logits()
     leaves = problem.leaves()

@@ -1,4 +1,4 @@
-"""The row kernel that reads a logit once, on rows that are hostile to it; and that every row kernel is measured."""
+"""Tests of the row kernel that reads a logit once, on hostile rows; and that every row kernel is measured."""
 
 import math
 
@@ -18,7 +18,9 @@ VOCAB, TILE = 700, RowTile(256, 1)
 
 
 def exact(batch):
-    """Return (outcome [len(Outcome), n], dlogits) in float64. 1 - p_y is a sum of the others, which autograd lacks."""
+    """Return (outcome [len(Outcome), n], dlogits) in float64, with 1 - p_y summed from the other probabilities, unlike
+    autograd.
+    """
     rows, targets = batch.rows.double(), batch.targets[:, None]
     z = batch.logits.double() * rows[Field.INV_TEMPERATURE][:, None]
     logsumexp = z.logsumexp(-1)
@@ -53,7 +55,7 @@ def hostile(device):
     logits[11, targets[11]] = float("-inf")
     logits[12] = 0.0
     logits[13] = float("-inf")
-    logits[13, targets[13]] = 3.0  # alone
+    logits[13, targets[13]] = 3.0  # every other token is banned
     old[14] = 40.0  # no check has seen this value
     return batch
 
@@ -70,12 +72,12 @@ def test_one_read_agrees_with_float64(device):
     assert (outcome[:, 15] == 0).all() and factors[15] == 0 and (out[15] == 0).all()
     outcome, want, gradient = outcome[:, :15], want[:, :15], gradient[:15]
     assert outcome[0, 11] == -torch.inf
-    # the ulp of 1e4, which row 1 is lower by; and that moves what depends on log π
+    # Row 1 is lower by 1e4, and is allowed an ulp of that, which also moves what depends on log π.
     allowed = 1e-3 + 2e-3 * want.abs() * torch.tensor([0, 0, 0, 1, 1], device=device)[:, None]
     assert ((outcome - want).abs() <= allowed)[:, [*range(11), 12, 13, 14]].all()
     assert ((outcome - want).abs() <= 3e-6 * want.abs().clamp(min=1))[:3, [0, 2, 4, 5, 6, 7, 8, 12, 13]].all()
     found = (factors[:15, None] * out[:15].float()).double()
-    rounding = 2.0**-7 if INTERPRETING else 2.0**-8  # of an entry; the interpreter truncates
+    rounding = 2.0**-7 if INTERPRETING else 2.0**-8  # relative, of an entry; the interpreter truncates
     assert ((found - gradient).abs() <= rounding * gradient.abs() + 3e-3 * gradient.norm(dim=1)[:, None]).all()
     assert ((found - gradient).norm(dim=1) <= (rounding + 2e-3) * gradient.norm(dim=1)).all()
 
@@ -115,7 +117,7 @@ def test_a_poisoned_row_is_never_a_number(at_target, poison, device):
 @pytest.mark.parametrize("lead", [8.0, 16.0, 25.0])
 @pytest.mark.parametrize("of_target", [False, True])
 def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio, device):
-    """The entropy keeps its digits in its gradient, with a bonus, and in the loss's kernel, however small it is and
+    """The entropy's gradient keeps its digits, as a bonus in the kernel of the loss, however small the entropy is and
     whatever μ was.
     """
     batch = tiles._batch(1, VOCAB, torch.float32, device)
@@ -128,7 +130,7 @@ def test_the_entropy_of_a_confident_row_keeps_its_digits(of_target, lead, ratio,
     out = torch.empty_like(batch.logits)
     TritonRows(TILE).policy(batch, Terms(OBJECTIVE, entropy_bonus=True), out)
     entropy = -(logp.exp() * logp).sum()
-    want = logp.exp() * (logp + entropy)  # of -H
+    want = logp.exp() * (logp + entropy)  # the gradient of -H
     assert (out - want).norm() <= 1e-5 * want.norm()
 
 

@@ -1,4 +1,4 @@
-"""Hooks on saved tensors (activation checkpointing, offloading) and second derivatives."""
+"""Tests of hooks on saved tensors (activation checkpointing, offloading) and of second derivatives."""
 
 import gc
 import weakref
@@ -34,7 +34,7 @@ def inputs(device):
 
 
 def calls(targets, old, advantages, backend):
-    """Return functions of (hidden, weight) that give a scalar each. A chunk has two rows."""
+    """Yield (name, function), where each function maps (hidden, weight) to a scalar. A chunk has two rows."""
     options = {"backend": backend, "workspace_bytes": 2 * VOCAB * 4}
     rest = targets, old, advantages
 
@@ -53,7 +53,9 @@ def calls(targets, old, advantages, backend):
 
 @every_backend
 def test_a_checkpointed_model_runs_twice(backend, device):
-    """It runs in the forward and once in the backward, however many chunks there are, and gives the same gradients."""
+    """The model runs in the forward and once in the backward, however many chunks there are, and its gradients are the
+    same.
+    """
     hidden, weight, *rest = inputs(device)
     for name, call in calls(*rest, backend):
         runs = []
@@ -89,7 +91,7 @@ def test_the_first_use_of_an_objective_runs_the_model_no_more(backend, device):
 
 @every_backend
 def test_hooks_that_unpack_a_tensor_once(backend, device):
-    """The hooks of offloading free a copy when they hand it back."""
+    """Offloading hooks free their copy when they hand it back."""
 
     def unpack(box):
         return box.pop()
@@ -109,7 +111,7 @@ def test_the_inner_graph_is_freed(device):
     @dataclass(frozen=True)
     class Watched(Own):
         def token_loss(self, tokens):
-            loss = tokens.ratio  # whose backward saves its own result
+            loss = tokens.ratio  # the backward of this saves its own result
             kept.append(weakref.ref(loss))
             return -tokens.advantages * loss
 
@@ -125,7 +127,7 @@ def test_the_inner_graph_is_freed(device):
 
 @every_backend
 def test_a_second_derivative_is_right_or_refused(backend, device):
-    """A gradient penalty is what float64 autograd makes of the formula, unless it is refused."""
+    """The gradient of a gradient penalty is that of float64 autograd, unless it is refused."""
 
     def penalised(call, hidden, weight):
         value = call(hidden * 2, weight)
@@ -137,7 +139,7 @@ def test_a_second_derivative_is_right_or_refused(backend, device):
     exact = dict(calls(*rest, "reference"))
     for name, call in calls(*rest, backend):
         if backend == "reference":
-            # float32 through two backwards; the float64 result has the same formula without their rounding
+            # Float32 goes through two backwards. The float64 result has the same formula without their rounding.
             assert relative(penalised(call, hidden, weight), penalised(exact[name], *wide)) <= 1e-4, name
         else:
             with pytest.raises(RuntimeError, match=r"create_graph=True.*backend='reference'"):

@@ -1,4 +1,5 @@
-"""What only size, a stream or a graph shows: offsets beyond 2^31, 64k tokens in a workspace, capture, synchronisation.
+"""Tests of what shows only with size, a stream or a graph: offsets beyond 2^31, 64k tokens in a workspace, CUDA graph
+capture, synchronisation.
 
 The `full` sizes need a GPU; the `tiny` ones run the same lines anywhere.
 """
@@ -21,17 +22,17 @@ from problems import row_relative
 
 GIB = 1 << 30
 DRPO = ("DRPO", {"delta": 0.2})
-# of a row of dlogits, norm-wise: bf16 rounds an entry by up to 2^-8, and the target's is most of its row
+# The bound of a row of dlogits, norm-wise: bf16 rounds an entry by up to 2^-8, and the target's is most of its row.
 GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 4e-3}
-# of a row of dX, which is rounded too: by 0.4 · 2^-8 over its entries, beside 2^-24 · V/16 for truncated sums
+# The bound of a row of dX, which is rounded too: by 0.4 · 2^-8 over its entries, plus 2^-24 · V/16 for truncated sums.
 HIDDEN_GRADIENT = GRADIENT | {torch.bfloat16: 1.5 * 2**-8}
 WHOLE, HALF = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Size:
-    """There are `tokens` T of `hidden` size H, and `vocab` V. The interpreter truncates to bf16, so that `tiny` sizes
-    are float32.
+    """A call has T = `tokens`, H = `hidden` and V = `vocab`. `tiny` sizes are float32, because the interpreter
+    truncates to bf16.
     """
 
     tokens: int
@@ -65,7 +66,7 @@ class Inputs:
         self.hidden = (normal(size.tokens, size.hidden) + pull * self.weight[self.targets].float()).to(size.dtype)
         self.old = -4 * torch.rand(size.tokens, generator=g, device=device)
         self.advantages = normal(size.tokens)
-        # a quarter of the rows cannot contribute
+        # a quarter of the rows is masked
         self.mask = torch.rand(size.tokens, generator=g, device=device) < 0.75
         self.mask[0] = self.mask[-1] = True
         self.dtype, self.device = size.dtype, device
@@ -158,8 +159,8 @@ def test_widest_vocabulary(size, form, device):
 @pytest.mark.parametrize("view", ["shifted", "padded"])
 @sizes(TINY, large=True, full=Size(16_500, 64, 131_072))
 def test_rows_that_are_not_contiguous(size, view, device):
-    """The rows are `logits[:, :-1]` of three sequences, or columns of a padded vocabulary. Their gradient is beyond
-    2^31 too.
+    """The rows are `logits[:, :-1]` of three sequences, or columns of a padded vocabulary. Their gradient, too, has
+    offsets beyond 2^31.
     """
     inputs, sequences = Inputs(size, device), 3
     whole = inputs.hidden @ inputs.weight.T
@@ -211,7 +212,8 @@ def test_peak_memory(size, frozen, device):
     the retained bf16 dlogits.
     """
     inputs, workspace = Inputs(size, device), GIB
-    gradients(Inputs(Size(4, size.hidden, 64, size.dtype), device))  # libraries and their own workspaces
+    # this loads libraries, with workspaces of their own
+    gradients(Inputs(Size(4, size.hidden, 64, size.dtype), device))
     (logprobs, _, dx, *dw), peak = peak_bytes(lambda: gradients(inputs, frozen, workspace_bytes=workspace), device)
     active, hidden, vocab = int(inputs.mask.sum()), size.hidden, size.vocab
     beside = 0 if frozen else max(4 * vocab * hidden, 2 * active * vocab if active <= 2 * hidden else 0)
@@ -250,7 +252,7 @@ def captured(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Ca
 @every_route
 @sizes(TINY, full=REAL)
 def test_graph(size, route, device):
-    """A replay is bitwise the eager call, on new values too. The policy losses need compact="none" for it."""
+    """A replay has the bits of the eager call, on new values too. The policy losses need compact="none" for it."""
     inputs, others = Inputs(size, device), Inputs(size, device, seed=1)
     changes = {} if route is recomputed else {"compact": "none"}
     want, want_others = copies(route(inputs, **changes)), copies(route(others, **changes))
@@ -264,7 +266,7 @@ def test_graph(size, route, device):
 @every_route
 @sizes(TINY, large=True, full=REAL)
 def test_two_streams(size, route, device):
-    """Two batches run at once, and neither finds the other's buffers."""
+    """Two batches run at once, and neither uses the other's buffers."""
     batches = [Inputs(size, device, seed) for seed in (0, 1)]
     want = [copies(route(batch)) for batch in batches]
     streams = [torch.cuda.Stream() for _ in batches] if device.type == "cuda" else [None, None]
@@ -307,7 +309,9 @@ def no_synchronisation(device: torch.device):
 @pytest.mark.parametrize("route", ROUTES)
 @sizes(TINY, full=REAL)
 def test_no_synchronisation(size, route, device):
-    """With compact="none" the host reads nothing back. Compaction reads one count, which shows that reads are seen."""
+    """With compact="none" the host reads nothing back. Compaction reads one count, which shows that the test sees
+    reads.
+    """
     inputs = Inputs(size, device)
     head = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
     logits = (inputs.hidden @ inputs.weight.T).detach().requires_grad_()
@@ -320,10 +324,10 @@ def test_no_synchronisation(size, route, device):
             return dk.policy_loss(logits, *inputs.arguments, **options(compact=compact)).loss
         return dk.linear_policy_loss(*head, *inputs.arguments, **options(compact=compact)).loss
 
-    call().backward()  # compiles
+    call().backward()  # this compiles the kernels
     with no_synchronisation(device):
         loss = call()
-    # of the policy losses, a backward on a CPU reads the upstream factor, which costs nothing there
+    # On a CPU the backward of a policy loss reads the upstream factor, which costs nothing there.
     watched = device.type == "cuda" or route == "recompute"
     with no_synchronisation(device) if watched else contextlib.nullcontext():
         loss.backward()

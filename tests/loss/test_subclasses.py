@@ -36,7 +36,7 @@ def overridden(parent):
 
 
 def wrapped(parent):
-    """`functools.wraps` copies everything that a function carries."""
+    """Return a subclass whose formula is made by `functools.wraps`, which copies everything that a function carries."""
     token_loss = functools.wraps(parent.token_loss)(lambda self, tokens: 3 * surrogate(tokens))
     return type("Wrapped", (parent,), {"token_loss": token_loss})
 
@@ -69,8 +69,8 @@ def test_a_subclass_with_the_formula_of_its_parent_keeps_the_twin(parent):
 
 @every_backend
 def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device):
-    """The parent's promise that they do not count is about the parent's formula. A wrong promise of the subclass is an
-    error.
+    """The parent's promise that such rows do not count is about the parent's formula. A wrong promise of the subclass
+    is an error.
     """
 
     @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def test_rows_without_advantage_count_in_a_formula_of_their_own(backend, device)
 
 @dataclass(frozen=True)
 class Twinned(dk.Objective):
-    """Triton would run another function for this objective, which nobody tries."""
+    """Triton would run another function for this objective, one that is never compared with its formula."""
 
     zero_if_no_advantage = True
     twin = dk.DRPO().twin

@@ -1,4 +1,4 @@
-"""An objective's losses: one per token, differentiable, and of that token alone, on every backend and in a graph."""
+"""An objective's losses are one per token, differentiable, and of that token alone, on every backend and in a graph."""
 
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ def test_a_wrong_loss_is_refused(how, form, backend, device):
 @every_backend
 @pytest.mark.parametrize("how", ["right", "bfloat16", "random", "of labels", "of few advantages"])
 def test_a_right_loss_is_not(how, backend, device):
-    """A loss that draws random numbers looks like one that mixes tokens, and passes."""
+    """A loss that draws random numbers looks like one that mixes tokens, but passes."""
     assert problem_call(problem("linear"), Written(how), backend, device).loss.isfinite()
 
 
@@ -160,7 +160,9 @@ def test_inside_a_graph(objective, fullgraph, device):
 
 
 def test_settings_are_tried_once(device):
-    """Another number may be another formula. Of an annealed number only the first values are tried."""
+    """An objective is tried again with another number, which may mean another formula. If a number is annealed, only
+    its first values are tried.
+    """
     calls = []
 
     @dataclass(frozen=True)
@@ -174,8 +176,9 @@ def test_settings_are_tried_once(device):
         problem_call(problem("linear"), Counted("right", strength), "torch", device)
         return len(calls)
 
-    # beside the call's own two, on its chunk and for the metrics: whole twice and in three parts, of made-up tokens and
-    # of the call's, and once for other tensors that require grad
+    # The call itself evaluates the loss twice, on its chunk and for the metrics. The trial evaluates it on made-up
+    # tokens and on the call's, each time twice as a whole and in three parts, and once on other tensors that require
+    # grad.
     assert cost(1.0) - cost(1.0) == 2 * 5 + 1
     others = [cost(1 - 0.01 * step) for step in range(1, token_losses.MOST_VALUES)]
     assert set(others) == {cost(1.0) + 11}
@@ -231,7 +234,7 @@ def test_other_settings_are_tried_again(backend, device):
         with pytest.raises(ValueError, match="whatever tokens"):
             problem_call(problem("linear"), wrong, backend, device)
     problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens)), backend, device)
-    with pytest.raises(ValueError, match="whatever tokens"):  # where the first one may have been
+    with pytest.raises(ValueError, match="whatever tokens"):  # this function may lie where the first one was in memory
         problem_call(problem("linear"), Holding(lambda tokens: surrogate(tokens).cumsum(0)), backend, device)
     put = type("Put", (dk.Objective,), {"token_loss": lambda self, tokens: surrogate(tokens)})
     problem_call(problem("linear"), put(), backend, device)
@@ -290,7 +293,7 @@ def test_a_bad_row_is_not_blamed_on_the_objective(backend, device):
 @every_backend
 @pytest.mark.parametrize("reduction", ["token-mean", "none"])
 def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
-    """The metrics, and a KL term weighted by the ratio, do not see what it wrote."""
+    """The metrics, and a KL term weighted by the ratio, do not see what the objective wrote."""
 
     @dataclass(frozen=True)
     class Clamping(dk.Objective):
@@ -314,7 +317,7 @@ def test_an_objective_may_write_to_what_it_is_given(reduction, backend, device):
 
 
 class Truncated(dk.Objective):
-    """Many write importance weights so: the ratio is read once without a gradient, and once with one."""
+    """Importance weights are often written like this: the ratio is read once without a gradient, and once with one."""
 
     def token_loss(self, tokens):
         with torch.no_grad():
@@ -333,7 +336,7 @@ def test_a_look_without_a_gradient_takes_none_away(device):
 
 @dataclass(frozen=True)
 class InPlace(dk.Objective):
-    """It writes to a ratio, which is its own, and reads the ratio again."""
+    """This objective writes to a ratio, which is its own copy, and reads the ratio again."""
 
     writes: bool
 
@@ -353,7 +356,7 @@ def test_what_an_objective_writes_to_is_its_own(backend):
 
 
 def test_a_foreign_tensor_is_found_under_torch_compile():
-    """A class that is not registered runs outside the graph, and is checked there."""
+    """A class that is not registered runs outside the graph, and its loss is checked there."""
     factor = torch.nn.Parameter(torch.ones(()))
 
     class Learning(dk.Objective):

@@ -1,4 +1,6 @@
-"""Old log-probs that are none (NaN, -inf, sentinels, placeholders), and what a row that was left out reports."""
+"""Tests of old log-probs that are not log-probs (NaN, -inf, sentinels, placeholders), and of what a left-out row
+reports.
+"""
 
 import math
 
@@ -52,7 +54,7 @@ def test_what_no_sampled_token_has_is_masked_and_counted(dtype, objective, backe
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_unlikely_token_is_not(backend, device):
-    """This is the least likely token that float32 noise of 32 bits chooses, at three times the temperature of the
+    """The token is the least likely one that float32 noise of 32 bits can choose, at three times the temperature of its
     log-prob.
     """
     old = old_logprobs(-(23 * 3 + math.log(262_144)))
@@ -62,7 +64,9 @@ def test_an_unlikely_token_is_not(backend, device):
 
 
 def test_the_floor_is_below_what_is_sampled():
-    """The noise is Gumbel's, of the smallest uniforms that 24 to 32 random bits give, over a vocabulary of 2^18."""
+    """The noise is Gumbel noise from the smallest uniform numbers that 24 to 32 random bits give, for a vocabulary of
+    2^18.
+    """
     for bits in (24, 32):
         rarest = -math.log(-math.log1p(-(2.0**-bits))) + math.log(math.log(2.0**bits))
         for temperature in (0.6, 1.0, 2.0, 3.0):
@@ -119,7 +123,7 @@ def test_a_mean_over_the_mask_is_right_or_nan(form, backend, device):
         for values, want in zip((out.logprobs.cpu(), out.entropy.cpu()), exact, strict=True):
             assert (values[~mask] == 0).all()
             assert torch.equal(values.isnan(), left_out)
-            # the contract's 1e-4 on a log-prob
+            # This is the contract's 1e-4 on a log-prob.
             torch.testing.assert_close(values[mask & ~left_out].double(), want[mask & ~left_out], rtol=0, atol=1e-4)
         assert out.logprobs[mask.to(device)].mean().isnan() == (compact == "active")
         assert out.loss.isfinite()
@@ -129,7 +133,7 @@ def test_a_mean_over_the_mask_is_right_or_nan(form, backend, device):
 @every_backend
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_to_the_reference_is_reported(estimator, backend, device):
-    """It is reported with and without a coefficient, which changes the loss alone."""
+    """The KL is reported with and without a coefficient, which changes the loss alone."""
     made = random_problem(4, (3, 4), 8, 23)
     ref = made.old_logprobs - torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     logp = (made.hidden.double() @ made.weight.double().T).log_softmax(-1).gather(-1, made.targets[..., None])[..., 0]
@@ -186,7 +190,7 @@ def test_a_loss_per_token_has_no_normalizer(device):
         dk.linear_policy_loss(*arguments, reduction="none", sparse_grad=0.01)
 
 
-# --- and what is said about it ----------------------------------------------------------------------------------------
+# --- what `diagnose` says about it ------------------------------------------------------------------------------------
 
 
 def test_diagnosis_names_sentinels():

@@ -1,4 +1,4 @@
-"""`python -m drpo_kernels`: the parsers on recorded text, the commands as processes."""
+"""Tests of `python -m drpo_kernels`: its parsers on recorded text, and its commands as processes."""
 
 import json
 import os
@@ -54,7 +54,7 @@ amdhsa.kernels:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, because the suite's has TRITON_INTERPRET set."""
+    """Run the command line in a process of its own without TRITON_INTERPRET, which this process has set."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = PYTHONPATH
     command = [sys.executable, "-m", "drpo_kernels", *arguments]
@@ -124,7 +124,7 @@ def test_unknown_command(arguments, capsys):
     assert (exit.value.code, "usage" in capsys.readouterr().err) == (2, True)
 
 
-# what the core must run without
+# The core must run without these packages.
 ABSENT = ["numpy", "transformers", "trl", "verl", "accelerate", "peft", "datasets", "matplotlib", "tqdm", "rich"]
 
 
@@ -148,7 +148,9 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_compile_reports_every_target(tmp_path, monkeypatch):
-    """The command is started under the interpreter and must leave it: kernels decorated there cannot be compiled."""
+    """The command starts under the interpreter and must leave it, because kernels decorated
+    there cannot be compiled.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     report = tmp_path / "report.json"
@@ -175,14 +177,14 @@ def test_compile_fails_on_spills_and_errors():
 
 
 def test_compile_says_when_nothing_is_left(monkeypatch, capsys):
-    compile.load_cases("toy_cases:good")  # imports the kernels before the variable goes: other tests interpret them
+    compile.load_cases("toy_cases:good")  # import the kernels before the variable goes: other tests interpret them
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert compile.main(["--cases", "toy_cases:good", "--kernels", "absent"]) == 2
     assert "'absent'" in capsys.readouterr().err
 
 
 def test_doctor():
-    """Without a GPU it checks Triton too, in a process of its own."""
+    """Without a GPU the command checks Triton too, in a process of its own."""
     result = run("doctor")
     assert result.returncode == 0, result.stdout + result.stderr
     checked = {tuple(line.split()[:2]) for line in result.stdout.splitlines() if line.endswith(" ok")}

@@ -1,4 +1,4 @@
-"""What `python -m drpo_kernels compile` reads from a binary and holds against it."""
+"""Tests of what `python -m drpo_kernels compile` reads from a binary and checks in it."""
 
 import json
 import os
@@ -53,7 +53,9 @@ row:
 
 
 def test_loops_of_sass():
-    """Only innermost loops count. A head with two ways back counts once, and an endless empty loop does not."""
+    """Only innermost loops count. A loop head with two backward jumps counts once, and an
+    endless empty loop does not.
+    """
     loops = innermost_loops(list(sass(SASS)))
     assert loops == (Loop(18, 8, 16, 64, 4, masked=True), Loop(16, 4, 128, 32, 5))
 
@@ -101,7 +103,7 @@ ROW_AMDGCN = """
 
 
 def test_instructions_of_sass():
-    """A skipped load is masked, a skipped store is not; padding is not counted."""
+    """A loop with a skipped load counts as masked, one with a skipped store does not; padding is not counted."""
     expected = Loop(16, 0, 128, 0, 6, 2), Loop(16, 0, 128, 0, 3, masked=True), Loop(8, 8, 64, 64, 4)
     assert innermost_loops(list(sass(ROW_SASS))) == expected
 
@@ -112,13 +114,13 @@ def test_instructions_of_amd_assembly():
 
 
 def test_cost_of_an_element():
-    """The cost is per element, however many of them an unrolled loop loads, with their bias."""
+    """The cost is per element, whatever number of elements an unrolled loop loads, with their bias."""
     assert Loop(48, 0, 128, 0, 60, 12).per_element(6) == (7.5, 1.5)
     assert Loop(96, 0, 128, 0, 120, 24).per_element(6) == (7.5, 1.5)
     assert Loop(0, 16, 0, 128, 60).per_element(4) is Loop(48, 0, 128, 0, 60).per_element(0) is None
 
 
-# a row of fp32 logits: 10 instructions for an element and 6, and a masked tail
+# For a row of fp32 logits the two loops take 10 and 6 instructions for an element, and the masked tail is slow.
 FIRST, SECOND = Loop(32, 0, 128, 0, 80, 8), Loop(32, 16, 128, 128, 48, 8)
 TWO_PASSES = Usage(registers=64, loops=(FIRST, SECOND, Loop(32, 0, 128, 0, 800, 80, masked=True)))
 
@@ -183,7 +185,9 @@ def test_every_bound_is_some_kernels():
 
 
 def test_every_twin_of_an_objective_has_a_case():
-    """Those of the registered objectives, with whatever settings choose them: a twin is told by its arguments."""
+    """These are the twins of the registered objectives, whatever settings choose them. A twin is recognised by its
+    arguments.
+    """
     compiled = {case.constexprs.get("terms.objective") for case in kernel_cases() if case.name.startswith("policy[")}
     functions = (value for value in vars(objectives).values() if hasattr(value, "arg_names"))
     twins = {value for value in functions if list(value.arg_names) == ["logp", "old", "adv", "hyper"]}
@@ -193,7 +197,7 @@ def test_every_twin_of_an_objective_has_a_case():
 
 
 def outside_the_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
-    """Unset TRITON_INTERPRET, which the suite's own process has."""
+    """Run a command without TRITON_INTERPRET, which this process has set."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -211,7 +215,7 @@ def test_a_kernel_that_moves_or_computes_too_much_fails(tmp_path):
     statuses = {case: kernel["status"] for case, kernel in kernels.items()}
     wrong = {"right": "ok", "twice": "RELOADS", "narrow": "NARROW", "slow": "SLOW"}
     expected = {(name, target): word for name, word in wrong.items() for target in ("sm_90", "gfx942")}
-    assert statuses == expected | {("slow", "gfx942"): "ok"}  # whose row tile the bounds are not of
+    assert statuses == expected | {("slow", "gfx942"): "ok"}  # the bounds are not for its row tile
     assert "64 bytes per thread and iteration, where 32 are enough" in result.stdout
     assert list(kernels["slow", "sm_90"]["faults"]) == ["SLOW", "SPECIAL", "REGISTERS"]
     assert "1 take too many special-function ones, 1 take too many registers" in result.stdout

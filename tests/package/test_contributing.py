@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md names files, functions and folders that exist."""
+"""Tests that the files, functions and folders named in CONTRIBUTING.md exist."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (RO
 
 
 def files(name):
-    """The repository's files with this name or the end of this path."""
+    """Return the repository's files with this name, or whose path ends so."""
     return [file for file in FILES if f"/{file}".endswith(f"/{name}")]
 
 

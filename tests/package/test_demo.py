@@ -1,4 +1,4 @@
-"""The demo's pieces, and one quick run from end to end."""
+"""Tests of the demo's parts, and one quick run from end to end."""
 # ruff: noqa: E402 (the packages of the demo extra may be missing, which skips this file)
 
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_advantages_are_normalised_within_each_group():
     advantages = group_advantages(reward, group=4).reshape(4, 4)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(advantages.square().mean(1), torch.tensor([1.0, 1, 0, 0]), atol=1e-4, rtol=0)
-    assert (advantages[2:] == 0).all()  # exactly: the loss drops such rows
+    assert (advantages[2:] == 0).all()  # exactly 0, so that the loss drops such rows
     assert ((advantages > 0) == (reward.reshape(4, 4) > reward.reshape(4, 4).mean(1, keepdim=True))).all()
 
 
@@ -125,7 +125,7 @@ def test_sampling_follows_the_distribution_and_the_seed(model):
     with torch.no_grad():
         expected = model(prompts[:1]).logits[0, -1].softmax(-1)
     shares = torch.bincount(first.tokens[:, 0], minlength=expected.numel()) / len(prompts)
-    torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)  # 4 standard deviations at least
+    torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)  # this is at least 4 standard deviations
 
 
 def test_temperature_zero_takes_the_most_probable_token(model):
@@ -181,7 +181,7 @@ def test_the_trained_batch_is_that_of_the_run():
     batch = running.trained_batch(replace(TINY, steps=2), CPU)
     logprobs = torch.log_softmax(batch.hidden @ batch.weight.T, -1).gather(-1, batch.targets[..., None])[..., 0]
     shift = (logprobs - batch.old_logprobs)[batch.mask].abs()
-    assert 0 < shift.max() < 1  # one step's updates away from the behaviour policy
+    assert 0 < shift.max() < 1  # the policy is one step's updates away from the behaviour policy
     assert batch.advantages.shape == batch.targets.shape == batch.hidden.shape[:2]
 
 
@@ -213,7 +213,7 @@ def test_times_are_of_the_functions_in_order():
     assert quick < slow
 
 
-# --- the plots, the command -------------------------------------------------------------------------------------------
+# --- the plots and the command ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("advantage", [0.7, -2.0])

@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are and show what they say."""
+"""The scripts of examples/ run as they are and show what they promise."""
 
 import runpy
 
@@ -10,7 +10,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def shown(name: str, capsys: pytest.CaptureFixture) -> object:
-    """What the main() of a script returns; it prints something that fits on a screen."""
+    """Return what a script's main() returns, after checking that its output fits on a screen."""
     result = runpy.run_path(str(EXAMPLES / name))["main"]()
     assert 0 < len(capsys.readouterr().out.splitlines()) <= 24
     return result
@@ -31,4 +31,4 @@ def test_the_loop_learns(capsys):
 def test_the_fused_loss_is_the_plain_one(name, capsys):
     if name == "fused_head.py":
         pytest.importorskip("transformers", reason="transformers is not installed")
-    assert shown(name, capsys) < 5e-5  # float32: what the README promises of gradients
+    assert shown(name, capsys) < 5e-5  # the README's promise on float32 gradients

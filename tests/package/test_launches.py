@@ -1,7 +1,7 @@
-"""Every launch of every kernel through Triton's own JIT, compiler and launcher for an sm_90, without a GPU.
+"""Every launch of every kernel goes through Triton's own JIT, compiler and launcher for an sm_90, without a GPU.
 
-The interpreter, in which the other tests run the kernels, takes any arguments that NumPy takes. Here a missing
-argument, one of another kind, an absent pointer, a tuple, or a specialisation that does not compile fails.
+The interpreter, in which the other tests run the kernels, takes any arguments that NumPy takes. Here a test fails if an
+argument is missing or of another kind, or if an absent pointer, a tuple or a specialisation does not compile.
 """
 
 import ast
@@ -49,7 +49,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {
         "TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": paths,
         "TRITON_CACHE_DIR": str(shared / "triton"),
-        "DISABLE_PTXAS_OPT": "1",  # nothing runs the code, and optimising it takes longer than all the rest
+        "DISABLE_PTXAS_OPT": "1",  # nothing runs the code, and optimising it takes longer than everything else
     }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_launches_reach_the_driver(group, environment):
 
 
 def test_every_kernel_is_launched():
-    """A kernel is a `@jit` function that is called so, or that asks which program it is."""
+    """A kernel is a `@jit` function whose name ends in `_kernel` or that asks for its program_id."""
     package = Path(importlib.util.find_spec("drpo_kernels").origin).parent
     functions = (
         node for path in package.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))

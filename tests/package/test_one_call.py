@@ -9,7 +9,7 @@ from launcher import ROOT
 from one_call import passage
 from problems import random_problem
 
-# These are the most that a call may take, and may only become fewer.
+# A call may take at most these numbers, and they may only become smaller.
 FILES, FUNCTIONS, FRAMES = 24, 164, 12
 
 
@@ -30,7 +30,7 @@ def test_one_call_passes_through_few_files_and_frames():
 
 
 def test_the_count_is_that_of_the_package_alone():
-    """The clamped shift of tokens needs the unclamped one and the ratio less one, and that the log-ratio."""
+    """Here `clamped_shift` calls the unclamped shift and the ratio minus one, which calls the log-ratio."""
     assert passage(lambda: sorted(map(abs, range(3)))) == ([], [], [])
     tokens = dk.Tokens(torch.zeros(2), torch.zeros(2), torch.ones(2))
     files, functions, deepest = passage(lambda: tokens.clamped_shift)
@@ -40,14 +40,14 @@ def test_the_count_is_that_of_the_package_alone():
 
 
 def defined(file):
-    """Return the source of the one file of the package that has this path or the end of it."""
+    """Return the source of the files of the package that have this path or whose path ends in it."""
     found = [path for path in (ROOT / "drpo_kernels").rglob("*.py") if str(path).endswith(f"/{file}")]
     assert found, file
     return "\n".join(path.read_text(encoding="utf-8") for path in found)
 
 
 def test_the_page_and_its_picture_name_what_exists():
-    """A name in brackets behind a file is defined in that file, and a name in the picture behind a file as well."""
+    """A name in brackets behind a file is defined in that file, and so is a name behind a file in the picture."""
     page = (ROOT / "docs" / "one-call.md").read_text(encoding="utf-8")
     named = [
         (file, name)

@@ -1,4 +1,4 @@
-"""The README's Python runs, as a reader would paste it; TRL's and verl's snippets run in their own tests."""
+"""The README's Python runs as a reader would paste it; other tests run TRL's and verl's snippets."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_transformers():
     out = run(snippet("add_fused_head"), model=model, advantages=torch.tensor([1.0, -0.5]), **names)["out"]
     logits = model(input_ids=ids[:, :-1]).logits.double()
     logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    # fp32 logits of magnitude 10 carry an ulp of 1e-6
+    # Fp32 logits of magnitude 10 have an ulp of 1e-6.
     assert (out.logprobs - logp)[mask[:, 1:]].abs().max() <= 1e-5
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

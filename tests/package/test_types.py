@@ -1,4 +1,4 @@
-"""What editors and type checkers see of the public functions."""
+"""Tests of what editors and type checkers see of the public functions."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ def test_the_keywords_are_the_fields_of_the_options():
 
 
 def checker(name: str, *arguments: str) -> str:
-    """What a type checker prints of the calls."""
+    """Return what a type checker prints about the calls in typed_calls.py."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     command = [sys.executable, "-m", name, *arguments, str(CALLS)]
@@ -35,7 +35,7 @@ def checker(name: str, *arguments: str) -> str:
 
 
 def test_mypy_flags_the_wrong_calls_alone():
-    cache = ROOT / ".mypy_cache" / "typed_calls"  # these options would make that of `make lint` worthless
+    cache = ROOT / ".mypy_cache" / "typed_calls"  # with these options the cache of `make lint` would become useless
     options = "--strict", "--allow-untyped-calls", "--follow-imports=silent", f"--cache-dir={cache}"
     printed = checker("mypy", *options)
     assert {int(line) for line in re.findall(r"typed_calls\.py:(\d+): error", printed)} == WRONG, printed
