@@ -7,7 +7,6 @@ import torch
 
 import drpo_kernels as dk
 import problems
-from benchmarks.harness.quantization import dequantized, per_block, per_tensor
 from drpo_kernels.backends import fp8_head
 from drpo_kernels.backends.quantize import per_row
 from problems import SMALL_WORKSPACE, SPECS, full_problem, oracle, random_problem, relative, replace
@@ -266,28 +265,14 @@ def test_scales_and_rounding(name):
     step = {"fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3}[name]  # half the relative gap to the next value
     g = problems.generator(13)
     y = torch.randn(16, 64, generator=g).bfloat16()
-    error = (dequantized(per_row(y, form)) - y.float()).abs()
+    rounded = per_row(y, form)
+    error = (rounded.values.float() * rounded.scales - y.float()).abs()
     assert (error <= step * y.float().abs() + 1e-3).all() and error.max() > 0
     ties = torch.tensor([[largest, 17.0, 19.0, 18.0]])  # the row's scale is 1
     assert per_row(ties, form).values[0, 1:].tolist() == ([16, 20, 18] if name == "fp8_e4m3" else [16, 20, 16])
 
 
-def test_scales_cover_what_they_say():
-    x = torch.randn(150, 200, generator=problems.generator(14))
-    form = torch.float8_e4m3fn
-    assert torch.equal(per_tensor(x, form).scales, x.abs().max().reshape(1, 1) / 448)
-    for rows, shape in ((1, (150, 2)), (128, (2, 2))):
-        found = per_block(x, form, rows)
-        assert found.scales.shape == shape
-        for i in range(shape[0]):
-            for j in range(2):
-                block = slice(i * rows, (i + 1) * rows), slice(j * 128, (j + 1) * 128)
-                alone = per_tensor(x[block], form)
-                assert torch.equal(found.scales[i, j], alone.scales[0, 0])
-                assert torch.equal(dequantized(found, rows)[block], dequantized(alone))
-
-
 def test_a_shard_quantises_its_rows_as_the_whole_head_does():
     weight = torch.randn(10, 16, generator=problems.generator(15))
     whole, part = (per_row(w, torch.float8_e4m3fn) for w in (weight, weight[4:]))
-    assert torch.equal(dequantized(whole)[4:], dequantized(part))
+    assert torch.equal(whole.values[4:].float(), part.values.float()) and torch.equal(whole.scales[4:], part.scales)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.device import measures as device_measures
 from benchmarks.device import parts as device_parts
+from benchmarks.device import tiles
 from benchmarks.device.measures import Span
 from benchmarks.device.parts import LOST, OTHERS, PARTS, SCALE, STOPPED, UNAVAILABLE
 from benchmarks.device.plan import PLANS, Job
@@ -244,3 +245,13 @@ def test_a_copy_without_a_repository_names_its_commit(monkeypatch):
     assert (found["commit"], found["dirty"]) == ("0123abc", None)
     monkeypatch.delenv("DRPO_COMMIT")
     assert provenance.provenance("a command")["commit"] is None
+
+
+def test_every_row_kernel_is_measured(device):
+    pytest.importorskip("triton")
+    found = list(tiles.measure(Job(Path(), math.inf, True, device)))
+    kernels = {(record["row_kernel"], record["logits"]) for record in found}
+    assert kernels == {(tiles.COPY, "float32"), (tiles.TWO_READS, "float32"), (tiles.ONE_READ, "float32"),
+                       (tiles.COPY, "bfloat16"), (tiles.TWO_READS, "bfloat16")}  # fmt: skip
+    assert all(record["status"] == "ok" and record["TB/s"] > 0 for record in found)
+    assert sum(record["chosen"] for record in found) == 2

@@ -4,10 +4,12 @@ import importlib.util
 import re
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.harness import blocks, cli, records
 from benchmarks.harness.provenance import ROOT
+from benchmarks.harness.quantization import dequantized, per_block, per_tensor
 from benchmarks.harness.tables import size, table, three_figures, two_figures
 
 
@@ -103,3 +105,18 @@ def test_only_what_is_between_the_markers_changes(tmp_path):
     assert blocks.rewrite(page, (start, end), r"new \1")
     assert page.read_text() == f"before\n{start}\nnew \\1\n{end}\nafter\n"
     assert not blocks.rewrite(page, blocks.markers("toys", "two"), "new")
+
+
+def test_scales_cover_what_they_say():
+    x = torch.randn(150, 200, generator=torch.Generator().manual_seed(14))
+    form = torch.float8_e4m3fn
+    assert torch.equal(per_tensor(x, form).scales, x.abs().max().reshape(1, 1) / 448)
+    for rows, shape in ((1, (150, 2)), (128, (2, 2))):
+        found = per_block(x, form, rows)
+        assert found.scales.shape == shape
+        for i in range(shape[0]):
+            for j in range(2):
+                block = slice(i * rows, (i + 1) * rows), slice(j * 128, (j + 1) * 128)
+                alone = per_tensor(x[block], form)
+                assert torch.equal(found.scales[i, j], alone.scales[0, 0])
+                assert torch.equal(dequantized(found, rows)[block], dequantized(alone))
