@@ -7,6 +7,7 @@ a CPU, which runs no Triton kernels, without.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -167,7 +168,7 @@ def render(records: Sequence[Record]) -> str:
         logprob, dx = ((counts[f"changed.{x}"] / counts["rows"]).map("{:.0%}".format) for x in ("logprob", "dX"))
         cells = logprob + " / " + dx
         largest_dw = chosen.groupby("variation", sort=False)["dW_change"].max()
-        cells["norm-wise change of dW"] = largest_dw.map("{:.1e}".format, na_action="ignore").fillna(NOTHING)
+        cells["norm-wise change of dW"] = [NOTHING if math.isnan(change) else f"{change:.1e}" for change in largest_dw]
         parts.append(
             f"`{method}`, {' and '.join(shapes)}: share of rows with a changed bit in log-prob / in dX; the largest "
             f"change of a log-prob is {chosen['largest_logprob_change'].max():.1e}.\n\n"

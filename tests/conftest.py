@@ -97,6 +97,12 @@ def device():
 
 
 @pytest.fixture
+def without_metrics(monkeypatch):
+    """Leave the metrics out of a call, because they take most of the time in which PyTorch traces it."""
+    monkeypatch.setattr(sys.modules["drpo_kernels.policy_loss"], "_metrics", lambda *_: {})
+
+
+@pytest.fixture
 def tensor_cores(monkeypatch):
     """Make a CPU multiply 16-bit operands into float32, as tensor cores do, so that the sweep runs as on a GPU."""
 

@@ -207,8 +207,9 @@ def test_another_argument_is_refused_as_ever():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("form", "dynamic"), [("linear", None), ("logits", True)])
-def test_in_one_graph(form, dynamic):
+@pytest.mark.usefixtures("without_metrics")
+@pytest.mark.parametrize(("form", "dynamic", "compiler"), [("linear", None, "eager"), ("logits", True, "aot_eager")])
+def test_in_one_graph(form, dynamic, compiler):
     problem, ids = problem_with_ids(bias=form == "linear")
     problem = problem if form == "linear" else problem.as_logits()
     options = {"kept_ids": ids, "entropy_coef": 0.1} | ({} if dynamic else CAPPED)
@@ -217,7 +218,7 @@ def test_in_one_graph(form, dynamic):
     function = dk.policy_loss if form == "logits" else dk.linear_policy_loss
     given = (problem.targets, problem.old_logprobs, problem.advantages, problem.mask)
 
-    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=dynamic)
     def step(leaves, given, options):
         bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
         return function(*(x for n, x in leaves.items() if n != "bias"), *given, backend="torch", **options, **bias).loss

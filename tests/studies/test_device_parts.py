@@ -1,7 +1,7 @@
 """The parts of the command for a GPU: each is rehearsed here and leaves its lines."""
 
 import math
-import subprocess
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -197,11 +197,10 @@ def test_a_part_without_a_test_fails(status, lines, tmp_path, monkeypatch):
 
 
 def test_files_with_tests_of_a_gpu():
-    """By what is collected: a file that is not named there is never run on one."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=device_parts.ROOT)
-    files = {line.split("::")[0] for line in found.stdout.splitlines() if "::" in line}
-    assert files == {SCALE, *OTHERS}
+    """A file that is not named there is never run on one."""
+    paths = (device_parts.ROOT / "tests").rglob("test_*.py")
+    files = [path for path in paths if re.search(r"mark\.gpu", path.read_text(encoding="utf-8"))]
+    assert {str(path.relative_to(device_parts.ROOT)) for path in files} == {SCALE, *OTHERS}
 
 
 @pytest.mark.parametrize("part", ["invariance", "precision"])

@@ -158,6 +158,13 @@ SAYING = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Draw every picture at a low resolution: encoding it takes longer than the rest of a page."""
+    monkeypatch.setattr("benchmarks.harness.pictures.DPI", 10)
+
+
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("part", SAYING)
 def test_a_part_may_be_missing(part, tmp_path, capsys):
     left_out = PARTS if part == "all" else [part]
@@ -173,6 +180,7 @@ NO_TIME = {"median_s": None, "min_s": None, "max_s": None, "seconds": [], "floor
            "entropy_quantiles": None, "entropy_nats": None, "status": "not run: time budget"}  # fmt: skip
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     "method", ["gemms_whole", "eager", "linear_policy_loss", "linear_policy_loss_sparse", "trl", "copy"]
 )
