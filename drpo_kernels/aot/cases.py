@@ -72,7 +72,7 @@ BOUNDS = {
     "statistics[fp32]": Bounds(reading=8, registers=64),
     "statistics[bf16]": Bounds(reading=9, registers=64),
     "statistics[fp16]": Bounds(reading=8.5, registers=64),
-    "statistics[bias softcap]": Bounds(reading=42.5, special=3, registers=88),
+    "statistics[bias softcap]": Bounds(reading=43, special=3, registers=96),
 }
 
 

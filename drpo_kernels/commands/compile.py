@@ -38,7 +38,14 @@ def main(argv: Sequence[str]) -> int:
     if not HAS_TRITON:
         print("error: Triton is not installed", file=sys.stderr)
         return 2
-    cases = [case for case in load_cases(options.cases) if options.kernels in case.name]
+    every = load_cases(options.cases)
+    known = {start for case in every for start in case.targets}
+    unknown = [target for target in options.targets if known and not target.startswith(tuple(known))]
+    if unknown:
+        families = sorted(start for start in known if not start.startswith(tuple(known - {start})))
+        print(f"error: no tiles for {', '.join(unknown)}: a target begins with {', '.join(families)}", file=sys.stderr)
+        return 2
+    cases = [case for case in every if options.kernels in case.name]
     if not cases:
         print(f"error: no kernel's name contains {options.kernels!r}", file=sys.stderr)
         return 2

@@ -105,6 +105,13 @@ def test_targets():
         gpu_target("90")
 
 
+def test_a_target_without_tiles_is_an_error(capfd):
+    """Without row kernels for it the table would say that all is well."""
+    pytest.importorskip("triton")
+    assert compile.main(["--targets", "sm_90,sm_75", "--kernels", "losses"]) == 2
+    assert "no tiles for sm_75: a target begins with gfx, sm_10" in capfd.readouterr().err
+
+
 def test_table():
     table = TextTable(("name", "n"), widths=(6, 3))
     assert table.header() == "name      n\n------  ---"
