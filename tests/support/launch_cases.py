@@ -96,7 +96,7 @@ def objectives() -> Calls:
 
 @group("losses")
 def terms() -> Calls:
-    """Each term alone in one dtype, and none and all of them in every dtype."""
+    """Each term runs alone in one dtype, and none and all of them run in every dtype."""
     reference = {"kl_coef": 0.1, "ref_logprobs": -torch.rand(48)}
     alone = {
         "softcap": {"softcap": 30.0}, "bias": {"bias": True}, "entropy": {"entropy_coef": 0.1},
