@@ -93,9 +93,7 @@ def liger_grpo(inputs: Inputs) -> Step:
 
 
 def liger_triton_grpo(inputs: Inputs) -> Step:
-    """Run Liger's Triton GRPO kernels from logits, as one sequence, followed by the row at its
-    end that they leave out.
-    """
+    """Run Liger's Triton GRPO kernels from logits: one sequence, with a row behind its end that they leave out."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     count, vocab = inputs.logits.shape

@@ -234,8 +234,8 @@ ON_A_CPU = [name for name, m in METHODS.items() if not (m.floor or m.gpu or m.pa
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("name", ON_A_CPU)
 def test_own_methods_agree_with_float64(name, softcap, dtype):
-    """They agree also where logits are capped and most rows have no advantage; methods that
-    round on purpose stay near.
+    """Our methods agree also where logits are capped and most rows have no advantage; methods that round on purpose
+    stay near.
     """
     method, dtype = METHODS[name], getattr(torch, dtype)
     inputs = make_inputs("trained", Shape(48, 32, 96), dtype=dtype, softcap=softcap).with_logits()
@@ -251,7 +251,7 @@ def test_own_methods_agree_with_float64(name, softcap, dtype):
 @pytest.mark.parametrize("wrt", [HEAD, FROZEN_HEAD, LOGITS])
 @pytest.mark.parametrize("same_loss", [True, False])
 def test_exact_gradients_by_blocks(wrt, same_loss, monkeypatch):
-    """They agree with naive autograd over the whole batch in float64, and notice an error of a hundredth."""
+    """Exact gradients agree with naive autograd over the whole batch in float64, and show an error of a hundredth."""
     monkeypatch.setitem(exact.BLOCK, "cpu", 5 * 96)
     inputs = make_inputs("random", Shape(48, 8, 96), softcap=5.0).with_logits()
     wide = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in wrt})

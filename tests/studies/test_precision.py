@@ -82,7 +82,9 @@ def test_fp16_gradients_at_a_full_vocabulary():
 
 
 def test_a_16_bit_bias_is_added_in_float32(device):
-    """This holds for bf16 logits too: the study once found the sum rounded a second time, to multiples of 64 at 1e4."""
+    """The bias is added in float32 to bf16 logits too: the study once found the sum rounded again, to multiples of 64
+    at 1e4.
+    """
     case = regimes.REGIMES["bias+1e4"].case(TINY, device=device)
     plain = regimes.REGIMES["trained"].case(TINY, device=device)
     for backend in ("torch", "triton"):

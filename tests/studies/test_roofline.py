@@ -75,8 +75,8 @@ def test_bytes_of_the_row_kernel_by_hand():
 
 
 def test_a_factor_per_row_by_hand():
-    """This is for rows that are read once: the product of dX is float32 and rounded afterwards, and the hidden rows of
-    dW are scaled.
+    """If rows are read once, the product of dX is float32 and rounded afterwards, and the
+    hidden rows of dW are scaled.
     """
     states = LARGE.states
     found, cut = linear(LARGE), sweep_plan(LARGE, LARGE.tokens)
