@@ -196,9 +196,7 @@ def test_a_part_without_a_test_fails(status, lines, tmp_path, monkeypatch):
 
 
 def test_files_with_tests_of_a_gpu():
-    """The list is compared with the tests that pytest collects, because a file that is missing from it never runs on a
-    GPU.
-    """
+    """By what is collected: a file that is not named there is never run on one."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=device_parts.ROOT)
     files = {line.split("::")[0] for line in found.stdout.splitlines() if "::" in line}
