@@ -1,4 +1,4 @@
-"""The option of `pytest benchmarks`."""
+"""This adds the option of `pytest benchmarks`."""
 
 
 def pytest_addoption(parser):

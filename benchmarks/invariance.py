@@ -1,8 +1,8 @@
-"""`python -m benchmarks.invariance`: which bits of a row change with what is computed beside it, a JSON line per case.
+"""`python -m benchmarks.invariance` finds which bits of a row change with what is computed beside it.
 
 A batch is computed once, then parts of it, permutations, other compactions and other chunks; what a row reports
-(log-prob, entropy) and its dX are compared bit for bit. On a GPU with and without `batch_invariant`, on real shapes; on
-a CPU, which runs no Triton kernels, without.
+(log-prob, entropy) and its dX are compared bit for bit. On a GPU this is done on real shapes, with and without
+`batch_invariant`; on a CPU, which runs no Triton kernels, without. Each case is a JSON line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ CUDA_SHAPES = (Shape(512, 1024, 32_003), Shape(512, 4096, 151_936))
 QUICK_SHAPES = (Shape(8, 5, 33),)
 BATCHES, PIECES = (1, 2, 5, 16, 17, 33), 4  # rows in a batch, and how many such batches
 METHODS = {"default": False, "batch_invariant": True}
-LOGIT_BYTES = 4  # of workspace; a GPU keeps 16-bit dlogits beside the logits and takes two rows for three
+# bytes of workspace; a GPU keeps 16-bit dlogits beside the logits, so that two rows take the room of three
+LOGIT_BYTES = 4
 
 
 class Found(NamedTuple):
@@ -59,7 +60,7 @@ class Batch:
         self.everyone = torch.arange(shape.tokens, **on)
 
     def run(self, rows: Tensor | None = None, **options) -> Found:
-        """Those rows, in that order; None: all of them."""
+        """Compute these rows in this order, or all rows for None."""
         rows = self.everyone if rows is None else rows
         leaves = [self.hidden[rows].requires_grad_(), self.weight.detach().requires_grad_()]
         out = linear_policy_loss(
@@ -70,7 +71,7 @@ class Batch:
 
 
 def compared(pieces: Sequence[Found], whole: Found) -> Record:
-    """How many rows differ from the same rows of `whole`, which has all, in what, and how far."""
+    """Return how many rows differ from the same rows of `whole`, which has all of them, in what, and how far."""
     rows = torch.cat([found.rows for found in pieces])
     logprobs, entropy, dx = (torch.cat([found[i] for found in pieces]) for i in (1, 2, 3))
     changed = {
@@ -83,7 +84,7 @@ def compared(pieces: Sequence[Found], whole: Found) -> Record:
 
 
 def measure(batch: Batch, shape: Shape, **options) -> Iterator[Record]:
-    """A record per variation; a change of dW is recorded where it is computed from the same rows."""
+    """Yield a record per variation. A change of dW is recorded where dW is computed from the same rows."""
     count = shape.tokens
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).to(batch.everyone.device)
     whole = batch.run(**options)
@@ -104,14 +105,16 @@ def measure(batch: Batch, shape: Shape, **options) -> Iterator[Record]:
 
 
 def _distance(found: Tensor, want: Tensor) -> float:
-    """|found - want| / |want|, and 0 only where every bit is the same."""
+    """Return |found - want| / |want|, and 0 only where every bit is the same."""
     if torch.equal(found, want):
         return 0.0
     return max(((found.double() - want.double()).norm() / want.double().norm()).item(), 1e-30)
 
 
 def broken(record: Record) -> bool:
-    """A promise that did not hold: a second run is bitwise the first, and `batch_invariant` rows never change."""
+    """Return whether a promise is broken: a second run is bitwise the first, and
+    `batch_invariant` rows never change.
+    """
     if record["status"] != "ok":
         return False
     rows_changed = any(record["changed"].values())
@@ -122,7 +125,7 @@ def broken(record: Record) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print; 1 if a row of `batch_invariant` or a second run changed a bit."""
+    """Measure, write and print. Return 1 if a row of `batch_invariant` or a second run changed a bit."""
     parser = cli.parser("benchmarks.invariance", __doc__)
     cli.add_device(parser)
     cli.add_quick(parser, "a tiny shape")
@@ -155,7 +158,7 @@ def _records(device: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> Ite
 
 
 def render(records: Sequence[Record]) -> str:
-    """The Markdown of a run: a table per method, of shares of rows in which a bit changed."""
+    """Return the Markdown of a run: a table per method, with the shares of rows in which a bit changed."""
     parts, lines = [], pd.json_normalize([{"dW_change": float("nan")} | record for record in records])
     for method, chosen in lines.groupby("method", sort=False):
         if (chosen["status"] != "ok").any():
@@ -178,12 +181,12 @@ def render(records: Sequence[Record]) -> str:
 
 
 def render_gpu(records: Sequence[Record]) -> str:
-    """Whether the promises hold on a GPU, and the tables."""
+    """Return whether the promises hold on a GPU, and the tables."""
     return f"With `batch_invariant` and run to run, {promises(records)}\n\n{render(records)}"
 
 
 def promises(records: Sequence[Record]) -> str:
-    """A sentence about the promises that are broken."""
+    """Return a sentence about the promises that are broken."""
     wrong = [record for record in records if broken(record)]
     dtypes = ", ".join(dict.fromkeys(record["dtype"] for record in records))
     if not wrong:

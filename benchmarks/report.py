@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the pages' blocks of results and the plots, from bench_results/ alone."""
+"""`python -m benchmarks.report` rewrites the pages' blocks of results and the plots, from bench_results/ alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the blocks; print one whose page has no such block, or whose run was a `--quick` one."""
+    """Rewrite the blocks. Print a block whose page has no place for it, or whose run was a `--quick` one."""
     parser = cli.parser("benchmarks.report", __doc__)
     parser.add_argument("--block", choices=BLOCKS, help="default: every block whose results are there")
     parser.add_argument("--results", type=Path, help="JSON lines in place of the block's own; with --block")
@@ -71,7 +71,7 @@ def _report(block: Block, results: Sequence[Record] | Run, page: Path, records: 
 def draw_plots(module: str, records: Sequence[Record] | Run, results: Path) -> None:
     try:
         draw = importlib.import_module(module).draw
-    except ModuleNotFoundError as error:  # a GPU machine without matplotlib: the tables are written all the same
+    except ModuleNotFoundError as error:  # without matplotlib, as on a GPU machine, the tables are still written
         print(f"no plots: {error.name} not installed", file=sys.stderr)
         return
     draw(records, results.parent, results.stem)

@@ -1,7 +1,7 @@
-"""`pytest benchmarks`: one forward and backward of our heads, PyTorch's, TRL's, Liger's and cut-cross-entropy's.
+"""`pytest benchmarks` times one forward and backward of our heads, PyTorch's, TRL's, Liger's and cut-cross-entropy's.
 
 A group is a workload, from hidden states or from logits, and its cases are those of `python -m benchmarks.speed`. The
-gradients are compared with float64 first: a wrong one of ours fails, and what is wrong is not timed. `extra_info` has
+gradients are compared with float64 first: a wrong method of ours fails, and no wrong method is timed. `extra_info` has
 the tokens per second, the peak of the extra memory and the gradient's error. On a CPU all of it takes minutes; on a GPU
 the cases are at real models' sizes, and `-k` chooses among them. `--quick` goes through all of it at tiny shapes.
 """
@@ -37,7 +37,7 @@ def name_of(case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def prepared() -> Prepared:
-    """The inputs of a workload and its exact gradients, which neighbouring cases share."""
+    """Return the inputs of a workload and its exact gradients, which neighbouring cases share."""
     return Prepared(DEVICE)
 
 

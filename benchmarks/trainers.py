@@ -1,4 +1,4 @@
-"""`python -m benchmarks.trainers`: a step of TRL's GRPOTrainer and of DRPOTrainer with the same loss, on the CPU.
+"""`python -m benchmarks.trainers` times a step of TRL's GRPOTrainer and of DRPOTrainer with the same loss, on the CPU.
 
 Both trainers get the same weights and the same batch, and `objective=PPO()` is TRL's own formula: losses and gradients
 are compared first, then times interleaved in this process, then the peak memory of each in a process of its own. The
@@ -47,7 +47,7 @@ FULL, QUICK = Size(8, 32, 256, 512, 32_768), Size(4, 4, 6, 32, 64)
 
 
 def make_trainer(name: str, size: Size):
-    """A trainer on seeded weights; its dataset and tokenizer are placeholders that no step reads."""
+    """Return a trainer on seeded weights; its dataset and tokenizer are placeholders that no step reads."""
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -85,7 +85,7 @@ def make_trainer(name: str, size: Size):
 
 
 def make_batch(size: Size) -> dict[str, torch.Tensor]:
-    """Completions of a quarter of the length to all of it, old log-probs of a slightly stale policy."""
+    """Return completions of a quarter of the length to all of it, with old log-probs of a slightly stale policy."""
     g = torch.Generator().manual_seed(1)
     lengths = torch.linspace(size.completion / 4, size.completion, size.batch).long()
     mask = (torch.arange(size.completion) < lengths[:, None]).long()
@@ -103,7 +103,7 @@ def make_batch(size: Size) -> dict[str, torch.Tensor]:
 
 
 def step_of(name: str, size: Size) -> Callable[[], tuple[float, torch.Tensor]]:
-    """A function that runs one step and returns the loss and the gradient of the head."""
+    """Return a function that runs one step and returns the loss and the gradient of the head."""
     trainer, batch = make_trainer(name, size), make_batch(size)
     head = trainer.model.get_output_embeddings().weight
 
@@ -117,14 +117,14 @@ def step_of(name: str, size: Size) -> Callable[[], tuple[float, torch.Tensor]]:
 
 
 def peak_bytes(name: str, size: Size) -> int | None:
-    """Peak of one step over the memory before it, gradients of every parameter included."""
-    step_of(name, QUICK)()  # loads libraries and starts thread pools
+    """Return the peak memory of one step beyond the memory before it, gradients of every parameter included."""
+    step_of(name, QUICK)()  # this loads libraries and starts thread pools
     torch.ones(512, 512) @ torch.ones(512, 512)
     return memory.peak_of(step_of(name, size))
 
 
 def measure(size: Size, rounds: int) -> list[Record]:
-    """A record per trainer; AssertionError where the two do not compute the same."""
+    """Return a record per trainer. This raises AssertionError where the two do not compute the same."""
     steps = {name: step_of(name, size) for name in TRAINERS}
     (their_loss, theirs), (our_loss, ours) = (step() for step in steps.values())
     error = ((ours - theirs).norm() / theirs.norm()).item()
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def render(records: Sequence[Record]) -> str:
-    """The Markdown of a comparison of trainers."""
+    """Return the Markdown of a comparison of trainers."""
     size = records[0]["size"]
     rows = []
     for record in records:

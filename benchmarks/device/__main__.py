@@ -1,4 +1,4 @@
-"""`python -m benchmarks.device --sitting first --out DIR`: what only a GPU can tell, for one that is there for minutes.
+"""`python -m benchmarks.device --sitting first --out DIR` measures what only a GPU can tell, within minutes.
 
 There are three sittings: `first` takes under three minutes and has bare products, our own methods and the tests of
 sizes, graphs and streams; `second` takes eight minutes and has peers, small models, memory, row kernels, a
@@ -6,9 +6,9 @@ profile, the other GPU tests and a run; `third` is what is left. `--parts` names
 
 Parts run in order, each in a process of its own and for a share of the time that is left. Every result is a line of a
 file in DIR as soon as it is measured. A process that dies, hangs or loses the device costs the case that it had begun;
-a new one goes on behind that case. summary.md is rewritten after every part and printed in the end. A part that is done
-in DIR is skipped unless --again is given. Nothing is installed or fetched: peers are measured where Python finds them,
-and beside PyTorch and Triton tabulate and tqdm must be there. Without a repository around it, the environment's
+a new one goes on behind that case. summary.md is rewritten after every part and printed at the end. A part that is done
+in DIR is skipped unless --again is given. Nothing is installed or fetched: peers are measured if Python finds them, and
+tabulate and tqdm must be installed beside PyTorch and Triton. Without a repository around it, the environment variable
 DRPO_COMMIT names the commit.
 
 The exit status is 0 if every part came to its end and no test failed, else 1. `--rehearse` goes through the same lines
@@ -38,7 +38,7 @@ from benchmarks.harness.records import Record, append, read, replace_part, selec
 from benchmarks.harness.runs import DEVICE, FILES, SPEED, read_run
 
 SUMMARY, LOG = "summary.md", "log.txt"
-# Seconds by which a part, which watches the clock itself, may overrun its box; and seconds kept for the summary.
+# GRACE is how many seconds a part, which watches the clock itself, may overrun its box. LAST is kept for the summary.
 GRACE, LAST = 8.0, 5.0
 # No box is shorter than this, because importing PyTorch takes as long.
 LEAST = 5.0
@@ -49,7 +49,7 @@ NO_TIME = "not run: no time left"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts that are not done; 1 if one of them failed or ran out of time."""
+    """Run the parts that are not done, and return 1 if one of them failed or ran out of time."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.list:
@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bad(record: Record) -> bool:
-    """Whether a part has not come to its end, tests have failed, or a method of ours is wrong."""
+    """Return whether a part has not come to its end, tests have failed, or a method of ours is wrong."""
     if "method" in record:
         return is_broken(record["method"], record["status"])
     return record.get("end", "").startswith(("failed", "stopped", "not run")) or bool(record.get("failed"))
 
 
 def _run(part: str, box: float, folder: Path, rehearse: bool) -> None:
-    """One part to its end, which becomes a line of its own, in place of the lines of an earlier try."""
+    """Run one part to its end, which becomes a line of its own, in place of the lines of an earlier try."""
     for name in FILES:
         replace_part(folder / name, part, [])
     start = time.monotonic()
@@ -116,7 +116,7 @@ def _outcome(part: str, box: float, folder: Path, rehearse: bool) -> str:
 
 
 def _process(part: str, seconds: float, folder: Path, rehearse: bool, log: IO[str]) -> int | str:
-    """The exit status, or the reason why the process had to be stopped: SILENT or OVERTIME."""
+    """Return the exit status, or the reason why the process had to be stopped: SILENT or OVERTIME."""
     command = [sys.executable, "-m", "benchmarks.device.parts", part, "--out", str(folder.resolve())]
     command += ["--seconds", f"{seconds:.1f}", *(["--rehearse"] if rehearse else [])]
     settings = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}

@@ -1,4 +1,4 @@
-"""What a GPU run is held to: each bar with its limit, and how its number comes from the records of the run."""
+"""The bars that a GPU run must reach: each has its limit, and a function that finds its number in the run's records."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PASS, MISS, NOT_MEASURED = "PASS", "MISS", "not measured"
 
 
 class NotMeasured(Exception):
-    """Raised where a bar's number cannot be had; the message names what is missing."""
+    """This is raised where a bar's number cannot be had. The message names what is missing."""
 
 
 class Found(NamedTuple):
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a bar: `word` is PASS, MISS or NOT_MEASURED."""
+    """The result of a bar, whose `word` is PASS, MISS or NOT_MEASURED."""
 
     bar: Bar
     word: str
@@ -62,7 +62,7 @@ class Bar:
     form: str = "{:.3f}×"
 
     def verdict(self, run: Run) -> Verdict:
-        """The numbers of a CPU, on which a run is a rehearsal, are computed and not shown."""
+        """Return the verdict. The numbers of a CPU, on which a run is a rehearsal, are computed and not shown."""
         try:
             value, remark, records = self.find(run)
         except NotMeasured as missing:
@@ -76,7 +76,7 @@ class Bar:
 
 
 def _earlier_commits(records: Sequence[Record], run: Run) -> str:
-    """The commits before the run's last one. A run may take several sittings, each at its own commit."""
+    """Return the commits before the run's last one. A run may take several sittings, each at its own commit."""
     newest = max(run[SPEED], key=lambda record: record["date"])["commit"] if run[SPEED] else None
     return ", ".join(dict.fromkeys(r["commit"][:12] for r in records if r["commit"] not in (None, newest)))
 
@@ -89,7 +89,7 @@ def verdicts(run: Run) -> list[Verdict]:
 
 
 def failed_tests(run: Run) -> Found:
-    """The number of failed tests. A part that runs tests and has not come to its end counts as one more."""
+    """Return the number of failed tests. A part that runs tests and has not come to its end counts as one more."""
     runs = [record for record in run[DEVICE] if "tests" in record]
     if not runs:
         raise NotMeasured("no test was run")
@@ -101,7 +101,7 @@ def failed_tests(run: Run) -> Found:
 
 
 def timed(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) -> Record:
-    """The record of the case, which must have a time."""
+    """Return the record of the case, which must have a time."""
     record = record_of(run, method, workload, share)
     if obstacle := _obstacle(method, record):
         raise NotMeasured(obstacle)
@@ -109,14 +109,14 @@ def timed(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) 
 
 
 def _obstacle(method: str, record: Record | None) -> str | None:
-    """Why the method has no time, if it has none."""
+    """Return why the method has no time, or None if it has one."""
     if record is None:
         return f"{method}: no record"
     return None if record["median_s"] else f"{method}: {record['status']}"
 
 
 def floor_of(record: Record) -> float:
-    """Seconds of the method's floor, whose samples were interleaved with its own."""
+    """Return the seconds of the method's floor, whose samples were interleaved with its own."""
     if record["floor_median_s"] is None:
         raise NotMeasured(f"{record['method']}: its floor has no time")
     return record["floor_median_s"]
@@ -134,13 +134,15 @@ def over_floor(method: str, run: Run, workload: Workload = MAIN) -> Found:
 
 
 def over_dense(method: str, share: float, run: Run) -> Found:
-    """The method's time over that of `linear_policy_loss` with every row active."""
+    """Return the method's time over that of `linear_policy_loss` with every row active."""
     record = timed(run, method, share=share)
     return _ratio(record, dense_beside(record, run)["median_s"])
 
 
 def dense_beside(record: Record, run: Run) -> Record:
-    """`linear_policy_loss` with every row active on the same inputs at the same commit, preferably of the same part."""
+    """Return the record of `linear_policy_loss` with every row active, on the same inputs, at the same commit and
+    preferably of the same part.
+    """
     same = {name: record[name] for name in ("workload", "shape", "inputs", "dtype", "commit")}
     found = [r for r in select(run[SPEED], method=LOSS, active_share=1.0, **same) if r["median_s"] is not None]
     if not found:
@@ -149,7 +151,7 @@ def dense_beside(record: Record, run: Run) -> Record:
 
 
 def over_eager(run: Run) -> Found:
-    """The smallest of eager's times over ours, over the shapes of small models."""
+    """Return the smallest ratio of eager's time to ours, over the shapes of small models."""
     pairs = [(timed(run, "eager", workload), timed(run, LOSS, workload)) for workload in (*SMALL, MIDDLE)]
     ratios = [eager["median_s"] / ours["median_s"] for eager, ours in pairs]
     value, (_, ours) = min(zip(ratios, pairs, strict=True), key=lambda row: row[0])
@@ -163,7 +165,7 @@ def over_eager(run: Run) -> Found:
 
 
 def bandwidth_share(dtype: str, run: Run) -> Found:
-    """The TB/s of the row kernel at the tile that is chosen, over a copy's."""
+    """Return the TB/s of the row kernel at the tile that is chosen, divided by a copy's."""
     rows = [r for r in run[DEVICE] if r.get("row_kernel") and r["logits"] == dtype and r["TB/s"] is not None]
     kernels, copies = select(rows, chosen=True), select(rows, row_kernel=COPY)
     if not kernels or not copies:
@@ -173,7 +175,7 @@ def bandwidth_share(dtype: str, run: Run) -> Found:
 
 
 def over_peers(method: str, peers: Sequence[str], run: Run) -> Found:
-    """The fastest peer's time over ours, each in units of the floor beside it, and the memory of both."""
+    """Return the fastest peer's time over ours, each in units of the floor beside it, and the memory of both."""
     ours = timed(run, method)
     records = {peer: record_of(run, peer) for peer in peers}
     missing = [_obstacle(peer, record) for peer, record in records.items() if _obstacle(peer, record)]
@@ -187,13 +189,13 @@ def over_peers(method: str, peers: Sequence[str], run: Run) -> Found:
 
 
 def in_floors(record: Record) -> float:
-    """A time in units of the three bare products, also for a method whose floor has four of them."""
+    """Return a time in units of the three bare products, also for a method whose floor has four of them."""
     products = {WHOLE: 3, "gemms_recompute": 4}[METHODS[record["method"]].held_to]
     return record["median_s"] / floor_of(record) * products / 3
 
 
 def beyond_allowance(method: str, run: Run) -> Found:
-    """How far the peak is above what is allowed, in GiB, at the T where it is furthest."""
+    """Return how far the peak is above the allowance, in GiB, at the T where it is furthest."""
     records = [r for r in select(run[SPEED], part="memory", method=method) if r["status"] != OVER_BUDGET]
     if not records:
         raise NotMeasured(f"{method}: no record")
@@ -207,8 +209,8 @@ def beyond_allowance(method: str, run: Run) -> Found:
 
 
 def allowance(record: Record) -> int:
-    """The bytes beyond the gradients that a step may hold: the workspace and, unless the head is frozen, one float32 dW
-    or the retained bf16 dlogits of up to 2H tokens, whichever are larger.
+    """Return the bytes beyond the gradients that a step may hold: the workspace and, unless the head is frozen, one
+    float32 dW or the retained bf16 dlogits of up to 2H tokens, whichever are larger.
     """
     tokens, hidden, vocab = (record["shape"][name] for name in ("tokens", "hidden", "vocab"))
     workspace = workspace_bytes(torch.device("cuda" if "gpu" in record["device"] else "cpu"), vocab, 4, None)

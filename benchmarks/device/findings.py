@@ -17,7 +17,7 @@ from benchmarks.harness.speed_tables import label_of
 from benchmarks.harness.tables import NOTHING, table, times
 from benchmarks.harness.workloads import Workload
 
-WARP = 32  # threads
+WARP = 32  # threads of a warp
 HEADS = (LOSS, LOGPROBS, "eager", "eager_compiled", *bars.PEERS)
 SMALL_METHODS = (WHOLE, "eager", "eager_compiled", LOSS)
 
@@ -30,7 +30,7 @@ def lines_of(run: Run, field: str) -> list[Record]:
 
 
 def small_shapes(run: Run) -> dict[Workload, dict[str, Record]]:
-    """Workload -> method -> its record with a time, sorted, where ours has a time."""
+    """Return {workload: {method: record with a time}}, sorted, for the workloads where ours has a time."""
     found = {}
     for workload in sorted((*SMALL, MIDDLE), key=lambda workload: (workload.model, workload.tokens)):
         records = {name: record_of(run, name, workload) for name in SMALL_METHODS}
@@ -41,13 +41,15 @@ def small_shapes(run: Run) -> dict[Workload, dict[str, Record]]:
 
 
 def main_heads(run: Run) -> list[Record]:
-    """Every head that trains a weight, once, at the workload of the bars."""
+    """Return every head that trains a weight, once, at the workload of the bars."""
     records = [record_of(run, name) for name in METHODS if name in HEADS]
     return [record for record in records if record and record["takes"] == "hidden"]
 
 
 def compared_heads(run: Run) -> list[Record]:
-    """Those that have a time beside that of their floor, the fastest first: each process has a floor of its own."""
+    """Return the heads that have a time and a floor with a time, the fastest in units of its floor first, because each
+    process has a floor of its own.
+    """
     heads = [record for record in main_heads(run) if record["median_s"] and record["floor_median_s"]]
     return sorted(heads, key=bars.in_floors)
 
@@ -56,11 +58,11 @@ def compared_heads(run: Run) -> list[Record]:
 
 
 def products(run: Run) -> str:
-    """The rates of bare products over the number of rows, with bf16 and with float32 results."""
+    """Return the rates of bare products over the number of rows, with bf16 and with float32 results."""
     found: dict[tuple, dict[str, Record]] = {}
     for record in lines_of(run, "product"):
         if record["median_s"] is not None:
-            # Rows M and hidden size H, in this order: what a product's sizes are besides the vocabulary, the largest.
+            # The key has rows M and hidden size H, in this order. The largest size of a product is the vocabulary.
             sizes = record["shape"].values()
             key = record["product"], *(size for size in sizes if size != max(sizes))
             found.setdefault(key, {})[record["out"]] = record
@@ -74,7 +76,7 @@ def products(run: Run) -> str:
 
 
 def row_kernels(run: Run) -> str:
-    """The row kernels by themselves at every number of threads, beside a copy."""
+    """Compare the row kernels, at every number of threads, with a copy."""
     cells, rows = [], [record for record in lines_of(run, "row_kernel") if record["TB/s"] is not None]
     for logits in ("float32", "bfloat16"):
         records = sorted(select(rows, logits=logits), key=lambda record: record["row_kernel"])
@@ -93,7 +95,7 @@ def row_kernels(run: Run) -> str:
 
 
 def profiles(run: Run) -> str:
-    """Short kernels and idle time of a step."""
+    """Return the short kernels and the idle time of a step."""
     cells = []
     for record in lines_of(run, "profile"):
         shape, whole, gaps = record["profile"], record["whole_us"], record["gaps"]
@@ -109,7 +111,7 @@ def profiles(run: Run) -> str:
 
 
 def demo(run: Run) -> str:
-    """The demo's training on the GPU, and its comparisons with the eager loss."""
+    """Describe the demo's training on the GPU, and its comparisons with the eager loss."""
     lines = []
     for record in lines_of(run, "demo"):
         before, after = record["demo"]["before"], record["demo"]["after"]
@@ -124,7 +126,7 @@ def demo(run: Run) -> str:
 
 
 def _described(text: str, header: Sequence[str], cells: list, left: int = 1) -> str:
-    """A sentence and a table below it, or "" where the table would be empty."""
+    """Return a sentence and a table below it, or "" where the table would be empty."""
     return f"{text}\n\n{table(header, cells, left)}" if cells else ""
 
 

@@ -45,7 +45,9 @@ class Product(NamedTuple):
 
 
 def products(job: Job) -> Iterator[Record]:
-    """TFLOP/s of the head's products at chunk shapes, with results in bf16 and in float32, one shape after another."""
+    """Yield TFLOP/s of the head's products at chunk shapes, with results in bf16 and in float32, one shape after
+    another.
+    """
     chunks, widths, windows = ((16,), (64,), (16,)) if job.rehearse else (CHUNKS, WIDTHS, WINDOWS)
     width, vocab = (64, 256) if job.rehearse else (MAIN.shape.hidden, MAIN.shape.vocab)
     groups = [
@@ -67,7 +69,7 @@ def products(job: Job) -> Iterator[Record]:
 
 
 def _multiplication(product: Product, device: torch.device) -> Callable[[], object]:
-    """A call as in `backends/matmul.py`, with operands that are transposed views where they are views there."""
+    """Return a call as in `backends/matmul.py`, with operands that are transposed views where they are views there."""
 
     def normal(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
@@ -97,8 +99,8 @@ class Span(NamedTuple):
 
 
 def profile(job: Job) -> Iterator[Record]:
-    """The kernels of a step at the workload of the bars and where a call is short; the time in short ones, and the
-    gaps between kernels.
+    """Yield the kernels of a step at the workload of the bars and where a call is short; the time in short ones, and
+    the gaps between kernels.
     """
     steps = [(LOSS, MAIN), *((LOSS, workload) for workload in COMPILED), (SPARSE, replace(MAIN, kind="mixed"))]
     if job.rehearse:
@@ -112,7 +114,7 @@ def profile(job: Job) -> Iterator[Record]:
 
 
 def _spans(method: str, workload: Workload, device: torch.device) -> list[Span]:
-    """Of one step under the profiler, after three to warm up."""
+    """Return the spans of one step under the profiler, after three steps to warm up."""
     kind = device.type.upper()
     step = METHODS[method].prepare(workload.inputs(device))
     for _ in range(3):
@@ -128,7 +130,7 @@ def _spans(method: str, workload: Workload, device: torch.device) -> list[Span]:
 
 
 def overheads(spans: Sequence[Span]) -> Record:
-    """Microseconds from the first kernel to the last, idle and in short kernels, and the longest gaps."""
+    """Return microseconds from the first kernel to the last, idle and in short kernels, and the longest gaps."""
     spans = sorted(spans, key=lambda span: span.start)
     short = [span.end - span.start for span in spans if span.end - span.start < SHORT_US]
     busy_until = list(accumulate((span.end for span in spans), max))
@@ -149,7 +151,7 @@ def overheads(spans: Sequence[Span]) -> Record:
 
 
 def by_kernel(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
-    """(name, calls, microseconds) of every kernel, the one with the most time first."""
+    """Return (name, calls, microseconds) of every kernel, the one with the most time first."""
     found: dict[str, list[float]] = {}
     for span in spans:
         found.setdefault(span.name, []).append(span.end - span.start)
@@ -161,7 +163,7 @@ def by_kernel(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
 
 
 def demo(job: Job) -> Iterator[Record]:
-    """The demo's training, evaluated before and after, and its comparison with the eager loss."""
+    """Yield the demo's training, evaluated before and after, and its comparison with the eager loss."""
     try:
         from drpo_kernels.demo.compare import compare, large_head_batch, run_batch
         from drpo_kernels.demo.model import build_model

@@ -24,7 +24,7 @@ def gpus(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """The bars, the tests and the parts of a run."""
+    """Return the bars, the tests and the parts of a run."""
     title = f"# {gpus(run) or 'A rehearsal on a CPU: numbers mean nothing'}"
     ends = [record for record in run[DEVICE] if "end" in record]
     rows = [(r["part"], r["end"], f"{r['seconds']:.0f} of {r['box']:.0f} s") for r in ends]
@@ -44,7 +44,7 @@ def bar_table(run: Run) -> str:
 
 
 def render_tests(run: Run) -> str:
-    """The counts of every run of tests, and the names of those that failed."""
+    """Return the counts of every run of tests, and the names of those that failed."""
     lines = []
     for record in run[DEVICE]:
         if "tests" in record:
@@ -58,7 +58,7 @@ def render_tests(run: Run) -> str:
 
 
 def render_bars(run: Run) -> str:
-    """How many bars are met, and every bar beside its number."""
+    """Return how many bars are met, and every bar beside its number."""
     if not run[DEVICE] and not run[SPEED]:
         return NOT_YET
     words = [verdict.word for verdict in bars.verdicts(run)]
@@ -72,7 +72,7 @@ def run_origin(run: Run) -> str:
 
 
 def render_findings(run: Run) -> str:
-    """Every finding under its title."""
+    """Return every finding under its title."""
     if not any(run.values()):
         return NOT_YET
     return "\n\n".join(f"### {title}\n\n{find(run) or NOT_YET}" for title, find in FINDINGS.items())
@@ -82,7 +82,7 @@ def render_findings(run: Run) -> str:
 
 
 def render_readme(run: Run) -> str:
-    """A few sentences, the heads at the workload of the bars, and where the rest is."""
+    """Return a few sentences, the heads at the workload of the bars, and where the rest is."""
     ours, floor = record_of(run, LOSS), record_of(run, WHOLE)
     if not (ours and ours["median_s"] and ours["floor_median_s"]):
         return NOT_YET
@@ -120,7 +120,7 @@ def _where_eager_wins(run: Run) -> Iterator[str]:
 
 
 def render_every_speed(run: Run) -> str:
-    """Every table but those of sparse gradients, which have their own page."""
+    """Return every table but those of sparse gradients, which have their own page."""
     records = once([record for record in run[SPEED] if record["part"] != "sparse"])
     if not any(record["median_s"] for record in records):
         return NOT_YET

@@ -1,4 +1,5 @@
-"""The parts of `python -m benchmarks.device`; as a program one of them, in a process that may die without the rest.
+"""The parts of `python -m benchmarks.device`. As a program it runs one of them, in a process that may die without the
+rest.
 
 A part is a function of a `Job` that yields records. Each is a line of its file as soon as it is yielded.
 """
@@ -54,7 +55,7 @@ class Lost(Exception):
 
 
 def output(command: Sequence[object], seconds: float) -> tuple[int | None, list[str]]:
-    """(exit status, or None where it was stopped; its lines), printed as they come."""
+    """Run a program and print its lines as they come. Return (exit status, or None if it was stopped; its lines)."""
     words = [str(word) for word in command]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     stopped = threading.Event()
@@ -70,7 +71,7 @@ def output(command: Sequence[object], seconds: float) -> tuple[int | None, list[
 
 
 def environment(job: Job) -> Iterator[Record]:
-    """The clocks and the power. Device and versions are in every line anyway."""
+    """Yield the clocks and the power. Every line has device and versions anyway."""
     if shutil.which("nvidia-smi") is None:
         raise Unsupported("nvidia-smi is not on this machine")
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.used"
@@ -78,14 +79,14 @@ def environment(job: Job) -> Iterator[Record]:
     yield {"nvidia_smi": dict(zip(fields.split(","), lines[0].split(", "), strict=True)), "exit": status}
 
 
-# A line of `pytest -v`, alone and under xdist.
+# These match a line of `pytest -v`, alone and under xdist.
 TEST_LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 XDIST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/\S+::.+?) *$")
 
 
 def tests_of(selection: Sequence[str], workers: int, rehearsed: str, job: Job) -> Iterator[Record]:
-    """The counts of a run of tests and the names of those that failed, also if it had to be stopped. A rehearsal runs
-    one file in place of all; else so many processes of pytest share the device.
+    """Yield the counts of a run of tests and the names of those that failed, also if it had to be stopped. A rehearsal
+    runs one file in place of all; otherwise `workers` processes of pytest share the device.
     """
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--durations=12", "-p", "no:cacheprovider"]
     command += [*selection[:2], rehearsed] if job.rehearse else selection
@@ -106,7 +107,7 @@ def tests_of(selection: Sequence[str], workers: int, rehearsed: str, job: Job) -
 
 
 def study(name: str, job: Job) -> Iterator[Record]:
-    """The lines that `python -m benchmarks.<name>` writes."""
+    """Yield the lines that `python -m benchmarks.<name>` writes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--quick"] if job.rehearse else ["--device", job.device]
         out = Path(folder, "records.jsonl")
@@ -119,7 +120,7 @@ def study(name: str, job: Job) -> Iterator[Record]:
 
 
 def sanitizer(job: Job) -> Iterator[Record]:
-    """The row kernels under memcheck, on views of logits whose surroundings they must not touch."""
+    """Run the row kernels under memcheck, on views of logits whose surroundings they must not touch."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         raise Unsupported("not on this machine")
@@ -156,7 +157,9 @@ def speed(part: str, rounds: int, job: Job) -> Iterator[Record]:
 
 
 def _still_there(device: torch.device) -> None:
-    """After some errors every later call fails too, until the process ends."""
+    """Raise `Lost` if the device no longer answers. After some errors every later call fails too, until the process
+    ends.
+    """
     try:
         torch.ones(1, device=device).item()
     except RuntimeError as error:
@@ -220,12 +223,12 @@ THIRD = {
                     rehearsed="tests/loss/test_layouts.py"),
 }  # fmt: skip
 PARTS = FIRST | SECOND | THIRD
-# And the seconds that all of them together may take.
+# The number is the seconds that a sitting's parts may take together.
 SITTINGS = {"first": (tuple(FIRST), 160.0), "second": (tuple(SECOND), 480.0), "third": (tuple(THIRD), 480.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one part; UNAVAILABLE where it cannot run on this machine."""
+    """Run one part, and return UNAVAILABLE if it cannot run on this machine."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device.parts", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True)
@@ -235,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
     job = Job(options.out, time.monotonic() + options.seconds, options.rehearse, device)
     part = PARTS[options.part]
-    # The lines of the other files bring their own source.
+    # The lines of the other files name their own source.
     source = job.source(options.part) if part.file == DEVICE else {}
     try:
         for record in part.run(job):

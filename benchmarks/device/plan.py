@@ -37,7 +37,9 @@ COMPILED = (SMALL[0], SMALL[5])
 
 @dataclass(frozen=True)
 class Job:
-    """Where the results of a part go, until when (of `time.monotonic`), and whether on tiny shapes on a CPU."""
+    """This says where a part's results go, until when it may run (in `time.monotonic`), and whether it is a rehearsal
+    on a CPU.
+    """
 
     folder: Path
     deadline: float
@@ -50,13 +52,15 @@ class Job:
         return max(self.deadline - RESERVE - time.monotonic(), 0.0)
 
     def source(self, part: str) -> Record:
-        """What every record of the part says of its origin."""
+        """Return what every record of the part says of its origin."""
         rehearse = " --rehearse" if self.rehearse else ""
         return provenance(f"python -m benchmarks.device{rehearse} --parts {part}", self.device)
 
 
 def _plans() -> dict[str, list[Case]]:
-    """The cases of every part of speed. `sweep` has what the standard plan of a GPU holds and no earlier part does."""
+    """Return the cases of every part of speed. `sweep` has what the standard plan of a GPU holds and no earlier part
+    does.
+    """
     logits = [name for name in ("copy", *OURS) if METHODS[name].takes == "logits"]
     hidden = [name for name in (*FLOORS, *OURS) if METHODS[name].takes == "hidden"]
     quick = [name for name in PEERS if name not in (*SLOW, HANGS) and METHODS[name].takes == "hidden"]

@@ -34,7 +34,7 @@ def draw(run: Run, folder: Path, stem: str) -> None:
 
 
 def small_figure(found: dict[Workload, dict[str, Record]]) -> Figure:
-    """A column per model with several T: time of a token above, share of the floor below."""
+    """Draw a column per model with several T: time of a token above, share of the floor below."""
     models = list(dict.fromkeys(workload.model for workload in SMALL if workload in found))
     figure, panels = plt.subplots(
         2, len(models), figsize=(5.4 * len(models), 7), sharex="col", sharey="row", layout="constrained", squeeze=False
@@ -66,7 +66,7 @@ def small_figure(found: dict[Workload, dict[str, Record]]) -> Figure:
 
 
 def peers_figure(heads: Sequence[Record]) -> Figure:
-    """A row per head: time in floors on the left, peak memory on the right."""
+    """Draw a row per head: time in floors on the left, peak memory on the right."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11.5, 1.7 + 0.42 * len(heads)), sharey=True, layout="constrained", width_ratios=(1.5, 1)
     )
@@ -90,7 +90,7 @@ def _head(record: Record) -> str:
 
 
 def _bars(axes: Axes, values: Sequence[float], colours: Sequence[str]) -> None:
-    """A bar more than twice as long as the next is cut off, and says so."""
+    """Draw bars. A bar more than twice as long as the next is cut off, and says so."""
     *_, second, longest = sorted(values)
     end = 1.12 * (1.25 * second if longest > 2 * second else longest)
     axes.barh(range(len(values)), values, 0.62, color=colours, zorder=2)

@@ -1,8 +1,8 @@
-"""The row kernels by themselves, beside a copy of the same logits: TB/s at the tiles that a GPU may want.
+"""This measures the row kernels by themselves, beside a copy of the same logits: TB/s at the tiles that a GPU may want.
 
-A chunk of the linear path (float32 logits, bf16 gradients beside them), by the kernel that reads a logit once and
-leaves a factor per row, and by the one that reads it twice; and ready bf16 logits, over which their gradient is
-written. What a call launches around its kernel is not here.
+A chunk of the linear path has float32 logits and bf16 gradients beside them. One kernel reads a logit of it once and
+leaves a factor per row, and another reads it twice. Ready bf16 logits have their gradient written over them. What a
+call launches around its kernel is not measured here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Terms, Transfor
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.triton_support import INTERPRETING
 
-# rows and vocabulary: a chunk of the linear path, and what the interpreter can bear
+# (rows, vocabulary) of a chunk of the linear path, and of what the interpreter can bear
 FULL, TINY = (1664, 151_936), (2, 600)
-# a float32 chunk whose dlogits go to their own buffer, and bf16 logits over which they are written
+# (dtype of the logits, of dlogits): a float32 chunk whose dlogits have their own buffer, and bf16 logits under dlogits
 PAIRS = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
 THREADS = (256, 512, 1024)
 ROUNDS = 10
@@ -34,8 +34,8 @@ COPY, TWO_READS, ONE_READ = "copy", "two reads", "one read"
 
 
 def measure(job: Job) -> Iterator[Record]:
-    """A record per dtype, kernel and tile: seconds of a launch, and TB/s counting one read and one write of the logits;
-    a copy reads and writes the logits' own dtype.
+    """Yield a record per dtype, kernel and tile: seconds of a launch, and TB/s counting one read and one write of the
+    logits; a copy reads and writes the logits' own dtype.
     """
     device = job.device
     if device.type == "cpu" and not INTERPRETING:
@@ -67,7 +67,7 @@ def measure(job: Job) -> Iterator[Record]:
 
 
 def _launches(batch: RowBatch, target: torch.dtype, tiles: Iterable[RowTile]) -> dict[tuple, Callable]:
-    """By kernel and tile; the gradient goes over the logits where it has their dtype."""
+    """Return the launches by kernel and tile. The gradient goes over the logits where it has their dtype."""
     from drpo_kernels.backends.triton.launch import TritonRows
 
     in_place = batch.logits.dtype == target
@@ -83,7 +83,7 @@ def _launches(batch: RowBatch, target: torch.dtype, tiles: Iterable[RowTile]) ->
 
 
 def _batch(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> RowBatch:
-    """Rows of a policy near its rollout's: log μ is the log-prob with noise of 0.2 nat."""
+    """Return rows of a policy near its rollout's: log μ is the log-prob with noise of 0.2 nat."""
     logits = 3 * torch.randn(count, vocab, device=device)
     targets = torch.randint(vocab, (count,), device=device)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
@@ -95,9 +95,9 @@ def _batch(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _fails(launch: Callable) -> str | None:
-    """Why a tile cannot run, in a word: it may want more of a multiprocessor than there is."""
+    """Return why a tile cannot run, in a word, or None. It may want more of a multiprocessor than there is."""
     try:
         launch()
-    except Exception as error:  # Triton's and the driver's errors have no base of their own
+    except Exception as error:  # the errors of Triton and of the driver have no common base
         return f"failed: {type(error).__name__}"
     return None

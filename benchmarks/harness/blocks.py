@@ -27,7 +27,7 @@ class Block:
 
     @property
     def module(self) -> str:
-        """What measures it."""
+        """The module that measures the results."""
         return f"benchmarks.{self.benchmark.replace('_', '.')}"
 
     @property
@@ -36,12 +36,12 @@ class Block:
 
 
 def markers(group: str, name: str) -> tuple[str, str]:
-    """The comments before and after a block."""
+    """Return the comments before and after a block."""
     return f"<!-- {group}:{name} -->", f"<!-- /{group}:{name} -->"
 
 
 def rewrite(page: Path, markers: tuple[str, str], text: str) -> bool:
-    """Put the text between the two markers; False where the page does not have them."""
+    """Put the text between the two markers, and return False if the page does not have them."""
     start, end = markers
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     before = page.read_text(encoding="utf-8") if page.exists() else ""
@@ -52,7 +52,7 @@ def rewrite(page: Path, markers: tuple[str, str], text: str) -> bool:
 
 
 def origin(records: Sequence[Record], samples: object = None) -> str:
-    """A sentence that says where records come from; it lists whatever is not the same in all of them."""
+    """Return a sentence that says where records come from; it lists whatever is not the same in all of them."""
     machines = _distinct(_machine(record["device"]) for record in records)
     software = _distinct(f"{k} {v}" for record in records for k, v in record["versions"].items() if v)
     commits = _distinct(
@@ -68,7 +68,7 @@ def origin(records: Sequence[Record], samples: object = None) -> str:
 
 
 def origin_with_samples(records: Sequence[Record]) -> str:
-    """The same, with how many samples the records have."""
+    """Return the same sentence, with the number of samples that the records have."""
     counts = {len(record["seconds"]) for record in records} - {0}
     samples = "no" if not counts else str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return origin(records, samples)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness.provenance import ROOT
 
 DEVICES = ("cpu", "cuda")
-PLACES = ("out", "page", "cache")  # options that change nothing of what is measured
+PLACES = ("out", "page", "cache")  # options that do not change what is measured
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_out(parser: argparse.ArgumentParser, default: Path | None, what: str = "JSON lines") -> None:
-    """Without --out, `results` writes to the default; None says that nothing is written then."""
+    """Add --out. Without it `results` writes to the default, or nowhere if the default is None."""
     place = "none" if default is None else default.relative_to(ROOT)
     parser.add_argument("--out", type=Path, help=f"{what}; default {place}")
 
@@ -33,12 +33,14 @@ def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> N
 
 
 def results(options: argparse.Namespace, default: Path | None) -> Path | None:
-    """Where results go: to --out, without it to the default, and nowhere after --quick alone."""
+    """Return where results go: to --out, without it to the default, and nowhere after --quick alone."""
     return options.out or (None if options.quick else default)
 
 
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The command that repeats a run: every option that is not at its default, without the place of the output."""
+    """Return the command that repeats a run: every option that is not at its default, without
+    the place of the output.
+    """
     words, flags = [parser.prog], []
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"

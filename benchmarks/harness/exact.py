@@ -13,18 +13,18 @@ from benchmarks.harness.workloads import Inputs
 from drpo_kernels import Tokens
 from drpo_kernels.objectives import Objective
 
-# norm-wise, of what claims to be exact: float32 rounding over thousands of additions stays well below; from bf16
-# operands, rounding dlogits to bf16 alone costs 0.18 %
+# The bound, norm-wise, for methods that claim to be exact. Float32 rounding over thousands of additions stays well
+# below it; from bf16 operands, rounding dlogits to bf16 alone costs 0.18 %.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}
-# of what rounds on purpose: more is a wrong formula, not rounding
+# The bound for methods that round on purpose. A larger error is a wrong formula, not rounding.
 LARGEST = 0.25
-# float64 logits held at once: those of the whole batch would fill the memory
+# The number of float64 logits that are held at once, because those of the whole batch would fill the memory.
 BLOCK = {"cpu": 1 << 23, "cuda": 1 << 27}
 WRONG = "wrong gradients"
 
 
 def blocks(inputs: Inputs) -> Iterator[slice]:
-    """Rows whose float64 logits are held at a time."""
+    """Return slices of rows whose float64 logits are held at a time."""
     count, vocab = inputs.targets.numel(), inputs.weight.shape[0]
     step = max(BLOCK[inputs.targets.device.type] // vocab, 1)
     return (slice(start, start + step) for start in range(0, count, step))
@@ -33,8 +33,8 @@ def blocks(inputs: Inputs) -> Iterator[slice]:
 def differentiated(
     logits: Tensor, inputs: Inputs, rows: slice, objective: Objective | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the float64 logits of a block of rows: (the targets' log-probs, their terms of the mean loss, the gradient of
-    the logits). Without an objective a token's loss is -log π.
+    """Return (the targets' log-probs, their terms of the mean loss, the gradient of the logits) from the float64 logits
+    of a block of rows. Without an objective a token's loss is -log π.
     """
     leaf = logits.detach().requires_grad_()
     logprobs = inputs.scaled(leaf).log_softmax(-1).gather(-1, inputs.targets[rows, None])[:, 0]
@@ -49,7 +49,7 @@ def differentiated(
 def head(
     inputs: Inputs, operands: tuple[Tensor, Tensor] | None = None, objective: Objective | None = OBJECTIVE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs [T], terms of the loss [T], gradients of hidden states and weight), a block of rows at a time.
+    """Return (log-probs [T], terms of the loss [T], gradients of hidden states and weight), a block of rows at a time.
 
     `operands`, hidden and weight by default, are multiplied to logits. The gradients are products of hidden and weight
     even where the operands are others: what is rounded for the logits is differentiated straight-through.
@@ -74,7 +74,7 @@ class Exact:
         self._head: dict[str, Tensor] = {}
 
     def errors(self, found: Result, method: Method) -> dict[str, float]:
-        """|found - exact| / |exact| in norm, for each gradient that the method computes."""
+        """Return |found - exact| / |exact| in norm, for each gradient that the method computes."""
         if method.takes == "logits":
             return {"logits": self._logits_error(found.logits)}
         if not self._head:
@@ -84,7 +84,9 @@ class Exact:
         return {name: ((getattr(found, name) - exact[name]).norm() / exact[name].norm()).item() for name in method.wrt}
 
     def _logits_error(self, found: Tensor) -> float:
-        """Block by block: the exact gradient of all the logits would not fit."""
+        """Return the error of the gradient of the logits. It is summed over blocks, because the whole exact gradient
+        would not fit.
+        """
         ready = dataclasses.replace(self.inputs, softcap=None)
         difference, size = found.new_zeros((2,), dtype=torch.float64)
         for rows in blocks(ready):
@@ -95,7 +97,7 @@ class Exact:
 
 
 def verdict(errors: dict[str, float], method: Method, dtype: torch.dtype) -> str:
-    """A row's status: "ok", "ok, gradient error 4 %" for what rounds on purpose, or `WRONG`."""
+    """Return a row's status: "ok", "ok, gradient error 4 %" for what rounds on purpose, or `WRONG`."""
     largest = max(errors.values(), key=lambda error: (error != error, error))  # a NaN is the largest
     if largest <= TOLERANCE[dtype]:
         return "ok"

@@ -1,12 +1,12 @@
-"""The one way a method is measured, on a CPU and on a GPU.
+"""This is the one way in which a method is measured, on a CPU and on a GPU.
 
     records = measure(plan, provenance(command, device), device=device, budget_seconds=120, out=Path("speed.jsonl"))
 
 A case is measured from start to end before the next one begins, and its record is then final: gradients first (a wrong
 method gets no time), then its peak memory, then its times, interleaved with those of its floor. So what a later case
-does to the machine costs no earlier number, and a clock that drifts meets a method and its floor alike. What starts
-from logits comes after the rest of its workload. After `budget_seconds` nothing is started: what has samples keeps
-them, what has none is a record with the status "not run: time budget".
+does to the machine costs no earlier number, and a clock that drifts meets a method and its floor alike. Methods that
+start from logits come after the rest of their workload. After `budget_seconds` nothing is started: a case with samples
+keeps them, and one without becomes a record with the status "not run: time budget".
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def failure(error: Exception, method: Method) -> str:
-    """The status of what has failed, in a word: messages name paths of this machine."""
+    """Return the status of a failure in a word, because messages name paths of this machine."""
     if method.package is not None and isinstance(error, ModuleNotFoundError):
         return f"{(error.name or method.package).split('.')[0]} not installed"
     if isinstance(error, Unsupported):
@@ -76,7 +76,7 @@ def failure(error: Exception, method: Method) -> str:
 
 
 def is_broken(method: str, status: str) -> bool:
-    """Whether what comes with this repository failed or has wrong gradients; a peer's failure is its own."""
+    """Return whether a method of this repository failed or has wrong gradients. A peer's failure does not count."""
     return METHODS[method].package is None and (status == WRONG or status.startswith(FAILED))
 
 
@@ -89,7 +89,7 @@ def measure(
     budget_seconds: float = math.inf,
     out: Path | None = None,
 ) -> list[Record]:
-    """A record per case, in the order of `in_order`, each with the fields of `source` (see `provenance`)."""
+    """Return a record per case, in the order of `in_order`, each with the fields of `source` (see `provenance`)."""
     records: list[Record] = []
     progress = Progress(len(plan))
 
@@ -107,7 +107,9 @@ def measure(
 
 
 def in_order(plan: Sequence[Case]) -> list[Case]:
-    """Workload by workload, in each what starts from hidden states first; neighbours share their exact gradients."""
+    """Sort the cases by workload, and in each put those that start from hidden states first. Neighbours share their
+    exact gradients.
+    """
     workloads = list(dict.fromkeys(case.workload for case in plan))
 
     def key(case: Case) -> tuple:
@@ -125,7 +127,9 @@ def measured(
     deadline: float = math.inf,
     begin: Callable[[Case], object] = lambda case: None,
 ) -> Iterator[Record]:
-    """The records of `measure`, each as soon as its case is done; `begin` is told of a case before it is started."""
+    """Yield the records of `measure`, each as soon as its case is done; `begin` is told of a
+    case before it is started.
+    """
     prepared = Prepared(device)
     for case in in_order(plan):
         begin(case)
@@ -134,7 +138,7 @@ def measured(
 
 
 def attempt(case: Case, prepared: Prepared, rounds: int, deadline: float) -> Outcome:
-    """Gradients, peak and times of a case; a failure is this row's end, not the run's."""
+    """Measure the gradients, peak and times of a case. A failure ends this row, not the run."""
     method, outcome = METHODS[case.method], Outcome()
     try:
         inputs, exact = prepared.of(case)
@@ -154,7 +158,7 @@ def attempt(case: Case, prepared: Prepared, rounds: int, deadline: float) -> Out
     except Exception as error:
         outcome.status, outcome.peak_bytes = failure(error, method), None
     finally:
-        outcome.step = None  # It holds the inputs, which are to be gone before the next ones are made.
+        outcome.step = None  # the step holds the inputs, which must be gone before the next ones are made
     return outcome
 
 
@@ -169,7 +173,7 @@ class Prepared:
         method = METHODS[case.method]
         if case.workload != self._workload:
             self.made = self._workload = self._exact = self._key = None
-            torch.compiler.reset()  # or the limit on recompilations is met after a few workloads
+            torch.compiler.reset()  # otherwise the limit on recompilations is met after a few workloads
             self.made, self._workload = case.workload.inputs(self._device), case.workload
         if method.takes == "logits" and self.made.logits is None:
             self.made, self._exact, self._key = self.made.with_logits(), None, None
@@ -181,7 +185,7 @@ class Prepared:
 
 
 def check(method: Method, inputs: Inputs, exact: Exact) -> Outcome:
-    """Run it once and compare its gradients with the exact ones. Only what is right keeps its step."""
+    """Run the method once and compare its gradients with the exact ones. Only a right method keeps its step."""
     dtype = inputs.hidden.dtype
     if reason := _unsuited(method, dtype, inputs.hidden.device):
         return Outcome(reason)
@@ -206,7 +210,9 @@ def _unsuited(method: Method, dtype: torch.dtype, device: torch.device) -> str |
 
 
 def peak_of(step: Step, method: str, inputs: Inputs) -> int | None:
-    """The bytes that a step takes at its peak, its gradients included. On a CPU only a fresh process can tell."""
+    """Return the bytes that a step takes at its peak, its gradients included. On a CPU only a
+    fresh process can tell.
+    """
     if inputs.hidden.device.type == "cpu":
         return peak_in_fresh_process(inputs, method)
     release(inputs.hidden.device)
@@ -220,12 +226,14 @@ def release(device: torch.device) -> None:
 
 
 def started(case: Case) -> Record:
-    """What stands for a case until its own record does: it says that the process has not survived it."""
+    """Return the record that stands for a case until its own does. It says that the process has
+    not survived the case.
+    """
     return _record(case, Outcome(DIED), None)
 
 
 def _record(case: Case, outcome: Outcome, inputs: Inputs | None) -> Record:
-    """Without its source."""
+    """Return the record without its source."""
     method, seconds, beyond = METHODS[case.method], outcome.seconds, None
     if outcome.peak_bytes is not None:
         made = sum(getattr(inputs, name).nbytes for name in method.wrt if name not in method.reuses)
@@ -262,7 +270,8 @@ def largest_error(record: Record) -> float | None:
 
 
 def ratio(record: Record, method: str | None, group: Sequence[Record]) -> float | None:
-    """How many times as long as `method` with all rows active the record's method takes; None where nothing says so.
+    """Return how many times as long as `method` with all rows active the record's method takes; None where nothing says
+    so.
 
     The samples of a method's own floor were interleaved with its own. Another method of the same process is compared by
     medians; one of another process, at the same commit, by the ratio of each to the floor that was measured beside it.

@@ -1,7 +1,7 @@
-"""Peak extra memory of one forward and backward: the allocator's on a GPU, the operating system's on a CPU.
+"""Peak extra memory of one forward and backward, from the allocator on a GPU and from the operating system on a CPU.
 
-As a program, `python -m benchmarks.harness.memory INPUTS METHOD`: prints the bytes on the CPU as JSON, or null
-where Linux's counters are missing.
+`python -m benchmarks.harness.memory INPUTS METHOD` prints the bytes on the CPU as JSON, or null where Linux's counters
+are missing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from benchmarks.harness.workloads import Inputs
 ROOT = Path(__file__).resolve().parents[2]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-# glibc keeps freed blocks below a threshold that it raises by itself; fixed at 64 KiB, a warm process gives all back
+# glibc keeps freed blocks below a threshold that it raises by itself. Fixed at 64 KiB, a warm process gives all back.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 def peak_in_fresh_process(inputs: Inputs, method: str) -> int | None:
-    """Bytes at the peak of a warm call on the CPU beyond those before it; the gradients handed back are among them."""
+    """Return the bytes at the peak of a warm call on the CPU beyond those before it, including the gradients handed
+    back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder, "inputs.pt")
         torch.save(vars(inputs), saved)
@@ -37,7 +39,9 @@ def peak_in_fresh_process(inputs: Inputs, method: str) -> int | None:
 
 
 def peak_of(step: Callable[[], object]) -> int | None:
-    """Bytes of this process at the peak of `step()` beyond those before it; None without Linux's counters."""
+    """Return the bytes of this process at the peak of `step()` beyond those before it, or None without Linux's
+    counters.
+    """
     if not CLEAR.exists():
         return None
     CLEAR.write_text(RESET_PEAK)
@@ -49,7 +53,7 @@ def peak_of(step: Callable[[], object]) -> int | None:
 
 
 def peak_on_device(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes allocated on a GPU at the peak of `step()`, which has run before, beyond those before it."""
+    """Return the bytes allocated on a GPU at the peak of `step()`, which has run before, beyond those before it."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -69,7 +73,7 @@ def main(inputs: str, method: str) -> None:
     from benchmarks.harness.methods import METHODS
 
     step = METHODS[method].prepare(Inputs(**torch.load(inputs)))
-    step()  # loads libraries, starts thread pools, compiles
+    step()  # this loads libraries, starts thread pools and compiles
     print(json.dumps(peak_of(step)))
 
 

@@ -27,13 +27,13 @@ from benchmarks.harness.workloads import Inputs
 from drpo_kernels import DRPO, Tokens
 
 OBJECTIVE = DRPO()
-# which of the inputs' tensors a step differentiates with respect to
+# The inputs' tensors by which a step differentiates.
 HEAD, FROZEN_HEAD, LOGITS = ("hidden", "weight"), ("hidden",), ("logits",)
 DTYPES = ("float32", "bfloat16")
 
 
 class Unsupported(Exception):
-    """Raised by `prepare` where the implementation has no such feature; the message becomes the row's status."""
+    """`prepare` raises this where the implementation has no such feature. The message becomes the row's status."""
 
 
 class Result(NamedTuple):
@@ -87,22 +87,22 @@ class Method:
 
     @property
     def takes(self) -> str:
-        """ "hidden" or "logits"."""
+        """What the method starts from: "hidden" or "logits"."""
         return "logits" if self.wrt == LOGITS else "hidden"
 
 
 def sparsity_of(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that tell what `sparse_grad` did."""
+    """Return the metrics that tell what `sparse_grad` did."""
     return {name: value for name, value in metrics.items() if "sparse" in name or "left_out" in name}
 
 
 def mean_token_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """Σ_t ℓ_t / T of the log-probs [T] of the targets; rows with A = 0 count in T."""
+    """Return Σ_t ℓ_t / T of the log-probs [T] of the targets; rows with A = 0 count in T."""
     return OBJECTIVE.token_loss(Tokens(logprobs, inputs.old_logprobs, inputs.advantages)).mean()
 
 
 def differentiated(inputs: Inputs, loss: Callable[..., Tensor], wrt: tuple[str, ...] = HEAD) -> Step:
-    """A step from a function of the tensors named by `wrt`, in that order, to a 0-d loss."""
+    """Return a step from a function of the tensors named by `wrt`, in that order, to a 0-d loss."""
 
     def step() -> Result:
         leaves = [getattr(inputs, name).detach().requires_grad_() for name in wrt]

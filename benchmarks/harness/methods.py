@@ -1,4 +1,4 @@
-"""What is compared: bare floors, eager PyTorch, ours, and the peers of peers.py."""
+"""The methods that are compared: bare floors, eager PyTorch, ours, and the peers of peers.py."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from benchmarks.harness.peers import PEERS
 from benchmarks.harness.workloads import Inputs, capped
 from drpo_kernels import PolicyLossOutput, linear_policy_loss, linear_token_logprobs, policy_loss
 
-# docs/sparse.md says why: within 2× of what rounding dlogits to bf16 costs, and below it
+# docs/sparse.md says why: the first is within 2× of what rounding dlogits to bf16 costs, and the second below it.
 SPARSE_GRAD, TIGHT_SPARSE_GRAD = 0.01, 0.003
-# logits of a chunk of the chunked floor
+# bytes of the logits of a chunk of the chunked floor
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def whole_gemms(inputs: Inputs, forwards: int = 1, weight_gradient: bool = True) -> Step:
-    """The bare products, unchunked, outputs in the inputs' dtype: logits (`forwards` times), dX and dW."""
+    """Run the bare, unchunked products with outputs in the inputs' dtype: logits (`forwards` times), dX and dW."""
     hidden, weight = inputs.hidden, inputs.weight
 
     def step() -> None:
@@ -50,7 +50,7 @@ def whole_gemms(inputs: Inputs, forwards: int = 1, weight_gradient: bool = True)
 
 
 def chunked_gemms(inputs: Inputs) -> Step:
-    """The three products in chunks of rows, into buffers that exist already."""
+    """Run the three products in chunks of rows, into buffers that exist already."""
     hidden, weight = inputs.hidden, inputs.weight
     (count, width), vocab = hidden.shape, weight.shape[0]
     size = max(CHUNK_BYTES[hidden.device.type] // (4 * vocab), 1)
@@ -69,7 +69,7 @@ def chunked_gemms(inputs: Inputs) -> Step:
 
 
 def copied_logits(inputs: Inputs) -> Step:
-    """One read and one write of the logits."""
+    """Read and write the logits once."""
     out = torch.empty_like(inputs.logits)
 
     def step() -> None:
@@ -84,7 +84,7 @@ def _eager_loss(logits: Tensor, inputs: Inputs) -> Tensor:
 
 
 def eager(inputs: Inputs, wrap: Callable = lambda loss: loss) -> Step:
-    """All the logits, `log_softmax` in float32, `gather`, the objective's formula, autograd."""
+    """Run eager PyTorch: all the logits, `log_softmax` in float32, `gather`, the objective's formula, and autograd."""
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return _eager_loss(capped(hidden @ weight.T, inputs.softcap), inputs)
@@ -97,14 +97,16 @@ def eager_from_logits(inputs: Inputs) -> Step:
 
 
 def compiled(inputs: Inputs) -> Step:
-    """`torch.compile` of `eager`; a break in its graph, or more recompilations than PyTorch allows, is an error."""
+    """Run `eager` under `torch.compile`. A break in its graph, or more recompilations than
+    PyTorch allows, is an error.
+    """
     if inputs.hidden.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Unsupported("torch.compile needs a C++ compiler")
     return eager(inputs, wrap=partial(torch.compile, fullgraph=True, dynamic=False))
 
 
 def fused(inputs: Inputs, wrt: tuple[str, ...] = HEAD, **options) -> Step:
-    """Ours, 6F (4F with a frozen head): the gradient is formed in the forward."""
+    """Run our loss, which takes 6F (4F with a frozen head), because the gradient is formed in the forward."""
 
     def loss(hidden: Tensor, weight: Tensor = inputs.weight) -> Tensor:
         return _output(inputs, hidden, weight, **options).loss
@@ -113,7 +115,9 @@ def fused(inputs: Inputs, wrt: tuple[str, ...] = HEAD, **options) -> Step:
 
 
 def sparse(inputs: Inputs, tolerance: float) -> Step:
-    """Ours with gradients of the fewest tokens, 2F for most rows of a decided policy; and what it left out."""
+    """Run our loss with gradients of the fewest tokens, 2F for most rows of a decided policy, and report what it left
+    out.
+    """
     without_softcap(inputs)
 
     def step() -> Result:
@@ -133,7 +137,7 @@ def _output(inputs: Inputs, hidden: Tensor, weight: Tensor, **options) -> Policy
 
 
 def main_grad(inputs: Inputs) -> Step:
-    """Ours with the weight's gradient added, step after step, to a float32 buffer of the trainer's."""
+    """Run our loss with the weight's gradient added, step after step, to the trainer's own float32 buffer."""
     buffer = torch.zeros_like(inputs.weight, dtype=torch.float32)
     trained = dataclasses.replace(inputs, weight=inputs.weight.detach().requires_grad_())
     step = fused(trained, FROZEN_HEAD, main_grad=buffer)
@@ -141,7 +145,7 @@ def main_grad(inputs: Inputs) -> Step:
 
 
 def recompute(inputs: Inputs) -> Step:
-    """Ours, 8F: differentiable log-probs and entropy, and the loss is the caller's own."""
+    """Run our head at 8F: log-probs and entropy are differentiable, and the loss is the caller's own."""
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         logprobs, _ = linear_token_logprobs(hidden, weight, inputs.targets, softcap=inputs.softcap)
@@ -151,8 +155,8 @@ def recompute(inputs: Inputs) -> Step:
 
 
 def from_logits(inputs: Inputs, inplace: bool = False) -> Step:
-    """Ours from ready logits. In place, the gradient is written over a copy of them: from the second step on the logits
-    are the gradient of the step before, the same work on other numbers.
+    """Run our loss from ready logits. In place, the gradient is written over a copy of them. From the second step on
+    the logits are then the gradient of the step before, which is the same work on other numbers.
     """
     if inplace:
         inputs = dataclasses.replace(inputs, logits=inputs.logits.clone())

@@ -1,7 +1,7 @@
-"""Rows of given entropies, one by one: what a policy's tokens look like, from decided to open.
+"""Inputs whose rows have given entropies: this is what a policy's tokens look like, from decided to open.
 
-A row's hidden state is noise, which gives its logits a standard deviation of `spread`, and a pull to its target's row
-of the weight, as strong as gives the entropy. A row more open than its noise alone allows has less noise and no pull.
+A row's hidden state is noise, which gives its logits a standard deviation of `spread`, plus a pull to its target's row
+of the weight, as strong as the entropy needs. A row more open than its noise alone allows has less noise and no pull.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPREAD = 8.0  # of the logits; that of the trained-looking inputs is 7.5
-MOST = 200.0  # a pull beyond any that is needed
-# logits held at a time
+SPREAD = 8.0  # standard deviation of the logits; that of the trained-looking inputs is 7.5
+MOST = 200.0  # a stronger pull than any that is needed
+# number of logits held at a time
 BLOCK = 1 << 24
 
 
@@ -27,7 +27,7 @@ class Mix:
     spread: float = SPREAD
 
     def entropies(self, count: int, generator: torch.Generator) -> Tensor:
-        """[count] in nats."""
+        """Draw entropies [count] in nats."""
         shares, nats = torch.tensor(self.knots, device=generator.device).T.contiguous()
         share = torch.rand(count, generator=generator, device=generator.device)
         upper = torch.searchsorted(shares, share, right=True).clamp(1, len(shares) - 1)
@@ -52,13 +52,13 @@ MIXES = {
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Of every row, in nats."""
+    """Return the entropy of every row, in nats."""
     logp = logits.log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def least(low: Tensor, high: Tensor, too_low: Callable[[Tensor], Tensor], steps: int = 40) -> Tensor:
-    """By bisection, entry by entry: the least value between two that is not too low."""
+    """Find the least value between two that is not too low, by bisection and entry by entry."""
     for _ in range(steps):
         middle = (low + high) / 2
         below = too_low(middle)
@@ -67,7 +67,9 @@ def least(low: Tensor, high: Tensor, too_low: Callable[[Tensor], Tensor], steps:
 
 
 def hidden_states(noise: Tensor, weight: Tensor, targets: Tensor, nats: Tensor, spread: float) -> Tensor:
-    """noise [T, H] of unit variance, weight [V, H] of rows of unit length, targets and nats [T] -> hidden [T, H]."""
+    """Return hidden states [T, H] from noise [T, H] of unit variance, weight [V, H] with rows of unit length, targets
+    [T] and entropies [T] in nats.
+    """
     step = max(BLOCK // weight.shape[0], 1)
     parts = zip(noise.split(step), targets.split(step), nats.split(step), strict=True)
     return torch.cat([_block(spread * part, weight, weight[rows], wanted) for part, rows, wanted in parts])
@@ -77,7 +79,9 @@ def _block(noise: Tensor, weight: Tensor, aim: Tensor, nats: Tensor) -> Tensor:
     base, lift = noise @ weight.T, aim @ weight.T
 
     def mixed(level: Tensor, noise: Tensor, aim: Tensor) -> Tensor:
-        """Level -1 is flat, 0 the noise alone, and above it the aim is added so many times."""
+        """Mix a row's noise and aim. Level -1 is flat, 0 is the noise alone, and above it the aim is added so many
+        times.
+        """
         return ((1 + level).clamp(0, 1)[:, None] * noise).addcmul_(level.clamp(min=0)[:, None], aim)
 
     low, high = torch.full_like(nats, -1.0), torch.full_like(nats, MOST)

@@ -24,16 +24,16 @@ from benchmarks.harness.method import (
 )
 from benchmarks.harness.workloads import Inputs
 
-# TRL's vocabulary tile
+# vocabulary tile of TRL
 TRL_CHUNK = 32_768
-# rows of a sequence where a loss wants sequences: Liger's chunked loss takes one at a time
+# Rows of a sequence for losses that want sequences, because Liger's chunked loss takes one at a time.
 SEQUENCE = 1024
-# programs along the second axis of a CUDA grid
+# most programs along the second axis of a CUDA grid
 GRID_LIMIT = 65_535
 
 
 def trl(inputs: Inputs) -> Step:
-    """TRL's fused head (8F), with the entropy that its GRPO trainer asks for."""
+    """Run TRL's fused head (8F), with the entropy that its GRPO trainer asks for."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -44,8 +44,10 @@ def trl(inputs: Inputs) -> Step:
 
 
 def liger_scaled(inputs: Inputs) -> Step:
-    """The PyTorch path of Liger's fused scaled cross-entropy (8F), which is verl's chunked head, with its entropy."""
-    # by its own name: on sm_90 the public one chooses the kernels below
+    """Run the PyTorch path of Liger's fused scaled cross-entropy (8F), which is verl's chunked
+    head, with its entropy.
+    """
+    # It is imported by its own name, because on sm_90 the public one chooses the kernels below.
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction as Function
 
     without_softcap(inputs)
@@ -58,7 +60,7 @@ def liger_scaled(inputs: Inputs) -> Step:
 
 
 def liger_scaled_sm90(inputs: Inputs) -> Step:
-    """The Hopper kernels of Liger's fused scaled cross-entropy (8F), without the entropy, which costs it more."""
+    """Run the Hopper kernels of Liger's fused scaled cross-entropy (8F), without the entropy, which costs it more."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
     without_softcap(inputs)
@@ -74,14 +76,14 @@ def liger_scaled_sm90(inputs: Inputs) -> Step:
 
 
 def liger_grpo(inputs: Inputs) -> Step:
-    """Liger's chunked GRPO loss: the advantages are per sequence and the formula its own."""
+    """Run Liger's chunked GRPO loss, where advantages are per sequence and the formula is its own."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     without_softcap(inputs)
     length = math.gcd(inputs.targets.numel(), SEQUENCE)
     targets = inputs.targets.view(-1, length)
     mask, advantages = torch.ones_like(targets), inputs.advantages.new_ones(targets.shape[0])
-    # its default compiles the formula, which on a CPU would need a C++ compiler
+    # By default it compiles the formula, which on a CPU would need a C++ compiler.
     head = LigerFusedLinearGRPOLoss(beta=0.0, compiled=targets.is_cuda, use_ref_model=False, loss_type="bnpo")
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def liger_grpo(inputs: Inputs) -> Step:
 
 
 def liger_triton_grpo(inputs: Inputs) -> Step:
-    """Liger's Triton GRPO kernels, from logits: one sequence, with the row behind its end that they leave out."""
+    """Run Liger's Triton GRPO kernels from logits: one sequence, with a row behind its end that they leave out."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     count, vocab = inputs.logits.shape
@@ -104,7 +106,7 @@ def liger_triton_grpo(inputs: Inputs) -> Step:
 
     def step() -> Result:
         leaf = logits.detach().requires_grad_()
-        # not in place, its default: the next sample needs the logits
+        # The default is to work in place, but the next sample needs the logits.
         loss, _ = triton_grpo_loss(leaf, None, None, targets, advantages, inplace=False, **options)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return Result(loss.detach(), logits=gradient[0, :count])
@@ -113,7 +115,9 @@ def liger_triton_grpo(inputs: Inputs) -> Step:
 
 
 def cce(inputs: Inputs) -> Step:
-    """cut-cross-entropy as it comes: blocks of small probabilities get no gradient. On a CPU, its own PyTorch path."""
+    """Run cut-cross-entropy as it comes, so that blocks of small probabilities get no gradient. On a CPU this is its
+    own PyTorch path.
+    """
     if not inputs.hidden.is_cuda:
         return _cut_cross_entropy(inputs, impl="torch_compile")
     if inputs.hidden.dtype == torch.float32:
@@ -122,7 +126,7 @@ def cce(inputs: Inputs) -> Step:
 
 
 def cce_exact(inputs: Inputs) -> Step:
-    """cut-cross-entropy without its filter."""
+    """Run cut-cross-entropy without its filter."""
     return _cut_cross_entropy(inputs, impl="cce", filter_eps=None)
 
 
@@ -137,7 +141,7 @@ def _cut_cross_entropy(inputs: Inputs, **options) -> Step:
 
 
 def torch_linear(inputs: Inputs) -> Step:
-    """PyTorch's own `linear_cross_entropy`, chunked as its options choose."""
+    """Run PyTorch's own `linear_cross_entropy`, chunked as its options choose."""
     without_softcap(inputs)
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None or not hasattr(torch.nn, "LinearCrossEntropyOptions"):

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib without a window, one palette, the frame of the axes, small PNG files."""
+"""This is what all pictures share: matplotlib without a window, one palette, the frame of the axes, small PNG files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STYLES = {
     "cce": (OLIVE, "X"),
     "gemms_whole": (LIGHT_GREY, "."),
 }
-LABEL_STEP = 0.055  # between two labels at the ends of lines, in heights of the axes
+LABEL_STEP = 0.055  # distance between two labels at the ends of lines, in heights of the axes
 
 
 def new_axes(title: str) -> tuple[Figure, Axes]:
@@ -46,13 +46,13 @@ def new_axes(title: str) -> tuple[Figure, Axes]:
 
 
 def frame(axes: Axes, grid: str = "both") -> None:
-    """A pale grid along "x", "y" or both, and no line above and to the right."""
+    """Draw a pale grid along "x", "y" or both, and no line above and to the right."""
     axes.grid(axis=grid, color=PALE, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def finish(axes: Axes, tokens: Sequence[int], ylabel: str) -> None:
-    """An x axis of tokens, and each line's name at its right end, moved apart where names would overlap."""
+    """Make an x axis of tokens, and put each line's name at its right end, moved apart where names would overlap."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -69,14 +69,14 @@ def finish(axes: Axes, tokens: Sequence[int], ylabel: str) -> None:
 
 
 def save(figure: Figure, path: Path, records: Sequence[Record] = ()) -> None:
-    """Write a PNG file; below the picture stand the device, commits and date of the records that were drawn."""
+    """Write a PNG file. Below the picture stand the device, commits and date of the records that were drawn."""
     if records:
         figure.supxlabel(_source(records), fontsize=8, color=GREY, x=0.99, ha="right")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI)
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(picture) as image:  # A palette takes a third of the bytes.
+    with Image.open(picture) as image:  # a palette takes a third of the bytes
         image.convert("RGB").quantize(255).save(path, optimize=True)
 
 

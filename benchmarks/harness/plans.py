@@ -1,4 +1,4 @@
-"""Which cases a run holds: the standard plan of a device, its rehearsal at tiny shapes, or a product of options."""
+"""The cases that a run holds: the standard plan of a device, its rehearsal at tiny shapes, or a product of options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from benchmarks.harness.methods import METHODS
 from benchmarks.harness.workloads import Workload
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
-# Measured at every share: what drops rows, and the same with all of them.
+# These are measured at every share: the loss that drops rows, and the same with all of them.
 SHARED = ("linear_policy_loss", "linear_policy_loss_not_compacted")
 HIDDEN = tuple(name for name, method in METHODS.items() if method.takes == "hidden")
 LOGITS = tuple(name for name, method in METHODS.items() if method.takes == "logits")
 MODELS = ("Llama-3-8B", "Qwen3-4B", "Qwen3-30B-A3B", "Qwen3-0.6B", "Gemma-3-12B")
-# `pytest benchmarks` on a CPU is to take minutes: its T, its shares of active rows, and the methods that it leaves out.
+# `pytest benchmarks` on a CPU should take minutes, so it has its own T and shares, and leaves out the methods of
+# BEHIND.
 FRONT_TOKENS, FRONT_SHARES = 1024, (1.0, 0.25)
 BEHIND = (
     "gemms", "gemms_frozen", "gemms_recompute", "linear_policy_loss_not_compacted", "linear_policy_loss_sparse_tight",
@@ -63,8 +64,8 @@ STANDARD = {
 
 
 def front_door(device_type: str, rehearse: bool) -> list[Case]:
-    """The cases of `pytest benchmarks`, in the order in which neighbours share their inputs. On a CPU these are the
-    cases of the main workload at another T.
+    """Return the cases of `pytest benchmarks`, in the order in which neighbours share their inputs. On a CPU these are
+    the cases of the main workload at another T.
     """
     main, cases = STANDARD[device_type].main, STANDARD[device_type].cases()
     if device_type == "cpu":
@@ -75,13 +76,13 @@ def front_door(device_type: str, rehearse: bool) -> list[Case]:
 
 
 def quick(plan: Sequence[Case]) -> list[Case]:
-    """The same cases at tiny shapes, with different T where theirs differ."""
+    """Return the same cases at tiny shapes, with different T where theirs differ."""
     most = max((case.workload.tokens for case in plan), default=1)
     return list(dict.fromkeys(replace(case, workload=tiny(case.workload, most)) for case in plan))
 
 
 def tiny(workload: Workload, most: int) -> Workload:
-    """The workload at a small model's size, with T in proportion to `most`, which becomes 128."""
+    """Return the workload at a small model's size, with T in proportion to `most`, which becomes 128."""
     return replace(workload, model=QUICK_MODEL, tokens=max(128 * workload.tokens // most, QUICK_TOKENS))
 
 
@@ -94,7 +95,9 @@ def product(
     dtypes: Sequence[str] | None,
     shares: Sequence[float] | None,
 ) -> list[Case]:
-    """Every method at every combination, floors with all rows active only; for None the standard plan's own choice."""
+    """Return every method at every combination, but floors only with all rows active. None means the standard plan's
+    own choice.
+    """
     main = standard.main
     workloads = itertools.product(
         models or [main.model], tokens or [main.tokens], kinds or [main.kind], dtypes or [main.dtype]

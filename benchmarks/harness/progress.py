@@ -1,10 +1,10 @@
-"""What a long run says while it runs."""
+"""The progress bar of a long run."""
 
 from tqdm import tqdm
 
 
 class Progress(tqdm):
-    """A bar that vanishes at its end. TQDM_DISABLE in the environment keeps it away."""
+    """This bar vanishes at its end. TQDM_DISABLE in the environment keeps it away."""
 
     say, advance = tqdm.set_description, tqdm.update
 

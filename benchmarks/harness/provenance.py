@@ -1,4 +1,4 @@
-"""Where a number comes from: device, versions, commit. Nothing about paths or host names."""
+"""The origin of a number: device, versions and commit, without paths and host names."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import drpo_kernels
 from drpo_kernels.triton_support import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-# a change elsewhere (README, results) does not change what is measured
+# A change elsewhere (README, results) does not change what is measured.
 MEASURED = ("drpo_kernels", "benchmarks")
-# of the environment: the commit of a copy whose own repository, if there is one, tells nothing of it
+# This environment variable names the commit of a copy whose own repository, if there is one, does not know it.
 COMMIT = "DRPO_COMMIT"
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
 
 
 def provenance(command: str, device: torch.device | None = None) -> dict[str, object]:
-    """The fields every line of results carries; `device` is a GPU where one is measured."""
+    """Return the fields that every line of results has; `device` is a GPU where one is measured."""
     commit, changes = os.environ.get(COMMIT), None
     if commit is None:
         commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *MEASURED)
@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def versions() -> dict[str, str | None]:
-    """None for what is not installed."""
+    """Return the version of each package, or None if it is not installed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -78,12 +78,12 @@ def _driver() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """None outside a repository, or without git."""
+    """Return git's output, or None outside a repository or without git."""
     return _output("git", *arguments)
 
 
 def _output(*command: str) -> str | None:
-    """None where the program is missing or fails."""
+    """Return a command's output, or None if the program is missing or fails."""
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,6 +1,6 @@
-"""fp8 with one scale per tensor or per block, and back to float32: the recipes that drpo_kernels itself does not need.
+"""This quantises to fp8 with one scale per tensor or per block, and back to float32, as drpo_kernels itself need not.
 
-The scales of `per_row` are in drpo_kernels/backends/quantize.py. Blocks: DeepSeek-V3, arXiv 2412.19437.
+The scales of `per_row` are in drpo_kernels/backends/quantize.py. The blocks are those of DeepSeek-V3, arXiv 2412.19437.
 """
 
 import torch
@@ -30,7 +30,7 @@ def per_block(x: Tensor, form: torch.dtype, rows: int) -> Quantized:
 
 
 def dequantized(quantized: Quantized, rows: int = 1) -> Tensor:
-    """scale · value in float32, [R, C]; `rows` is what `per_block` was given."""
+    """Return scale · value in float32, [R, C]; `rows` is what `per_block` was given."""
     values, scales = quantized
     if scales.shape[1] > 1 or scales.shape[0] not in (1, values.shape[0]):
         scales = _spread(scales, values.shape, rows)

@@ -11,7 +11,7 @@ Record = dict[str, object]
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, none where there is no file. A line that was not written to its end is left out."""
+    """Return the records of a file, or none if there is no file. A line that was not written to its end is left out."""
     records = []
     if path.exists():
         with path.open(encoding="utf-8") as file:
@@ -22,12 +22,12 @@ def read(path: Path) -> list[Record]:
 
 
 def select(records: Iterable[Record], **fields: object) -> list[Record]:
-    """The records that have these fields with these values."""
+    """Return the records that have these fields with these values."""
     return [record for record in records if fields.items() <= record.items()]
 
 
 def line(record: Record) -> str:
-    """The record as one line, without its end."""
+    """Return the record as one line, without the newline."""
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -51,7 +51,9 @@ def append(path: Path, record: Record) -> None:
 
 
 def replace_part(path: Path, part: str, records: Sequence[Record], order: Sequence[str] | None = None) -> None:
-    """Put the records at the end, in the place of those whose "part" is this one; `order` then sorts all by part."""
+    """Put the records at the end, in place of those whose "part" is this one; `order` then
+    sorts all records by part.
+    """
     old = read(path)
     kept = [record for record in old if record["part"] != part]
     if records or len(kept) < len(old):

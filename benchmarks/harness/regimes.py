@@ -1,4 +1,4 @@
-"""Regimes: the inputs on which a numerical recipe may fail, each made once from a seed; their exact results, and ours.
+"""Regimes are inputs on which a numerical recipe may fail, each made from a seed, with their exact results and ours.
 
 Hidden states and weight are bfloat16, as a model's are. Every recipe starts from these values, and a result is exact if
 it is that of these values in float64.
@@ -54,7 +54,7 @@ class Exact(NamedTuple):
 def exact_result(
     case: Inputs, operands: tuple[Tensor, Tensor] | None = None, objective: Objective = OBJECTIVE
 ) -> Exact:
-    """Everything in float64; `operands` as in `exact.head`."""
+    """Return the exact result in float64; `operands` as in `exact.head`."""
     logprobs, terms, dx, dw = exact.head(case, operands, objective)
     hidden, weight = (x.double() for x in operands or (case.hidden, case.weight))
     bias = 0.0 if case.bias is None else case.bias.double().abs()
@@ -68,7 +68,9 @@ def exact_result(
 
 
 def ours(case: Inputs, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, **options) -> Result:
-    """`linear_policy_loss` on inputs of this dtype; gradients of `scale` times the loss, divided by it in float64."""
+    """Run `linear_policy_loss` on inputs of this dtype. Gradients are those of `scale` times the loss, divided by it in
+    float64.
+    """
     leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight)]
     out = linear_policy_loss(
         *leaves, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, **case.transform, **options
@@ -81,7 +83,9 @@ def ours(case: Inputs, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, 
 
 
 def bf16_dlogits(case: Inputs, logits: Tensor | None = None) -> tuple[Result, Tensor]:
-    """(the result without gradients, dlogits rounded to bf16) of float32 logits: those of the case, or the given."""
+    """Return (the result without gradients, dlogits rounded to bf16) from float32 logits, by
+    default those of the case.
+    """
     leaf = (case.product(case.hidden.float(), case.weight.float()) if logits is None else logits).requires_grad_()
     out = policy_loss(
         leaf, case.targets, case.old_logprobs, case.advantages, objective=OBJECTIVE, temperature=case.temperature,
@@ -110,7 +114,7 @@ class Regime:
     bias: float | None = None
 
     def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
-        """Inputs drawn by the device's own generator."""
+        """Return inputs drawn by the device's own generator."""
         with torch.device(device):
             return self._drawn(shape, torch.Generator(device).manual_seed(seed))
 
@@ -151,8 +155,8 @@ def trained(shape: Shape, generator: torch.Generator, scale: float = 1.0) -> tup
 
 
 def moderate(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits like a language model's: they have a standard deviation of SPREAD over the vocabulary, and targets stand
-    out to different degrees, so far that the mean entropy is ENTROPY.
+    """Make logits like a language model's: they have a standard deviation of SPREAD over the vocabulary, and targets
+    stand out to different degrees, so far that the mean entropy is ENTROPY.
     """
     weight, targets = _weight(shape, generator), zipf(shape, generator)
     noise = SPREAD * torch.randn(shape.tokens, shape.hidden, generator=generator)
@@ -163,7 +167,7 @@ def moderate(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def certain(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states along their targets' rows of the weight, each so long that its target has p = 1 - MISS."""
+    """Make hidden states along their targets' rows of the weight, each so long that its target has p = 1 - MISS."""
     weight, targets = _weight(shape, generator), zipf(shape, generator)
     aim = weight[targets] + 0.1 * torch.randn(shape.tokens, shape.hidden, generator=generator) / shape.hidden**0.5
     logits = (aim @ weight.T).double()
@@ -176,7 +180,7 @@ def certain(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def offset(shape: Shape, generator: torch.Generator, by: float, make=trained) -> tuple[Tensor, Tensor, Tensor]:
-    """One channel adds about `by` to every logit: an outlier of hidden times one of the weight."""
+    """Make inputs in which one channel adds about `by` to every logit: an outlier of hidden times one of the weight."""
     hidden, weight, targets = make(shape, generator)
     channel = torch.tensor(abs(by)).sqrt().bfloat16().float()
     hidden[:, 0], weight[:, 0] = channel, math.copysign(channel, by)

@@ -19,24 +19,26 @@ Run = dict[str, list[Record]]
 
 
 def read_run(folder: Path) -> Run:
-    """File name -> its lines; none where there is no file. In speed.jsonl a case's last line replaces earlier ones."""
+    """Return {file name: its lines}, without lines where there is no file. In speed.jsonl a case's last line replaces
+    earlier ones.
+    """
     return {name: latest(read(folder / name)) if name == SPEED else read(folder / name) for name in FILES}
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """The last record of every case of every part."""
+    """Return the last record of every case of every part."""
     return list({key_of(record): record for record in records}.values())
 
 
 def key_of(record: Record) -> tuple:
-    """The part and the case of a line of speed.jsonl."""
+    """Return the part and the case of a line of speed.jsonl."""
     names = ("part", "workload", "inputs", "dtype", "method", "active_share")
     return (*(record[name] for name in names), record["shape"]["tokens"])
 
 
 def once(records: Sequence[Record]) -> list[Record]:
-    """Each case once: a record with a time comes before one without, then the parts' order decides. The result is
-    sorted by model; of each model the cases at the T of `MAIN` come first, then the others by T.
+    """Return each case once: a record with a time comes before one without, then the parts' order decides. The result
+    is sorted by model; of each model the cases at the T of `MAIN` come first, then the others by T.
     """
     models = list(dict.fromkeys(record["workload"] for record in records))
     found: dict[tuple, Record] = {}
@@ -51,6 +53,6 @@ def once(records: Sequence[Record]) -> list[Record]:
 
 
 def record_of(run: Run, method: str, workload: Workload = MAIN, share: float = 1.0) -> Record | None:
-    """The record of a case that counts, if there is one."""
+    """Return the record that counts for a case, if there is one."""
     found = once(select(run[SPEED], method=method, active_share=share, **workload.fields))
     return found[0] if found else None

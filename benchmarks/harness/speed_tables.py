@@ -34,7 +34,7 @@ def setting_of(record: Record) -> Setting:
 
 
 def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
-    """Tables in the order in which they were measured."""
+    """Group the records into tables, in the order in which they were measured."""
     groups: dict[Setting, list[Record]] = {}
     for record in records:
         groups.setdefault(setting_of(record), []).append(record)
@@ -42,7 +42,7 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
 
 
 def label_of(method: str) -> str:
-    """What tables call it: its own name where it is gone from METHODS."""
+    """Return what tables call the method, which is its own name if it is gone from METHODS."""
     return METHODS[method].label if method in METHODS else method
 
 
@@ -52,12 +52,12 @@ def label(record: Record) -> str:
 
 
 def plain(method: str) -> str:
-    """A method's label without Markdown."""
+    """Return a method's label without Markdown."""
     return label_of(method).replace("`", "")
 
 
 def dense(group: Sequence[Record]) -> list[Record]:
-    """With all rows active, each method once: what has a time before what has none."""
+    """Return the records with all rows active, each method once. A record with a time comes before one without."""
     found: dict[str, Record] = {}
     for record in group:
         if record["active_share"] == 1:
@@ -68,13 +68,15 @@ def dense(group: Sequence[Record]) -> list[Record]:
 
 
 def render_all(records: Sequence[Record]) -> str:
-    """Settings of which nothing has a time are left out."""
+    """Render all settings in which something has a time."""
     groups = [group for group in by_setting(records).values() if any(r["median_s"] for r in group)]
     return "\n".join(line for group in groups for line in section(group))
 
 
 def section(group: Sequence[Record]) -> Iterator[str]:
-    """A table of what has a time or should have one, a sentence about the rest, and a table of the shares."""
+    """Yield a table of the methods that have a time or should have one, a sentence about the rest, and a table of the
+    shares.
+    """
     yield f"{title(group[0])}:"
     yield ""
     records = dense(group)
@@ -88,7 +90,7 @@ def section(group: Sequence[Record]) -> Iterator[str]:
 
 
 def _shares(group: Sequence[Record]) -> Iterator[str]:
-    """Medians by active share, beside their ratio to `linear_policy_loss` with all rows active."""
+    """Yield medians by active share, beside their ratio to `linear_policy_loss` with all rows active."""
     timed = {(r["active_share"], r["method"]): r for r in group if r["median_s"] is not None}
     shares = sorted({share for share, _ in timed if share < 1}, reverse=True)
     methods = dict.fromkeys(method for share, method in timed if share < 1)

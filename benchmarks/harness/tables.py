@@ -12,25 +12,25 @@ NOTHING = "–"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
-    """A GitHub Markdown table: the first `left` columns are aligned left, the others right."""
+    """Return a GitHub Markdown table: the first `left` columns are aligned left, the others right."""
     cells = [[str(cell).replace("|", "&#124;") for cell in row] for row in (header, *rows)]
     align = ["left"] * left + ["right"] * (len(header) - left)
     return tabulate(cells[1:], cells[0], tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
 def milliseconds(record: Record) -> str:
-    """The record's median with its least and its largest sample, as in "1.25 (1.20 to 1.31)"."""
+    """Return the record's median with its least and its largest sample, as in "1.25 (1.20 to 1.31)"."""
     median, least, most = (three_figures(1e3 * record[key]) for key in ("median_s", "min_s", "max_s"))
     return f"{median} ({least} to {most})"
 
 
 def three_figures(value: float) -> str:
-    """Three significant figures, and every figure before the decimal point."""
+    """Format with three significant figures, and with every figure before the decimal point."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def two_figures(value: float) -> str:
-    """0.13, 2e-5, 93: two significant figures, and a power of ten where that is shorter."""
+    """Format with two significant figures, and with a power of ten where that is shorter: 0.13, 2e-5, 93."""
     if value != value:
         return "NaN"
     if 0 < value < 1e-2 or value >= 1e5:
@@ -40,12 +40,12 @@ def two_figures(value: float) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio as in "1.25×"."""
+    """Format a ratio as in "1.25×"."""
     return NOTHING if ratio is None else f"{ratio:.2f}×"
 
 
 def size(count: int | None) -> str:
-    """A number of bytes in MiB, from 10 GiB on in GiB."""
+    """Format a number of bytes in MiB, from 10 GiB on in GiB."""
     if count is None:
         return NOTHING
     return f"{count / 2**20:.0f} MiB" if count < 10 << 30 else f"{count / 2**30:.1f} GiB"

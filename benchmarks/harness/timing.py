@@ -1,4 +1,6 @@
-"""Times of several functions, interleaved in one process, so that a change of the machine's load meets all of them."""
+"""This times several functions, interleaved in one process, so that a change of the
+machine's load meets all of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-# written before each sample on a GPU: more than its last-level cache
+# This many bytes are written before each sample on a GPU, more than its last-level cache.
 FLUSH_BYTES = 512 << 20
 
 
@@ -19,12 +21,14 @@ def host_seconds(function: Callable) -> float:
     start = time.perf_counter()
     result = function()
     elapsed = time.perf_counter() - start
-    del result  # freed outside the time
+    del result  # its memory is freed outside the time
     return elapsed
 
 
 class DeviceSeconds:
-    """Between two events on the device, with its caches overwritten first; the host's part counts where it is late."""
+    """Seconds between two events on the device, whose caches are overwritten first. The host's part counts where it is
+    late.
+    """
 
     def __init__(self, device: torch.device):
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -53,14 +57,14 @@ def interleaved_seconds(
     seconds_of: Callable[[Callable], float] = host_seconds,
     deadline: float = math.inf,
 ) -> dict[Key, list[float]]:
-    """`rounds` samples of each function after one round to warm up; every round starts with another function.
+    """Take `rounds` samples of each function after one round to warm up. Every round starts with another function.
 
     No round is started after `deadline`, a time of `time.monotonic`.
     """
     names = list(functions)
     seconds: dict[Key, list[float]] = {name: [] for name in names}
     gc.collect()
-    gc.freeze()  # What exists now is left alone, or each collection below would walk all of it.
+    gc.freeze()  # otherwise each collection below would walk all that exists now
     try:
         for number in range(rounds + 1):
             if time.monotonic() > deadline:

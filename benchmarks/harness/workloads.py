@@ -1,4 +1,4 @@
-"""Shapes and inputs, made once from a seed: random ones, and ones that look like a trained model's."""
+"""Shapes, and inputs that are made once from a seed: random ones, and ones that look like a trained model's."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from benchmarks.harness.mixes import MIXES, entropy_of, hidden_states, least
 
-# The kinds of inputs, and what tables call them.
+# The kinds of inputs, with the names that tables give them.
 KINDS = {
     "random": "random inputs",
     "trained": "trained-looking inputs",
     **{name: mix.label for name, mix in MIXES.items()},
 }
-# of a trained model on its own samples: most tokens are certain, a few are not
+# The mean entropy of a trained model on its own samples, where most tokens are certain and a few are not.
 TRAINED_ENTROPY = 0.5
-# rows on which the trained-looking inputs are calibrated
+# number of rows on which the trained-looking inputs are calibrated
 SAMPLE = 256
-# how far a hidden state is pulled to its target's row: least, and the range. A soft-cap squeezes the target's logit
-# more than the others', and with the weaker pull no scale of the hidden states reaches TRAINED_ENTROPY
+# How far a hidden state is pulled to its target's row: the least, and the range above it. A soft-cap squeezes the
+# target's logit more than the others', and with the weaker pull no scale of the hidden states reaches TRAINED_ENTROPY.
 PULL, CAPPED_PULL = (2.0, 8.0), (6.0, 14.0)
-# logits held at a time while inputs are made
+# number of logits held at a time while inputs are made
 BLOCK = 1 << 26
 
 
@@ -75,7 +75,7 @@ class Workload:
 
     @property
     def fields(self) -> dict[str, object]:
-        """How a record names it."""
+        """The fields by which a record names the workload."""
         shape = dataclasses.asdict(self.shape)
         return {"workload": self.model, "inputs": self.kind, "shape": shape, "dtype": self.dtype}
 
@@ -110,27 +110,27 @@ class Inputs:
         return {"temperature": self.temperature, "softcap": self.softcap, "bias": self.bias}
 
     def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden @ weight.T + bias, in the dtype of the operands."""
+        """Return hidden @ weight.T + bias, in the dtype of the operands."""
         return self.biased(hidden @ weight.T)
 
     def biased(self, logits: Tensor) -> Tensor:
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """z = softcap(logits) / temperature, in the dtype of the logits."""
+        """Return z = softcap(logits) / temperature, in the dtype of the logits."""
         return capped(logits, self.softcap) / self.temperature
 
     def logprobs(self, logits: Tensor) -> Tensor:
-        """log π [T] of the targets."""
+        """Return log π [T] of the targets."""
         return self.scaled(logits).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
 
     @property
     def entropy(self) -> float:
-        """The mean, in nats."""
+        """The mean entropy, in nats."""
         return self.entropies.mean().item()
 
     def with_active_share(self, share: float) -> Inputs:
-        """A = 0 in all rows but a share of them, scattered as the completions of a batch are."""
+        """Return the inputs with A = 0 in all rows but a share of them, scattered as the completions of a batch are."""
         count = self.advantages.numel()
         order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
         advantages = self.advantages.clone()
@@ -152,7 +152,8 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Inputs of one of `KINDS`, drawn in float32 by the device's own generator, hidden and weight rounded to `dtype`.
+    """Return inputs of one of `KINDS`, drawn in float32 by the device's own generator, with hidden and weight rounded
+    to `dtype`.
 
     The behaviour policy is the current one with noise of 0.2 nat.
     """
@@ -179,12 +180,12 @@ def make_inputs(
 
 
 def zipf_weights(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Mandelbrot's fit to natural language, p ∝ 1 / (rank + 2.7): [count], not normalised."""
+    """Return Mandelbrot's fit to natural language, p ∝ 1 / (rank + 2.7), as [count] numbers that are not normalised."""
     return 1 / (torch.arange(1, count + 1, device=device) + 2.7)
 
 
 def zipf(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Token ranks by Zipf's law."""
+    """Draw token ranks by Zipf's law."""
     weights = zipf_weights(shape.vocab, generator.device)
     return torch.multinomial(weights, shape.tokens, replacement=True, generator=generator)
 
@@ -197,7 +198,9 @@ def peaked(
     nats: float = TRAINED_ENTROPY,
     softcap: float | None = None,
 ) -> Tensor:
-    """Hidden states pulled towards their targets' rows to different degrees, scaled to a mean entropy of `nats`."""
+    """Return hidden states pulled towards their targets' rows to different degrees, scaled to a
+    mean entropy of `nats`.
+    """
     low, spread = PULL if softcap is None else CAPPED_PULL
     pull = low + spread * torch.rand(hidden.shape[0], 1, generator=generator, device=hidden.device)
     hidden = hidden + pull * weight[targets]
@@ -206,7 +209,8 @@ def peaked(
     def flat(scale: Tensor) -> Tensor:
         return entropy_of(capped(scale * logits, softcap)).mean() > nats
 
-    # The entropy falls as the scale rises, until a soft-cap flattens all: up to the first scale that is large enough.
+    # The entropy falls as the scale rises, until a soft-cap flattens everything, so we go up to the first scale that is
+    # large enough.
     high = hidden.new_tensor(0.5)
     while flat(high):
         high = 1.25 * high
@@ -220,7 +224,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def logit_blocks(hidden: Tensor, weight: Tensor, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their float32 logits) in plain PyTorch, a few rows at a time."""
+    """Yield (rows, their float32 logits) in plain PyTorch, a few rows at a time."""
     wide, step = weight.float().T, max(BLOCK // weight.shape[0], 1)
     for rows in (slice(start, start + step) for start in range(0, hidden.shape[0], step)):
         yield rows, capped(hidden[rows].float() @ wide, softcap)
@@ -229,7 +233,7 @@ def logit_blocks(hidden: Tensor, weight: Tensor, softcap: float | None) -> Itera
 def _logprobs_and_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """log π of the targets and the entropy, [T] float32."""
+    """Return log π of the targets and the entropy, [T] float32."""
     results = []
     for rows, logits in logit_blocks(hidden, weight, softcap):
         logprobs = torch.log_softmax(logits, -1).gather(-1, targets[rows, None])[:, 0]

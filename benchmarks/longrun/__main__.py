@@ -1,13 +1,13 @@
-"""`python -m benchmarks.longrun`: 2,000 optimiser steps on one recorded stream of off-policy batches, ours beside fp64.
+"""`python -m benchmarks.longrun` takes 2,000 optimiser steps on a recorded stream of off-policy batches, beside fp64.
 
 Three copies of the same weights train on the stream (see `stream`). `exact` computes the loss in float64. `ours`
 (linear_policy_loss) and `eager` (naive autograd) take hidden states and head rounded to float32, and `eager` measures
 how far float32 alone drifts.
 
-The bound, by which the exit status goes: our loss is within 1e-4 of the mean |loss| of the exact one at every step,
-which is the contract on one loss, and ours is within 10 times eager's distance, in the loss and in the weights.
+The exit status tells whether the bound holds: our loss is within 1e-4 of the mean |loss| of the exact one at every
+step, which is the contract on one loss, and ours is within 10 times eager's distance, in the loss and in the weights.
 
-Writes one JSON line per run to bench_results/longrun.jsonl, curves sampled.
+The program writes one JSON line per run to bench_results/longrun.jsonl, with sampled curves.
 `python -m benchmarks.longrun.sparse` does the same for `sparse_grad`.
 """
 

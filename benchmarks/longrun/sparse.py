@@ -1,8 +1,8 @@
-"""`python -m benchmarks.longrun.sparse`: 2,000 optimiser steps on one recorded stream, `sparse_grad` on and off.
+"""`python -m benchmarks.longrun.sparse` takes 2,000 optimiser steps on one stream, with and without `sparse_grad`.
 
 The vocabulary is larger than in `benchmarks.longrun` and the policy is pretrained, so that most rows are peaked enough
-to be sparse. In its language token t is followed by a + j with probability 2^-(j+1), a the right answer of t. Copies of
-that policy train on the stream (see `stream`):
+to be sparse. In its language token t is followed by a + j with probability 2^-(j+1), where a is the right answer of t.
+Copies of that policy train on the stream (see `stream`):
 
     exact     sparse_grad = 0
     sparse    sparse_grad = τ
@@ -10,16 +10,16 @@ that policy train on the stream (see `stream`):
     bf16      sparse_grad = 0, hidden states and head in bf16
     noise     sparse_grad = 0, every entry of dX and dW times 1 + 0.0018 ε, ε normal: what bf16 would round, at random
 
-The bound, by which the exit status goes: the loss curve of `sparse`, averaged over 100 steps, is no further from the
-exact one than that of `slower` is. To first order a step lowers the loss by the product of gradient and step; a
+The exit status tells whether the bound holds: the loss curve of `sparse`, averaged over 100 steps, is no further from
+the exact one than that of `slower` is. To first order a step lowers the loss by the product of gradient and step; a
 learning rate that is lower by τ changes that by τ of itself, and a relative gradient error of δ by δ of itself at most.
 δ is at most τ in a row's dlogits, and smaller in the gradients where what is left out points many ways: it is measured
-every 50 steps. It is no noise: a token that is left out is not pushed down in the next step either. So `sparse` is not
+every 50 steps. It is not noise: a token that is left out is not pushed down in the next step either. So `sparse` is not
 held to the distance of `noise`, which averages out over the steps.
 
-The check says nothing unless rows are sparse: at least half of them, over the run, or the exit status is 1 too.
+The check says nothing unless rows are sparse. If fewer than half are, over the run, the exit status is 1 too.
 
-Writes one JSON line per run to bench_results/longrun_sparse.jsonl, curves sampled, and a plot beside it.
+The program writes one JSON line per run, with sampled curves, to bench_results/longrun_sparse.jsonl, and a plot there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def runs(tau: float) -> dict[str, Run]:
 
 
 def pretrained(size: Size, steps: int = PRETRAINING) -> Policy:
-    """A policy in float32 that has learnt the language, except for its rare tokens."""
+    """Return a policy in float32 that has learnt the language, except for its rare tokens."""
     torch.manual_seed(0)
     policy, generator = Policy(size), torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
@@ -98,7 +98,7 @@ def pretrained(size: Size, steps: int = PRETRAINING) -> Policy:
 
 
 def sentences(count: int, size: Size, generator: torch.Generator) -> Tensor:
-    """[count, L + 1] of the language."""
+    """Draw sentences [count, L + 1] of the language."""
     tokens = torch.randint(size.vocab, (count, 1), generator=generator)
     for _ in range(size.length):
         detour = torch.empty(count, 1).geometric_(0.5, generator=generator).long().clamp(max=8) - 1
@@ -149,7 +149,7 @@ def plot(records: Mapping[str, Record], tau: float, path: Path) -> None:
 
 
 def render(records: Sequence[Record]) -> str:
-    """How many rows were sparse, and a row per run."""
+    """Return how many rows were sparse, and a table with a row per run."""
     by_name = {record["run"]: record for record in records}
     sparse = by_name["sparse"]
     shares = sparse["sparse_share"]

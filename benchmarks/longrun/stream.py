@@ -33,7 +33,7 @@ CURVES = ("loss", "ratio_max", "sparse_share")  # what a run records of every st
 
 @dataclass(frozen=True)
 class Size:
-    """A stream of `steps` batches of `batch` sequences, and the model."""
+    """The size of a stream, which has `steps` batches of `batch` sequences, and of the model."""
 
     steps: int = 2000
     batch: int = 16
@@ -69,7 +69,9 @@ class Batch(NamedTuple):
 
 
 class Policy(nn.Module):
-    """Predicts a token from the two before it: [B, L] -> hidden states [B, L, H]; the head is `head.weight`."""
+    """This policy predicts a token from the two before it: [B, L] -> hidden states [B, L, H]; the head is
+    `head.weight`.
+    """
 
     def __init__(self, size: Size):
         super().__init__()
@@ -85,13 +87,13 @@ class Policy(nn.Module):
 
 
 def right_answer(tokens: Tensor, size: Size) -> Tensor:
-    """The token after each: a fixed permutation of the vocabulary."""
+    """Return the right token after each one, by a fixed permutation of the vocabulary."""
     return (5 * tokens + 3) % size.vocab
 
 
 @torch.no_grad()
 def sample(policy: Policy, size: Size, generator: torch.Generator) -> Batch:
-    """A batch of sequences from the behaviour policy; a token is rewarded if it is the right answer."""
+    """Return a batch of sequences from the behaviour policy; a token is rewarded if it is the right answer."""
     tokens = torch.randint(size.vocab, (size.batch, 1), generator=generator)
     old = torch.zeros(size.batch, size.length)
     for i in range(size.length):
@@ -122,7 +124,7 @@ def loss_of(policy: Policy, batch: Batch, run: Run) -> PolicyLossOutput:
 
 
 def train(initial: Policy, stream: Iterable[Batch], size: Size, run: Run, exact: Run) -> tuple[Record, Policy]:
-    """Train a copy of `initial` -> (its curves and its errors of the gradient against those of `exact`, the copy)."""
+    """Train a copy of `initial`, and return (its curves and its gradient errors against those of `exact`, the copy)."""
     policy = copy.deepcopy(initial)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.rate * size.learning_rate, eps=1e-5)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=size.steps)
@@ -145,7 +147,7 @@ def train(initial: Policy, stream: Iterable[Batch], size: Size, run: Run, exact:
 
 
 def gradient_error(policy: Policy, batch: Batch, run: Run, exact: Run) -> float:
-    """How far the gradient of all weights is from that of `exact`, relative to its norm."""
+    """Return how far the gradient of all weights is from that of `exact`, relative to its norm."""
     want, found = (
         nn.utils.parameters_to_vector(torch.autograd.grad(loss_of(policy, batch, how).loss, list(policy.parameters())))
         for how in (exact, run)
@@ -154,7 +156,7 @@ def gradient_error(policy: Policy, batch: Batch, run: Run, exact: Run) -> float:
 
 
 def compare(initial: Policy, stream: Sequence[Batch], size: Size, runs: Mapping[str, Run]) -> dict[str, Record]:
-    """A record per run: its curves, and how far its loss and its weights are from those of the run "exact"."""
+    """Return a record per run: its curves, and how far its loss and its weights are from those of the run "exact"."""
     trained = {name: train(initial, stream, size, run, runs["exact"]) for name, run in runs.items()}
     vectors = {name: weights_of(policy) for name, (_, policy) in trained.items()}
     exact, travelled = trained["exact"][0]["loss"], (vectors["exact"] - weights_of(initial)).norm()
@@ -166,7 +168,7 @@ def compare(initial: Policy, stream: Sequence[Batch], size: Size, runs: Mapping[
             "loss_gap_max": distance(record["loss"], exact).max(),
             "smoothed_gap_max": distance(smoothed(record["loss"]), smoothed(exact)).max(),
             "loss_scale": float(np.abs(exact).mean()),
-            # relative to how far the weights have moved
+            # The gap is relative to how far the weights have moved.
             "weight_gap": ((vectors[name] - vectors["exact"]).norm() / travelled).item(),
         }
     return records
@@ -181,13 +183,15 @@ def distance(curve: Sequence[float], other: Sequence[float]) -> np.ndarray:
 
 
 def smoothed(curve: Sequence[float]) -> np.ndarray:
-    """The running mean over WINDOW steps, or over a quarter of a shorter run."""
+    """Return the running mean over WINDOW steps, or over a quarter of a shorter run."""
     window = min(WINDOW, len(curve) // 4)
     return np.convolve(curve, np.full(window, 1 / window), "valid")
 
 
 def write(records: Mapping[str, Record], path: Path, source: Record) -> None:
-    """Write a line per run with the fields of `source`, of every curve about 200 values; print all but the curves."""
+    """Write a line per run with the fields of `source` and about 200 values of every curve.
+    Print all but the curves.
+    """
     sampled = []
     for record in records.values():
         every = max(len(record["loss"]) // 200, 1)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.precision`: what each precision recipe does to log-probs, ratio, DRPO's weight and gradients.
+"""`python -m benchmarks.precision` measures what each recipe does to log-probs, ratio, DRPO's weight and gradients.
 
-Every number is an error against float64. `errors` are against the exact result of the operands that a recipe multiplies
-(already rounded to fp16 or fp8 where it says so): its arithmetic. `total`, where it differs, is against the exact
-result of the bf16 model: the rounding of the operands comes on top. Per quantity [max, p99, norm-wise relative]:
+Every number is an error against float64. `errors` are those of a recipe's arithmetic, against the exact result of the
+operands that it multiplies (already rounded to fp16 or fp8 where it says so). `total`, where it differs, includes the
+rounding of the operands, against the exact result of the bf16 model. Each quantity has [max, p99, norm-wise relative]:
 
     logprob, prob_shift (π - μ), weight_0.2 and weight_12.5 (DRPO's w at that δ)   |error|
     ratio                                                                         |error| / ratio
@@ -46,7 +46,7 @@ ExactOf = Callable[[str, object], Exact]  # (a key of OPERANDS, an objective) ->
 
 
 def token_quantities(logprobs: Tensor, case: Inputs) -> dict[str, Tensor]:
-    """What follows from log-probs [T], in float64, so that a recipe's error is that of its log-probs."""
+    """Return what follows from log-probs [T], in float64, so that a recipe's error is that of its log-probs."""
     difference = logprobs.double() - case.old_logprobs.double()
     ratio = difference.clamp(-20, 20).exp()
     shift = case.old_logprobs.double().exp() * torch.expm1(difference)
@@ -55,7 +55,7 @@ def token_quantities(logprobs: Tensor, case: Inputs) -> dict[str, Tensor]:
 
 
 def errors_of(found: Result, exact: Exact, case: Inputs) -> Errors:
-    """[max, p99, norm-wise relative] of each quantity; a NaN stays one."""
+    """Return [max, p99, norm-wise relative] of each quantity. A NaN stays a NaN."""
     want, errors = exact.result, {}
     if found.logprobs is not None:
         wanted = token_quantities(want.logprobs, case)
@@ -83,19 +83,21 @@ def _summary(found: Tensor, want: Tensor, scale: Tensor | None = None) -> list[f
 
 
 def exact_of(case: Inputs) -> ExactOf:
-    """The exact results of a case, each computed once."""
+    """Return a function that gives the exact results of a case, each computed once."""
     return functools.cache(lambda operands, objective: exact_result(case, OPERANDS[operands](case), objective))
 
 
 def obstacle(recipe: Recipe, case: Inputs) -> str | None:
-    """Why the recipe does not run here, or None."""
+    """Return why the recipe does not run here, or None."""
     if recipe.package is not None and importlib.util.find_spec(recipe.package) is None:
         return f"{recipe.package} not installed"
     return "no soft-cap" if case.softcap is not None and not recipe.softcap else None
 
 
 def measure_recipe(recipe: Recipe, case: Inputs, exact: ExactOf) -> Record:
-    """{"status", "errors", "total"}; the record of a peer that is missing or fails says so."""
+    """Measure a recipe, and return {"status", "errors", "total"}. The record of a peer that is missing or fails says
+    so.
+    """
     status, errors, total = obstacle(recipe, case) or "ok", None, None
     if status == "ok":
         try:
@@ -113,7 +115,7 @@ def measure_recipe(recipe: Recipe, case: Inputs, exact: ExactOf) -> Record:
 
 
 def measure_regime(name: str, shape: Shape, device: torch.device, advance: Callable[[], object]) -> Iterator[Record]:
-    """Records of a regime: itself, every recipe, every engine against every trainer, the bars."""
+    """Yield the records of a regime: its own, every recipe's, every engine's against every trainer, and the bars'."""
     regime = REGIMES[name]
     shape = regime.shape or shape
     case = regime.case(shape, device=device)
@@ -137,17 +139,21 @@ def measure_regime(name: str, shape: Shape, device: torch.device, advance: Calla
 
 
 def logprob_bound(hidden: int, largest_sum: float, temperature: float) -> float:
-    """The contract: max(1e-4, 3 (H + 10) 2^-24 S / temperature), S the largest sum of absolute products of a logit."""
+    """Return the contract's bound, max(1e-4, 3 (H + 10) 2^-24 S / temperature), where S is the largest sum of absolute
+    products of a logit.
+    """
     return max(1e-4, 3 * (hidden + 10) * 2**-24 * largest_sum / temperature)
 
 
 def ratio_bound(logprob: float) -> float:
-    """The relative error of the ratio where log-probs are within `logprob` <= 1: |exp(ε) - 1| <= 2 |ε|."""
+    """Return the relative error of the ratio where log-probs are within `logprob` <= 1: |exp(ε) - 1| <= 2 |ε|."""
     return max(2e-4, 2 * logprob)
 
 
 def bars(errors: dict[str, Errors | None], bound: float) -> Iterator[Record]:
-    """What bf16 inputs with float32 logits must keep, on a CPU and as a GPU rounds them, and fp16 against bf16."""
+    """Yield the bars that bf16 inputs with float32 logits must keep, on a CPU and as a GPU rounds them, and that fp16
+    must keep against bf16.
+    """
     default, half, device = errors["bf16"], errors["fp16"], errors["bf16-one-read"]
     values = [("logprob", default["logprob"][0], bound), ("ratio", default["ratio"][0], ratio_bound(bound))]
     values += [(name, default[name][2], GRADIENT_BOUND) for name in ("hidden", "weight")]
@@ -161,7 +167,7 @@ def bars(errors: dict[str, Errors | None], bound: float) -> Iterator[Record]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print the bars; a bar that is not met is printed as such and is no failure of the run."""
+    """Measure, write and print the bars. A bar that is not met is printed as such, and is no failure of the run."""
     parser = _parser()
     options = parser.parse_args(argv)
     source = provenance(cli.command(parser, options), torch.device(options.device))

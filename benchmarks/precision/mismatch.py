@@ -18,7 +18,7 @@ from drpo_kernels.backends.quantize import FORMATS, per_row
 
 FORMAT = "fp8_e4m3"
 SPLIT = 128
-# Whether the engine quantises hidden states, and whether it quantises the weight.
+# Each pair says whether the engine quantises hidden states, and whether it quantises the weight.
 QUANTIZED = {"nothing": (False, False), "weight": (False, True), "hidden": (True, False), "both": (True, True)}
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINERS = {
@@ -30,7 +30,7 @@ TRAINERS = {
 
 
 def engine_logprobs(case: Inputs, quantized: str, logits: str) -> Tensor:
-    """log μ [T] of the targets in the emulated engine."""
+    """Return log μ [T] of the targets in the emulated engine."""
     operands = zip((case.hidden, case.weight), QUANTIZED[quantized], strict=True)
     (hidden, row), (weight, channel) = (
         per_row(x, FORMATS[FORMAT]) if quantize else (x, x.new_ones(1, 1, dtype=torch.float32))
@@ -42,13 +42,15 @@ def engine_logprobs(case: Inputs, quantized: str, logits: str) -> Tensor:
 
 
 def trainer_logprobs(case: Inputs, trainer: str) -> Tensor:
-    """log π [T] of the same weights in our head."""
+    """Return log π [T] of the same weights in our head."""
     options = case.transform | TRAINERS[trainer]
     return linear_token_logprobs(case.hidden, case.weight, case.targets, **options)[0]
 
 
 def measure_mismatch(case: Inputs) -> Iterator[Record]:
-    """A record per engine. For every trainer it holds max, p99 and mean of |r - 1| over tokens, and max |π - μ|."""
+    """Yield a record per engine. For every trainer it holds max, p99 and mean of |r - 1| over
+    tokens, and max |π - μ|.
+    """
     trainers = {name: trainer_logprobs(case, name).double() for name in TRAINERS}
     for quantized in QUANTIZED:
         for logits in LOGITS:
@@ -63,7 +65,7 @@ def measure_mismatch(case: Inputs) -> Iterator[Record]:
 
 
 def percentile_99(values: Tensor) -> float:
-    """The smallest value that 99 % of them do not exceed. `torch.quantile` takes 16 million values at most."""
+    """Return the smallest value that 99 % of the values do not exceed. `torch.quantile` takes 16 million at most."""
     return values.flatten().kthvalue((99 * values.numel() + 99) // 100).values.item()
 
 

@@ -30,7 +30,7 @@ def plain_label(recipe: str) -> str:
 
 
 def heatmap(records: Sequence[Record], quantity: str, title: str) -> Figure:
-    """A row per recipe, a column per regime, in each cell the error and a colour on a log scale."""
+    """Draw a row per recipe and a column per regime. Each cell has the error, and a colour on a log scale."""
     found, names = by_recipe(records, quantity), labels_of(records)
     values = [[row.get(name, math.nan) for name in names] for row in found.values()]
     figure, axes = plt.subplots(figsize=(6.0 + 0.6 * len(names), 1.9 + 0.36 * len(values)), layout="constrained")

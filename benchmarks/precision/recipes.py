@@ -22,7 +22,7 @@ from drpo_kernels.objectives import Objective
 TRL_CHUNK = 32_768  # TRL's vocabulary tile
 DW_CHUNKS = 16
 NEVER = 1e6  # a clip that no ratio reaches
-# fp8 with scales of this granularity: x [R, C], format, rows of a block -> float32 [R, C]
+# Each function rounds to fp8 with scales of this granularity: x [R, C], format, rows of a block -> float32 [R, C].
 GRANULARITIES = {
     "tensor": lambda x, form, rows: dequantized(per_tensor(x, form)),
     "row": lambda x, form, rows: dequantized(per_row(x, form)),
@@ -49,7 +49,9 @@ class Recipe:
 
 
 def quantized(case: Inputs, name: str, granularity: str) -> tuple[Tensor, Tensor]:
-    """Hidden and weight in float32 after rounding to fp8; blocks are 1 x 128 for hidden and 128 x 128 for weight."""
+    """Return hidden and weight in float32 after rounding to fp8; blocks are 1 x 128 for hidden and 128 x 128 for
+    weight.
+    """
     quantize = GRANULARITIES[granularity]
     return quantize(case.hidden, FORMATS[name], 1), quantize(case.weight, FORMATS[name], 128)
 
@@ -69,15 +71,17 @@ OPERANDS: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {
 
 
 def float16(case: Inputs) -> Result:
-    """fp16 under the loss scale at which a GradScaler settles: the largest gradient just below fp16's largest value."""
+    """Run fp16 under the loss scale at which a GradScaler settles, with the largest gradient just below fp16's largest
+    value.
+    """
     plain = ours(case)
     largest = max(plain.hidden.abs().max().item(), plain.weight.abs().max().item())
     return ours(case, torch.float16, scale=2.0 ** math.floor(math.log2(2**15 / largest)))
 
 
 def one_read(case: Inputs) -> Result:
-    """What ours does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so are hidden
-    states times the factors of their rows. A CPU rounds neither. Sums are float32.
+    """Compute as our loss does on a GPU, whose products take bf16 operands: exponentials are rounded to bf16, and so
+    are hidden states times the factors of their rows. A CPU rounds neither. Sums are float32.
     """
     hidden, weight = case.hidden.float(), case.weight.float()
     logits, count = case.product(hidden, weight), len(case.targets)
@@ -93,19 +97,21 @@ def one_read(case: Inputs) -> Result:
 
 
 def two_reads(case: Inputs, logits: Tensor | None = None) -> Result:
-    """What ours does on a GPU where it reads a row twice: dlogits are rounded to bf16, sums are float32."""
+    """Compute as our loss does on a GPU where it reads a row twice: dlogits are rounded to
+    bf16, and sums are float32.
+    """
     result, dlogits = bf16_dlogits(case, logits)
     dx, dw = dlogits.float() @ case.weight.float(), dlogits.float().T @ case.hidden.float()
     return result._replace(hidden=dx.bfloat16(), weight=dw.bfloat16())
 
 
 def quantized_head(case: Inputs, name: str, granularity: str) -> Result:
-    """An fp8 head with other scales than `head_dtype` has. The gradient is straight-through."""
+    """Run an fp8 head with other scales than `head_dtype` has. The gradient is straight-through."""
     return two_reads(case, case.product(*quantized(case, name, granularity)))
 
 
 def accumulated_in_bf16(case: Inputs) -> Result:
-    """Ours, but dW is a bf16 tensor to which every chunk of rows adds its part."""
+    """Run our loss, but let dW be a bf16 tensor to which every chunk of rows adds its part."""
     result, dlogits = bf16_dlogits(case)
     dw = torch.zeros_like(case.weight)
     for d, x in zip(dlogits.chunk(DW_CHUNKS), case.hidden.chunk(DW_CHUNKS), strict=True):
@@ -124,7 +130,7 @@ def _differentiated(case: Inputs, logprobs_of: Callable[[Tensor, Tensor], Tensor
 
 
 def eager(case: Inputs, softmax_dtype: torch.dtype) -> Result:
-    """A model's bf16 logits, which the model soft-caps in bf16, then log_softmax in this dtype."""
+    """Run a model's bf16 logits, which the model soft-caps in bf16, and then log_softmax in this dtype."""
 
     def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = capped(torch.nn.functional.linear(hidden, weight, case.bias), case.softcap)
@@ -135,7 +141,7 @@ def eager(case: Inputs, softmax_dtype: torch.dtype) -> Result:
 
 
 def trl_head(case: Inputs) -> Result:
-    """TRL's fused head, called as its GRPO trainer does."""
+    """Run TRL's fused head, called as its GRPO trainer does."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -147,7 +153,9 @@ def trl_head(case: Inputs) -> Result:
 
 
 def liger(case: Inputs) -> Result:
-    """Liger's chunked GRPO loss, never clipped (so -A r), every token its own sequence; it reports no log-probs."""
+    """Run Liger's chunked GRPO loss, never clipped (so -A r), with every token its own sequence. It reports no
+    log-probs.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     leaves = [x.detach().requires_grad_() for x in (case.hidden, case.weight)]

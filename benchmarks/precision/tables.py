@@ -30,12 +30,12 @@ def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
 
 
 def labels_of(records: Sequence[Record]) -> dict[str, str]:
-    """Regime -> its label, in the order of the run."""
+    """Return {regime: its label}, in the order of the run."""
     return {record["regime"]: record["label"] for record in of_kind(records, "regime")}
 
 
 def by_recipe(records: Sequence[Record], quantity: str) -> dict[str, dict[str, float]]:
-    """Recipe -> regime -> the error that pages show, the rounding of the operands included."""
+    """Return {recipe: {regime: error}} with the errors that pages show, the rounding of the operands included."""
     found: dict[str, dict[str, float]] = {}
     for record in of_kind(records, "errors"):
         errors = record["total"] or record["errors"] or {}
@@ -45,7 +45,7 @@ def by_recipe(records: Sequence[Record], quantity: str) -> dict[str, dict[str, f
 
 
 def render_choices(records: Sequence[Record]) -> str:
-    """All quantities on the headline regime, and where the run comes from."""
+    """Render all quantities on the headline regime, and where the run comes from."""
     values = {quantity: by_recipe(records, quantity) for quantity in QUANTITIES}
     rows = []
     for record in of_kind(records, "errors"):
@@ -59,7 +59,7 @@ def render_choices(records: Sequence[Record]) -> str:
 
 
 def render_bars(records: Sequence[Record]) -> str:
-    """value ≤ bound of each bar of the default path, a row per regime."""
+    """Render value ≤ bound for each bar of the default path, with a row per regime."""
     found = {(record["regime"], record["bar"]): _bar(record) for record in of_kind(records, "bar")}
     rows = []
     for facts in of_kind(records, "regime"):
@@ -80,7 +80,7 @@ def _bar(record: Record) -> str:
 
 
 def render_rounding(records: Sequence[Record]) -> str:
-    """For recipes that round the operands: errors with that rounding, and errors of the arithmetic alone."""
+    """Render errors with and without the rounding of the operands, for recipes that round them."""
     rows = []
     for record in of_kind(records, "errors"):
         if record["regime"] == HEADLINE and record["total"]:
@@ -93,7 +93,7 @@ def render_rounding(records: Sequence[Record]) -> str:
 
 
 def render_mismatch(records: Sequence[Record]) -> str:
-    """Mean and p99 of |r - 1| on the headline regime: a row per engine, a column per trainer."""
+    """Render mean and p99 of |r - 1| on the headline regime: a row per engine, a column per trainer."""
     chosen = [record for record in of_kind(records, "mismatch") if record["regime"] == HEADLINE]
     rows = []
     for record in chosen:
@@ -103,7 +103,7 @@ def render_mismatch(records: Sequence[Record]) -> str:
 
 
 def render_gpu(records: Sequence[Record]) -> str:
-    """From a GPU's run, the bars of the default path and the mismatch with an engine that has an fp8 head."""
+    """Render the bars of the default path, and the mismatch with an engine that has an fp8 head, from a GPU's run."""
     bars, labels = of_kind(records, "bar"), labels_of(records)
     if not bars:
         return NOT_YET
@@ -120,7 +120,7 @@ def render_gpu(records: Sequence[Record]) -> str:
 
 
 def _missed(bars: Sequence[Record], labels: dict[str, str]) -> str:
-    """A sentence about the bars that are not met."""
+    """Return a sentence about the bars that are not met."""
     missed: dict[str, list[str]] = {}
     for record in bars:
         if not record["met"]:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.roofline`: predicted time and memory per method, from FLOPs, bytes and published rates."""
+"""`python -m benchmarks.roofline` predicts time and memory per method, from FLOPs, bytes and published rates."""
 
 from __future__ import annotations
 

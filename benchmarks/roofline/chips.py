@@ -48,7 +48,7 @@ class Chip:
 
     @property
     def preset(self) -> str:
-        """Its name among the devices that the planning knows."""
+        """The chip's name among the devices that the planning knows."""
         return self.name.lower()
 
     @property
@@ -58,22 +58,24 @@ class Chip:
 
     @property
     def clock(self) -> float | None:
-        """In Hz, from a multiplication and an addition in every lane."""
+        """The clock in Hz, from a multiplication and an addition in every lane."""
         return None if self.lanes is None else self.vector.value / (2 * self.lanes.value * self.processors.value)
 
     def flops_per_second(self, itemsize: int) -> float:
-        """The rate that products of operands of this size are assumed to reach."""
+        """Return the rate that products of operands of this size are assumed to reach."""
         return (self.matrix if itemsize < 4 else self.vector).value * self.matmul_efficiency.value
 
     def seconds_for_bytes(self, count: float) -> float:
         return count / (self.bandwidth.value * self.memory_efficiency.value)
 
     def keeps(self, row_bytes: float) -> bool:
-        """Whether the cache holds one row per processor, so that a row's second read need not go to memory."""
+        """Return whether the cache holds one row per processor, so that a row's second read need not go to memory."""
         return self.processors.value * row_bytes <= self.cache.value
 
     def with_efficiency(self, matmul: float | None, memory: float | None) -> Chip:
-        """With these shares of the published rates in place of the assumed ones; None leaves a share as it is."""
+        """Return the chip with these shares of the published rates in place of the assumed ones. None leaves a share as
+        it is.
+        """
         for share in (matmul, memory):
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"an efficiency must be in (0, 1], got share={share}")

@@ -16,7 +16,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
-    """How the package cuts up `active` rows with a gradient and `forward` rows without one."""
+    """Return how the package cuts up `active` rows with a gradient and `forward` rows without one."""
     operand = DTYPES[problem.itemsize]
     gathers = 0 < active < problem.tokens
     return plan(
@@ -31,7 +31,7 @@ def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
 
 
 def _accumulator(problem: Problem, cut: SweepPlan) -> int:
-    """Bytes of the buffer in which dW is summed or written; 0 with a frozen head."""
+    """Return bytes of the buffer in which dW is summed or written; 0 with a frozen head."""
     if cut.weight_gradient is WeightGradient.NONE:
         return 0
     wide = cut.weight_gradient is WeightGradient.WIDE_SUM
@@ -39,7 +39,9 @@ def _accumulator(problem: Problem, cut: SweepPlan) -> int:
 
 
 def held_bytes(problem: Problem, cut: SweepPlan) -> int:
-    """Bytes held while rows with a gradient are swept: logits, dlogits, dX, dW or its sum, copies of hidden rows."""
+    """Return bytes held while rows with a gradient are swept: logits, dlogits, dX, dW or its sum, copies of hidden
+    rows.
+    """
     copies = cut.storage.copied * cut.windows.largest * problem.hidden
     return cut.buffer_bytes + problem.itemsize * problem.states + _accumulator(problem, cut) + copies
 
@@ -136,7 +138,7 @@ def recompute(problem: Problem) -> Cost:
 
 
 def ready(problem: Problem, in_place: bool = False) -> Cost:
-    """`policy_loss` from logits of the inputs' dtype, with a gradient of the same dtype."""
+    """`policy_loss` starts from logits of the inputs' dtype, and has a gradient of the same dtype."""
     size = problem.itemsize * problem.logits
     live = 0 if in_place else size
     rows = Stage(
@@ -158,7 +160,9 @@ def copy(problem: Problem) -> Cost:
 
 
 def whole_products(problem: Problem, forwards: int = 1) -> Cost:
-    """The floor of the methods that take hidden states: bare, unchunked products with results in the inputs' dtype."""
+    """The floor of the methods that take hidden states is bare, unchunked products with results
+    in the inputs' dtype.
+    """
     size = problem.itemsize * problem.logits
     forward = [whole_logits(problem, "logits" if i == 0 else "logits again", size) for i in range(forwards)]
     return Cost((*forward, *whole_gradients(problem, size)), problem.gradients)
@@ -169,7 +173,9 @@ def frozen(problem: Problem) -> Problem:
 
 
 def eager(problem: Problem) -> Cost:
-    """Logits in the inputs' dtype, `log_softmax` in float32, `gather` and autograd, a kernel for each operation."""
+    """Eager code has logits in the inputs' dtype, `log_softmax` in float32, `gather` and autograd, with a kernel for
+    each operation.
+    """
     item, narrow = problem.itemsize, problem.itemsize < FLOAT32
     size, wide, row = item * problem.logits, FLOAT32 * problem.logits, FLOAT32 * problem.vocab
     held = size if narrow else 0
@@ -187,7 +193,7 @@ def eager(problem: Problem) -> Cost:
 
 
 def eager_compiled(problem: Problem) -> Cost:
-    """Eager code under a compiler that fuses all it can: one read for the statistics, and one read and write after."""
+    """A compiler fuses all it can of the eager code: one read for the statistics, and one read and write after."""
     size = problem.itemsize * problem.logits
     stages = [
         whole_logits(problem, live=size),
@@ -207,7 +213,7 @@ class Method:
     held_to: str | None = "gemms_whole"
 
 
-# By the names under which `benchmarks.harness` measures them. Other people's heads are measured and not predicted.
+# The names are those under which `benchmarks.harness` measures. Other people's heads are measured and not predicted.
 METHODS = {
     "gemms_whole": Method("three bare products (6F)", whole_products, held_to=None),
     "gemms_frozen": Method("two bare products (4F)", lambda p: whole_products(frozen(p)), held_to=None),

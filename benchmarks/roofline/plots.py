@@ -11,7 +11,7 @@ from benchmarks.roofline.ours import METHODS
 from benchmarks.roofline.predict import Prediction, compared
 from benchmarks.roofline.tables import MODEL, TOKENS
 
-# kinds of work, and the names of their stages
+# Each kind of work has the names of its stages.
 KINDS = {
     "logits (2F)": ("logits",),
     "logits again (2F)": ("logits again",),
@@ -52,7 +52,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
 
 
 def _stack(axes, y: int, found: Prediction) -> None:
-    """The least times by kind of work, and a line to the most."""
+    """Draw the least times by kind of work, and a line to the most."""
     start = 0.0
     for kind, colour in zip((*KINDS, REST), COLOURS, strict=False):
         width = sum(stage.least for stage in found.stages if _kind(stage.name) == kind) * 1e3

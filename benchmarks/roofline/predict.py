@@ -1,4 +1,4 @@
-"""The seconds that a method takes on a chip, as a range, beside what a GPU's run has measured.
+"""The seconds that a method takes on a chip, as a range, beside what was measured on a GPU.
 
 docs/roofline.md says how both ends of a range are counted.
 """
@@ -16,7 +16,7 @@ from benchmarks.roofline.chips import CHIPS, Chip
 from benchmarks.roofline.ours import METHODS
 from benchmarks.roofline.work import Cost, Problem, Stage
 
-# Rows and columns of a product that one processor computes at a time, as cuBLAS usually does for large products
+# Rows and columns of a product that one processor computes at a time, as cuBLAS usually does for large products.
 TILE = (128, 256)
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Cards of these forms have other rates than those of CHIPS.
@@ -93,7 +93,7 @@ def stage_time(chip: Chip, stage: Stage) -> StageTime:
 
 
 def occupied(chip: Chip, results: Sequence[tuple[int, int]]) -> float:
-    """The share of the processors' time that products with these results use, in whole waves of tiles."""
+    """Return the share of the processors' time that products with these results use, in whole waves of tiles."""
     if not results:
         return 1.0
     count = int(chip.processors.value)
@@ -125,7 +125,9 @@ class Comparison:
 
 
 def compared(records: Sequence[Record]) -> list[Comparison]:
-    """Every timed case of trained-looking inputs on a chip that the model knows. Other inputs take the same work."""
+    """Return every timed case of trained-looking inputs on a chip that the model knows. Other inputs take the same
+    work.
+    """
     found = []
     for record in once(records):
         chip = chip_of(record)
@@ -138,7 +140,7 @@ def compared(records: Sequence[Record]) -> list[Comparison]:
 
 
 def chip_of(record: Record) -> Chip | None:
-    """The chip by the name of the record's device; None for any other device."""
+    """Return the chip by the name of the record's device, or None for any other device."""
     gpu = record["device"].get("gpu", "")
     if any(form in gpu for form in OTHER_FORMS):
         return None

@@ -17,7 +17,7 @@ from benchmarks.roofline.work import Problem
 
 GIB = 1 << 30
 MODEL, TOKENS = "Qwen3-8B", 8192
-CLOSE = 0.02  # A predicted peak of memory that is no further off than this is called close.
+CLOSE = 0.02  # a predicted peak of memory is called close if it is no further off than this
 
 
 def problem_of(model: str = MODEL, tokens: int = TOKENS) -> Problem:
@@ -25,7 +25,7 @@ def problem_of(model: str = MODEL, tokens: int = TOKENS) -> Problem:
 
 
 def span(low: float, high: float, digits: int = 2) -> str:
-    """Both ends, or one number where they round to the same."""
+    """Format both ends, or one number where they round to the same."""
     ends = [f"{end:.{digits}f}" for end in sorted((low, high))]
     return ends[0] if ends[0] == ends[1] else "–".join(ends)
 
@@ -34,7 +34,7 @@ def span(low: float, high: float, digits: int = 2) -> str:
 
 
 def method_table(chip: Chip, methods: Sequence[str], problem: Problem) -> str:
-    """A row per method, each against the floor that it is held to."""
+    """Render a row per method, each against the floor that it is held to."""
     header = ("method", "TFLOP", "GB moved", "ms", "of its floor", "peak extra GiB", "beyond gradients")
     return table(header, [_row(predict(chip, method, problem)) for method in methods])
 
@@ -52,7 +52,7 @@ def _row(found: Prediction) -> tuple[str, ...]:
 
 
 def stage_table(found: Prediction) -> str:
-    """Where the time and the memory of a method go."""
+    """Show where the time and the memory of a method go."""
     rows = [
         (
             time.name, f"{stage.flops / 1e12:.1f}", f"{stage.read / 1e9:.1f}", f"{stage.written / 1e9:.1f}",
@@ -67,7 +67,7 @@ def stage_table(found: Prediction) -> str:
 
 
 def render(records: Sequence[Record]) -> str:
-    """What came out, what is predicted, and the figures and assumptions behind it."""
+    """Render the comparison with measurements, the predictions, and the figures and assumptions behind them."""
     return "\n\n".join([
         f"## Prediction beside measurement\n\n{comparison(records)}",
         f"## Predicted times\n\n{predictions()}",
@@ -76,7 +76,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def comparison(records: Sequence[Record]) -> str:
-    """What came out, in sentences and case by case."""
+    """Compare predictions and measurements, in sentences and case by case."""
     rows = compared(records)
     if not rows:
         return NOT_YET
@@ -93,7 +93,7 @@ def comparison(records: Sequence[Record]) -> str:
 
 
 def conclusions(rows: Sequence[Comparison]) -> Iterator[str]:
-    """How good the predictions of time and of memory were."""
+    """Yield sentences on how good the predictions of time and of memory were."""
     yield (
         f"Of {len(rows)} times measured on {rows[0].prediction.chip.name}, {sum(row.within for row in rows)} lie in "
         f"the predicted range; half take at most {times(statistics.median(row.ratio for row in rows))} the least that "
@@ -126,7 +126,7 @@ def _compared(row: Comparison) -> tuple[str, ...]:
 
 
 def predictions() -> str:
-    """The range of milliseconds on every chip, and in brackets what it is of the floor."""
+    """Render the range of milliseconds on every chip, and in brackets what it is of the floor."""
     problem, rows = problem_of(), []
     for name, method in METHODS.items():
         found = [predict(chip, name, problem) for chip in CHIPS.values()]
@@ -145,7 +145,7 @@ def _cell(found: Prediction) -> str:
 
 
 def chips() -> str:
-    """The published figures, each with its source, and the assumed efficiencies with their reasons."""
+    """Render the published figures, each with its source, and the assumed efficiencies with their reasons."""
     header = (
         "chip", "16-bit TFLOP/s", "float32 TFLOP/s", "TB/s", "GB", "cache MiB", "SMs or CUs", "products", "memory",
     )  # fmt: skip
@@ -178,7 +178,7 @@ def _number(source: str, sources: dict[str, int]) -> int:
 
 
 def assumed() -> str:
-    """What a call is charged for besides FLOPs and bytes."""
+    """Say what a call is charged for besides FLOPs and bytes."""
     first, second = charges.TWO_READS[4]
     narrow = sum(charges.TWO_READS[2])
     return (

@@ -111,7 +111,7 @@ class Cost:
 
     @property
     def moved(self) -> float:
-        """Bytes, including the second reads of rows."""
+        """The bytes moved, including the second reads of rows."""
         return sum(stage.read + stage.reread + stage.written for stage in self.stages)
 
     @property
@@ -126,7 +126,8 @@ class Cost:
 def products(
     name: str, shapes: Sequence[tuple[int, int, int]], itemsize: int, out: int, live: int, sums: bool = False
 ) -> Stage:
-    """Products [m, k] @ [k, n], given as (m, n, k), with operands of `itemsize` and results of `out` bytes.
+    """Return the stage of products [m, k] @ [k, n], given as (m, n, k), with operands of `itemsize` and results of
+    `out` bytes.
 
     sums  all products add to one result, which each but the first reads back
     """
@@ -150,13 +151,15 @@ def slices(count: int, size: int) -> list[int]:
 
 
 def whole_logits(problem: Problem, name: str = "logits", live: int = 0) -> Stage:
-    """The logits of all rows in one product."""
+    """Return the stage that computes the logits of all rows in one product."""
     shape = [(problem.tokens, problem.vocab, problem.hidden)]
     return products(name, shape, problem.itemsize, problem.itemsize, live)
 
 
 def whole_gradients(problem: Problem, dlogits: int) -> list[Stage]:
-    """dX and dW in one product each, in the inputs' dtype, from `dlogits` bytes that are held for them."""
+    """Return the stages of dX and dW, one product each in the inputs' dtype, from `dlogits` bytes that are held for
+    them.
+    """
     item, live = problem.itemsize, dlogits + problem.gradients
     tokens, width, vocab = problem.tokens, problem.hidden, problem.vocab
     stages = [products("dX", [(tokens, width, vocab)], item, item, live)]

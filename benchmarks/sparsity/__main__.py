@@ -1,10 +1,10 @@
-"""`python -m benchmarks.sparsity`: what `sparse_grad` saves and what it costs, into bench_results/sparsity.jsonl.
+"""`python -m benchmarks.sparsity` measures what `sparse_grad` saves and costs, into bench_results/sparsity.jsonl.
 
     speed     time, memory and gradient error over the entropy of the rows, beside the floor and the dense path
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 
-Parts are measured alone or together; the lines of the others stay as they are.
+The parts are measured alone or together, and the lines of other parts stay as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def speed(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def regimes(options: argparse.Namespace) -> Iterator[Record]:
-    """Sparse gradients do not allow a soft-cap, so that regime is left out."""
+    """Measure every regime but that of the soft-cap, which sparse gradients do not allow."""
     names = QUICK_REGIMES if options.quick else [name for name in cases.REGIMES if name != "softcap"]
     progress = Progress(2 * len(names))
     for name in names:
@@ -68,7 +68,7 @@ def regimes(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def errors_over_tolerance(case: Inputs, dtype: torch.dtype) -> Record:
-    """Norm-wise errors against float64: of dlogits rounded to bf16, of the dense path, and over τ."""
+    """Return the norm-wise errors against float64 of dlogits rounded to bf16, of the dense path, and over τ."""
     exact = cases.exact_result(case).result
 
     def errors(hidden: Tensor, weight: Tensor) -> dict[str, float]:
@@ -91,7 +91,7 @@ def errors_over_tolerance(case: Inputs, dtype: torch.dtype) -> Record:
 
 
 def learning(options: argparse.Namespace) -> Iterator[Record]:
-    """Pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
+    """Train pairs of whole runs that differ in nothing but `sparse_grad`, one on each core."""
     make = Settings.quick if options.quick else Settings
     seeds = range(2 if options.quick else SEEDS)
     runs = [make(seed=seed, sparse_grad=tolerance) for seed in seeds for tolerance in (0.0, SPARSE_GRAD)]
@@ -104,7 +104,7 @@ def learning(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def trained_rewards(settings: Settings) -> dict[str, float]:
-    """The rewards on held-out problems after the training: "sampled" and "greedy"."""
+    """Return the rewards on held-out problems after the training: "sampled" and "greedy"."""
     device = torch.device("cpu")
     model, generator = build_model(settings, device), torch.Generator(device).manual_seed(settings.seed)
     return train(model, *split_problems(settings.seed, settings.held_out), settings, generator).after

@@ -12,7 +12,7 @@ from benchmarks.harness.pictures import GREY, SKY, STYLES, plt, save
 from benchmarks.harness.records import Record
 from benchmarks.sparsity.tables import DENSE, FLOOR, LABELS, SIZE, SPARSE, TIGHT, by_kind, of_part
 
-# What has a bar: its colour and its name.
+# Each of these has a bar, with its colour and its name.
 BARS = {
     SPARSE: (STYLES[DENSE][0], "sparse_grad=0.01"),
     TIGHT: (SKY, "sparse_grad=0.003"),
@@ -27,7 +27,9 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
 
 
 def speed_figure(records: Sequence[Record]) -> Figure:
-    """A group of bars per kind of rows: time over the dense path's; a mark where the bare products lie."""
+    """Draw a group of bars per kind of rows: time over that of the dense path, with a mark
+    where the bare products lie.
+    """
     groups = list(reversed(by_kind(records).items()))
     figure, axes = plt.subplots(figsize=(9.2, 1.4 + 0.62 * len(groups)), layout="constrained")
     height, names = 0.8 / len(BARS), []

@@ -27,7 +27,7 @@ def of_part(records: Sequence[Record], part: str) -> list[Record]:
 
 
 def by_kind(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """Kind of inputs -> method -> record, where sparse gradients have a time."""
+    """Return {kind of inputs: {method: record}} where sparse gradients have a time."""
     found: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["inputs"] in KINDS and record["method"] in METHODS:
@@ -36,7 +36,7 @@ def by_kind(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
 
 
 def speed(records: Sequence[Record]) -> Iterator[str]:
-    """A row per kind of inputs and τ."""
+    """Yield a table with a row per kind of inputs and τ."""
     groups = by_kind(records)
     first = next(iter(groups.values()))[SPARSE]
     yield SIZE.format(**first["shape"]) + f"{first['dtype']}:"
@@ -72,7 +72,9 @@ def _speed_cells(record: Record, methods: dict[str, Record]) -> tuple[str, ...]:
 
 
 def render_regimes(records: Sequence[Record]) -> str:
-    """Errors over τ: the larger of dX's and dW's, each beside what rounding dlogits to bf16 makes of the same."""
+    """Render errors over τ: the larger of dX's and dW's, each beside the error of the same from rounding dlogits to
+    bf16.
+    """
     records, rows = of_part(records, "regimes"), []
     if not records:
         return NOT_YET
@@ -88,7 +90,7 @@ def _worst(errors: dict[str, float]) -> str:
 
 
 def render_learning(records: Sequence[Record]) -> str:
-    """Mean rewards and the paired difference with its standard error, in points."""
+    """Render mean rewards and the paired difference with its standard error, in points."""
     records, rows = of_part(records, "learning"), []
     if not records:
         return NOT_YET
@@ -111,7 +113,7 @@ def render_speed(records: Sequence[Record]) -> str:
 
 
 def render_gpu(records: Sequence[Record]) -> str:
-    """The same for a GPU, from the lines of its run."""
+    """Render the same for a GPU, from the lines of its run."""
     records = of_part(latest(records), "sparse")
     if not by_kind(records):
         return NOT_YET

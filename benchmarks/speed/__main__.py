@@ -1,4 +1,4 @@
-"""See study.py."""
+"""This runs study.py."""
 
 import sys
 

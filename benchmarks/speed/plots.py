@@ -47,7 +47,7 @@ def memory_figure(groups: dict[int, list[Record]], where: str) -> Figure:
 
 
 def _lines(groups: dict[int, list[Record]], key: str) -> Iterable[tuple[str, list[tuple[int, float]]]]:
-    """(method, its (T, value) pairs) for every method with a look and values at two T or more."""
+    """Yield (method, its (T, value) pairs) for every method with a look and values at two T or more."""
     for method in STYLES:
         found = [(tokens, r[key]) for tokens, group in groups.items() for r in dense(group) if r["method"] == method]
         points = [point for point in found if point[1]]  # 0 bytes have no place on a log scale

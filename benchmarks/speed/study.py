@@ -1,7 +1,7 @@
-"""`python -m benchmarks.speed`: forward and backward of the DRPO loss, ours beside floors and peers, as JSON lines.
+"""`python -m benchmarks.speed` times forward and backward of the DRPO loss, ours beside floors and peers.
 
 Without --workloads, --tokens, --inputs, --dtypes or --active-shares it runs the standard plan of the device; with any
-of them, their product.
+of them, it runs their product. Results are JSON lines.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.workloads import KINDS, MODELS
 
 FOLDER = ROOT / "bench_results"
-# a GPU's pages are written from what benchmarks.device measures
+# A GPU's pages are written from what benchmarks.device measures.
 FILES = {"cpu": FOLDER / "cpu.jsonl", "cuda": None}
 ROUNDS = {"cpu": 3, "cuda": 20}
-# options that choose workloads, and what `plans.product` calls them
+# These options choose workloads; `plans.product` calls them by other names.
 AXES = {"workloads": "models", "tokens": "tokens", "inputs": "kinds", "dtypes": "dtypes", "active_shares": "shares"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print; 1 if one of the repository's own methods failed or was wrong."""
+    """Measure, write and print. Return 1 if one of the repository's own methods failed or was wrong."""
     parser = _parser()
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
-    """The cases that the options ask for."""
+    """Return the cases that the options ask for."""
     standard = plans.STANDARD[options.device]
     axes = {argument: getattr(options, name) for name, argument in AXES.items()}
     cases = plans.product(standard, **axes) if any(axes.values()) else standard.cases()
@@ -55,7 +55,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
 
 
 def summary(records: Sequence[Record]) -> Iterator[str]:
-    """A line per record."""
+    """Yield a line per record."""
     for record in records:
         median, peak = record["median_s"], record["peak_extra_bytes"]
         where = "{workload} {inputs} {dtype} T={tokens}".format(**record, **record["shape"])

@@ -15,7 +15,7 @@ PLOTS = {
 
 
 def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """By T, the first record's setting and those that differ from it in T alone."""
+    """Return {T: records} of the first record's setting and of those that differ from it in T alone."""
     main = setting_of(records[0])
     groups = by_setting(records)
     return {
@@ -24,12 +24,14 @@ def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def pictures(records: Sequence[Record]) -> list[str]:
-    """Of `PLOTS`, those for which there is something to show: all where several T were measured."""
+    """Return those of `PLOTS` that have something to show, which is all of them where several T were measured."""
     return list(PLOTS) if len(swept(records)) > 1 else []
 
 
 def render(records: Sequence[Record]) -> str:
-    """The README's: the tables of the workload on which everything was measured, the plots, and their origin."""
+    """Render the README's block: the tables of the workload on which everything was measured, the plots, and their
+    origin.
+    """
     first = setting_of(records[0])
     groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
     lines = [line for group in groups for line in section(group)]

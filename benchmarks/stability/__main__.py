@@ -1,4 +1,4 @@
-"""`python -m benchmarks.stability`: run what is missing of a grid, then draw the pictures and write the page."""
+"""`python -m benchmarks.stability` runs what is missing of a grid, then draws the pictures and writes the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.stability.settings import METHODS, SEEDS, SETTINGS, SMOKE, Size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sweep learning rates, compare, report. After an interruption it goes on from the runs that ended."""
+    """Sweep learning rates, compare methods and report. After an interruption this goes on from the runs that ended."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.smoke and options.out == RESULTS:

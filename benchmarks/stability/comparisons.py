@@ -15,7 +15,8 @@ PAIRS = [(a, b) for a, b in product(REFERENCES, METHODS) if a != b and (a, b) !=
 
 
 def differences(runs: Runs) -> pd.DataFrame:
-    """The area under the curve of each reference minus that of every other method with which it shares enough seeds.
+    """Return the area under the curve of each reference minus that of every other method with which it shares enough
+    seeds.
 
     A row has its "setting", "reference" and "other", the "estimate" of the mean difference, and "p", corrected for the
     comparisons of the same setting. It "counts" if its interval excludes zero and the corrected test agrees.
@@ -24,7 +25,7 @@ def differences(runs: Runs) -> pd.DataFrame:
 
 
 def _family(runs: Runs, setting: str) -> pd.DataFrame:
-    """The comparisons of one setting."""
+    """Return the comparisons of one setting."""
     chosen = runs.comparison[runs.comparison["setting"] == setting]
     areas = chosen.pivot(index="seed", columns="method", values="area")
     paired = {(a, b): (areas[a] - areas[b]).dropna() for a, b in PAIRS if {a, b} <= set(areas.columns)}

@@ -19,17 +19,17 @@ PRECISIONS = ("float32", "fp8")
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x rounded to bf16, as float32."""
+    """Return x rounded to bf16, as float32."""
     return x.bfloat16().float()
 
 
 def quantised(x: Tensor) -> Tensor:
-    """x rounded to E4M3 with a scale for each row of the last axis, as float32."""
+    """Return x rounded to E4M3 with a scale for each row of the last axis, as float32."""
     return dequantized(per_row(x.reshape(-1, x.shape[-1]), FORMATS["fp8_e4m3"])).reshape(x.shape)
 
 
 def rollout_engine(policy: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """The model that samples: the policy itself for "float32", a copy that rounds for "fp8"."""
+    """Return the model that samples: the policy itself for "float32", a copy that rounds for "fp8"."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "float32":

@@ -16,7 +16,7 @@ from benchmarks.stability.settings import METHODS
 from benchmarks.stability.statistics import bootstrap
 from drpo_kernels import DPPO, DRPO
 
-# Losses clipped by the ratio are warm, those bounded by |π - μ| cold.
+# Losses clipped by the ratio have warm colours, and those bounded by |π - μ| cold ones.
 COLOURS = {
     "PG": GREY, "PPO": ORANGE, "SPO": VERMILION, "DPPO-TV": GREEN, "DRPO δ=0.2": BLUE, "DRPO δ=12.5": SKY,
 }  # fmt: skip
@@ -26,7 +26,7 @@ SIGNS = {1: "A > 0: pushed up", -1: "A < 0: pushed down"}
 
 
 def draw_curves(runs: Runs, path: Path) -> None:
-    """Held-out accuracy against rollouts: settings across, and a row of panels for each group of methods."""
+    """Draw held-out accuracy against rollouts: settings across, and a row of panels for each group of methods."""
     rows = {"bounded by |π - μ|": [m for m in runs.methods if m in BOUNDED]}
     rows["clipped by the ratio, and others"] = [m for m in runs.methods if m not in BOUNDED]
     shape, size = (2, len(runs.settings)), (3.2 * len(runs.settings) + 1.9, 6.4)
@@ -57,7 +57,7 @@ def _curve(runs: Runs, axes: Axes, method: str, setting: str) -> None:
 
 
 def draw_slices(runs: Runs, path: Path) -> None:
-    """Table 1 of the paper: the gradient weight w of each method along π. It needs no run."""
+    """Draw Table 1 of the paper: the gradient weight w of each method along π. It needs no run."""
     size = (11.6, 6.0)
     figure, panels = plt.subplots(2, len(SLICES), figsize=size, layout="constrained", sharex="col", sharey=True)
     for row, (sign, label) in zip(panels, SIGNS.items(), strict=True):

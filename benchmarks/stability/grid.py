@@ -34,7 +34,7 @@ class Job:
     lr: float
 
     def definition(self, size: Size) -> dict[str, str]:
-        """What the names stand for. Results of another definition are not mixed in."""
+        """Return what the names stand for. Results of another definition are not mixed in."""
         names = {"objective": METHODS[self.method], "conditions": SETTINGS[self.setting], "size": size}
         return {name: repr(value) for name, value in names.items()}
 
@@ -46,13 +46,15 @@ def sweep_jobs(methods: Iterable[str], size: Size) -> list[Job]:
 def comparison_jobs(
     methods: Iterable[str], settings: Sequence[str], seeds: Sequence[int], rates: dict[str, float]
 ) -> list[Job]:
-    """The jobs seed by seed, so that an interrupted grid has as many whole seeds as possible."""
+    """Return the jobs seed by seed, so that an interrupted grid has as many whole seeds as possible."""
     cells = [(method, setting) for setting in settings for method in methods]
     return [Job("comparison", m, s, seed, SETTINGS[s].rate or rates[m]) for seed in seeds for m, s in cells]
 
 
 def recorded(path: Path, size: Size) -> dict[Job, Record]:
-    """The records of a file by job. Raises ValueError if one is of another definition than settings.py has now."""
+    """Return the records of a file by job. This raises ValueError if one is of another definition than settings.py has
+    now.
+    """
     records = {}
     for record in read(path):
         job = Job(*(record[name] for name in Job.__dataclass_fields__))
@@ -65,7 +67,7 @@ def recorded(path: Path, size: Size) -> dict[Job, Record]:
 def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, workers: int, command: str) -> None:
     """Run the jobs that `path` does not hold, and add each as it ends.
 
-    Raises ValueError, and changes nothing, if `path` holds a run of another definition.
+    This raises ValueError, and changes nothing, if `path` holds a run of another definition.
     """
     done = recorded(path, size)
     missing = [job for job in jobs if job not in done]
@@ -88,7 +90,9 @@ def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, worker
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """New processes of one thread each, so that a run's numbers do not depend on how many of them there are."""
+    """Return a pool of new processes of one thread each, so that a run's numbers do not depend on the number of
+    processes.
+    """
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
 
 
@@ -111,5 +115,5 @@ def _run(job: Job, size: Size, cache: Path) -> Record:
 
 
 def _rounded(value: float) -> float | None:
-    """None for NaN and infinity, which JSON does not have."""
+    """Return the rounded value, or None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

@@ -15,8 +15,8 @@ RARE = 0.01  # A token is rare if its μ is below this.
 
 
 def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """w [N] in dℓ/dlogπ = -A r w of tokens with A ≠ 0, by autograd through the objective's formula: 1 if the loss
-    leaves the policy gradient alone, 0 if it drops the token.
+    """Return w [N] in dℓ/dlogπ = -A r w of tokens with A ≠ 0, by autograd through the objective's formula: 1 if the
+    loss leaves the policy gradient alone, 0 if it drops the token.
     """
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
@@ -26,10 +26,10 @@ def gradient_weight(objective: Objective, logprobs: Tensor, old_logprobs: Tensor
 
 
 def token_measures(objective: Objective, out: PolicyLossOutput, batch: Rollout) -> dict[str, float]:
-    """Means over the valid tokens, or over those that a measure is about; NaN if there are none of those.
+    """Return means over the valid tokens, or over those that a measure is about; NaN if there are none of those.
 
-    A token is beyond a boundary if it moved past it in the direction in which its advantage pushes. Weights
-    and shares beyond a boundary are of tokens with A ≠ 0.
+    A token is beyond a boundary if it moved past it in the direction in which its advantage pushes. Weights and shares
+    beyond a boundary are of tokens with A ≠ 0.
     """
     valid = batch.mask
     logprobs, old = out.logprobs[valid], batch.old_logprobs[valid]

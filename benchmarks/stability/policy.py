@@ -31,7 +31,7 @@ def build_policy(size: Size, seed: int) -> PreTrainedModel:
 
 
 def adamw(policy: PreTrainedModel, lr: float, steps: int | None = None):
-    """AdamW without weight decay, and its schedule of rates.
+    """Return AdamW without weight decay, and its schedule of rates.
 
     After the slow start the rate is constant. If `steps` is given, it falls linearly to a tenth by then.
     """
@@ -44,7 +44,7 @@ def adamw(policy: PreTrainedModel, lr: float, steps: int | None = None):
 
 
 def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
-    """Supervised training on a careless teacher's demonstrations."""
+    """Train the policy on a careless teacher's demonstrations."""
     generator = torch.Generator().manual_seed(seed)
     optimizer, schedule = adamw(policy, size.warmup_lr, size.warmup_steps)
     for _ in range(size.warmup_steps):
@@ -60,7 +60,7 @@ def warm_up(policy: PreTrainedModel, size: Size, seed: int) -> None:
 
 
 def warmed_policy(size: Size, seed: int, cache: Path) -> PreTrainedModel:
-    """The seed's policy after its warm-up, the same for every method and setting. It is kept in `cache`."""
+    """Return the seed's policy after its warm-up, the same for every method and setting. It is kept in `cache`."""
     policy = build_policy(size, seed)
     path = cache / f"policy-{size.fingerprint}-{seed}.pt"
     if path.exists():

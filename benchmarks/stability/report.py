@@ -1,4 +1,4 @@
-"""`python -m benchmarks.stability.report`: the pictures and tables of docs/stability.md, from the runs alone.
+"""`python -m benchmarks.stability.report` makes the pictures and tables of docs/stability.md from the runs alone.
 
 The page's prose is written by hand. What the runs decide stands between markers `<!-- stability:NAME -->`.
 """
@@ -41,9 +41,10 @@ PICTURES: dict[str, tuple[str, Callable[[Runs, Path], None]]] = {
 
 
 def write_report(out: Path = RESULTS) -> int:
-    """Pictures beside the runs in `out`, and the page: docs/stability.md, or a copy of it in another `out`.
+    """Draw the pictures beside the runs in `out`, and write the page: docs/stability.md, or a copy of it in another
+    `out`.
 
-    Returns an exit status: 2 if there is nothing to report, or the page lacks a part.
+    Return an exit status, which is 2 if there is nothing to report or the page lacks a part.
     """
     try:
         runs = load(out / "runs.jsonl")

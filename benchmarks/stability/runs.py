@@ -17,7 +17,9 @@ from benchmarks.stability.settings import COLLAPSE, METHODS, SETTINGS, SMOKE, Si
 
 
 def outcomes(record: Record) -> dict[str, object]:
-    """Every outcome of a run. What measures.py measures at each update is averaged over those that had such tokens."""
+    """Return every outcome of a run. What measures.py measures at each update is averaged over those that had such
+    tokens.
+    """
     sampled, greedy = record["evaluations"]["sampled"], record["evaluations"]["greedy"]
     curve = pd.DataFrame(record["curve"], dtype=float)
     return {
@@ -39,19 +41,19 @@ def outcomes(record: Record) -> dict[str, object]:
 
 
 def _weight(curve: pd.DataFrame, boundary: str) -> float:
-    """The mean weight of the tokens beyond a boundary. A point counts as much as it has such tokens."""
+    """Return the mean weight of the tokens beyond a boundary. A point counts as much as it has such tokens."""
     weight = curve[f"weight_beyond_{boundary}"]
     tokens = (curve["pushed"] * curve[f"beyond_{boundary}"]).where(weight.notna(), 0.0)
     return (tokens * weight).sum() / tokens.sum() if tokens.any() else math.nan
 
 
 def collapsed(sampled: list[float]) -> bool:
-    """Some accuracy fell below the share COLLAPSE of the best before it."""
+    """Return whether some accuracy fell below the share COLLAPSE of the best before it."""
     return any(now < COLLAPSE * best for now, best in zip(sampled, itertools.accumulate(sampled, max), strict=True))
 
 
 def collapsed_for_good(sampled: list[float]) -> bool:
-    """The mean of the last two accuracies is below the share COLLAPSE of the best before them."""
+    """Return whether the mean of the last two accuracies is below the share COLLAPSE of the best before them."""
     return sum(sampled[-2:]) / 2 < COLLAPSE * max(sampled[:-2])
 
 
@@ -73,7 +75,7 @@ class Runs:
         return [method for method in METHODS if method in set(self.comparison["method"])]
 
     def of(self, method: str, setting: str) -> pd.DataFrame:
-        """One cell of the comparison, which is empty where nothing was run."""
+        """Return one cell of the comparison, which is empty where nothing was run."""
         return self.comparison.query("method == @method and setting == @setting")
 
     @property
@@ -84,7 +86,9 @@ class Runs:
 
 
 def load(path: Path) -> Runs:
-    """Raises ValueError if there is no run, or one of another definition than settings.py has now."""
+    """Load the runs of a file. This raises ValueError if there is no run, or one of another definition than settings.py
+    has now.
+    """
     size = _size_of(read(path), path)
     runs = dict(sorted(recorded(path, size).items()))
     table = pd.DataFrame(asdict(job) | outcomes(record) for job, record in runs.items())
@@ -108,7 +112,7 @@ def _size_of(records: Iterable[Record], path: Path) -> Size:
 
 
 def chosen_rates(runs: Runs, methods: Iterable[str]) -> dict[str, float]:
-    """Each method's learning rate with the largest mean area. Raises ValueError for an incomplete sweep."""
+    """Return each method's learning rate with the largest mean area. This raises ValueError for an incomplete sweep."""
     areas = runs.sweep.pivot_table(index="method", columns="lr", values="area")
     areas = areas.reindex(index=methods, columns=runs.size.rates)
     for method, found in areas.iterrows():

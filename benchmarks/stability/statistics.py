@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(values: ArrayLike) -> Estimate:
-    """The mean over the first axis and its percentile interval; the resamples are the same in every call."""
+    """Return the mean over the first axis and its percentile interval; the resamples are the same in every call."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return Estimate(values[0] if len(values) else math.nan, math.nan, math.nan)
@@ -41,25 +41,27 @@ def bootstrap(values: ArrayLike) -> Estimate:
 
 
 def paired_p(differences: ArrayLike) -> float:
-    """The two-sided p-value of Student's paired t test; 1 if no seed shows a difference."""
+    """Return the two-sided p-value of Student's paired t test; 1 if no seed shows a difference."""
     return float(stats.ttest_1samp(differences, 0).pvalue) if np.any(differences) else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p-values that belong to one family of comparisons."""
+    """Correct p-values that belong to one family of comparisons by Holm's step-down method."""
     order = np.argsort(p_values)
     steps = np.take(p_values, order) * np.arange(len(order), 0, -1)
     return np.minimum(np.maximum.accumulate(steps), 1)[np.argsort(order)].tolist()
 
 
 def counted(hits: int, trials: int) -> str:
-    """A share with Wilson's interval, as in "3 of 5 [23%, 88%]"."""
+    """Format a share with Wilson's interval, as in "3 of 5 [23%, 88%]"."""
     low, high = stats.binomtest(hits, trials).proportion_ci(LEVEL, method="wilson")
     return f"{hits} of {trials} [{low:.0%}, {high:.0%}]"
 
 
 def interval(estimate: Estimate, digits: str = ".3f", percent: bool = False) -> str:
-    """As in "0.912 [0.901, 0.920]"; without an interval where there is none, and a dash for no number."""
+    """Format an estimate as in "0.912 [0.901, 0.920]", without an interval where there is none, and as a dash for no
+    number.
+    """
     mean, low, high = (format(100 * number if percent else number, digits) for number in estimate)
     mean = NOTHING if math.isnan(estimate.mean) else f"{mean}%" if percent else mean
     return mean if math.isnan(estimate.low) else f"{mean} [{low}, {high}]"

@@ -50,14 +50,14 @@ BOUNDARIES: dict[str, Column] = {
 
 
 def cells(runs: Runs, columns: dict[str, Column]) -> str:
-    """A row for each method in each setting."""
+    """Render a row for each method in each setting."""
     found = [(s, m, runs.of(m, s)) for s in runs.settings for m in runs.methods]
     rows = [(s, m, *(column(cell) for column in columns.values())) for s, m, cell in found if len(cell)]
     return table(("setting", "method", *columns), rows, left=2)
 
 
 def status(runs: Runs) -> str:
-    """How many runs there are, and a warning where they are too small or too few to say anything."""
+    """Say how many runs there are, and warn where they are too small or too few to say anything."""
     counts = [len(runs.of(method, setting)) for method in runs.methods for setting in runs.settings]
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     grid = f"{len(runs.methods)} methods × {len(runs.settings)} settings × {seeds} seeds"
@@ -70,7 +70,9 @@ def status(runs: Runs) -> str:
 
 
 def collapses(runs: Runs) -> str:
-    """How many runs of each method collapsed in each setting, and the lowest rate of the sweep at which one did."""
+    """Render how many runs of each method collapsed in each setting, and the lowest rate of the
+    sweep at which one did.
+    """
     lowest = runs.sweep[runs.sweep["collapsed"]].groupby("method")["lr"].min()
     rows = []
     for method in runs.methods:
@@ -81,7 +83,9 @@ def collapses(runs: Runs) -> str:
 
 
 def faster(runs: Runs) -> str:
-    """By how much a DRPO at either δ has the larger area under the curve, a column for each of the other methods."""
+    """Render by how much a DRPO at either δ has the larger area under the curve, a column for each of the other
+    methods.
+    """
     found = differences(runs)
     if found.empty:
         return f"No two methods share {ENOUGH} seeds yet."
@@ -94,7 +98,7 @@ def faster(runs: Runs) -> str:
 
 
 def setup(runs: Runs) -> str:
-    """Sizes, and the accuracy of the policies that training starts from."""
+    """Render the sizes, and the accuracy of the policies that training starts from."""
     size, vocabulary = runs.size, runs.size.vocabulary
     start = pd.concat([runs.sweep, runs.comparison]).drop_duplicates("seed")
     sampled, greedy = (f"{start[name].min():.2f} to {start[name].max():.2f}" for name in ("start", "start_greedy"))
@@ -112,21 +116,21 @@ def setup(runs: Runs) -> str:
 
 
 def settings(runs: Runs) -> str:
-    """What each setting is."""
+    """Describe each setting."""
     found = [(name, SETTINGS[name]) for name in runs.settings]
     rows = [(name, s.minibatches, s.epochs, s.precision, s.rate or "each method's own") for name, s in found]
     return table(("setting", "minibatches per rollout batch", "epochs", "rollout engine", "learning rate"), rows)
 
 
 def methods(runs: Runs) -> str:
-    """The objective of each method, and its learning rate."""
+    """Render the objective of each method, and its learning rate."""
     rates = runs.own_rate.groupby("method")["lr"].first()
     rows = [(method, f"`{METHODS[method]!r}`", f"{rate:g}") for method, rate in rates[runs.methods].items()]
     return table(("method", "objective", "learning rate"), rows, left=2)
 
 
 def rates(runs: Runs) -> str:
-    """The area under the curve of each method at each rate of the sweep, and which rate was chosen."""
+    """Render the area under the curve of each method at each rate of the sweep, and which rate was chosen."""
     lrs, counts = runs.size.rates, runs.sweep["method"].value_counts()
     swept = [method for method in METHODS if counts.get(method) == len(lrs) * len(runs.size.sweep_seeds)]
     chosen = chosen_rates(runs, swept)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness.workloads import zipf_weights
 
-# For each position of the list after the operation, the position in the list before it.
+# An operation has, for each position of the list after it, the position in the list before it.
 OPERATIONS = {"reverse": (2, 1, 0), "rotate": (1, 2, 0), "swap": (1, 0, 2)}
 LIST = 3
 END_ID, PAD_ID = 0, 1
@@ -54,12 +54,12 @@ class Problems:
     answers: Tensor
 
     def repeat(self, times: int) -> Problems:
-        """Each problem is repeated `times` times in a row."""
+        """Repeat each problem `times` times in a row."""
         return Problems(self.prompts.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
 
 
 def draw_problems(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> Problems:
-    """Each problem has a list of distinct words and two operations."""
+    """Draw problems, each with a list of distinct words and two operations."""
     weights = zipf_weights(vocabulary.words).expand(count, -1)
     words = FIRST_WORD + torch.multinomial(weights, LIST, generator=generator)
     operations = torch.randint(len(OPERATIONS), (count, 2), generator=generator)
@@ -67,7 +67,7 @@ def draw_problems(vocabulary: Vocabulary, count: int, generator: torch.Generator
 
 
 def applied(words: Tensor, operations: Tensor) -> tuple[Tensor, Tensor]:
-    """The lists [N, LIST] after the first and after the second of the operations [N, 2]."""
+    """Return the lists [N, LIST] after the first and after the second of the operations [N, 2]."""
     permutations = torch.tensor(list(OPERATIONS.values()))[operations]  # [N, 2, LIST]
     first = words.gather(1, permutations[:, 0])
     return first, first.gather(1, permutations[:, 1])
@@ -76,7 +76,7 @@ def applied(words: Tensor, operations: Tensor) -> tuple[Tensor, Tensor]:
 def draw_demonstrations(
     vocabulary: Vocabulary, problems: Problems, carelessness: float, generator: torch.Generator
 ) -> Tensor:
-    """A completion of each problem by a careless teacher, [N, ANSWER_LENGTH].
+    """Draw a completion [N, ANSWER_LENGTH] of each problem by a careless teacher.
 
     With probability `carelessness` the teacher guesses an operation, and then names and applies it without fault. What
     reinforcement can teach is to choose the right operation, and to copy rare words. Remarks follow Zipf's law.
@@ -93,7 +93,7 @@ def draw_demonstrations(
 
 
 def rewards(vocabulary: Vocabulary, problems: Problems, completions: Tensor) -> Tensor:
-    """[N] float32: 1 if the list just before the first END is the right one and follows an operation, else 0.
+    """Return [N] float32: 1 if the list just before the first END is the right one and follows an operation, else 0.
 
     What comes before that, even the first list, does not matter.
     """

@@ -22,7 +22,9 @@ HELD_OUT_SEED = 1 << 20
 
 
 def run(method: str, setting: str, seed: int, lr: float, size: Size, cache: Path) -> dict[str, object]:
-    """The "curve" and the "evaluations" of a run: for each measure, one value per point. Evaluations begin at 0."""
+    """Return the "curve" and the "evaluations" of a run: for each measure, one value per point.
+    Evaluations begin at 0.
+    """
     policy = warmed_policy(size, seed, cache)
     generator = torch.Generator().manual_seed(seed)
     held_out = draw_problems(size.vocabulary, size.evaluation, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
@@ -30,7 +32,7 @@ def run(method: str, setting: str, seed: int, lr: float, size: Size, cache: Path
     trained = _Trained(policy, optimizer, schedule, METHODS[method], SETTINGS[setting], size, generator)
     curve, evaluations = [], [_evaluate(policy, size, held_out, seed)]
     for _ in range(size.minibatches // size.point):
-        curve.append(pd.DataFrame(trained.point()).mean())  # It leaves out NaN, which is the share of no token.
+        curve.append(pd.DataFrame(trained.point()).mean())  # the mean leaves out NaN, which is the share of no token
         evaluations.append(_evaluate(policy, size, held_out, seed))
     return {"curve": pd.DataFrame(curve).to_dict("list"), "evaluations": pd.DataFrame(evaluations).to_dict("list")}
 
@@ -43,7 +45,7 @@ class _Trained:
         self.objective, self.setting, self.size, self.generator = objective, setting, size, generator
 
     def point(self) -> Iterator[dict[str, float]]:
-        """Sample `size.point` minibatches and train on them. Yields the measures of every update."""
+        """Sample `size.point` minibatches and train on them. Yield the measures of every update."""
         for _ in range(self.size.point // self.setting.minibatches):
             rollout, reward = self._roll_out()
             for _ in range(self.setting.epochs):
@@ -83,7 +85,9 @@ class _Trained:
 
 @torch.no_grad()
 def _evaluate(policy: PreTrainedModel, size: Size, problems: Problems, seed: int) -> dict[str, float]:
-    """Held-out accuracy of the policy itself: sampled at temperature 1, and taking the most probable tokens."""
+    """Return the held-out accuracy of the policy itself: sampled at temperature 1, and with the
+    most probable tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def accuracy(temperature: float) -> float:

@@ -145,7 +145,7 @@ def test_what_few_tokens_say_is_qualified():
 @pytest.mark.parametrize("temperature", [0.7, 1.3, 1.5])
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_the_log_probs_before_a_temperature_are_told_from_those_after(tokens, temperature):
-    """Whether the tokens follow the trainer's temperature or the engine's tells the two apart."""
+    """The two are told apart by whether the tokens follow the trainer's temperature or the engine's."""
     (before,), (after,) = (found_in(made(temperature)(0, tokens, 300, 1.4)) for made in (raw, heated))
     assert "ask for processed ones" in before and "the engine sampled at about" in after
 

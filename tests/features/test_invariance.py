@@ -199,7 +199,9 @@ def test_rows_do_not_depend_on_the_batch(route, dtype, device, monkeypatch, smal
 
 @pytest.mark.parametrize("dtype, retain", [*((d, False) for d in DTYPES), (torch.bfloat16, True)], ids=str)
 def test_weight_gradient_does_not_depend_on_the_chunks(retain, dtype, device, monkeypatch, small_tiles):
-    """Nor does it depend on whether bf16 dlogits are kept for one product, or on rows without a gradient."""
+    """The weight's gradient also does not depend on whether bf16 dlogits are kept for one product, or on rows without a
+    gradient.
+    """
     problem = row_problem(dtype).with_options(kl_coef=0.0, entropy_coef=0.0)
     scored = problem.advantages != 0
     assert not scored[problem.mask].all()
@@ -255,7 +257,7 @@ def test_refusals(change, error, message, device):
 
 
 def test_without_triton_it_is_an_error(monkeypatch):
-    """There is no silent fallback."""
+    """Without Triton `batch_invariant` is an error, because there is no silent fallback."""
     monkeypatch.setattr(backends, "INTERPRETING", False)
     hidden, weight, targets = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"batch_invariant=True .* on the CPU and TRITON_INTERPRET=1 was not set"):

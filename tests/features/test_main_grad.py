@@ -54,7 +54,7 @@ def test_micro_batches_add_up(spec, device):
 
 @pytest.mark.parametrize("function", ["logprobs", "gspo"])
 def test_recomputing_routes_add_in_every_backward(function, device):
-    """In every backward they add dW times the upstream gradient, whatever loss_scale says."""
+    """The recomputing routes add dW times the upstream gradient in every backward, whatever loss_scale says."""
     problem = random_problem(7)
     leaves = {n: x.detach().clone().to(device).requires_grad_() for n, x in problem.leaves().items()}
     buffer = torch.zeros_like(leaves["weight"])

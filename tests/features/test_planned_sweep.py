@@ -110,7 +110,9 @@ def test_nothing_is_written_behind_a_single_row(dtype, device):
 @pytest.mark.parametrize("compact", ["active", "mask", "none"])
 @pytest.mark.parametrize("retained, workspace", [(True, None), (True, 800), (False, None), (False, 37 * 4 * 4)])
 def test_the_way_of_a_gpu(retained, workspace, compact, dtype, device, monkeypatch, tensor_cores):
-    """There are windows of several chunks, dlogits beside or in place of logits, retained or not, and dX in pieces."""
+    """The route of a GPU has windows of several chunks, dlogits beside or in place of logits, retained or not, and dX
+    in pieces.
+    """
     monkeypatch.setattr(planning, "retain_dlogits", lambda *_: retained)
     small_chunks(monkeypatch)
     monkeypatch.setattr(planning, "COPY_BYTES", 4 * 12 * 5)

@@ -197,7 +197,7 @@ def test_metrics_are_what_the_gradient_shows(mask, compact, device):
     out, grads = gradients(case, device=device)
     d = grads["hidden"][:, : case.vocab].cpu()
     same = d == d.mode(1).values[:, None]
-    sparse = want.active & (same.sum(1) > 50)  # of 130 entries
+    sparse = want.active & (same.sum(1) > 50)  # more than 50 of the row's 130 entries
     left = torch.where(same, want.probs, 0).sum(1)[sparse]
     assert 0.1 < sparse.sum() / want.active.sum() < 0.9
     shown = {

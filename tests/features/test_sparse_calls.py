@@ -232,10 +232,10 @@ def test_and_those_that_do_not(name):
     ids=str,
 )
 def test_rounded_logits(options, device):
-    """The gradients are within their bound of those that the exact path has with the same logits.
+    """The gradients are within the bound of those that the exact path has with the same logits.
 
-    The bound of the oracle's logits does not apply: rounded logits are off by up to 0.2, so slopes and 1 - p_y may be
-    larger by a half (e^0.4).
+    The slopes and 1 - p_y of rounded logits may exceed the oracle's by a half: logits that are off by up to 0.2 change
+    them by up to e^0.4.
     """
     case = sparse.case_of(23, (40,), objective="pg")
     want = sparse.exact(case)

@@ -92,7 +92,7 @@ def test_masked_rows_do_not_reach_a_user_objective(compact, device):
 @pytest.mark.parametrize("compact", ["active", "none"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_dense_and_alone(value, compact, device):
-    """As without `sparse_grad`, its own dX and all of dW become NaN, and the dX of other rows does not change."""
+    """As without `sparse_grad`, the row's own dX and all of dW are NaN, and the dX of other rows does not change."""
     case = sparse.case_of(6, (30,), compact=compact, workspace_bytes=sparse.ROW * 7)
     bad = case.problem.hidden.clone()
     bad[4, 3] = value
@@ -150,7 +150,7 @@ def test_rows_of_hardly_any_doubt(gap, vocab, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("target", [-1, 130, 2**40])
 def test_a_target_outside_the_vocabulary(target, backend, device):
-    """With the checks off, its row is dense and NaN, and nothing is read or written out of bounds."""
+    """With the checks off, the token's row is dense and NaN, and nothing is read or written out of bounds."""
     if backend == "triton":
         pytest.importorskip("triton")
     case = sparse.case_of(33, (8,), objective="pg")

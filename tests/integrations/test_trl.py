@@ -26,7 +26,7 @@ from drpo_kernels import CISPO, DRPO, GSPO, PPO
 from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
 from trl_runs import LORA, WEIGHT_BOUND, assert_same_run, close, moe
 
-# name: (TRL's options, the objective that says the same, keywords of both trainers, the policy)
+# Each case is name: (TRL's options, the objective of the same formula, keywords of both trainers, the policy).
 CASES = {
     "defaults": ({}, PPO(), {}, tiny_trl.model),
     "grpo accumulated": ({"loss_type": "grpo", "gradient_accumulation_steps": 2}, PPO(), {}, tiny_trl.model),

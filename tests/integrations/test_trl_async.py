@@ -30,7 +30,7 @@ def on_a_cpu(monkeypatch):
     run_on_a_cpu(monkeypatch)
 
 
-# name: (TRL's options of the formula, the objective that says the same, options of both, the policy)
+# Each case is name: (TRL's options of the formula, the objective of the same formula, options of both, the policy).
 CASES = {
     "defaults": ({}, PPO(), {}, tiny_trl.model),
     "two clips, accumulated": (

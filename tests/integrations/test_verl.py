@@ -48,7 +48,7 @@ def test_on_policy_gradient_is_verls_vanilla(verl, name):
 @every_loss
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_add_up_to_the_batch(verl, name, mode):
-    """They do so with the global normalisers, which no micro-batch can know. Each sum rounds as above."""
+    """Micro-batches add up with the global normalisers, which no micro-batch can know. Each sum rounds as above."""
     data = batch(torch.float32)
     config = actor_config(verl, name, mode, {**GLOBAL, "dp_size": 1})
     whole, gradient, _ = call(verl, name, data, config)

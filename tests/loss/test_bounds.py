@@ -361,7 +361,7 @@ def test_losses_of_bad_inputs(name, form, backend, device):
         loss_check(problem, backend, device, FP32, 0)
 
 
-# --- the words --------------------------------------------------------------------------------------------------------
+# --- the documented sentences -----------------------------------------------------------------------------------------
 
 
 def plain(text):

@@ -10,7 +10,8 @@ import problems
 
 LN2, LN3 = math.log(2.0), math.log(3.0)
 
-# One row, two tokens: pi = 3/4, mu = 1/2, hence r = 3/2 and pi - mu = 1/4. (spec, A, loss, d loss / d logp)
+# One row has two tokens with pi = 3/4 and mu = 1/2, hence r = 3/2 and pi - mu = 1/4. Each case is (spec, A, loss, d
+# loss / d logp).
 BY_HAND = [
     (("DRPO", {"delta": 0.5}), 2.0, -2.75, -1.5),  # -(1.5*2 - 2*0.5*0.25/1), weight 1 - 0.25/0.5
     (("DRPO", {"delta": 0.5}), -2.0, 3.25, 4.5),  # weight 1 + 0.5

@@ -186,7 +186,7 @@ def test_triton_rows(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# numeric derivatives. A cap below every ratio, and no row near a mask's edge, make stopped factors locally constant.
+# numeric derivatives. A cap below every ratio, and rows away from a mask's edge, make stopped factors locally constant.
 
 LOCALLY_SMOOTH = {
     **{name: problems.SPECS[name] for name in ("drpo-default", "drpo-active", "spo", "ppo", "ppo-dual", "pg", "gspo")},

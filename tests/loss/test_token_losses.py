@@ -177,8 +177,8 @@ def test_settings_are_tried_once(device):
         return len(calls)
 
     # The call itself evaluates the loss twice, on its chunk and for the metrics. The trial evaluates it on made-up
-    # tokens and on the call's, each time twice as a whole and in three parts, and once on other tensors that require
-    # grad.
+    # tokens and on the call's, each time twice as a whole and in three parts, and once to find other tensors that
+    # require grad.
     assert cost(1.0) - cost(1.0) == 2 * 5 + 1
     others = [cost(1 - 0.01 * step) for step in range(1, token_losses.MOST_VALUES)]
     assert set(others) == {cost(1.0) + 11}

@@ -185,7 +185,7 @@ def test_every_bound_is_some_kernels():
 
 
 def test_every_twin_of_an_objective_has_a_case():
-    """These are the twins of the registered objectives, whatever settings choose them. A twin is recognised by its
+    """The twins are those of the registered objectives, whatever settings choose them. A twin is recognised by its
     arguments.
     """
     compiled = {case.constexprs.get("terms.objective") for case in kernel_cases() if case.name.startswith("policy[")}

@@ -1,4 +1,4 @@
-"""The benchmark measures, and refuses to time what is wrong."""
+"""Tests that the benchmark measures, and that it refuses to time what is wrong."""
 
 import dataclasses
 import functools
@@ -44,13 +44,13 @@ def run(tmp_path, *arguments):
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    """Without the processes that measure memory, whose start takes seconds."""
+    """Leave out the processes that measure memory, whose start takes seconds."""
     monkeypatch.setattr(measure, "peak_in_fresh_process", lambda inputs, method: None)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The records of one run with a floor and one measured process."""
+    """Return the records of one run with a floor and one measured process."""
     return run(tmp_path_factory.mktemp("quick"), "--methods", "gemms_whole", "eager")
 
 
@@ -68,7 +68,7 @@ def test_quick_run_writes_every_field(quick, tmp_path):
         assert str(tmp_path.parent) not in json.dumps(record)
     floor, eager = records
     assert floor["gradient_error"] is floor["peak_extra_bytes"] is floor["floor_median_s"] is None
-    assert eager["floor_median_s"] > 0  # of samples between its own
+    assert eager["floor_median_s"] > 0  # from samples of the floor between its own
     assert max(eager["gradient_error"].values()) < TOLERANCE[torch.float32]
     if sys.platform == "linux":
         gradients = 4 * (128 + 512) * 16
@@ -89,7 +89,7 @@ def wrong_weight(inputs):
 
 
 def measured(method, monkeypatch, *, workload=TINY, share=1.0, **options):
-    """The record of one method, measured in two rounds."""
+    """Return the record of one method, measured in two rounds."""
     monkeypatch.setitem(METHODS, "one", method)
     plan = [Case("one", workload, share)]
     [record] = measure.measure(plan, {"command": "", "date": ""}, device=CPU, rounds=2, **options)
@@ -123,7 +123,7 @@ def test_verdict(error, rounds, status):
 
 
 def test_a_gradient_that_is_missing_is_a_failure(monkeypatch, no_memory):
-    """A method that says it differentiates the weight and does not."""
+    """The method says that it differentiates the weight and does not."""
     found = measured(Method(methods.METHODS["linear_policy_loss_frozen_head"].prepare, wrt=HEAD), monkeypatch)
     assert found["status"].startswith("failed") and not found["seconds"]
 
@@ -234,7 +234,9 @@ ON_A_CPU = [name for name, m in METHODS.items() if not (m.floor or m.gpu or m.pa
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("name", ON_A_CPU)
 def test_own_methods_agree_with_float64(name, softcap, dtype):
-    """Also where logits are capped and most rows have no advantage; what rounds on purpose stays near."""
+    """Our methods agree also where logits are capped and most rows have no advantage; methods that round on purpose
+    stay near.
+    """
     method, dtype = METHODS[name], getattr(torch, dtype)
     inputs = make_inputs("trained", Shape(48, 32, 96), dtype=dtype, softcap=softcap).with_logits()
     inputs = inputs.with_active_share(0.25)
@@ -249,7 +251,7 @@ def test_own_methods_agree_with_float64(name, softcap, dtype):
 @pytest.mark.parametrize("wrt", [HEAD, FROZEN_HEAD, LOGITS])
 @pytest.mark.parametrize("same_loss", [True, False])
 def test_exact_gradients_by_blocks(wrt, same_loss, monkeypatch):
-    """Against naive autograd over the whole batch in float64, and sensitive to a hundredth."""
+    """Exact gradients agree with naive autograd over the whole batch in float64, and show an error of a hundredth."""
     monkeypatch.setitem(exact.BLOCK, "cpu", 5 * 96)
     inputs = make_inputs("random", Shape(48, 8, 96), softcap=5.0).with_logits()
     wide = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in wrt})
@@ -261,7 +263,7 @@ def test_exact_gradients_by_blocks(wrt, same_loss, monkeypatch):
 
     found = differentiated(wide, loss, wrt)()
     method = Method(methods.eager, wrt=wrt, same_loss=same_loss)
-    # the behaviour's log-probs are float32 in both, as the formula's Tokens are
+    # The behaviour policy's log-probs are float32 in both, as in the formula's Tokens.
     assert max(Exact(inputs, same_loss).errors(found, method).values()) < 1e-6
     off = Result(found.loss, **{name: 1.01 * getattr(found, name) for name in wrt})
     errors = Exact(inputs, same_loss).errors(off, method)
@@ -316,7 +318,9 @@ def test_logits_are_those_of_the_head(kind):
 
 @pytest.mark.parametrize("device", plans.STANDARD)
 def test_standard_plan(device):
-    """Every method first, at one workload; a workload's cases together; no case twice; tiny when rehearsed."""
+    """The plan begins with every method at one workload, keeps a workload's cases together, has no case twice, and is
+    tiny when rehearsed.
+    """
     standard = plans.STANDARD[device]
     cases = standard.cases()
     assert [case.method for case in cases[: len(METHODS)]] == list(METHODS)
@@ -341,7 +345,7 @@ def test_options_are_a_product():
 
 
 def test_pytest_benchmarks(tmp_path):
-    """Every head under pytest-benchmark at tiny shapes: groups by workload and start, and what is told of each."""
+    """Every head runs under pytest-benchmark at tiny shapes, in groups by workload and start, with notes on each."""
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     out = tmp_path / "heads.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""The command for a GPU: which parts run, for how long, and what becomes of one that fails, hangs or dies."""
+"""Tests of the command for a GPU: which parts run, for how long, and what becomes of one that fails, hangs or dies."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from pages import unpadded
 
 @pytest.fixture
 def boxes(monkeypatch):
-    """Parts that end at once; their time boxes by name."""
+    """Make all parts end at once, and return their time boxes by name."""
     found = {}
 
     def outcome(part, box, folder, rehearse):
@@ -41,7 +41,7 @@ def test_sittings(sitting, boxes, tmp_path):
     parts, seconds = SITTINGS[sitting]
     assert run(tmp_path, "--sitting", sitting) == 0
     assert tuple(boxes) == parts
-    # parts that end at once leave all their time to the last
+    # Parts that end at once leave all their time to the last one.
     assert boxes[parts[-1]] == pytest.approx(seconds - device.LAST, abs=5)
 
 
@@ -64,7 +64,8 @@ def test_parts_that_are_done_are_skipped(boxes, tmp_path):
     boxes.clear()
     assert run(tmp_path, *arguments) == 0 and not boxes
     assert run(tmp_path, *arguments, "--again") == 0 and list(boxes) == ["floors", "rows"]
-    assert [record["part"] for record in read(tmp_path / DEVICE)] == ["floors", "rows"]  # one end of each
+    # each part has one record of its end
+    assert [record["part"] for record in read(tmp_path / DEVICE)] == ["floors", "rows"]
     assert "| rows | done |" in unpadded((tmp_path / device.SUMMARY).read_text())
 
 
@@ -121,7 +122,8 @@ TESTS = {"part": "tests", "tests": "-m gpu", "passed": 3, "skipped": 0, "failed"
     [
         ("done", TESTS, 0),
         ("done", TESTS | {"failed": ["tests/test_a.py::test_one"], "exit": 1}, 1),
-        ("done", TESTS | {"part": "scale", "failed": ["tests/test_a.py::test_one"]}, 0),  # of another sitting
+        # this part belongs to another sitting
+        ("done", TESTS | {"part": "scale", "failed": ["tests/test_a.py::test_one"]}, 0),
         ("not on this machine", TESTS, 0),
         ("stopped: out of time", TESTS, 1),
         ("failed: 1, see log.txt", TESTS, 1),
@@ -139,7 +141,7 @@ def test_exit_status(end, line, status, tmp_path, monkeypatch):
         ("linear_policy_loss", "not run: time budget", 0),
         ("linear_policy_loss", "wrong gradients", 1),
         ("linear_policy_loss", DIED, 1),
-        ("liger_scaled_sm90", DIED, 0),  # a peer's failure is its own
+        ("liger_scaled_sm90", DIED, 0),  # a peer's failure does not count
     ],
 )
 def test_methods_that_are_wrong_fail_the_run(method, status, code, tmp_path, monkeypatch):
@@ -157,7 +159,7 @@ def test_methods_that_are_wrong_fail_the_run(method, status, code, tmp_path, mon
 
 
 def test_as_a_program(tmp_path):
-    """Parts in processes of their own: one that runs, one that is not for this machine."""
+    """Parts run in processes of their own: one that runs, and one that is not for this machine."""
     command = [sys.executable, "-m", "benchmarks.device", "--rehearse", "--out", str(tmp_path / "out")]
     command += ["--parts", "floors", "sanitizer"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=device.ROOT)
@@ -192,7 +194,7 @@ DYING = """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script in place of Python")
 def test_a_process_that_dies_or_hangs_costs_the_case_that_it_had_begun(tmp_path, monkeypatch):
-    """The processes are real. test_device_parts tests that a part leaves alone what an earlier process has begun."""
+    """The processes are real. test_device_parts.py tests that a part leaves alone what an earlier process has begun."""
     script = tmp_path / "dying.py"
     script.write_text(textwrap.dedent(DYING).lstrip().format(python=sys.executable))
     script.chmod(0o755)
@@ -208,7 +210,7 @@ def test_a_process_that_dies_or_hangs_costs_the_case_that_it_had_begun(tmp_path,
         ([0], True, "done"),
         ([LOST, 0], True, "done"),
         ([device.SILENT, -9, 0], True, "done"),
-        ([LOST], False, f"failed: {LOST}, see log.txt"),  # it would end at the same place for ever
+        ([LOST], False, f"failed: {LOST}, see log.txt"),  # a new process would always end at the same place
         ([1], True, "failed: 1, see log.txt"),
         ([device.OVERTIME], True, "stopped: out of time"),
         ([device_parts.STOPPED], True, "stopped: out of time"),
@@ -228,7 +230,7 @@ def test_a_part_goes_on_in_a_new_process(statuses, progress, end, tmp_path, monk
 
 
 def test_only_cases_that_are_lines_are_gone_on_behind(tmp_path, monkeypatch):
-    statuses = iter([-9])  # once
+    statuses = iter([-9])  # the process dies only once
     monkeypatch.setattr(device, "_process", lambda *_: append(tmp_path / DEVICE, {"part": "rows"}) or next(statuses))
     assert device._outcome("rows", 60, tmp_path, True) == "failed: -9, see log.txt"
 
@@ -248,7 +250,7 @@ def test_half_written_lines(tmp_path):
 
 
 def test_a_case_of_several_parts_is_read_once(tmp_path):
-    """Of a part the last line, and of the parts the first that has a time."""
+    """Of a part the last line counts, and of several parts the first one that has a time."""
     line = started(Case("gemms_whole", MAIN))
     for part, milliseconds in (("slow_peers", 3), ("ours", None), ("ours", 2), ("peers", None), ("peers", 1)):
         append(tmp_path / SPEED, {"part": part, **line, "median_s": milliseconds})

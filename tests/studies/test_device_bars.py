@@ -1,4 +1,4 @@
-"""What a run on a GPU is held to: every bar can be met, missed and not measured."""
+"""Tests of the bars that a run on a GPU must reach: each of them can be met, missed and not measured."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ PASSING = [
     record("ours", LOGPROBS, 58, 53),
     record("peers", LOSS, 43, 40), record("peers", LOGPROBS, 58, 53), record("peers", "trl", 80, 40, beyond=3),
     record("peers", "liger_scaled", 130, 40),
-    # in a process where everything takes twice as long: times are compared in units of the floor beside them
+    # In this process everything takes twice as long, so times are compared in units of the floor beside them.
     record("slow_peers", LOSS, 86, 80), record("slow_peers", "cce_exact", 120, 80), record("slow_peers", "cce", 60, 80),
     *(record("small", LOSS, 1.2, 1, model=small.model, tokens=small.tokens) for small in SMALL),
     record("small", LOSS, 22, 20, model=MIDDLE.model),
@@ -76,7 +76,7 @@ def test_bars_that_are_met():
     assert {name: verdict.word for name, verdict in verdicts.items()} == dict.fromkeys(NAMES, "PASS")
     assert (verdicts["tests"].number, verdicts["tests"].remark) == ("0", "30 passed")
     assert verdicts["main"].number == "1.075×" and verdicts["main"].remark == "43.00 ms over 40.00 ms"
-    # 1.5 floors against 1.075: what filters does not count
+    # 1.5 floors are compared with 1.075, because a head that filters its gradient does not count.
     assert verdicts["peer"].number == "1.395×" and "fastest: cce_exact" in verdicts["peer"].remark
     assert "liger_scaled_sm90: no record" in verdicts["peer"].remark
     assert verdicts["frozen memory"].number == "0.090 GiB" and "T=65536" in verdicts["frozen memory"].remark
@@ -135,14 +135,14 @@ def test_bars_without_numbers():
     assert (verdict.word, verdict.remark) == ("not measured", "T=32768: out of memory")
     without_floor = [old | {"floor_median_s": None} for old in PASSING]
     words = {name: verdict.word for name, verdict in found(without_floor).items()}
-    # what is set against ours of the same process needs no floor
+    # What is compared with our own time in the same process needs no floor.
     of_no_floor = ("tests", "eager", "frozen memory", "memory", "quarter", "frozen", "bf16 rows", "fp32 rows")
     assert words == {name: "PASS" if name in of_no_floor else "not measured" for name in NAMES}
     assert found(lines=[rows("bfloat16", "copy", 4.0)])["bf16 rows"].remark == "the row kernels have no times"
 
 
 def test_sittings_of_several_commits():
-    """A number of an earlier commit says so; two numbers of different ones are not set against each other."""
+    """A number from an earlier commit says so, and two numbers from different commits are not compared."""
     later = {"commit": "d" * 40, "date": "2026-11-28"}
     dense = record("ours", LOSS, 42, 40, **later)
     shape = record("small", LOSS, 1.1, 1, model=SMALL[0].model, tokens=SMALL[0].tokens, **later)
@@ -154,7 +154,7 @@ def test_sittings_of_several_commits():
     assert verdicts["main"].remark == "42.00 ms over 40.00 ms"
     assert verdicts["recompute"].remark.endswith("at commit cccccccccccc")
     assert verdicts["bf16 rows"].remark.endswith("at commit cccccccccccc")
-    # over the dense time of the same commit, which another part has
+    # The dense time is from the same commit and from another part.
     assert verdicts["quarter"].remark.startswith("12.00 ms over 43.00 ms")
     alone = [row for row in kept if (row["method"], row["active_share"]) != (LOSS, 1.0)]
     assert found([*alone, *changed])["quarter"].word == "not measured"

@@ -1,4 +1,4 @@
-"""The parts of the command for a GPU: each is rehearsed here and leaves its lines."""
+"""Tests of the parts of the command for a GPU: each is rehearsed here and leaves its lines."""
 
 import math
 import re
@@ -40,7 +40,7 @@ def test_speed_parts(part, tmp_path, monkeypatch):
     # a case has a line when it begins, and its record right behind that
     assert [line["status"] for line in lines[::2]] == [DIED] * len(records) and lines[1::2] == records
     assert {record["part"] for record in records} == {part}
-    alone = part == "liger_sm90"  # which has nothing to run here
+    alone = part == "liger_sm90"  # this part has nothing to run here
     assert alone or any(r["method"] == "linear_policy_loss" and r["floor_median_s"] for r in records)
     assert {record["status"] for record in records} <= {"ok", "needs a GPU"}
 
@@ -53,18 +53,18 @@ def test_every_case_of_the_standard_plan_has_a_part():
 
 
 def test_cases_that_an_earlier_process_has_begun_are_left_alone(tmp_path):
-    """Of this part: what another part has begun is measured again."""
+    """This holds within a part: what another part has begun is measured again."""
     floors = [c for c in plans.quick(PLANS["sparse"]) if c.method == "gemms_whole"]
     mixed, reasoning = (next(c for c in floors if c.workload.kind == kind) for kind in ("mixed", "reasoning"))
     for part, case in (("sparse", mixed), ("peers", reasoning)):
         append(tmp_path / SPEED, {"part": part, **measure.started(case)})
     assert rehearse("sparse", tmp_path) == 0
     new = [line["inputs"] for line in read(tmp_path / SPEED)[2:] if line["method"] == "gemms_whole"]
-    assert new == ["reasoning", "reasoning"]  # begun, and measured
+    assert new == ["reasoning", "reasoning"]  # the line of a case that begins, and its record
 
 
 def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
-    """Behind a failure the device is asked whether it still answers."""
+    """After a failure the process asks whether the device still answers."""
 
     def ones(*_, device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -82,7 +82,7 @@ def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error, status", [(device_parts.Lost, LOST), (device_parts.Stopped, STOPPED)])
 def test_exit_statuses(error, status, tmp_path, monkeypatch):
-    """What was yielded before stays."""
+    """The records that were yielded before the error stay."""
 
     def part(run):
         yield {"line": 1}
@@ -123,8 +123,8 @@ def test_a_run_of_the_demo(tmp_path):
 
 
 def test_products():
-    """Each shape with every dtype of its result, as the linear path multiplies; without time they are lines all the
-    same.
+    """Each shape has a line for every dtype of its result, as the linear path multiplies. Without time, the lines are
+    there all the same.
     """
     found = list(device_measures.products(Job(Path(), math.inf, True, CPU)))
     kinds = [(record["product"], record["out"]) for record in found]
@@ -137,7 +137,7 @@ def test_products():
 
 
 def test_overheads():
-    """Two kernels side by side, a gap of 3 µs, a kernel inside another, a gap of 5 µs."""
+    """The trace has two kernels side by side, a gap of 3 µs, a kernel inside another, and a gap of 5 µs."""
     times = {"a": (10, 30), "b": (12, 32), "c": (35, 50), "d": (36, 38), "e": (55, 60)}
     spans = [Span(name, *time) for name, time in reversed(times.items())]
     assert device_measures.overheads(spans) == {
@@ -189,7 +189,7 @@ def test_outcomes_of_tests(part, status, code, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("status, lines", [(5, []), (4, []), (2, TEST_OUTPUT[:1]), (0, TEST_OUTPUT[3:4])])
 def test_a_part_without_a_test_fails(status, lines, tmp_path, monkeypatch):
-    """pytest found none (5), or no such file (4), or broke off (2); or every test was skipped."""
+    """pytest found no test (5), found no such file (4), or broke off (2); or every test was skipped."""
     monkeypatch.setattr(device_parts, "output", lambda *_: (status, lines))
     job = Job(tmp_path, math.inf, False, CPU)
     with pytest.raises(RuntimeError, match=r"pytest exited|every test was skipped"):
@@ -206,7 +206,7 @@ def test_files_with_tests_of_a_gpu():
 @pytest.mark.parametrize("part", ["invariance", "precision"])
 @pytest.mark.parametrize("status, code", [(0, 0), (None, STOPPED)], ids=["finished", "stopped"])
 def test_lines_of_another_benchmark(part, status, code, tmp_path, monkeypatch):
-    """Its plots stay behind, and what a stopped one has written is kept."""
+    """The plots of the other benchmark stay behind, and what it wrote before it was stopped is kept."""
 
     def output(command, seconds):
         out = Path(command[command.index("--out") + 1])
@@ -222,7 +222,7 @@ def test_lines_of_another_benchmark(part, status, code, tmp_path, monkeypatch):
 
 def test_a_broken_promise_ends_the_part_behind_its_lines(tmp_path, monkeypatch):
     def output(command, seconds):
-        assert "--dtypes" not in command  # all of them
+        assert "--dtypes" not in command  # all dtypes are measured
         Path(command[command.index("--out") + 1]).write_text('{"kind": "line"}\n')
         return 1, []
 

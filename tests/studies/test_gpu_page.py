@@ -1,4 +1,4 @@
-"""The pages about a GPU are written from a run's lines alone, whatever is missing in them."""
+"""Tests that the pages about a GPU are written from a run's lines alone, whatever is missing in them."""
 
 import pytest
 
@@ -27,7 +27,7 @@ SPARSITY = {"drpo/sparse_share": 0.9, "drpo/sparse_entries": 20.0}
 
 
 def times_of(case):
-    """In ms: one for each floor, 1.25 for ours, twice as much for others."""
+    """Return times in ms: 1 for each floor, 1.25 for our methods, and 2 for others."""
     method = measure.METHODS[case.method]
     median = 1.0 if method.floor else 1.25 if method.package is None and case.method != "eager" else 2.0
     floor = None if method.floor else 1e-3
@@ -88,7 +88,7 @@ PRECISION_LINES = [
 
 
 def written(folder, left_out=(), change=lambda record: record):
-    """A run's folder without some parts, its lines of speed changed."""
+    """Write a run's folder without some parts and with changed lines of speed."""
     files = {SPEED: map(change, speed_lines()), DEVICE: ({**line, **SOURCE} for line in DEVICE_LINES),
              INVARIANCE: [CASE], PRECISION: ({"part": "precision", **line} for line in PRECISION_LINES)}  # fmt: skip
     folder.mkdir()
@@ -118,7 +118,7 @@ def reported(folder, page, capsys):
     for block in GPU_BLOCKS:
         results = folder / block.results.removeprefix("gpu").removeprefix("/")
         assert report.main(["--block", block.name, "--results", str(results), "--page", str(page)]) == 0
-    assert not capsys.readouterr().out  # nothing was left without a place
+    assert not capsys.readouterr().out  # nothing is printed, because every block found its place
     return unpadded(page.read_text())
 
 
@@ -149,7 +149,7 @@ def test_twice_is_once(folder, tmp_path, capsys):
     assert reported(folder, page, capsys) == reported(folder, page, capsys)
 
 
-# The parts with lines in the run above, and the title of the finding that has nothing without them, if there is one.
+# For each part with lines in the run above: the title of the finding that is empty without them, or None.
 SAYING = {
     **dict.fromkeys(["ours", "peers", "slow_peers", "small", "sparse", "memory", "scale", "invariance", "precision"]),
     "all": None,

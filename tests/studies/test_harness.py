@@ -1,4 +1,4 @@
-"""What the studies share: records on disk, tables, blocks of pages, command lines."""
+"""Tests of what the studies share: records on disk, tables, blocks of pages, command lines."""
 
 import importlib.util
 import re
@@ -88,7 +88,7 @@ def test_a_rehearsal_is_written_only_where_out_says(tmp_path):
 
 @pytest.mark.parametrize("block", report.BLOCKS.values(), ids=report.BLOCKS)
 def test_a_block_has_its_place_and_its_module(block):
-    """Every page has the markers once, and the module that measures can be run."""
+    """The page has both markers once, and the module that measures can be run."""
     page = (ROOT / block.page).read_text(encoding="utf-8")
     assert [page.count(marker) for marker in block.markers] == [1, 1]
     spec = importlib.util.find_spec(block.module)

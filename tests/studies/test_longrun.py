@@ -1,11 +1,12 @@
-"""Sixty steps of the long run (`make longrun`: 2,000): ours, eager float32 and fp64 stay together, nothing grows.
+"""Sixty steps of the long run (`make longrun` takes 2,000): ours, eager float32 and fp64 stay together, and nothing
+grows.
 
 Bounds. One step's loss is a float32 number: 2^-24 of Σ|c_t ℓ_t|, about 1 here, is 6e-8. Each of 60 AdamW steps moves
 the weights by at most the learning rate in the worst entry, and by its relative gradient error (1e-6) elsewhere, which
 a curvature of order one turns into 60 · lr · 1e-6 = 6e-8 on the loss. 1e-5 leaves room for entries whose gradient is
 near 0. Against eager float32, whose rounding is of the same size, ours may be 10 times as far off.
 
-And as many steps of the long run of `sparse_grad`, whose bound is derived in `benchmarks/longrun/sparse.py`: its loss
+The long run of `sparse_grad` takes as many steps here. Its bound is derived in `benchmarks/longrun/sparse.py`: its loss
 curve is no further from the exact one than that of a learning rate lower by τ.
 """
 
@@ -31,7 +32,7 @@ def records():
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """(a policy in float64, a stream of its own)"""
+    """Return a policy in float64, and a stream recorded from it."""
     policy = longrun_sparse.pretrained(SPARSE_SIZE, 150)
     return copy.deepcopy(policy).double(), longrun_stream.record_stream(policy, SPARSE_SIZE)
 
@@ -57,12 +58,12 @@ def test_a_curve_or_weights_that_leave_the_others_are_noticed(records):
 
 
 def test_the_stream_is_off_policy(records):
-    """Otherwise the ratio is 1 and the run says nothing."""
+    """If the ratio stayed 1, the run would say nothing."""
     assert max(records["exact"]["ratio_max"]) > 1.05
 
 
 def test_nothing_grows(pretrained):
-    """The same number of live tensors after 20, 30 and 59 steps."""
+    """The number of live tensors is the same after 20, 30 and 59 steps."""
     policy, batches = pretrained
     counts = []
 
@@ -84,7 +85,9 @@ def test_sparse_gradients_stay_together_with_exact_ones(sparse_records):
 
 
 def test_the_error_of_sparse_gradients_is_measured(sparse_records):
-    """Within τ, as is each row's; of the others, none where only the learning rate differs."""
+    """The error of sparse gradients is within τ, as each row's is. A run that differs in the learning rate alone has
+    none.
+    """
     error = {name: record["gradient_error_mean"] for name, record in sparse_records.items()}
     assert 0 < error["sparse"] <= 0.01
     assert error["exact"] == error["slower"] == 0
@@ -92,7 +95,7 @@ def test_the_error_of_sparse_gradients_is_measured(sparse_records):
 
 
 def test_gradients_that_leave_out_too_much_are_noticed(pretrained, sparse_records):
-    """Half of what is not the target's, where a hundredth is claimed."""
+    """This run leaves out half of the probability beside the target, where a hundredth is claimed."""
     bad = {"exact": longrun_stream.Run(), "sparse": longrun_sparse.runs(0.5)["sparse"]}
     trained = longrun_stream.compare(*pretrained, SPARSE_SIZE, bad)
     assert trained["exact"] == sparse_records["exact"]

@@ -1,4 +1,4 @@
-"""The studies of one file each: a trainer's step, and which bits of a row change with the rows beside it."""
+"""Tests of the studies of one file each: a trainer's step, and which bits of a row change with the rows beside it."""
 
 import json
 

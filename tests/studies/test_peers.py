@@ -1,4 +1,4 @@
-"""Each peer that is installed computes what its row says, and one that is not is a row that says so."""
+"""Tests that each installed peer computes what its row says, and that the row of a missing one says so."""
 
 import sys
 
@@ -12,15 +12,15 @@ from drpo_kernels import Tokens
 from problems import relative
 
 SHAPE = Shape(48, 8, 70)
-# float32 rounding over a few dozen additions
+# This allows for float32 rounding over a few dozen additions.
 TOLERANCE = 1e-5
-# what runs on a CPU: of the kernels, those that Triton's interpreter can run
+# These run on a CPU; of the Triton kernels, those that the interpreter can run.
 RUNNABLE = [name for name, method in PEERS.items() if not method.gpu]
 RUNNABLE.append(pytest.param("liger_triton_grpo", marks=pytest.mark.interpreted))
 
 
 def exact_gradients(method, inputs):
-    """In float64, of the DRPO loss or of the mean of -log π."""
+    """Return the float64 gradients of the DRPO loss or of the mean of -log π."""
     leaves = [getattr(inputs, name).double().requires_grad_() for name in method.wrt]
     logits = leaves[0]
     if method.wrt == HEAD:
@@ -43,7 +43,7 @@ def test_gradients(name, kind, softcap):
         step = method.prepare(inputs)
     except Unsupported as reason:
         pytest.skip(str(reason))
-    for result in (step(), step()):  # a step leaves its inputs as they were
+    for result in (step(), step()):  # a step must leave its inputs as they were
         for found, want in zip(method.wrt, exact_gradients(method, inputs), strict=True):
             assert relative(getattr(result, found), want) <= TOLERANCE, found
 

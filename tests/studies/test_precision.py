@@ -1,4 +1,4 @@
-"""The precision study: its bounds on the default path, its exact results, its records, tables and pictures."""
+"""Tests of the precision study: its bounds on the default path, its exact results, its records, tables and pictures."""
 
 import importlib.util
 import json
@@ -34,10 +34,11 @@ def exact_of(case, operands="bf16", objective=regimes.OBJECTIVE):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", NEEDED)
 def test_ratio_error_bound(name, backend, device):
-    """bf16 inputs: |log π - exact| within the contract's bound, the ratio within twice that. The roundings of these
-    inputs have either sign, so log π is also held to 4 √H 2^-24 S: each of 2 H deviates by at most 0.58 · 2^-24 S, and
-    this is nearly five times what they do together. Gradients within 0.4 % of their own norm, except where the logits
-    themselves are allowed more."""
+    """From bf16 inputs, |log π - exact| is within the contract's bound, and the ratio within twice that. The roundings
+    of these inputs have either sign, so log π is also held to 4 √H 2^-24 S: each of 2 H roundings deviates by at most
+    0.58 · 2^-24 S, and this is nearly five times what they do together. Gradients are within 0.4 % of their own norm,
+    except where the logits themselves are allowed more.
+    """
     case = regimes.REGIMES[name].case(TINY, device=device)
     exact = exact_of(case)
     errors = precision.errors_of(regimes.ours(case, backend=backend), exact, case)
@@ -51,8 +52,9 @@ def test_ratio_error_bound(name, backend, device):
 
 @pytest.mark.parametrize("name", [name for name in NEEDED if not name.startswith("outlier")])
 def test_one_read_on_a_gpu(name):
-    """Of dX the exponentials and dX itself are rounded to bf16, of dW also the hidden states times their rows' factors:
-    each rounding is one of 2^-9 at most, and of 0.17 % in the mean of squares."""
+    """For dX, the exponentials and dX itself are rounded to bf16; for dW, also the hidden states times the factors of
+    their rows. Each rounding is 2^-9 at most, with a root mean square of 0.17 %.
+    """
     case = regimes.REGIMES[name].case(Shape(128, 256, 2048))
     errors = precision.errors_of(recipes.one_read(case), exact_of(case), case)
     assert errors["hidden"][2] <= 3.0e-3
@@ -61,7 +63,7 @@ def test_one_read_on_a_gpu(name):
 
 @pytest.mark.parametrize("name", ["trained", "rare", "peaked"])
 def test_bf16_logits_break_it(name):
-    """The bound says something: logits rounded to bf16 are outside it, but where p is 1 to rounding anyway."""
+    """The bound means something: logits rounded to bf16 exceed it, except where p is 1 up to rounding anyway."""
     case = regimes.REGIMES[name].case(TINY)
     errors = precision.errors_of(regimes.ours(case, logits_dtype=torch.bfloat16), exact_of(case), case)
     assert (errors["ratio"][0] > 2e-4) == (name != "peaked")
@@ -80,12 +82,14 @@ def test_fp16_gradients_at_a_full_vocabulary():
 
 
 def test_a_16_bit_bias_is_added_in_float32(device):
-    """To bf16 logits too: the study found the sum rounded a second time, to multiples of 64 at 1e4."""
+    """The bias is added in float32 to bf16 logits too: the study once found the sum rounded again, to multiples of 64
+    at 1e4.
+    """
     case = regimes.REGIMES["bias+1e4"].case(TINY, device=device)
     plain = regimes.REGIMES["trained"].case(TINY, device=device)
     for backend in ("torch", "triton"):
         logprobs = [regimes.ours(c, logits_dtype=torch.bfloat16, backend=backend).logprobs for c in (case, plain)]
-        assert (logprobs[0] - logprobs[1]).abs().max().item() <= 4e-3  # 1e4 has an ulp of 1e-3
+        assert (logprobs[0] - logprobs[1]).abs().max().item() <= 4e-3  # an ulp at 1e4 is 1e-3
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -111,13 +115,15 @@ def test_regimes_are_what_they_say():
     certain = exact_of(regimes.REGIMES["peaked"].case(TINY)).result.logprobs
     assert (-certain.expm1() / regimes.MISS - 1).abs().max().item() < 0.5
     rare = regimes.REGIMES["rare"].case(Shape(12, 64, 1024))
-    assert rare.old_logprobs.median().item() == pytest.approx(math.log(regimes.RARE), abs=1.5)  # of few tokens
+    assert rare.old_logprobs.median().item() == pytest.approx(math.log(regimes.RARE), abs=1.5)  # a median of few tokens
     assert exact_of(regimes.REGIMES["outlier-1e4"].case(TINY)).largest_logit == pytest.approx(1e4, rel=0.02)
 
 
 @pytest.mark.parametrize("logits", mismatch.LOGITS)
 def test_the_mismatch_vanishes_with_the_engines_numerics(logits):
-    """An fp8 engine against the same weights: with the same head and logits, only the order of additions is left."""
+    """The engine is fp8, with the trainer's weights. With the same head and logits only the
+    order of additions differs.
+    """
     case = regimes.REGIMES["trained"].case(Shape(64, 256, 512))
     record = next(r for r in mismatch.measure_mismatch(case) if (r["engine"], r["engine_logits"]) == ("both", logits))
     mean = {trainer: values[2] for trainer, values in record["ratio"].items()}
@@ -131,13 +137,13 @@ def test_nan_is_an_error_of_nan():
     want = torch.ones(4, dtype=torch.float64)
     assert all(x != x for x in precision._summary(torch.tensor([1, 1, float("nan"), 1]).double(), want))
     assert mismatch.percentile_99(torch.arange(1, 201.0)) == 198
-    assert mismatch.percentile_99(torch.arange(1, 152.0)) == 150  # 149 values are 98.7 %
+    assert mismatch.percentile_99(torch.arange(1, 152.0)) == 150  # 149 values are only 98.7 %
     assert mismatch.percentile_99(torch.tensor([3.0])) == 3
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """(results, records) of a run without peers."""
+    """Return (results, records) of a run without peers."""
     find_spec, peers = importlib.util.find_spec, {recipe.package for recipe in recipes.RECIPES.values()}
     results = tmp_path_factory.mktemp("precision") / "quick.jsonl"
     with pytest.MonkeyPatch.context() as patch:
@@ -178,7 +184,7 @@ def test_pictures(quick, tmp_path):
 
 @pytest.mark.parametrize("block", [b for b in report.BLOCKS.values() if b.results.startswith("precision/")])
 def test_page_and_blocks(quick, block, capsys, tmp_path):
-    """Each table renders from the records, and the page has its markers; a quick run does not reach a page."""
+    """Each table renders from the records, and the page has its markers; a quick run is not written to a page."""
     results, records = quick
     assert "|:---" in block.render(records)
     text = (ROOT / block.page).read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The roofline model: its work against counts by hand, its memory against what a sweep allocates, its arithmetic."""
+"""Tests of the roofline model: its work against counts by hand, its memory against what a sweep allocates, its
+arithmetic.
+"""
 
 import importlib
 from dataclasses import replace
@@ -28,9 +30,9 @@ RESULTS = ROOT / "bench_results" / "gpu" / "speed.jsonl"
 H200 = CHIPS["H200"]
 SMALL = Problem(96, 32, 400)
 LARGE = Problem(8192, 4096, 151_936)
-# several windows, for its T is beyond 2H
+# T is beyond 2H here, so that there are several windows.
 LONG = Problem(16_384, 4096, 151_936, workspace=GIB)
-# how many T·V·H each takes
+# Each method takes this many F = T·V·H.
 F_COUNTS = {
     "gemms_whole": 6, "gemms_frozen": 4, "gemms_recompute": 8, "copy": 0,
     "linear_policy_loss": 6, "linear_policy_loss_bf16_logits": 6,
@@ -54,7 +56,7 @@ def test_flops_by_hand(method, problem):
 def test_skipped_rows_cost_no_flops():
     quarter = replace(LARGE, active_share=0.25)
     assert linear(quarter).flops == linear(LARGE).flops / 4
-    assert recompute(quarter).flops == recompute(LARGE).flops  # it knows no advantages
+    assert recompute(quarter).flops == recompute(LARGE).flops  # it does not use advantages
 
 
 def test_bytes_of_the_row_kernel_by_hand():
@@ -73,7 +75,9 @@ def test_bytes_of_the_row_kernel_by_hand():
 
 
 def test_a_factor_per_row_by_hand():
-    """With one read alone: dX leaves its product in float32 and is rounded from there; dW's hidden rows are scaled."""
+    """If rows are read once, the product of dX is float32 and rounded afterwards, and the
+    hidden rows of dW are scaled.
+    """
     states = LARGE.states
     found, cut = linear(LARGE), sweep_plan(LARGE, LARGE.tokens)
     scaling = stage(found, "scaling")
@@ -88,7 +92,7 @@ def test_a_factor_per_row_by_hand():
 
 
 def test_kernels_of_the_profiles():
-    """docs/gpu.md: 38 kernels and copies with one chunk, 51 with five; there every logit is read twice."""
+    """docs/gpu.md has 38 kernels and copies with one chunk and 51 with five, from runs that read every logit twice."""
     small, large = Problem(512, 896, 151_936), LARGE
     assert linear(small, one_read=False).kernels == 38
     assert linear(large, one_read=False).kernels == pytest.approx(51, abs=1)
@@ -125,14 +129,14 @@ def test_dw_is_read_back_for_every_window_but_the_first():
     ],
 )
 def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
-    """On tensors without storage, which are of the size they would have."""
+    """The tensors have no storage, but the size that they would have."""
     monkeypatch.setattr(sweep, "device_properties", lambda _: PRESETS[problem.device])
     dtype, meta = DTYPES[problem.itemsize], torch.device("meta")
     hidden = torch.empty(problem.tokens, problem.hidden, dtype=dtype, device=meta)
     weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device=meta)
     targets = torch.empty(problem.tokens, dtype=torch.int64, device=meta)
     rows = torch.empty(len(Field), problem.tokens, device=meta)
-    # every row: counting the active ones would need their values
+    # Every row is computed, because a count of the active ones would need their values.
     logits = DTYPES[problem.logits_itemsize]
     execution = Execution("torch", dtype, every_row=True, logits_dtype=logits, workspace_bytes=problem.workspace)
     head = Head(weight, None, problem.vocab, Transform())
@@ -143,7 +147,7 @@ def test_memory_is_what_a_sweep_allocates(problem, monkeypatch):
 
 
 def test_memory_of_few_active_rows_by_hand():
-    """All of them in one window, whose hidden states are gathered into a copy."""
+    """All active rows are in one window, and their hidden states are gathered into a copy."""
     quarter = replace(LARGE, active_share=0.25)
     cut = sweep_plan(quarter, 2048)
     gradients = 2 * (LARGE.states + LARGE.head)
@@ -152,14 +156,16 @@ def test_memory_of_few_active_rows_by_hand():
 
 def test_memory_from_logits_and_of_plain_pytorch_by_hand():
     count = LARGE.logits
-    assert METHODS["eager"].cost(LARGE).extra == 12 * count  # float32 log-probs, their gradient and the logits'
+    assert METHODS["eager"].cost(LARGE).extra == 12 * count  # float32 log-probs, their gradient and that of the logits
     assert METHODS["policy_loss"].cost(LARGE).extra == 2 * count
     assert METHODS["policy_loss_inplace"].cost(LARGE).extra == 0
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_ranges(chip):
-    """Least is at most most; nothing beats its floor; more work takes longer, a better chip less long."""
+    """The least time is at most the most; nothing beats its floor; more work takes longer, and a better chip takes less
+    long.
+    """
     for model in ("Qwen3-0.6B", "Qwen3-8B", "Gemma-3-12B"):
         problem = Problem(4096, MODELS[model].hidden, MODELS[model].vocab)
         for method in METHODS:
@@ -180,7 +186,8 @@ def test_time_of_a_stage_by_hand():
     found, launches = predict.stage_time(chip, rows), 5 * 2e-6
     assert found.least == found.most == pytest.approx(6 * LARGE.logits / 2.4e12 + launches)
     assert found.bound == "memory"
-    twice = stage(linear(LARGE, one_read=False), "rows")  # 132 rows of 608 kB are more than the cache
+    # the 132 rows of 608 kB that are read at once exceed the cache
+    twice = stage(linear(LARGE, one_read=False), "rows")
     assert predict.stage_time(chip, twice).least == pytest.approx(10 * LARGE.logits / 2.4e12 + launches)
     narrow = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
     found, launches = predict.stage_time(chip, replace(narrow, instructions=0)), narrow.kernels * 2e-6
@@ -195,7 +202,9 @@ def test_time_of_a_stage_by_hand():
 
 
 def test_instructions_by_hand():
-    """67 TFLOP/s are two for each of 132 x 128 lanes at 1.98 GHz, and as many instructions as lanes are issued."""
+    """67 TFLOP/s are two operations for each of 132 x 128 lanes at 1.98 GHz, and as many instructions as lanes are
+    issued.
+    """
     assert H200.clock == pytest.approx(1.983e9, rel=1e-3)
     rows = stage(linear(replace(LARGE, logits_itemsize=2)), "rows")
     assert rows.instructions == pytest.approx(17.5 * LARGE.logits)
@@ -217,7 +226,7 @@ def test_the_instructions_are_the_bounds_of_the_binaries():
 
 
 def test_the_clock_of_an_older_chip():
-    # the A100 issues as many, but half of them are no float32 operations
+    # The A100 issues as many instructions, but half of them are not float32 operations.
     assert CHIPS["A100"].clock == pytest.approx(1.41e9, rel=1e-3)
 
 
@@ -228,7 +237,7 @@ def test_the_share_of_the_instructions_is_the_measured_one():
 
 
 def test_waves_by_hand():
-    # 13 x 16 tiles in two waves of 132
+    # There are 13 x 16 tiles, in two waves of 132.
     assert predict.occupied(H200, [(1664, 4096)]) == pytest.approx(208 / 264)
     assert predict.occupied(H200, [(1664, 4096), (128, 256)]) == pytest.approx(209 / 396)
     assert predict.occupied(H200, []) == 1  # a stage without products
@@ -244,13 +253,13 @@ def test_every_figure_has_a_source(chip):
         assert 0 < assumption.value < 1
         assert assumption.source
     assert f"| {chip.name} |" in unpadded(tables.chips())
-    # FLOP of a processor and a clock, and the clock in GHz: half of what sparsity would give
+    # The numbers are FLOP per multiprocessor and clock, and the clock in GHz: half of what sparsity would give.
     per_clock, clock = {
         "A100": (2048, 1.41), "H100": (4096, 1.83), "H200": (4096, 1.83), "B200": (8192, 1.86), "MI300X": (2048, 2.1),
     }[chip.name]  # fmt: skip
     assert chip.matrix.value == pytest.approx(chip.processors.value * per_clock * clock * 1e9, rel=0.01)
     assert chip.processors.value == PRESETS[chip.preset].multiprocessors
-    # all dies of a MI300X share one behind theirs
+    # All dies of an MI300X share one more cache behind their own.
     assert chip.name == "MI300X" or chip.cache.value == PRESETS[chip.preset].l2_bytes
 
 
@@ -300,7 +309,7 @@ def test_a_comparison_by_hand():
     peak = round(1.1 * METHODS["linear_policy_loss"].cost(LARGE).extra)
     records = [
         record("linear_policy_loss", 1.25 * least, peak_extra_bytes=peak),
-        record("linear_policy_loss", 9.0, part="sparse"),  # the part `ours` counts
+        record("linear_policy_loss", 9.0, part="sparse"),  # the part `ours` takes precedence
         record("linear_policy_loss", 9.0, inputs="random"),
         record("no_method", 9.0),
         record("eager", None),
@@ -316,7 +325,7 @@ def test_a_comparison_by_hand():
 
 
 def test_beside_the_measured_gpu():
-    """The model is a lower bound of the time up to 2 %, and right in the memory of our own methods."""
+    """The model's time is a lower bound up to 2 %, and its memory is right for our own methods."""
     rows = predict.compared(read(RESULTS))
     assert len(rows) > 40
     for row in rows:

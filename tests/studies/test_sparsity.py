@@ -1,4 +1,6 @@
-"""The benchmark of `sparse_grad`: what it compares, and that its tables and pictures come from its lines alone."""
+"""Tests of the benchmark of `sparse_grad`: what it compares, and that its tables and pictures come from its lines
+alone.
+"""
 # ruff: noqa: E402 (the benchmark trains the demo, whose packages may be missing, which skips this file)
 
 import pytest
@@ -22,7 +24,7 @@ SHAPE = Shape(24, 16, 1000)
 
 
 def test_a_direction_that_all_rows_of_the_head_share_does_not_leak():
-    """What is left out is spread evenly, so that dlogits still sum to 0: the error of dX stays as it is."""
+    """What is left out is spread evenly, so that dlogits still sum to 0 and the error of dX does not grow."""
     inputs = make_inputs("mixed", SHAPE)
 
     def hidden_gradient(weight, tolerance):
@@ -45,7 +47,7 @@ def test_a_direction_that_all_rows_of_the_head_share_does_not_leak():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Of a quick run, without the processes that measure memory and without the demo's training."""
+    """Return the records of a quick run, without the processes that measure memory and without the demo's training."""
     out = tmp_path_factory.mktemp("sparsity") / "sparsity.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "peak_in_fresh_process", lambda inputs, method: 1 << 20)

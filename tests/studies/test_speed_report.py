@@ -1,4 +1,4 @@
-"""Tables and plots are written from the benchmark's lines alone."""
+"""Tests that tables and plots are written from the benchmark's lines alone."""
 
 import json
 
@@ -16,7 +16,7 @@ from pages import unpadded
 
 @pytest.fixture(scope="module")
 def measured():
-    """The records of a floor and a method, without the process that measures memory."""
+    """Return the records of a floor and a method, without the process that measures memory."""
     plan = [Case(name, Workload("cpu_small", 48, "random", "float32")) for name in ("gemms_whole", "eager")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "peak_in_fresh_process", lambda inputs, method: 1 << 20)
@@ -24,7 +24,7 @@ def measured():
 
 
 def recorded(measured):
-    """Lines with known numbers."""
+    """Return lines with known numbers."""
     floor, eager = measured
     numbers = {"min_s": 1.4, "max_s": 1.75, "seconds": [1.4, 1.75]}
     floor = floor | numbers | {"median_s": 1.5}
@@ -39,7 +39,7 @@ def recorded(measured):
     wrong = eager | none | {"method": "cce", "status": "wrong gradients", "gradient_error": {"hidden": 0.5}}
     few = ours | {"active_share": 0.25, "median_s": 0.45}
     longer = [record | {"shape": record["shape"] | {"tokens": 256}} for record in (floor, eager, ours)]
-    # another model: drawn beside the first, and where it was not measured left out
+    # Another model is drawn beside the first, and left out where it was not measured.
     other = {"workload": "Qwen3-8B"}
     others = [
         floor | other,
@@ -75,7 +75,7 @@ def test_report_rewrites_its_block_alone(measured, tmp_path):
     assert "| 25% | 450 (0.25× of all rows) |" in text
     assert "T=48 " in text and "T=256 " not in text and "Qwen3-8B" not in text
     assert f"torch {torch.__version__}" in text and "2 samples each" in text
-    # what the page shows has been drawn
+    # The pictures that the page shows have been drawn.
     pictures = [line.split("(bench_results/")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert pictures == [f"cpu_{name}.png" for name in speed_tables.PLOTS]
     assert all((tmp_path / name).stat().st_size > 5000 for name in pictures)
@@ -86,7 +86,9 @@ def test_report_rewrites_its_block_alone(measured, tmp_path):
 
 
 def test_ratios(measured):
-    """To the floor by the samples between one's own; to another of the same process by its median, else in floors."""
+    """The ratio to a method's floor uses the samples between its own; that to another method of the same process uses
+    its median, else both are in floors.
+    """
     floor, eager, ours, *_ = records = recorded(measured)
     assert measure.ratio(eager, "gemms_whole", records) == pytest.approx(2.5 / 1.25)
     assert measure.ratio(ours, "eager", records) == pytest.approx(1.8 / 2.5)

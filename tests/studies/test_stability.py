@@ -1,4 +1,4 @@
-"""The stability experiment: its task, engine, statistics and grid, and the paper's Table 1."""
+"""Tests of the stability experiment: its task, engine, statistics and grid, and the paper's Table 1."""
 
 import json
 import math
@@ -55,7 +55,9 @@ def test_a_careful_teacher_is_always_right():
 
 
 def test_a_guessing_teacher_is_right_as_often_as_chance():
-    """The share of pairs of operations with the permutation of another pair, within five standard deviations."""
+    """Chance is the share of pairs of operations with the permutation of another pair. The bound is five standard
+    deviations.
+    """
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     results = applied(torch.arange(LIST).expand(9, -1), pairs)[1]
     chance = (results[:, None] == results[None]).all(-1).float().mean().item()
@@ -77,7 +79,7 @@ def test_what_earns_no_reward():
 
 
 def test_what_earns_it_all_the_same():
-    """A wrong first list, and whatever follows the END."""
+    """A wrong first list earns the reward, and so does whatever follows the END."""
     problems = draw_problems(WORDS, 50, generator())
     right = draw_demonstrations(WORDS, problems, 0.0, generator(1))
     completions = torch.cat([right, right[:, :1]], 1)
@@ -96,7 +98,9 @@ def test_a_float32_engine_is_the_policy_itself():
 
 
 def test_an_engine_rounds_a_copy():
-    """bf16: half a unit of 8 significant bits. E4M3: of 4, or of its least step, 2^-9 of the scale max|w| / 448."""
+    """A bf16 engine rounds by half a unit of 8 significant bits. An E4M3 one rounds by half a unit of 4, or by half of
+    its least step, 2^-9 of the scale max|w| / 448.
+    """
     policy = build_policy(SMOKE, 0)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     rolled = engine.rollout_engine(policy, "fp8")
@@ -122,7 +126,7 @@ def test_an_engine_rounds_a_copy():
 
 
 def closed_form(method, mu, pi, advantage):
-    """Each method's weight written again, from the papers."""
+    """Return each method's weight, written again from the papers."""
     r, sign = pi / mu, np.sign(advantage)
     bound = lambda delta: 1 - sign * (pi - mu) / delta  # noqa: E731
     return {
@@ -143,7 +147,9 @@ def table1(objective, mu, pi, advantage):
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.3, -2.5])
 @pytest.mark.parametrize("method", METHODS)
 def test_table1(method, advantage):
-    """In float64, relative to the size of the terms, which r inflates to 1e3 / ε for SPO; no point on a boundary."""
+    """The weights are compared in float64, relative to the size of the terms, which r inflates to 1e3 / ε for SPO. No
+    point is on a boundary.
+    """
     side = np.concatenate([np.geomspace(1.234e-3, 0.1, 40), np.linspace(0.1037, 0.9981, 60)])
     mu, pi = (values.ravel() for values in np.meshgrid(side, side * 0.99931))
     expected = closed_form(method, mu, pi, advantage)
@@ -179,7 +185,9 @@ def test_known_means():
 
 
 def test_the_bootstrap_s_ends():
-    """All 3,125 resamples of five values are equally likely: the exact 2.5 % point of their mean, within its noise."""
+    """All 3,125 resamples of five values are equally likely, which gives the exact 2.5 % point of their mean. The
+    bootstrap finds it up to its noise.
+    """
     values = np.array([0.0, 1.0, 3.0, 4.0, 9.0])
     means = np.sort(values[np.indices((5,) * 5).reshape(5, -1)].mean(0))
     found = statistics.bootstrap(values)
@@ -227,7 +235,7 @@ def records_of(path):
     return [{k: v for k, v in record.items() if k not in PROVENANCE} for record in read(path)]
 
 
-UNTRAINED = replace(SMOKE, warmup_steps=1, minibatches=16)  # one point of a curve, from a policy that knows nothing
+UNTRAINED = replace(SMOKE, warmup_steps=1, minibatches=16)  # one point of a curve, from an untrained policy
 
 
 def run_missing(jobs, folder, size=UNTRAINED):
@@ -236,13 +244,13 @@ def run_missing(jobs, folder, size=UNTRAINED):
 
 
 def test_smoke_grid(tmp_path):
-    """One method in two settings, end to end with processes of its own, with a sweep of two rates on one seed."""
+    """One method runs in two settings, end to end with processes of its own, after a sweep of two rates on one seed."""
     options = ["--smoke", "--seeds", "1", "--workers", "1", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
     assert command.main([*options, "--methods", "DRPO δ=0.2", "--settings", "on-policy", "stale"]) == 0
     found = read(tmp_path / "runs.jsonl")
     jobs = list(grid.recorded(tmp_path / "runs.jsonl", SMOKE))
     assert len(found) == len(jobs) == 2 + 2 and jobs == sorted(jobs)
-    assert any(max(record["curve"]["reward"]) > 0 for record in found)  # else nothing was trained
+    assert any(max(record["curve"]["reward"]) > 0 for record in found)  # otherwise nothing was trained
     assert all(name in record for record in found for name in PROVENANCE)
     off, on = ([r["curve"]["prob_shift"][-1] for r in found if r["setting"] == s] for s in ("stale", "on-policy"))
     assert min(off) > 100 * max(on)
@@ -253,7 +261,9 @@ def test_smoke_grid(tmp_path):
 
 
 def test_an_interrupted_grid_goes_on(tmp_path, monkeypatch):
-    """Every other line gone, in another order: the same runs come back, and what was there is not touched."""
+    """Every other line is lost and the rest are in another order. The same runs come back, and the lines that were
+    there stay.
+    """
     monkeypatch.setattr(grid, "_pool", ThreadPoolExecutor)
     path, rates = tmp_path / "runs.jsonl", dict.fromkeys(TWO, 1e-3)
     jobs = grid.comparison_jobs(TWO, ["stale", "mismatch (fp8)"], [0], rates)
@@ -268,7 +278,7 @@ def test_an_interrupted_grid_goes_on(tmp_path, monkeypatch):
 
 def test_a_seed_decides_everything(tmp_path):
     once, again, other = (run("PPO", "stale", seed, 1e-3, UNTRAINED, tmp_path) for seed in (0, 0, 1))
-    assert json.dumps(once) == json.dumps(again)  # NaN is not itself
+    assert json.dumps(once) == json.dumps(again)  # as text, because NaN does not equal itself
     assert once["curve"]["entropy"] != other["curve"]["entropy"]
 
 

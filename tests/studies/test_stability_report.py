@@ -1,4 +1,4 @@
-"""The report of the stability experiment: verdicts, claims, tables and the page, from runs that are made up."""
+"""Tests of the report of the stability experiment: verdicts, claims, tables and the page, from made-up runs."""
 
 import math
 import random
@@ -24,8 +24,9 @@ CURVES = ("entropy", "prob_shift", "log_ratio", "log_ratio_std", "log_ratio_rare
 
 
 def fabricated(method, setting, seed, level, purpose="comparison", lr=1e-3):
-    """A run whose held-out curve rises to `level`. Its seed's offset cancels in a paired difference. Its noise takes
-    the same five values in every cell, in another order, so that cells of one level have a mean difference of zero.
+    """Return a run whose held-out curve rises to `level`. Its seed's offset cancels in a paired difference. Its noise
+    takes the same five values in every cell, in another order, so that cells of one level have a mean difference of
+    zero.
     """
     job = grid.Job(purpose, method, setting, seed, lr)
     offset = 0.05 * random.Random(seed).random()
@@ -39,7 +40,9 @@ def fabricated(method, setting, seed, level, purpose="comparison", lr=1e-3):
 
 @pytest.fixture
 def written(tmp_path):
-    """A function that writes the runs of {(method, setting, seeds): level} and their sweep, and returns the path."""
+    """Return a function that writes the runs of {(method, setting, seeds): level} and their sweep, and returns the
+    path.
+    """
 
     def write_runs(levels):
         found = [fabricated(m, s, seed, level) for (m, s, seeds), level in levels.items() for seed in seeds]
@@ -80,7 +83,7 @@ def test_which_differences_count(written):
 
 
 def test_a_difference_must_survive_the_correction(written, monkeypatch):
-    """Two comparisons at p = 0.03 are 0.06 each after Holm's correction."""
+    """Two comparisons at p = 0.03 have p = 0.06 each after Holm's correction."""
     monkeypatch.setattr(comparisons, "paired_p", lambda values: 0.03)
     levels = {("DRPO δ=0.2", "stale", SEEDS): 0.9, ("SPO", "stale", SEEDS): 0.5}
     found = comparisons.differences(runs.load(written(levels)))

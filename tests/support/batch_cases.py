@@ -23,7 +23,9 @@ PER_TOKEN = ("hidden", "targets", "old_logprobs", "advantages", "mask")
 
 
 def rows_of(problem, index):
-    """Return the problem of some rows, or of [.., L] slices, with the tensors among its options cut in the same way."""
+    """Return the problem of the selected rows, or of [.., L] slices, with the tensors among its options cut in the same
+    way.
+    """
     tensors = {name: getattr(problem, name)[index] for name in PER_TOKEN}
     shaped = {k: v[index] for k, v in problem.options.items() if isinstance(v, torch.Tensor) and v.dim()}
     return replace(problem, **tensors, options=problem.options | shaped)
@@ -85,7 +87,7 @@ def data_parallel(world, dtype, bound):
             owner[owner == 1] = 0  # rank 1 has nothing to do
         micro = torch.randint(3, (9,), generator=g)
         parts = [rows_of(whole, (owner == world.rank) & (micro == m)) for m in range(3)]
-        parts = [p for m, p in enumerate(parts) if len(p.targets) or m == seed % 3]  # and one micro-batch of no rows
+        parts = [p for m, p in enumerate(parts) if len(p.targets) or m == seed % 3]  # one micro-batch has no rows
         parts = [] if not (owner == world.rank).any() else parts
         average, divisor = seed % 2 == 0, 3 if seed % 3 == 0 else 1
         how = {"gradients": "mean" if average else "sum", "loss_divisor": divisor}
@@ -191,7 +193,7 @@ def both(world):
 
 @case()
 def metrics_of_few(world):
-    """Where one rank alone has rows, means, minima and maxima are its own, and a NaN reaches everyone."""
+    """If only one rank has rows, the means, minima and maxima are that rank's, and a NaN reaches everyone."""
     problem = random_problem(13)
     out = problems.call(problem, dk.DRPO(), "torch", world.device)
     assert out.metrics["drpo/weight_min"] > 0.5, "a zero would not be seen"

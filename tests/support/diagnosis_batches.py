@@ -1,8 +1,8 @@
-"""Batches of tokens as a rollout engine and a trainer make them, right and wrong in known ways, for the tests of
+"""Batches of tokens as a rollout engine and a trainer make them, right or wrong in known ways, for the tests of
 `diagnose`.
 
 A row's logits are a head [V, D] with heavy-tailed entries and rare tokens, times a hidden state. As in a language
-model, half of the rows leave nearly nothing to choose and the rest do, with a given mean entropy over all. Tokens are
+model, half of the rows leave nearly no choice and the other half does, with a given mean entropy over all. Tokens are
 sampled from the engine's distribution.
 """
 
@@ -18,8 +18,8 @@ WIDTH = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """hidden [N, D], head [V, D], targets, old_logprobs and advantages [N], all float32; `temperature` of the trainer;
-    `length` of its sequences, which N is a multiple of.
+    """The fields are hidden [N, D], head [V, D], and targets, old_logprobs and advantages [N], with float32 for all
+    numbers. `temperature` is the trainer's. N is a multiple of `length`, that of its sequences.
     """
 
     hidden: Tensor
@@ -29,7 +29,7 @@ class Batch:
     advantages: Tensor
     length: int
     temperature: float = 1.0
-    squash: Callable[[Tensor], Tensor] = torch.Tensor.clone  # what was done to the logits
+    squash: Callable[[Tensor], Tensor] = torch.Tensor.clone  # applied to the logits
 
     @property
     def logits(self) -> Tensor:
@@ -41,14 +41,14 @@ def mean_entropy(logits: Tensor) -> float:
 
 
 def sampled(logits: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(targets, log μ) [N] from the distribution of the logits [N, V]."""
+    """Sample from the logits [N, V], and return (targets, log μ), each [N]."""
     logprobs = logits.log_softmax(-1)
     targets = torch.multinomial(logprobs.exp(), 1, generator=g)
     return targets[:, 0], logprobs.gather(-1, targets)[:, 0]
 
 
 def policy(g: torch.Generator, tokens: int, vocab: int, entropy: float) -> tuple[Tensor, Tensor]:
-    """(hidden, head) of a mean entropy [nats], found by bisection over the scale of the hidden states."""
+    """Return (hidden, head) with this mean entropy [nats], found by bisection over the scale of the hidden states."""
     head = torch.randn(vocab, WIDTH, generator=g) * (1 + 0.5 * torch.randn(vocab, 1, generator=g).abs())
     head[:, 0] = -0.5 * torch.arange(1, vocab + 1).log()[torch.randperm(vocab, generator=g)]  # rare tokens
     hidden = torch.randn(tokens, WIDTH, generator=g) / WIDTH**0.5
@@ -72,7 +72,7 @@ def engine(
     change: Callable[[Tensor, torch.Generator], Tensor] = lambda z, g: z,
     temperature: float = 1.0,
 ) -> tuple[Batch, torch.Generator]:
-    """A batch that an engine sampled whose logits are the trainer's after `change`, divided by `temperature`."""
+    """Return a batch that an engine sampled. Its logits are the trainer's after `change`, divided by `temperature`."""
     g = torch.Generator().manual_seed(seed)
     hidden, head = policy(g, tokens, vocab, entropy)
     targets, old = sampled(change(hidden @ head.T, g) / temperature, g)
@@ -85,17 +85,17 @@ def engine(
 
 
 def rounded(z: Tensor, g: torch.Generator) -> Tensor:
-    """Logits of an engine that holds them in bf16, the largest near 24."""
+    """Return the logits of an engine that holds them in bf16, where the largest is near 24."""
     return (z - z.amax(-1, keepdim=True) + 24).bfloat16().float()
 
 
 def noisy(size: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Every logit off by noise of this standard deviation: fp8 products."""
+    """Return a change that adds noise of this standard deviation to every logit, as fp8 products do."""
     return lambda z, g: z + size * torch.randn(z.shape, generator=g)
 
 
 def correlated(size: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """The same over neighbouring logits: a quantised cache moves a row as a whole."""
+    """Return a change whose noise is correlated over the logits of a row: a quantised cache moves a row as a whole."""
 
     def change(z: Tensor, g: torch.Generator) -> Tensor:
         return z + size * torch.randn(len(z), WIDTH, generator=g) @ torch.randn(WIDTH, z.shape[1], generator=g) / 6
@@ -104,14 +104,16 @@ def correlated(size: float) -> Callable[[Tensor, torch.Generator], Tensor]:
 
 
 def rerouted(z: Tensor, g: torch.Generator) -> Tensor:
-    """Of 1 % of the rows, as where another expert is chosen, the logits are off by several nats; of all, a little."""
+    """Change the logits of 1 % of the rows by several nats, as if another expert were chosen, and those of the others a
+    little.
+    """
     size = torch.where(torch.rand(len(z), 1, generator=g) < 0.01, 2.0, 0.03)
     return z + size * torch.randn(z.shape, generator=g)
 
 
 def learnt(batch: Batch, g: torch.Generator, spread: float, steps: int = 16, heat: float = 1.03) -> Batch:
-    """The trainer after steps of a policy gradient on halves of these tokens, in one of which Δ has this standard
-    deviation on tokens that were not certain; and `heat` times as sure.
+    """Return the batch with the trainer after policy-gradient steps on halves of its tokens, and `heat` times as sure.
+    In one step, Δ has the standard deviation `spread` on tokens that were not certain.
     """
     head = batch.head.clone()
     for _ in range(steps):
@@ -136,7 +138,9 @@ def stale(seed: int, *size, spread: float = 0.2, **options) -> Batch:
 
 
 def unrewarded(seed: int, *size) -> Batch:
-    """Eight steps on answers of which none was good: every sampled token is a little less likely than it was."""
+    """Return a batch after eight steps on answers of which none was good: every sampled token is a little less likely
+    than before.
+    """
     batch, g = engine(seed, *size)
     return learnt(replace(batch, advantages=-batch.advantages.abs()), g, 0.1, steps=8, heat=1.0)
 
@@ -157,11 +161,11 @@ HEALTHY: dict[str, Callable[..., Batch]] = {
 }
 
 
-# --- and not ---------------------------------------------------------------------------------------------------------
+# --- wrong -----------------------------------------------------------------------------------------------------------
 
 
 def scored(batch: Batch, targets: Tensor | None = None) -> Tensor:
-    """The trainer's own log-probs [N]."""
+    """Return the trainer's own log-probs [N]."""
     targets = batch.targets if targets is None else targets
     return (batch.logits / batch.temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
@@ -171,7 +175,7 @@ def heated(temperature: float) -> Callable[..., Batch]:
 
 
 def raw(temperature: float) -> Callable[..., Batch]:
-    """The trainer divides by the temperature of the sampling, the engine's log-probs do not."""
+    """Make batches whose trainer divides by the sampling temperature, while the engine's log-probs do not."""
 
     def make(*size) -> Batch:
         batch, _ = engine(*size, temperature=temperature)
@@ -191,12 +195,12 @@ def filtered(top_p: float = 1.0, top_k: int = 10**9) -> Callable[..., Batch]:
 
 
 def another_model(size: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Logits off by noise in proportion to their own spread: weights of another step of training."""
+    """Return a change with noise in proportion to the logits' own spread, as from weights of another training step."""
     return lambda z, g: z + size * z.std(-1, keepdim=True) * torch.randn(z.shape, generator=g)
 
 
 def old_as(change: Callable[[Tensor], Tensor], noise: float = 0.03) -> Callable[..., Batch]:
-    """Old log-probs [sequences, length] after a change."""
+    """Make batches whose old log-probs, as [sequences, length], went through `change`."""
 
     def make(*size) -> Batch:
         batch, _ = engine(*size, noisy(noise))
@@ -211,14 +215,16 @@ def squashed(squash: Callable[[Tensor], Tensor]) -> Callable[..., Batch]:
 
 
 def unlikely(*size) -> Batch:
-    """An old log-prob of -40 here and there."""
+    """Return a batch with an old log-prob of -40 here and there."""
     batch, _ = engine(*size)
     batch.old_logprobs[::50] = -40.0
     return batch
 
 
 def unaligned(shift: int, repeats: float = 0.0) -> Callable[..., Batch]:
-    """Targets and their log-probs rolled along the batch, in which this share of tokens repeats the one before it."""
+    """Make batches whose targets and log-probs are shifted along the batch. A share `repeats` of the tokens repeats the
+    one before.
+    """
 
     def make(*size) -> Batch:
         batch, g = engine(*size)
@@ -233,7 +239,7 @@ def unaligned(shift: int, repeats: float = 0.0) -> Callable[..., Batch]:
 
 
 def with_prompt(fill: float) -> Callable[..., Batch]:
-    """The first half of each sequence is text that nobody sampled, in the mask all the same."""
+    """Make batches in which the first half of each sequence is text that nobody sampled, but that is in the mask."""
 
     def make(*size) -> Batch:
         batch, g = engine(*size)

@@ -1,4 +1,5 @@
-"""What the cases of shard_cases.py and batch_cases.py share: a process's place in the world, and comparisons.
+"""This module has what the cases of shard_cases.py and batch_cases.py share: a process's place in the world, and
+comparisons.
 
 A case is a function of its process's `World`. It asserts only after its collectives, so that no rank waits for one that
 has failed.
@@ -32,18 +33,19 @@ class World:
 
 
 def leave() -> None:
-    """The end of a process: call it when no local variable holds a wrapped model any more.
+    """End the process group. Call this when no local variable holds a wrapped model any more.
 
-    A thread of gloo's that still lets go of its last tensors when Python ends would abort the process (pytorch#190489).
-    Destroying the group joins these threads; where DDP's reducer is the last to hold the group, it joins them without
-    releasing the interpreter's lock, which they wait for: a deadlock. So what holds the group goes first.
+    A thread of gloo that still releases its last tensors when Python ends would abort the process (pytorch#190489).
+    Destroying the group joins these threads. But if DDP's reducer is the last to hold the group, it joins them without
+    releasing the interpreter's lock, which they wait for: a deadlock. So everything that holds the group is released
+    first.
     """
     gc.collect()
     dist.destroy_process_group()
 
 
 def case(*names, **options):
-    """Register a function of (world, **options) as the case of its name and these options."""
+    """Register a function of (world, **options) as a case, named by the function and `names`, with these options."""
 
     def register(function):
         CASES["-".join((function.__name__, *names))] = lambda world: function(world, **options)
@@ -63,6 +65,6 @@ def agree(found, want, bound, exact=None, exact_bound=0.0, label="gradient"):
 
 
 def local_head(problem, shard):
-    """Return the problem with this rank's rows of the head."""
+    """Return the problem with only this rank's rows of the head."""
     mine = slice(shard.start, shard.start + shard.sizes[shard.rank])
     return replace(problem, weight=problem.weight[mine], bias=None if problem.bias is None else problem.bias[mine])

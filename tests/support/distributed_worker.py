@@ -1,4 +1,4 @@
-"""What every process of tests/distributed/test_distributed.py runs: all cases that need a process group, in one launch.
+"""Every process of test_distributed.py runs this: all cases that need a process group, in one launch.
 
     torchrun --nproc-per-node N tests/support/distributed_worker.py REPORT [nccl]
 

@@ -1,4 +1,4 @@
-"""Kernels that move or compute too much, for the tests of `python -m drpo_kernels compile`; and one that does not."""
+"""Kernels that move or compute too much, and one that does not, for the tests of `python -m drpo_kernels compile`."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from drpo_kernels.aot.cases import Bounds, Expected, KernelCase
 
 @triton.jit
 def _row_sum(x, again, out, n, TWICE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """out [BLOCK] = Σ of something of x [n], by blocks; TWICE reads `again` beside it, MASKED masks with an odd n."""
+    """Sum something of x [n] into out [BLOCK] by blocks. TWICE reads `again` as well, and MASKED masks for an odd n."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
@@ -18,7 +18,7 @@ def _row_sum(x, again, out, n, TWICE: tl.constexpr, MASKED: tl.constexpr, BLOCK:
             value = tl.load(x + start + lanes)
         if TWICE:
             value += tl.load(again + start + lanes)
-        step = value - total  # long enough a chain that no compiler unrolls the loop
+        step = value - total  # this chain is too long for a compiler to unroll the loop
         total = tl.where(step > 0, tl.exp2(-step) * total + tl.exp2(tl.exp2(value)), total + tl.log2(tl.exp2(step) + 1))
     tl.store(out + lanes, total)
 
@@ -27,7 +27,7 @@ def _case(name: str, twice: bool = False, masked: bool = False, bounds: Bounds |
     signature = {"x": "*fp32", "again": "*fp32", "out": "*fp32", "n": "i32"}
     signature |= dict.fromkeys(("TWICE", "MASKED", "BLOCK"), "constexpr")
     values = {"TWICE": twice, "MASKED": masked, "BLOCK": 1024}
-    # 8 elements of 4 bytes to each of 128 threads, 4 to each of 256
+    # A thread loads 8 elements of 4 bytes if there are 128 threads, and 4 if there are 256.
     loaded = {"sm_": 32, "gfx": 16}
     pointers = ("x", "again", "out")
     return [

@@ -1,8 +1,8 @@
 """Tiny models of many families, and the loss of a model's own logits, with which a fused head must agree.
 
-Budgets. Log-probs and entropy: two float32 computations from the same hidden states, |z| < 32, so an ulp of 2e-6 in
-each logit and as much again in each log-sum-exp: 1e-5. Gradients of every parameter: the package's 5e-5 of their norm
-from float32 inputs, where a parameter whose gradient nearly cancels is given 1e-3 of the largest one's norm.
+Budgets. Log-probs and entropy are two float32 computations from the same hidden states with |z| < 32, so an ulp of 2e-6
+in each logit and as much again in each log-sum-exp: 1e-5. The gradients of all parameters have the package's 5e-5 of
+their norm from float32 inputs, where a parameter whose gradient nearly cancels is given 1e-3 of the largest one's norm.
 """
 
 from functools import partial

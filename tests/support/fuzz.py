@@ -1,4 +1,4 @@
-"""One fuzz case: every backend gives the fp64 oracle's result within its error budget, or the same documented error.
+"""Check one fuzz case: every backend gives the oracle's result within its error budget, or the same documented error.
 
 What `check` asserts of a case:
   * a wrong argument raises TypeError or ValueError naming it, on every backend; nothing else raises;
@@ -31,7 +31,7 @@ from fuzz_cases import FLOAT, Built, Case, build
 
 @dataclass(frozen=True)
 class UserObjective(dk.Objective):
-    """The README's example of an objective of one's own."""
+    """This is the README's example of a user's own objective."""
 
     delta: float = 0.4
 
@@ -42,7 +42,7 @@ class UserObjective(dk.Objective):
 
 @dataclass
 class Result:
-    """What a call gave: 0-d loss, [...] log-probs, entropy and computed, gradients by name, metrics by name."""
+    """A call's loss (0-d), log-probs, entropy and computed rows [...], and its gradients and metrics by name."""
 
     loss: Tensor
     logprobs: Tensor
@@ -70,7 +70,7 @@ def check(case: Case) -> None:
         return
     results = {}
     for backend in backends:
-        given = build(case) if case.inplace else built  # whose logits the call may overwrite
+        given = build(case) if case.inplace else built  # the call may overwrite these logits
         before = _snapshots(given)
         results[backend] = run(given, backend)
         _assert_untouched(before, backend)
@@ -86,7 +86,7 @@ def check(case: Case) -> None:
 
 
 def leaves_of(built: Built) -> dict[str, Tensor]:
-    """The differentiable inputs over the case's own memory, frozen as it says."""
+    """Return the differentiable inputs over the case's own memory, frozen as the case says."""
     frozen = built.case.frozen
     return {
         name: x.detach().requires_grad_(not (frozen == "both" or frozen == name))
@@ -130,7 +130,8 @@ def _cotangents(built: Built) -> Tensor:
 
 def _assert_refused(built: Built, backend: str) -> None:
     wrong = sorted(built.expected_errors)
-    with pytest.raises((TypeError, ValueError)) as caught:  # it says "DID NOT RAISE" where a wrong number came out
+    # this fails with "DID NOT RAISE" if a wrong number comes out
+    with pytest.raises((TypeError, ValueError)) as caught:
         run(built, backend)
     message = str(caught.value).split(",")[0]
     assert any(name in message for name in wrong), f"{backend}: {message} names none of {wrong}"
@@ -146,7 +147,7 @@ def _assert_no_double_precision(built: Built) -> None:
 
 
 def _snapshots(built: Built) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, storage, its bytes) of everything the call is given."""
+    """Return (name, storage, its bytes) of everything that the call is given."""
     problem, case = built.problem, built.case
     named = {n: getattr(problem, n) for n in ("hidden", "weight", "bias", "logits", *problems.TENSORS[3:])}
     for key, value in problem.options.items():
@@ -203,7 +204,9 @@ def _assert_right(built: Built, results: dict[str, Result]) -> None:
 
 
 def _assert_not_a_number(want: Result, got: Result, backend: str) -> None:
-    """A row the oracle has no number for may be dropped where its advantage is 0; else it must show in the loss."""
+    """A row for which the oracle has no number may be dropped if its advantage is 0. Otherwise it must show in the
+    loss.
+    """
     if want.loss.isfinite():
         assert got.loss.isfinite(), f"{backend}: loss {got.loss} instead of {want.loss}"
         return
@@ -214,7 +217,7 @@ def _assert_not_a_number(want: Result, got: Result, backend: str) -> None:
 
 
 def _close(got: Tensor, want: Tensor, bound: Tensor, what: str) -> None:
-    largest = 65504.0 if got.dtype == torch.float16 else math.inf  # where it may be beyond, inf is right
+    largest = 65504.0 if got.dtype == torch.float16 else math.inf  # beyond this, inf is right
     got, want = got.detach().double(), want.double()
     overflows = (want.abs() > largest) | ((want.abs() + bound > largest) & (got == want.sign() * math.inf))
     error = torch.where(overflows | (got == want), 0, (got - want).abs())
@@ -228,7 +231,7 @@ def _close(got: Tensor, want: Tensor, bound: Tensor, what: str) -> None:
 
 
 def _full_size(bound: Tensor, name: str, built: Built, rows: Tensor) -> Tensor:
-    """The bound in the gradient's shape; 0 for rows that do not count and for padding of the vocabulary."""
+    """Return the bound in the gradient's shape, with 0 for rows that do not count and for padding of the vocabulary."""
     full = torch.zeros(getattr(built.problem, name).shape, dtype=torch.float64)
     if name == "hidden":
         full[rows] = bound
@@ -242,7 +245,7 @@ def _full_size(bound: Tensor, name: str, built: Built, rows: Tensor) -> Tensor:
 
 
 def _operands(built: Built) -> problems.Problem:
-    """The problem with what the products really multiply: under autocast, operands rounded to its dtype."""
+    """Return the problem with the operands that the products really multiply, which autocast rounds to its dtype."""
     problem, case = built.problem, built.case
     if case.packed and problem.advantages.shape != problem.targets.shape:
         seq = oracle.sequence_ids(problem.targets.shape, problem.options["cu_seqlens"])

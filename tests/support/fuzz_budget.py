@@ -34,7 +34,9 @@ TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.bfloat16: 2.0
 
 @dataclass
 class Budget:
-    """Largest allowed errors: 0-d, [n] of the valid rows, and by name shaped like the gradients (valid rows alone)."""
+    """The largest allowed errors: of the loss (0-d), of the valid rows [n], and of the gradients by name (valid rows
+    alone).
+    """
 
     loss: Tensor
     logprobs: Tensor
@@ -50,8 +52,8 @@ class Setting:
     targets: Tensor  # [n]
     temperature: Tensor  # [n, 1]
     transform: dict  # logit_scale, softcap, vocab_size
-    compute: torch.dtype  # of the operands
-    results: dict[str, torch.dtype]  # of each gradient
+    compute: torch.dtype  # dtype of the operands
+    results: dict[str, torch.dtype]  # dtype of each gradient
     bf16_logits: bool
     naive: bool  # the reference: 1 - p_y by subtraction
     kept_ids: Tensor | None = None  # [n, K]
@@ -63,7 +65,7 @@ class Setting:
 
 @dataclass
 class Terms:
-    """The loss as a function of log π, and the coefficients of the entropy and of (log Σ exp z)², [n]."""
+    """The loss as a function of log π, and the coefficients [n] of the entropy and of (log Σ exp z)²."""
 
     evaluate: object  # logp [n] -> (share of the loss [n], its derivative [n], magnitudes of both)
     size: Tensor  # |log μ| + |log π_ref|, [n]
@@ -72,7 +74,7 @@ class Terms:
 
 
 class RowErrors:
-    """Logits, probabilities and their errors, [n, V'] or [n]."""
+    """The logits, the probabilities and their errors, [n, V'] or [n]."""
 
     def __init__(self, s: Setting):
         u, (x, weight, bias) = s.unit, s.inputs
@@ -138,7 +140,7 @@ def budget(s: Setting, terms: Terms, upstream: float) -> Budget:
 
 
 def _dlogits(s: Setting, rows: RowErrors, slope, slope_error, terms: Terms) -> tuple[Tensor, Tensor]:
-    """(dloss/dx, its error) over the real vocabulary, [n, V']."""
+    """Return (dloss/dx, its error), each [n, V'], over the real vocabulary."""
     u, p = s.unit, rows.p
     others = (p * (1 - rows.onehot)).sum(1, keepdim=True)
     shape = rows.onehot * others - (1 - rows.onehot) * p  # onehot - p
@@ -150,14 +152,15 @@ def _dlogits(s: Setting, rows: RowErrors, slope, slope_error, terms: Terms) -> t
     error = (slope_error + slope.abs() * rows.relative) * shape.abs()
     error = error + a.abs() * p * (rows.relative * size + rows.e_entropy[:, None])
     error = error + p * (t_error + t.abs() * (rows.relative + 8 * u))
-    # by subtraction, as the oracle itself does in fp64
+    # The oracle itself computes 1 - p_y by subtraction, in fp64.
     naive = u if s.naive else UNIT[torch.float64]
     error = error + 16 * naive * (slope.abs() * (rows.onehot + p) + a.abs() * (size * p + rows.onehot * size))
     dx, dx_error = rows.chain * dz, rows.chain * error + rows.chain_error * (dz.abs() + error)
     operand = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(s.compute, 2 * u)
     dx_error = dx_error + (operand + 16 * u) * (dx.abs() + dx_error)
     if s.compute == torch.float16 and len(dx):
-        # scaled so that the largest possible entry is about 2^14: what is below 2^-38 of it is subnormal or zero
+        # dlogits are scaled so that the largest possible entry is about 2^14: below 2^-38 of that, an entry is
+        # subnormal or zero.
         heat = s.transform["logit_scale"] / s.temperature
         dx_error = dx_error + 2.0**-37 * ((slope.abs() + 16 * a.abs() + t.abs()) * heat).amax()
     return dx, dx_error + TINY[torch.float32] * (slope.abs() + a.abs() + t.abs())
@@ -179,14 +182,16 @@ def _gradients(s: Setting, dx: Tensor, error: Tensor) -> dict[str, Tensor]:
 
 
 def rounded(s: Setting, name: str, want: Tensor, error: Tensor) -> Tensor:
-    """The error after rounding to the gradient's dtype: of the operand, of the result, and of the upstream factor."""
+    """Return the error after rounding the operand, the result and the product with the upstream factor to the
+    gradient's dtype.
+    """
     dtype = s.results[name]
     return error + 3 * UNIT[dtype] * (want.abs() + error) + TINY[dtype]
 
 
 def policy_terms(spec, old, ref, advantages, sequences, coefficients, kl) -> Terms:
-    """`old` None: on-policy; `coefficients` of the policy, with token weights, the KL, the entropy and the z-loss; `kl`
-    (estimator, importance).
+    """Return the terms of a policy loss. `old` of None means on-policy. `coefficients` are those of the policy (with
+    token weights), the KL, the entropy and the z-loss. `kl` is (estimator, importance).
     """
     c_policy, c_kl, c_entropy, c_z_loss = coefficients
     seq, n_seq = sequences
@@ -203,7 +208,7 @@ def policy_terms(spec, old, ref, advantages, sequences, coefficients, kl) -> Ter
 
     def evaluate(logp: Tensor):
         loss, slope = parts(logp, advantages, True)
-        # with A of either sign a difference of two parts becomes their sum
+        # With A of either sign, a difference of two parts becomes their sum.
         signed = [parts(logp, sign * advantages.abs(), False) for sign in (1, -1)]
         magnitudes = [sum(side[i].abs() for side in signed) for i in range(2)]
         if kl is not None:
@@ -220,7 +225,7 @@ def policy_terms(spec, old, ref, advantages, sequences, coefficients, kl) -> Ter
 
 
 def logprob_terms(slopes: Tensor, entropy_slopes: Tensor) -> Terms:
-    """Σ slopes · logprob + entropy_slopes · entropy."""
+    """Return the terms of Σ slopes · logprob + entropy_slopes · entropy."""
 
     def evaluate(logp: Tensor):
         value = slopes * finite_part(logp)

@@ -1,4 +1,4 @@
-"""What a fuzz case is: a frozen record of plain values, drawn by hypothesis, from which its tensors are made.
+"""A fuzz case is a frozen record of plain values, drawn by hypothesis, from which its tensors are made.
 
 A record prints as Python that makes it again, so a failing example is rerun by pasting it.
 """
@@ -17,7 +17,7 @@ from problems import Problem, generator
 
 FLOAT = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 MASKS = {"bool": torch.bool, "i64": torch.int64, "u8": torch.uint8, **FLOAT}
-# what may be wrong, or merely unusual, with one valid token (or, where it says so, with all of them)
+# These things may be wrong or unusual about one valid token, or about all of them where the name says so.
 HAZARDS = (
     "old -inf", "old nan", "old 0", "old +0.005", "old -1e4", "old +0.5",
     "advantage 1e10", "advantage 1e30", "advantage inf", "advantage nan", "advantages 0",
@@ -30,7 +30,7 @@ OBJECTIVES = (*problems.SPECS, "user")
 
 @dataclass(frozen=True)
 class Case:
-    """The defaults are the plainest call; shrinking moves towards them."""
+    """The defaults are the plainest call, and shrinking moves towards them."""
 
     seed: int = 0
     form: str = "linear"
@@ -40,9 +40,9 @@ class Case:
     hidden: int = 3
     vocab: int = 5
     dtype: str = "f32"
-    weight_dtype: str = "f32"  # under autocast; elsewhere `dtype`
+    weight_dtype: str = "f32"  # for autocast; otherwise the weight has `dtype`
     autocast: str | None = None
-    side_dtype: str = "f32"  # of old_logprobs, advantages and the like
+    side_dtype: str = "f32"  # dtype of old_logprobs, advantages and the like
     scale: float = 1.0  # of the logits
     offset: float = 0.0
     spread: float = 0.3  # of the log-ratios
@@ -60,7 +60,7 @@ class Case:
     softcap: float | None = None
     logit_scale: float = 1.0
     padding: int = 0
-    kept: int = 0  # ids beside the target that a token was sampled from; 0: the whole vocabulary
+    kept: int = 0  # number of ids beside the target that a token was sampled from; 0 means the whole vocabulary
     bias: bool = False
     kl: str | None = None
     kl_importance: bool = False
@@ -76,7 +76,7 @@ class Case:
     triton: bool = False
 
     def __repr__(self) -> str:
-        """Only what differs from the defaults: a failing example reads at once."""
+        """Print only what differs from the defaults, so that a failing example can be read at once."""
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"Case({', '.join(changed)})"
 
@@ -138,7 +138,7 @@ CASES = st.builds(
 
 @dataclass(frozen=True)
 class Built:
-    """A case's tensors as a `Problem`, whose options are the call's, and what the oracle is to be asked."""
+    """A case's tensors as a `Problem` with the call's options, and what to ask of the oracle."""
 
     case: Case
     problem: Problem
@@ -151,7 +151,7 @@ class Built:
 
 
 def user_formula(x, delta):
-    """DRPO without |A|, the README's example, on the oracle's rows."""
+    """Return the loss of the README's example, DRPO without |A|, for the oracle's rows."""
     return x.old.exp() * (x.ratio - 1) ** 2 / (2 * delta) - x.adv * x.ratio
 
 
@@ -199,7 +199,7 @@ class _Builder:
         return options
 
     def _logits(self) -> None:
-        """Targets, and hidden and weight, or logits, around them."""
+        """Make the targets, and around them hidden and weight, or logits."""
         case = self.case
         self.targets = torch.randint(self.vocab, self.shape, generator=self.g)
         hidden = self.normal(*self.shape, case.hidden)
@@ -239,7 +239,8 @@ class _Builder:
             ids = torch.randint(-2, self.vocab, (*shape, case.kept), generator=self.g)
             options["kept_ids"] = torch.cat([ids, self.targets[..., None]], -1)
         logp = _logprobs(raw, self.targets, options, shape)
-        # Every log-prob is scorable here: one that is not is a hazard of its own, and nothing else of its token is read
+        # Every log-prob is scorable here. One that is not is a hazard of its own, and nothing else of its token is
+        # read.
         old = (logp + case.spread * self.normal(*shape)).clamp(-99, -1e-3)
         self.old = None if case.on_policy else self.side(old)
         self.advantages = self._advantages()
@@ -287,7 +288,7 @@ class _Builder:
 
 
 def _consistent(case: Case) -> Case:
-    """What cannot be asked for together, resolved towards the plainer of the two."""
+    """Return the case without options that exclude each other, where the plainer one wins."""
     changes = {}
     if case.call == "logprobs":
         changes |= {"packed": (), "inplace": False}
@@ -310,7 +311,7 @@ def _consistent(case: Case) -> Case:
 
 
 def _logprobs(raw: Tensor, targets: Tensor, options: dict, shape) -> Tensor:
-    """The policy's own log-probs in fp64, around which old and reference ones are drawn."""
+    """Return the policy's own log-probs in fp64, around which old and reference ones are drawn."""
     transform = problems.transform_of(options)
     heat = problems.oracle.spread(transform.pop("temperature"), shape).unsqueeze(-1)
     z = problems.oracle.transform(raw.reshape(-1, raw.shape[-1]), heat, **transform)
@@ -320,7 +321,9 @@ def _logprobs(raw: Tensor, targets: Tensor, options: dict, shape) -> Tensor:
 
 
 def laid_out(x, layout: str):
-    """The same values behind other strides, or at another storage offset; a zero stride where all rows are equal."""
+    """Return the same values behind other strides or at another storage offset, or with a stride of 0 where all rows
+    are equal.
+    """
     if not isinstance(x, Tensor) or not x.dim():
         return x
     if layout == "transposed" and x.dim() > 1:

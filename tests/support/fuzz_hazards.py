@@ -1,4 +1,5 @@
-"""One valid token's value made wrong or unusual, and masked ones poisoned; what is then expected of a call.
+"""Hazards make one valid token's value wrong or unusual, poison fills masked ones; here too is what a call should then
+do.
 
 `wrong` collects the arguments that a call must refuse. A hazard that finds nothing to act on leaves the case plain.
 """
@@ -57,7 +58,7 @@ def _set_old(builder, hazard: str, at: tuple[int, ...]) -> None:
 
 def _set_advantage(builder, value: float, at) -> None:
     if builder.case.side_dtype == "f16" and math.isfinite(value):
-        return  # not a number of that dtype
+        return  # that dtype does not have this number
     shape = builder.advantages.shape
     if shape != builder.targets.shape:
         if not builder.advantages.numel():
@@ -91,7 +92,7 @@ def _set_option(builder, name: str, value: float, at) -> None:
 
 
 def _spoil_logits(builder, hazard: str, at) -> None:
-    """-inf, NaN or +inf in the ready logits, or through the bias for -inf and a hidden state for NaN."""
+    """Put -inf, NaN or +inf into ready logits. With a head, -inf comes from the bias and NaN from a hidden state."""
     logits, tensors = builder.tensors.get("logits"), builder.tensors
     if at is None:
         return
@@ -119,7 +120,7 @@ def _ban(builder, logits, index) -> None:
 
 
 def apply_poison(builder) -> None:
-    """NaN and infinities in the masked entries of everything per token, and targets of -100."""
+    """Put NaN and infinities into the masked entries of everything per token, and -100 into their targets."""
     off = ~builder.counted
     if not off.any():
         return

@@ -1,6 +1,7 @@
-"""`python -m interrupted_calls cpu|guarded`: calls that a signal strikes at any moment, and the settings after each.
+"""`python -m interrupted_calls cpu|guarded` makes calls that a signal strikes at any moment, and compares the settings
+after each.
 
-It prints how many calls were struck, and after which of them a setting was another.
+It prints how many calls were struck, and after which of them a setting had changed.
 """
 
 import random
@@ -68,9 +69,9 @@ def interrupted(delay):
 
 
 def interrupts(seconds):
-    """Return (how many calls a signal has struck, after which of them a setting was another)."""
+    """Return (how many calls a signal has struck, after which of them a setting had changed)."""
     generator, before, count, changed = random.Random(0), settings(), 0, []
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as for SIGINT
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # the handler of SIGINT
     for _ in range(2):  # the first call loads modules
         start = time.monotonic()
         call()

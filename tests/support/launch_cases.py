@@ -1,8 +1,8 @@
-"""Calls that together launch every kernel in every specialisation that the package asks for; see launch_worker.py.
+"""The calls here launch every kernel in every specialisation that the package asks for; see launch_worker.py.
 
 A group is a function that yields (label, call), and is registered with the kernels that its calls launch. Values do not
-matter, only dtypes, shapes, strides and options do. To Triton's JIT a size of 1 is a constant, and a size that 16
-divides is an alignment.
+matter; dtypes, shapes, strides and options do. To Triton's JIT a size of 1 is a constant, and a size that 16 divides is
+an alignment.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,20 +21,20 @@ from drpo_kernels.kl import KL_ESTIMATORS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Calls = Iterator[tuple[str, Callable[[], object]]]
 GROUPS: dict[str, Callable[[], Calls]] = {}
-# The most threads of a block of each kernel that a group launches.
+# By group and kernel, the number of threads of the largest block that is launched.
 LAUNCHED: dict[str, dict[str, int]] = {}
 ALWAYS = ("policy", "policy_metrics", "statistics", "gradient", "scale")
-# Of the kernels whose blocks do not depend on the width of a row: two rows of 512 threads fill a multiprocessor.
+# Threads of kernels whose blocks do not depend on the width of a row: two rows of 512 threads fill a multiprocessor.
 THREADS = {
     "policy_metrics": 512, "scale": 512, "select": 512, "losses": 128, "matmul": 256, "column_sum": 128,
     "gathered_sums": 32, "gathered_dots": 32,
 }  # fmt: skip
-# By the width of the widest row, of float32 logits. Rows of a few kept ids take one warp, and so does their scaling.
+# Threads by the width of the widest float32 row. Rows of a few kept ids take one warp, and so does their scaling.
 ROW_THREADS = {5: 32, 1040: 256, 8208: 512}
 
 
 def group(*kernels: str, widest: int = 1040):
-    """Register a group that launches these kernels and those of ALWAYS, without the `_kernel` of their names."""
+    """Register a group that launches these kernels and those of ALWAYS; the names are without `_kernel`."""
 
     def register(function):
         GROUPS[function.__name__] = function
@@ -96,7 +96,7 @@ def objectives() -> Calls:
 
 @group("losses")
 def terms() -> Calls:
-    """Each term alone in one dtype, and none and all of them in every dtype."""
+    """Each term runs alone in one dtype, and none and all of them run in every dtype."""
     reference = {"kl_coef": 0.1, "ref_logprobs": -torch.rand(48)}
     alone = {
         "softcap": {"softcap": 30.0}, "bias": {"bias": True}, "entropy": {"entropy_coef": 0.1},

@@ -1,4 +1,4 @@
-"""`python -m launch_worker GROUP`: the calls of launch_cases.py through Triton's JIT and launcher, as on an sm_90.
+"""`python -m launch_worker GROUP` runs calls of launch_cases.py through Triton's JIT and launcher, as on an sm_90.
 
 The driver is stub_driver.c, and the tensors are on the CPU. The worker prints "call ..." before a call and "asked ..."
 before a launch, and the driver prints "launched ...".
@@ -35,7 +35,7 @@ class Driver(nvidia.CudaDriver):
 
 
 class LaunchedRows(launch.TritonRows):
-    """A launch computes nothing here, so PyTorch computes what decides on further launches."""
+    """A launch computes nothing here, so PyTorch computes the values that decide on further launches."""
 
     def statistics(self, batch):
         super().statistics(batch)
@@ -56,7 +56,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
 
 
 def pretend() -> None:
-    """Make CPU tensors take the way of CUDA tensors."""
+    """Make CPU tensors take the route of CUDA tensors."""
     triton.runtime.driver.set_active(Driver())
     backends._triton_obstacle = lambda device, dtype: None
     for module in (launch, invariant, sweep):
@@ -65,7 +65,7 @@ def pretend() -> None:
     matmul.product = fp8_head.product = product
     launch.TritonRows, triton_ops.TritonEntries = LaunchedRows, LaunchedEntries
     autograd.row_ops = lambda name: LaunchedRows()
-    # a launch writes nothing here, and counts are read back
+    # A launch writes nothing here, but counts are read back, so new tensors must be 0.
     torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros
     run = JITFunction.run
 

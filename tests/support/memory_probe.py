@@ -67,7 +67,7 @@ SIZES = {  # rows, hidden size, vocabulary
 
 def main(case):
     rows, size, vocab = SIZES[case]
-    step(case, 64, 8, 64)()  # libraries, thread pools
+    step(case, 64, 8, 64)()  # this loads libraries and starts thread pools
     torch.randn(512, 512) @ torch.randn(512, 512)
     measure = step(case, rows, size, vocab)
     reset_peak()

@@ -1,4 +1,6 @@
-"""What one call of the package passes through: its files, its functions, and how deep they call each other."""
+"""This finds what one call of the package passes through: its files, its functions, and how
+deep they call each other.
+"""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import drpo_kernels
 
 PACKAGE = Path(drpo_kernels.__file__).parent
-# Their frames count as a part of the function that they stand in.
+# A frame with such a name counts as a part of the function that it stands in.
 INNER = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>")
 
 

@@ -279,7 +279,8 @@ def policy_loss(raw, targets, old_logprobs, advantages, mask=None, *, spec, bias
     valid = torch.ones(shape) if mask is None else mask.detach().cpu()
     valid = (valid != 0).reshape(-1)
     if old_logprobs is not None:
-        valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -100)  # neither NaN nor what no sample has
+        # neither NaN nor so low that no sample has it
+        valid = valid & (as_f64(old_logprobs).expand(shape).reshape(-1) > -100)
     keep = valid.nonzero().squeeze(-1)
     seq = sequence_ids(shape, chosen.cu_seqlens)
 
@@ -340,7 +341,7 @@ def terms_of(spec, x: Rows, entropy, logsumexp, factors, chosen: Options, rows) 
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# metrics, over the rows given
+# metrics, over the given rows
 
 
 def beyond_trust_region(spec, x: Rows) -> Tensor | None:
@@ -361,8 +362,8 @@ def beyond_trust_region(spec, x: Rows) -> Tensor | None:
 
 
 def metrics(spec, x: Rows, entropy: Tensor) -> dict[str, Tensor]:
-    """Return the metrics of the rows of x, all of them computed. The weight (dl/dlogp) / (-A r) and the shares are over
-    those with A != 0.
+    """Return the metrics of the rows of x, all of which are computed. The weight (dl/dlogp) / (-A r) and the shares are
+    over the rows with A != 0.
     """
     if x.logp.numel() == 0:
         return {}

@@ -1,8 +1,8 @@
-"""Markdown as a test compares it."""
+"""Helpers for tests that compare Markdown."""
 
 import re
 
 
 def unpadded(text: str) -> str:
-    """The text with one space where several pad the cells of a table."""
+    """Return the text with one space where several pad the cells of a table."""
     return re.sub(" {2,}", " ", text)

@@ -1,4 +1,4 @@
-"""Problems made from a seed, and how a backend is compared with the oracle on them."""
+"""This module makes problems from a seed, and compares a backend with the oracle on them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ SPECS = {
     "gspo": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03}),
     "gspo-token": ("GSPO", {"clip_low": 0.02, "clip_high": 0.03, "token_level": True}),
 }
-# The parts of a batch do not see the rows beyond their ends. The mean of these metrics over parts is not the whole's.
+# These metrics look at neighbouring tokens. Parts of a batch do not see the rows beyond their ends, so that the mean
+# over parts is not the whole's.
 OF_NEIGHBOURS = {
     f"drpo/evidence/{name}" for name in ("misfit_previous", "misfit_next", "misfit_cumulative", "repeated_share")
 }

@@ -1,6 +1,6 @@
-"""Triton's interpreter without the half of its time that it spends on preparing calls.
+"""`quicken` saves half of the interpreter's time, which it spends on preparing calls.
 
-Before every call of a `@jit` function, also of one inside a kernel, the interpreter replaces the functions of
+Before every call of a `@jit` function, also of one inside a kernel, Triton's interpreter replaces the functions of
 triton.language by its own. Once for each module in each launch is enough.
 """
 
@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 
 
 def quicken() -> None:
-    """Call this once, before the first launch."""
+    """Prepare calls only once. Call this before the first launch."""
     prepared: set[int] = set()
     prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 

@@ -1,4 +1,4 @@
-"""Rollouts of a few sequences, and the loss and gradients of them in float64.
+"""Rollouts of a few sequences, with their loss and gradients in float64.
 
 A rollout is a list of sequences, each with hidden states of its own. The expectation is computed sequence by sequence
 and token by token: token t is scored by the hidden state at t - 1 of the *same* sequence.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 V, H, DELTA = 23, 16, 0.2
 GRADIENT_BOUND = {torch.float32: 5e-5, torch.bfloat16: 4e-3}
 LOSS_BOUND = 1e-4
-ELSEWHERE = 37  # the global count includes so many tokens of other micro-batches and ranks
+ELSEWHERE = 37  # number of tokens of other micro-batches and ranks in the global count
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Sequence:
     mask: Tensor
     ref: Tensor
     temperature: float
-    group_sum: float = 0.0  # the tokens of this sequence and its siblings that are in the loss, for slime
+    group_sum: float = 0.0  # tokens in the loss of this sequence and its siblings, for slime
 
     def __len__(self):
         return len(self.tokens)

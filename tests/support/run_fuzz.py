@@ -1,4 +1,4 @@
-"""Many fuzz cases over all cores: `python tests/support/run_fuzz.py --cases 20000 --seed 0`, or `make fuzz`.
+"""Run many fuzz cases over all cores: `python tests/support/run_fuzz.py --cases 20000 --seed 0`, or `make fuzz`.
 
 Cases run in chunks, each its own hypothesis run whose seed follows from --seed and the chunk's number: the same seed
 gives the same cases on any number of cores. A failing case is shrunk and printed with the command that reruns it. The
@@ -56,7 +56,7 @@ def _progress(results, total: int):
 
 
 def run_chunk(chunk: tuple[int, int]) -> tuple[int, str | None]:
-    """(cases run, what to print of the first failure, or None)."""
+    """Run a chunk, and return (number of cases, what to print of the first failure or None)."""
     import torch
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -64,7 +64,7 @@ def run_chunk(chunk: tuple[int, int]) -> tuple[int, str | None]:
     from fuzz_cases import CASES
 
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of the interpreter: poison overflows
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns in the interpreter when poison overflows
     count, last = 0, None
 
     @seed(chunk[0] * 1_000_000 + chunk[1])

@@ -51,7 +51,8 @@ def whole_gradients(world, grads):
     return joined | {name: every[0][name] for name in grads if name == "hidden"}
 
 
-# (the gradients' largest distance from one process, from float64). In 16 bits they are rounded once more, and a last
+# Each dtype has the gradients' largest distance from one process, and from float64. In 16 bits they are rounded once
+# more, and a last bit that differs costs up to 2^-9.
 # bit that differs costs up to 2^-9.
 BOUNDS = {
     torch.float64: (1e-12, 1e-11),
@@ -70,7 +71,7 @@ def poisoned(problem):
 
 
 def run_wanted(problem, objective, backend, device, frozen, **extra):
-    """Return (output, gradients) with some leaves frozen."""
+    """Return (output, gradients) of a call in which the leaves named in `frozen` require no gradient."""
     leaves = {k: v.detach().to(device).requires_grad_(k not in frozen) for k, v in problem.leaves().items()}
     out = problems.call(problem, objective, backend, device, leaves, **extra)
     wanted = [name for name in leaves if name not in frozen]
@@ -114,7 +115,7 @@ def policy(
     if world.rank:
         return
     for name in ("loss", "logprobs", "entropy", "computed"):
-        values = [rank[name].nan_to_num(1) for rank in everyone]  # it is NaN where a row was left out
+        values = [rank[name].nan_to_num(1) for rank in everyone]  # rows that were left out have NaN
         assert all(torch.equal(value, values[0]) for value in values), f"ranks differ in {name}"
     single, single_grads = run_wanted(problem, objective, backend, world.device, frozen, **extra)
     exact, exact_grads = problems.solve(clean, spec, 3.7)

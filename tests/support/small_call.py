@@ -1,4 +1,4 @@
-"""A small call whose arguments are right, copies of it with one that is wrong, and the error that must name it."""
+"""This module has a small call with right arguments, copies with a wrong one, and the error that must name it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The Python code of a page, run as if a reader had pasted it."""
+"""Functions that run the Python code of a page as if a reader had pasted it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Problems of `sparse_grad`, what their gradients are in float64, and what a call left out of them.
+"""Problems of `sparse_grad`, their gradients in float64, and what a call left out of them.
 
-Hidden states, weights and biases are whole multiples of 1/16 and few of them to a logit, so that every float32 logit is
-exact: what a row leaves out does not hang on the rounding of a product. What remains is the softmax, `Exact.rounding`.
+Hidden states, weights and biases are multiples of 1/16, and a logit is a sum of few of them, so that every float32
+logit is exact: what a row leaves out does not depend on the rounding of a product. What remains is the softmax,
+`Exact.rounding`.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ COMPACT = ("active", "mask", "none")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ROW = 4 * 130  # bytes of the logits of a row of `case_of`
 SHARES = ("drpo/sparse_share", "drpo/sparse_entries", "drpo/left_out_mean", "drpo/left_out_share_max")
-# of a gradient in its dtype
+# The relative rounding of dlogits and of gradients in this dtype: half an ulp each, and twice that for what adds up.
 STORED = {FP64: 0.0, FP32: 0.0, BF16: 2 * 2.0**-8, FP16: 2 * 2.0**-11}
 
 
 class Shift(dk.Objective):
-    """An objective of a user: no twin, not registered, a gradient where A = 0."""
+    """This is a user's objective: it has no twin, is not registered, and has a gradient where A = 0."""
 
     def token_loss(self, tokens):
         return 0.3 * tokens.log_ratio.square() - tokens.advantages * tokens.logprobs
 
 
 def shift(rows):
-    """`Shift` for the oracle."""
+    """Return the loss of `Shift` for the oracle."""
     return 0.3 * rows.log_ratio.square() - rows.adv * rows.logp
 
 
-OBJECTIVES = {name: (spec, spec) for name, spec in SPECS.items() if spec[0] != "GSPO"}  # (the package's, the oracle's)
+# (the package's objective, the oracle's)
+OBJECTIVES = {name: (spec, spec) for name, spec in SPECS.items() if spec[0] != "GSPO"}
 OBJECTIVES["user"] = ((Shift, {}), (shift, {}))
 
 
@@ -63,7 +65,7 @@ class Case:
 
 
 def sixteenths(values: Tensor) -> Tensor:
-    """Float32 multiples of 1/16, to which rounding to bfloat16 does nothing below 16."""
+    """Return float32 multiples of 1/16, which rounding to bfloat16 does not change below 16."""
     return (16 * values).round().clamp(-255, 255).div(16).float()
 
 
@@ -71,8 +73,8 @@ def sixteenths(values: Tensor) -> Tensor:
 
 
 def rows_between(g, shape, hidden, vocab, spread, pull, miss=0.2):
-    """(hidden, weight, targets): logits of a standard deviation of 0 to `spread`, one of them pulled up by 0 to `pull`:
-    the target's, or in a share `miss` of the rows another's.
+    """Return (hidden, weight, targets). The logits of a row have a standard deviation of 0 to `spread`, and one of them
+    is pulled up by 0 to `pull`: the target's, or in a share `miss` of the rows another one.
     """
     weight = sixteenths(torch.randn(vocab, hidden, generator=g))
     targets = torch.randint(vocab, shape, generator=g)
@@ -84,7 +86,7 @@ def rows_between(g, shape, hidden, vocab, spread, pull, miss=0.2):
 
 
 def with_behaviour(g, problem: Problem, spread=0.3) -> Problem:
-    """And old log-probs near the policy's own, advantages of both signs and of none."""
+    """Return the problem with old log-probs near the policy's own, and with advantages of both signs and 0."""
     shape = problem.targets.shape
     logp = problems.current_logprobs(
         problem.hidden, problem.weight, problem.bias, problem.targets, problem.options
@@ -106,7 +108,7 @@ def case_of(seed=0, shape=(24,), hidden=16, vocab=130, *, spread=5.0, pull=12.0,
 
 
 def options_of(r: random.Random, g, shape, vocab: int) -> dict:
-    """Any mixture of what may stand beside `sparse_grad`."""
+    """Return a random mixture of the options that `sparse_grad` allows beside it."""
     options = {"compact": r.choice(["active", "mask", "none"])}
     heat = r.choice([None, "number", "tensor"])
     if heat:
@@ -122,12 +124,12 @@ def options_of(r: random.Random, g, shape, vocab: int) -> dict:
     elif r.random() < 0.3:
         options["reduction"] = tuple(torch.rand(shape, generator=g) for _ in range(3))
     if r.random() < 0.8:
-        options["workspace_bytes"] = 4 * vocab * r.choice([1, 3, 8, 20])  # so many rows of logits
+        options["workspace_bytes"] = 4 * vocab * r.choice([1, 3, 8, 20])  # room for this many rows of logits
     return options
 
 
 def drawn(seed: int) -> Case:
-    """50 rows of any problem."""
+    """Return a random case of 50 rows."""
     r, g = random.Random(seed), generator(1000 + seed)
     shape = r.choice([(50,), (5, 10)])
     hidden = r.randint(1, 40)
@@ -147,14 +149,16 @@ def drawn(seed: int) -> Case:
     return Case(problem, r.choice(list(OBJECTIVES)), tau)
 
 
-REST = 3  # columns of a head, beyond those that show the logits' gradient
+REST = 3  # columns of the head beside those that show the logits' gradient
 
 
 def visible(case: Case, seed=0) -> Case:
-    """The case with a head [I, R] over hidden states that are logits: the first V columns of dX *are* dlogits."""
+    """Return the case with a head [I, R] over hidden states that are the logits, so that the first V columns of dX
+    *are* dlogits.
+    """
     p, g = case.problem, generator(seed)
     vocab = p.weight.shape[0]
-    raw = p.hidden.double() @ p.weight.double().T  # multiples of 1/256
+    raw = p.hidden.double() @ p.weight.double().T  # these are multiples of 1/256
     rest = sixteenths(torch.randn(vocab, REST, generator=g))
     x = sixteenths(0.3 * torch.randn(*p.targets.shape, REST, generator=g))
     hidden = torch.cat([(raw - x.double() @ rest.double().T).float(), x], -1)
@@ -166,7 +170,9 @@ def visible(case: Case, seed=0) -> Case:
 
 @dataclass(frozen=True)
 class Exact:
-    """In float64, of the N flattened rows: dlogits = slope · pushes, with slope the loss's own times dz/dx."""
+    """The exact gradients in float64 of N flattened rows: dlogits = slope · pushes, with slope the loss's own times
+    dz/dx.
+    """
 
     dlogits: Tensor  # [N, V]
     pushes: Tensor  # onehot - p, [N, V]
@@ -181,17 +187,19 @@ class Exact:
 
     @property
     def uncertain(self) -> Tensor:
-        """What a slope's rounding may be, [N]: relative to the largest, for the terms of a small one may cancel."""
+        """Return how much rounding may change each slope, [N]. It is relative to the largest, because terms of a small
+        slope may cancel.
+        """
         return torch.where(self.active, self.rounding * (self.slope.abs() + self.slope.abs().max()), 0)
 
     @property
     def slack(self) -> Tensor:
-        """What rounding may do to dlogits, [N, V]."""
+        """Return how much rounding may change dlogits, [N, V]."""
         return (self.uncertain + 8 * ULP * self.slope.abs())[:, None] * self.pushes.abs()
 
 
 def exact(case: Case) -> Exact:
-    """By the oracle on z itself, whatever it was made from."""
+    """Return the oracle's gradients by z itself, whatever z was made from."""
     p, vocab = case.problem, case.vocab
     options, scale = dict(p.options), p.options.get("logit_scale", 1.0)
     heat = torch.as_tensor(options.pop("temperature", 1.0)).double().expand(p.targets.shape)[..., None]
@@ -202,7 +210,7 @@ def exact(case: Case) -> Exact:
     z = scale * (raw if p.bias is None else raw + p.bias.double()[:vocab]) / heat
     ready = replace(p, logits=z.detach(), hidden=None, weight=None, bias=None, options=options)
     _, grads = problems.solve(ready, OBJECTIVES[case.objective][1])
-    # z - max z is rounded five times on its way into exp2; then a few dozen sums and products
+    # z - max z is rounded five times on its way into exp2, and then there are a few dozen sums and products.
     span = (z.amax(-1) - z.masked_fill(z.isinf(), torch.inf).amin(-1)).detach().flatten()
     dz, probs = (x.detach().flatten(0, -2) for x in (grads["logits"], z.softmax(-1)))
     counted = torch.ones(len(dz), dtype=torch.bool) if p.mask is None else p.mask.flatten()
@@ -211,7 +219,8 @@ def exact(case: Case) -> Exact:
     others = probs.masked_fill(at_target, 0)
     miss = others.sum(1)
     pushes = torch.where(at_target, miss[:, None], -probs)
-    # from the other tokens: autograd's own gradient of the target is s · (1 - p_y) by a difference, 0 where p_y is 1
+    # The slope comes from the other tokens, because autograd subtracts to get the target's gradient, s · (1 - p_y): 0
+    # where p_y is 1.
     slope = -(dz * others).sum(1) / others.square().sum(1).clamp(min=1e-300) * (scale / heat).flatten()
     return Exact(
         slope[:, None] * pushes, pushes, probs, at_target, slope, miss, slope != 0, hidden.flatten(0, -2), weight,
@@ -224,14 +233,14 @@ def exact(case: Case) -> Exact:
 
 @dataclass(frozen=True)
 class Found:
-    """A call with `sparse_grad`; gradients in float64 [N, H], [V, H], [V], None where they were not wanted."""
+    """A call with `sparse_grad`, and its gradients in float64: [N, H], [V, H] and [V], or None where not wanted."""
 
     out: dk.PolicyLossOutput
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    entries: Tensor  # that each row reports, [N]; 0: dense
-    left_out: Tensor  # [N]
+    entries: Tensor  # number that each row reports, [N]; 0 means dense
+    left_out: Tensor  # probability, [N]
 
 
 def found(case: Case, backend="torch", device="cpu", upstream=1.0, **extra) -> Found:
@@ -257,19 +266,22 @@ def found(case: Case, backend="torch", device="cpu", upstream=1.0, **extra) -> F
 
 
 def assert_below(error: Tensor, bound: Tensor, what: str) -> None:
-    """NaN is not below anything."""
+    """Assert that each error is at most its bound. A NaN is not below anything."""
     error, bound = torch.broadcast_tensors(error, bound)
     bad = ~(error <= bound)
     assert not bad.any(), f"{what}: {error[bad][:4].tolist()} > {bound[bad][:4].tolist()}"
 
 
 def assert_within_bounds(case: Case, got: Found, want: Exact | None = None, stored=0.0) -> None:
-    """The bounds of docs/sparse.md against float64. A row's dlogits err by e_v = p_v [v left out] - m / V times its
-    slope, m <= τ (1 - p_y) being all that is left out, so that with W̄ the mean row
+    """Assert the bounds of docs/sparse.md against float64.
+
+    The error of a row's dlogits is its slope s_t times e_v = p_v [v left out] - m / V, where m <= τ (1 - p_y) is all
+    that is left out. With W̄ the mean row of the weight,
         |ΔdX_t| = |s_t Σ_{left out} p_v (W_v - W̄)| <= |s_t| τ (1 - p_y) max |W_v - W̄|
         ‖ΔdW‖  <= Σ_t |s_t| |e| |x_t|,  |e|² = Σ_{left out} p_v² - m²/V <= m²
         |Δdb|  <= Σ_t |s_t| |e|
-    Rounding is that of dlogits, times |W_v| and |x_t|; `stored` is relative, of dlogits or gradients kept in 16 bits.
+    The rounding of dlogits, times |W_v| and |x_t|, comes on top. `stored` is the relative rounding of dlogits or
+    gradients that are kept in 16 bits.
     """
     want = want or exact(case)
     left = want.slope.abs() * case.tau * want.miss
@@ -290,18 +302,18 @@ def assert_within_bounds(case: Case, got: Found, want: Exact | None = None, stor
 
 
 def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") -> None:
-    """Of a `visible` case: every entry of dlogits is the exact one or its row's even share, and the latter are the
-    smallest, together at most τ (1 - p_y), and as many as that allows, within a level of 1/8 octave.
+    """Assert that each entry of dlogits in a `visible` case is the exact one or its row's even share. The latter are
+    the smallest entries, at most τ (1 - p_y) together, and as many as that allows, within a level of 1/8 octave.
     """
     want, vocab, limit = exact(case), case.vocab, entry_limit(case.vocab, device_type)
     d = got.hidden[:, :vocab]
     assert not got.hidden[~want.active].any()
     sparse, scale = got.entries > 0, want.slope.abs() * want.miss
     even = -want.slope * got.left_out / vocab
-    # an entry that was kept differs from the share by no less than the smallest candidate weighs
+    # A kept entry differs from the share by at least the weight of the smallest candidate.
     gap = 0.5 * scale * case.tau / (2 * limit)
     left = sparse[:, None] & ~want.at_target & ((d - even[:, None]).abs() <= gap[:, None])
-    some = want.active & (want.miss > 0)  # where anything can be seen
+    some = want.active & (want.miss > 0)  # rows in which something can be seen
     sparse &= some
     left &= some[:, None]
     assert (left.sum(1) == vocab - got.entries)[sparse].all()
@@ -334,12 +346,12 @@ def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") ->
 
 
 def fewest(want: Exact, tau: Tensor) -> Tensor:
-    """The fewest entries beside the target that leave out at most τ (1 - p_y), and what lies within a level of the
-    smallest of them, [N].
+    """Return [N] counts: the fewest entries beside the target that leave out at most τ (1 - p_y), and those within a
+    level of the smallest of them.
     """
     others = want.probs.masked_fill(want.at_target, 0)
     ordered = others.sort(dim=1, descending=True).values
-    rest = ordered.flip(1).cumsum(1).flip(1)  # from an entry on
+    rest = ordered.flip(1).cumsum(1).flip(1)  # sum of an entry and all smaller ones
     count = (rest > (tau * want.miss)[:, None]).sum(1)
     smallest = ordered.gather(1, (count - 1).clamp(min=0)[:, None])
     near = others >= smallest * 2 ** (-1 / LEVELS_PER_OCTAVE) * (1 - want.rounding[:, None])
@@ -350,7 +362,7 @@ def fewest(want: Exact, tau: Tensor) -> Tensor:
 
 
 def gradients(case: Case, wanted=("hidden", "weight", "bias"), device="cpu", upstream=1.0, backend="torch", **extra):
-    """(output, gradients by name) of a call in which only `wanted` require them."""
+    """Return (output, gradients by name) of a call in which only the `wanted` leaves require a gradient."""
     leaves = {k: v.detach().to(device).requires_grad_(k in wanted) for k, v in case.problem.leaves().items()}
     objective = problems.build(OBJECTIVES[case.objective][0])
     out = problems.call(case.problem, objective, backend, device, leaves, **{"sparse_grad": case.tau, **extra})
@@ -359,7 +371,7 @@ def gradients(case: Case, wanted=("hidden", "weight", "bias"), device="cpu", ups
 
 
 def assert_same(got: dict, want: dict, bound=0.0) -> None:
-    """Bitwise, or norm-wise up to `bound`."""
+    """Assert that the gradients have the same bits, or with a `bound` that they agree in norm."""
     assert got.keys() == want.keys()
     for name in want:
         if bound:
@@ -369,7 +381,7 @@ def assert_same(got: dict, want: dict, bound=0.0) -> None:
 
 
 def one_row(logits, target=0, tau=0.02, **options) -> Case:
-    """A row of these logits, which the first of its hidden states multiplies."""
+    """Return a case of one row, whose logits are these plus half of a ramp from -1 to 1."""
     weight = torch.stack([logits, torch.linspace(-1, 1, len(logits))], 1)
     problem = problems.Problem(
         torch.tensor([target]), torch.tensor([-1.0]), torch.tensor([1.5]), hidden=torch.tensor([[1.0, 0.5]]),
@@ -383,7 +395,7 @@ def replace_objective(case: Case, objective: str) -> Case:
 
 
 def rows_of(case: Case, rows, **options) -> Case:
-    """Some rows of a case of shape [T]."""
+    """Return the case with only these rows, from a case of shape [T]."""
     names = ("hidden", "targets", "old_logprobs", "advantages", "mask")
     tensors = {n: getattr(case.problem, n) for n in names if getattr(case.problem, n) is not None}
     return case.with_tensors(**{n: x[rows] for n, x in tensors.items()}).with_options(**options)
@@ -393,6 +405,3 @@ def in_dtype(case: Case, dtype) -> Case:
     p = case.problem
     bias = None if p.bias is None else p.bias.to(dtype)
     return case.with_tensors(hidden=p.hidden.to(dtype), weight=p.weight.to(dtype), bias=bias)
-
-
-# of dlogits and of the gradients: half an ulp each, twice that for what adds up

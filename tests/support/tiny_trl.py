@@ -44,7 +44,7 @@ def dataset(size: int = 64) -> Dataset:
 
 
 def letter_share(completions, **_):
-    """Reward the share of vowels: the rewards of a group differ, and can be learnt."""
+    """Reward the share of vowels, which differs within a group and can be learnt."""
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 
 

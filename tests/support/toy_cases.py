@@ -13,7 +13,9 @@ def _scaled_square(x, hyper):
 
 @triton.jit
 def _row_kernel(x_ptr, bias_ptr, out_ptr, n, hyper, FN: tl.constexpr, BLOCK: tl.constexpr):
-    """out = FN(x) rounded to bf16: a constexpr function, a tuple of run-time floats, an optional pointer."""
+    """Compute out = FN(x) rounded to bf16, with a constexpr function, a tuple of run-time floats and an optional
+    pointer.
+    """
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0)
     if bias_ptr is not None:
@@ -23,7 +25,7 @@ def _row_kernel(x_ptr, bias_ptr, out_ptr, n, hyper, FN: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _register_hog(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Divides a row by its sum while holding all of it in registers: 512 values per thread at BLOCK = 65536."""
+    """Divide a row by its sum while all of it is in registers: 512 values per thread at BLOCK = 65536."""
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     tl.store(out_ptr + offsets, x / tl.sum(x))
@@ -42,5 +44,5 @@ def _hog(name: str, block: int) -> KernelCase:
 
 
 def bad() -> list[KernelCase]:
-    """One that spills to local memory on NVIDIA, and one that no compiler takes."""
+    """Return one case that spills to local memory on NVIDIA, and one that no compiler takes."""
     return [_hog("hog", 65536), _hog("not-a-power-of-two", 1000)]

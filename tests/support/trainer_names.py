@@ -1,4 +1,4 @@
-"""The few names that the pages' snippets import from the trainers, which are not installed."""
+"""The few names that the pages' snippets import from trainers, which are not installed."""
 
 import dataclasses
 import sys

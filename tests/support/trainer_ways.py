@@ -1,4 +1,4 @@
-"""Each trainer's way from a rollout to the loss, by the snippets of its page in docs/integrations.
+"""Each trainer's way from a rollout to the loss, through the snippets of its page in docs/integrations.
 
 A way lays the rollout out and names the tensors as the trainer does, runs the page's snippet and returns its loss.
 """
@@ -264,7 +264,7 @@ def open_instruct_masked_mean(values, mask, axis, denominator):
 
 def open_instruct_loss_only(rollout):
     data, mask = open_instruct_batch(rollout), open_instruct_batch(rollout).response_masks[0][:, 1:]
-    invalid = {"mask": ~mask, "value": 1.0}  # their INVALID_LOGPROB
+    invalid = {"mask": ~mask, "value": 1.0}  # INVALID_LOGPROB of open-instruct
     labels = data.query_responses[0][:, 1:].clamp(max=V - 1)
     hidden = rollout.packed("hidden", padding=2)[:, :-1]
     logprobs = naive_logprobs(hidden, rollout.weight, labels).masked_fill(**invalid)

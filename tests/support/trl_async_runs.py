@@ -1,8 +1,8 @@
 """Asynchronous runs of TRL on a CPU, from recorded samples of stale policies.
 
-TRL's attention over packed rows is a FlashAttention-3 kernel, for which a PyTorch function of the same arguments stands
-in. A worker that hands out recorded samples takes the place of the vLLM server. Nothing takes the place of its client,
-of the weight transfer and of the name of the GPU. Everything else is TRL's.
+TRL's attention over packed rows is a FlashAttention-3 kernel, and a PyTorch function with the same arguments stands in
+for it. A worker that hands out recorded samples takes the place of the vLLM server. Its client, the weight transfer and
+the GPU's name are left out. Everything else is TRL's.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def samples(steps=STEPS + 1, **changes) -> list[RolloutSample]:
     """Return groups of four completions of one prompt, with the log-probs of an older policy. They are enough for one
     step more than is trained, because the trainer reads ahead.
 
-    Two completions of a group begin alike, so that trained tokens share a position of the packed row. Three have tokens
-    of a tool in the middle, which are not trained.
+    Two completions of a group begin alike, so that trained tokens share a position of the packed row. Three have a
+    tool's tokens in the middle, which are not trained.
     """
     rng, found = np.random.default_rng(3), []
     for group in range(steps * SAMPLES // 4):

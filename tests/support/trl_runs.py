@@ -20,7 +20,8 @@ from drpo_kernels.integrations.trl import DRPOConfig, DRPOTrainer
 
 transformers.logging.set_verbosity_error()
 
-# Float32 log-probs of two correct heads differ by about 1e-6. The losses cancel to 1e-2 and below, hence the floor.
+# Float32 log-probs of two correct heads differ by about 1e-6. The terms of a loss cancel to 1e-2 and below, hence the
+# floor.
 LOSS_BOUND, LOSS_FLOOR = 2e-5, 1e-2
 WEIGHT_BOUND = 2e-5
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}

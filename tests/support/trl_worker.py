@@ -1,4 +1,4 @@
-"""Two processes of TRL runs (torchrun, gloo), ours beside TRL's: `trl_worker.py synchronous|asynchronous FOLDER`.
+"""Runs of our trainers beside TRL's on two processes (torchrun, gloo): `trl_worker.py synchronous|asynchronous FOLDER`.
 
 The first process prints a JSON line with what was logged, and how far the weights are from each other.
 """
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 
 def count_tokens(trainer) -> list[int]:
-    """A list that fills with the completion tokens of each of this rank's micro-batches."""
+    """Return a list that fills with the completion tokens of each of this rank's micro-batches."""
     counts, compute_loss = [], trainer._compute_loss
 
     def counting(model, inputs):
@@ -74,7 +74,7 @@ def asynchronous(folder: Path) -> None:
         (AsyncGRPOTrainer, AsyncGRPOConfig, {}),
         (AsyncDRPOTrainer, AsyncDRPOConfig, {"objective": PPO()}),
     ):
-        # a folder for each rank, so that none reads the model that another is writing
+        # Each rank has a folder of its own, so that none reads the model that another is writing.
         own = folder / os.environ["RANK"]
         run = trl_async_runs.trainer(cls, config, own, ddp_backend="gloo", **options, **objective)
         runs.append((tiny_trl.run(run), tiny_trl.weights(run)))

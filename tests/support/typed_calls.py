@@ -1,4 +1,4 @@
-"""A user's script for type checkers, which nobody runs: they must accept the right calls and flag the wrong ones."""
+"""A user's script for type checkers, which must accept the right calls and flag the wrong ones. Nobody runs it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Calls of verl's losses on batches as verl pads them, and what the formulas say of them in float64."""
+"""Calls of verl's losses on batches as verl pads them, and the formulas in float64 to compare them with."""
 
 import math
 

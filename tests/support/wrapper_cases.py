@@ -1,7 +1,9 @@
-"""The fused head under DDP, FSDP1, FSDP2, tensor parallelism and DeepSpeed: the gradients of one process on all data.
+"""The fused head under DDP, FSDP1, FSDP2, tensor parallelism and DeepSpeed has the gradients of one process on all
+data.
 
-The expectation is eager: the model's own logits of every rank's rows in one process, the loss by autograd, divided by
-the tokens of all of them. Two float32 computations of the same gradient, summed in another order: 1e-5 of its norm.
+The expectation is eager: one process has the model's own logits of every rank's rows, and the loss by autograd is
+divided by the number of all their tokens. The two float32 computations of a gradient add in another order, hence 1e-5
+of its norm.
 """
 
 import contextlib
@@ -31,8 +33,8 @@ AUXILIARY = 0.02
 
 
 def batches_of(rank, size, steps=1, idle="tokens"):
-    """A rank's micro-batches, each of its own shape. In the first, one rank has no valid token ("tokens": the last
-    rank) or no advantage ("advantages": the first), so that no row of it is active.
+    """Return a rank's micro-batches, each of its own shape. In the first, one rank has no active row: the last one has
+    no valid token ("tokens"), or the first one has no advantage ("advantages").
     """
     rows = 2 + rank % 2
     batches = [
@@ -47,12 +49,12 @@ def batches_of(rank, size, steps=1, idle="tokens"):
 
 
 def own_loss(logprobs, entropy, batch):
-    """A loss of the user's."""
+    """This is a loss of the user's own."""
     return -(batch.mask * (batch.advantages[:, None] + 0.3) * logprobs + 0.05 * entropy).sum()
 
 
 def expected(model, size, steps, kind, idle="tokens"):
-    """Gradients by name, of everybody's micro-batches in one process."""
+    """Return the gradients by name of everybody's micro-batches in one process."""
     model = copy.deepcopy(model)
     batches = [b for rank in range(size) for b in batches_of(rank, size, steps, idle)]
     total = sum(b.mask.sum() for b in batches)
@@ -67,7 +69,7 @@ def expected(model, size, steps, kind, idle="tokens"):
 
 
 def fused_step(call, batch, normalizer, kind):
-    """This rank's loss of a micro-batch, through the wrapped model; "kept ids": all of them, by `kept_ids`."""
+    """Return this rank's loss of a micro-batch, through the wrapped model. With "kept ids", `kept_ids` are all ids."""
     head = logprobs_of(batch) if kind == "own" else partial(loss_of(batch), normalizer=normalizer)
     if kind == "kept ids":
         head = partial(head, kept_ids=torch.arange(V).expand(*batch.targets.shape, V))
@@ -101,8 +103,8 @@ def gradients_of(model):
 
 
 def shard(model, layout, **options):
-    """FSDP2: "root" alone, "layers" and root, or layers, "head" (with the norm) or "bare head" (a unit of its own) and
-    root.
+    """Shard by FSDP2. The root is always a unit, alone for "root", and beside a unit for each layer otherwise. The head
+    is a unit with the norm for "head", and by itself for "bare head".
     """
     if layout != "root":
         for layer in model.model.layers:
@@ -111,14 +113,14 @@ def shard(model, layout, **options):
         fully_shard(model.lm_head, **options)
     if layout == "head":
         group = [model.model.norm, model.lm_head]
-        # FSDP2 wants a shared parameter in one group
+        # FSDP2 wants a shared parameter in one group.
         tied = model.lm_head.weight is model.model.embed_tokens.weight
         fully_shard([model.model.embed_tokens, *group] if tied else group, **options)
     return fully_shard(model, **options)
 
 
 def synchronised(wrapped, last):
-    """The context of a micro-batch of which only the last exchanges gradients."""
+    """Return the context of a micro-batch, of which only the last exchanges gradients."""
     if isinstance(wrapped, DistributedDataParallel):
         return contextlib.nullcontext() if last else wrapped.no_sync()
     wrapped.set_requires_gradient_sync(last)
@@ -182,7 +184,7 @@ def fsdp1(world, wrap_head):
 
 @case()
 def mixed_precision(world):
-    """Under a bf16 policy hidden states and weight are bf16, and the tensors of a `partial` are as they were."""
+    """Under a bf16 policy hidden states and weight are bf16, and the tensors of a `partial` stay as they were."""
     model = add_fused_head(make("Qwen3"))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     wrapped = shard(model, "bare head", mp_policy=policy)
@@ -207,7 +209,7 @@ def mixed_precision(world):
 
 @case()
 def adapters(world):
-    """LoRA on a frozen, sharded model."""
+    """LoRA works on a frozen, sharded model."""
     import peft
 
     model = make("Qwen3")
@@ -227,7 +229,7 @@ def adapters(world):
 
 
 def split_head(model, mesh):
-    """transformers' tensor parallelism, of the head alone; in 5.17 its plan is the model's."""
+    """Apply transformers' tensor parallelism to the head alone; in 5.17 its plan is the model's."""
     plan = {"lm_head.weight": "colwise", "lm_head": "colwise_gather_output"}
     if "tp_plan" in inspect.signature(apply_tensor_parallelism).parameters:
         apply_tensor_parallelism(model, mesh, plan)
@@ -240,7 +242,7 @@ def split_head(model, mesh):
 @case("transformers", "own", hf=True, kind="own")
 @case("torch", hf=False)
 def tensor_parallel(world, hf, kind="loss"):
-    """A head split over its vocabulary on a mesh called "tp": everybody has all tokens."""
+    """The head is split over its vocabulary on a mesh called "tp", and every process has all tokens."""
     model = add_fused_head(make("Qwen3"))
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tp",))
     batch = make_batch()
@@ -258,14 +260,14 @@ def tensor_parallel(world, hf, kind="loss"):
     with torch.no_grad():
         scored, _ = model(**batch.inputs, fused_head=logprobs_of(batch))
     assert (scored - logprobs).abs().max() <= BOUND
-    full = model(**batch.inputs).logits  # its own logits still come through the wrapper's hooks
+    full = model(**batch.inputs).logits  # the model's own logits still come through the wrapper's hooks
     assert full.shape[-1] == want["lm_head.weight"].shape[0]
 
 
 @case("root", layout="layers")
 @case("head", layout="head", kind="own")
 def sharded_tensor_parallel(world, layout, kind="loss"):
-    """FSDP2 over a head that tensor parallelism has split: half of the processes hold other tokens."""
+    """FSDP2 shards a head that tensor parallelism has split, and half of the processes hold other tokens."""
     if world.size < 4:
         return
     model = add_fused_head(make("Qwen3"))
@@ -281,7 +283,7 @@ def sharded_tensor_parallel(world, layout, kind="loss"):
 
 @case()
 def shards_of_another_kind(world):
-    """A DTensor that is not known to be a vocabulary shard is refused: FSDP's shards look the same."""
+    """A DTensor that is not known to be a vocabulary shard is refused, because FSDP's shards look the same."""
     model = add_fused_head(make("Qwen3"))
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("model",))
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})

@@ -1,4 +1,4 @@
-"""What every process of test_wrappers.py runs: the cases of wrapper_cases.py or zero3_cases.py, in one launch.
+"""Every process of test_wrappers.py runs this: the cases of wrapper_cases.py or zero3_cases.py, in one launch.
 
     torchrun --nproc-per-node N tests/support/wrapper_worker.py MODULE REPORT [CASE ...]
 

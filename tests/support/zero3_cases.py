@@ -1,4 +1,4 @@
-"""The fused head under DeepSpeed's ZeRO-3, on CPU processes with gloo: needs deepspeed."""
+"""The fused head under DeepSpeed's ZeRO-3, on CPU processes with gloo; this needs deepspeed."""
 
 import copy
 
@@ -14,10 +14,10 @@ from wrapper_cases import agree, batches_of, expected, fused_step
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
-    # persistence 0: no parameter stays whole because it is small
+    # A persistence threshold of 0 keeps no parameter whole because it is small.
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 0.0,  # 1.0 by default
+    "gradient_clipping": 0.0,  # the default is 1.0
 }
 
 
@@ -36,9 +36,9 @@ def zero3(world, kind="loss", tied=False, name="Qwen3", steps=1, idle="tokens"):
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         config={**CONFIG, "gradient_accumulation_steps": steps},
     )  # fmt: skip
-    assert engine.module.lm_head.weight.numel() == 0  # released
+    assert engine.module.lm_head.weight.numel() == 0  # the weight is released
     batches = batches_of(world.rank, world.size, steps, idle)
-    # DeepSpeed divides by the ranks and by the accumulation steps
+    # DeepSpeed divides by the number of ranks and by the accumulation steps.
     normalizer = global_normalizer([b.mask for b in batches], loss_divisor=steps)
     for batch in batches:
         engine.backward(fused_step(engine, batch, normalizer, kind))
