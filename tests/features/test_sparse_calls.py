@@ -82,7 +82,7 @@ def test_one_hidden_state_for_all_rows(device):
         dk.linear_policy_loss(x.expand(12, -1), *rest, sparse_grad=tau, backend="torch").loss.backward()
     dense = case.with_tensors(hidden=case.problem.hidden[:1].expand(12, -1).contiguous())
     (_, exactly), (_, sparsely) = (
-        sparse.gradients(sparse.replace_objective(dense, "drpo-default"), device=device, sparse_grad=tau)
+        sparse.gradients(sparse.Case(dense.problem, "drpo-default", dense.tau), device=device, sparse_grad=tau)
         for tau in (0.0, 0.02)
     )
     want = (exactly["hidden"] + sparsely["hidden"]).sum(0, keepdim=True)

@@ -346,8 +346,8 @@ def assert_exact_but_for_the_least(case: Case, got: Found, device_type="cpu") ->
 
 
 def fewest(want: Exact, tau: Tensor) -> Tensor:
-    """Return [N] counts: the fewest entries beside the target that leave out at most τ (1 - p_y), and those within a
-    level of the smallest of them.
+    """Return [N] counts of the entries beside the target that are at least as large as the smallest of the fewest which
+    leave out at most τ (1 - p_y), less one level of the selection.
     """
     others = want.probs.masked_fill(want.at_target, 0)
     ordered = others.sort(dim=1, descending=True).values
@@ -356,9 +356,6 @@ def fewest(want: Exact, tau: Tensor) -> Tensor:
     smallest = ordered.gather(1, (count - 1).clamp(min=0)[:, None])
     near = others >= smallest * 2 ** (-1 / LEVELS_PER_OCTAVE) * (1 - want.rounding[:, None])
     return torch.where(count > 0, near.sum(1), 0)
-
-
-# --- calls ------------------------------------------------------------------------------------------------------------
 
 
 def gradients(case: Case, wanted=("hidden", "weight", "bias"), device="cpu", upstream=1.0, backend="torch", **extra):
@@ -388,10 +385,6 @@ def one_row(logits, target=0, tau=0.02, **options) -> Case:
         weight=weight, options=options,
     )  # fmt: skip
     return Case(problem, "pg", tau)
-
-
-def replace_objective(case: Case, objective: str) -> Case:
-    return Case(case.problem, objective, case.tau)
 
 
 def rows_of(case: Case, rows, **options) -> Case:
