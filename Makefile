@@ -7,7 +7,7 @@
 # make peers    install the heads that the benchmarks compare with: Liger's and cut-cross-entropy's
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
-# make sparsity  what sparse_grad saves and costs on this machine (20 minutes), its plots, docs/sparse.md
+# make sparsity  what sparse_grad saves and costs on this machine, its plot, docs/sparse.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
 # make stability  six losses, four settings, five seeds: an hour or two on 2 cores, resumable; rewrites docs/stability.md

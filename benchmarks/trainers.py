@@ -132,8 +132,10 @@ def measure(size: Size, rounds: int) -> list[Record]:
         raise AssertionError(f"losses {our_loss} and {their_loss}, head gradients {error} apart: nothing is timed")
     seconds = interleaved_seconds(steps, rounds)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = dict(zip(TRAINERS, pool.map(peak_bytes, TRAINERS, [size] * len(TRAINERS)), strict=True))
+    peaks = {}
+    for name in TRAINERS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            peaks[name] = pool.submit(peak_bytes, name, size).result()
     return [
         {
             "benchmark": "trainers", "size": asdict(size), "dtype": "float32", "trainer": name, "gradient_error": error,

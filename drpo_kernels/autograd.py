@@ -1,7 +1,8 @@
 """The autograd boundary: `torch.autograd.Function`s over the computations of ops.py.
 
-The policy losses compute their gradients in the forward and only scale them in the backward; the log-probs recompute
-the logits there.
+The policy losses compute their gradients in the forward and only scale them in the backward. The log-probs compute
+theirs in the backward, from logits that a head multiplies a second time, or that the caller gave and autograd has
+saved.
 """
 
 import functools

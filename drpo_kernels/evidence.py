@@ -24,6 +24,7 @@ EVIDENCE_METRICS = {
         "toward_advantage",
     )
 }  # fmt: skip
+MEANS = tl.constexpr(len(EVIDENCE_METRICS))
 EVIDENCE_METRICS |= {EVIDENCE + f"logsumexp_{how}": Metric(how, "computed") for how in ("max", "min")}
 
 
@@ -124,7 +125,7 @@ def neighbour(rows, outcome, valid, t, count, LEAST: tl.constexpr):
 def evidence(
     rows, rows_stride, outcome, outcome_stride, valid, values, count, terms, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The twin of `evidence_metrics` -> values fp32 [24] in the order of EVIDENCE_METRICS, added in fp32.
+    """The twin of `evidence_metrics` -> values fp32 in the order of EVIDENCE_METRICS, added in fp32.
 
     `policy_metrics_kernel` describes the arguments.
     """
@@ -175,7 +176,7 @@ def evidence(
         misfit_sum, above_sum, before_sum, after_sum, cumulative_sum, misfit_zero_sum, unsure_sum, repeated_sum,
         sign_sum, toward_sum,
     )  # fmt: skip
-    for i in tl.static_range(22):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
+    for i in tl.static_range(MEANS):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(values + i, mean(sums[i], n))
-    tl.store(values + 22, largest(logsumexp_most, n))
-    tl.store(values + 23, 0.0 - largest(logsumexp_least, n))
+    tl.store(values + MEANS, largest(logsumexp_most, n))
+    tl.store(values + MEANS + 1, 0.0 - largest(logsumexp_least, n))

@@ -61,6 +61,8 @@ METRICS = {
 # The counts are the last entries of METRICS, and are integers.
 COUNTS = sum(metric.how == "sum" for metric in METRICS.values())
 MEASURES = len(METRICS) - COUNTS
+# `metrics_of_rows` stores so many: the measures with `ref_kl`, and the counts.
+STORED_VALUES, STORED_COUNTS = tl.constexpr(MEASURES + 1), tl.constexpr(COUNTS)
 # A call with log-probs of a reference has this metric too.
 REFERENCE_METRICS = {"ref_kl": Metric("mean", "computed")}
 # A call with `sparse_grad` has these metrics too.
@@ -144,6 +146,7 @@ def policy_metrics(
 
 # Clipping by an objective shows not at all, in the weight, or in a slope of 0.
 NO_CLIPS, WEIGHT_CLIPS, SLOPE_CLIPS = 0, 1, 2
+BY_WEIGHT, BY_SLOPE = tl.constexpr(WEIGHT_CLIPS), tl.constexpr(SLOPE_CLIPS)
 
 
 def clips_of(objective: Objective) -> int:
@@ -153,7 +156,7 @@ def clips_of(objective: Objective) -> int:
 
 
 class MetricTerms(NamedTuple):
-    """What the Triton twins need besides tensors. All fields but `kl_cap` are constants, for which Triton compiles."""
+    """What the Triton twins need besides tensors. All fields but `kl_cap` are compile-time constants."""
 
     kl: Any  # twin of the KL estimator, or None
     kl_cap: Any
@@ -181,9 +184,9 @@ def metric_constants(objective: Objective) -> dict[str, float]:
 def is_clipped(weight, slope, inside, terms):
     """Whether the objective has cut the gradient of a token, by `clips_of`."""
     clipped = inside & False
-    if terms.clips == 1:
+    if terms.clips == BY_WEIGHT:
         clipped = weight < terms.unclipped
-    if terms.clips == 2:
+    if terms.clips == BY_SLOPE:
         clipped = slope == 0
     return clipped
 
@@ -245,10 +248,10 @@ def metrics_of_rows(
         mean(beyond_sum, w), mean(clipped_sum, w), mean(entropy_sum, n), mean(logp_sum, n), largest(old_most, n),
         mean(below_sum, n), mean(zero_sum, n), mean(computed_count, all_tokens), mean(kl_sum, n),
     )  # fmt: skip
-    for i in tl.static_range(18):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
+    for i in tl.static_range(STORED_VALUES):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(values + i, results[i])
     totals = (tl.sum(unscorable_count, 0), tl.sum(sentinel_count, 0), tl.sum(nonfinite_count, 0), all_tokens, n, w)
-    for i in tl.static_range(6):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
+    for i in tl.static_range(STORED_COUNTS):  # pyright: ignore[reportGeneralTypeIssues]  # the compiler unrolls it
         tl.store(counts + i, totals[i].to(tl.int64))
 
 

@@ -33,10 +33,13 @@ def _require_positive(objective: Objective, *names: str, optional: bool = False)
 
 @jit
 def drpo(logp, old, adv, hyper):
-    ratio, excess, slope = ratio_terms(logp, old)
+    """-> (ℓ, dℓ/dlogπ = -dr/dlogπ · (A - |A| (π - μ) / δ)). The shift is μ (r - 1), and dr/dlogπ is r, or 0 beyond the
+    clamp on Δ.
+    """
+    ratio, excess, ratio_slope = ratio_terms(logp, old)
     shift = clamped_shift(logp, old)
     loss = tl.abs(adv) * shift * excess / (2 * hyper[0]) - adv * ratio
-    return loss, slope * (tl.abs(adv) * shift / hyper[0] - adv)
+    return loss, ratio_slope * (tl.abs(adv) * shift / hyper[0] - adv)
 
 
 @register_objective

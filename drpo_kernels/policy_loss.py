@@ -194,7 +194,10 @@ def _prepared(
 
 
 def _route(inputs: PolicyInputs) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The cheapest right way to (loss, outcome [len(Outcome), N]), to be called."""
+    """Choose the cheapest route that is right for this call -> a function without arguments that returns (loss,
+    outcome). The outcome has the fields of `Outcome`, and with `sparse_grad` those of `Sparsity` behind them, [fields,
+    N].
+    """
     options = inputs.problem.options
     objective = options.objective
     if torch.compiler.is_compiling() and (options.vocab_shard is not None or not is_registered(objective)):

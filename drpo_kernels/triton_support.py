@@ -5,7 +5,6 @@ Triton too (macOS, Windows). There `jit` returns the function unchanged. Nothing
 refuses to run.
 """
 
-import os
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +23,8 @@ except ImportError:
         return jit if function is None else function
 
 
-# Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
-INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it must be set before this package is imported.
+INTERPRETING = HAS_TRITON and triton.knobs.runtime.interpret  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def constants(names: type[IntEnum]) -> tuple[Any, ...]:

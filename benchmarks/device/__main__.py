@@ -1,8 +1,9 @@
 """`python -m benchmarks.device --sitting first --out DIR` measures what only a GPU can tell, within minutes.
 
-There are three sittings: `first` takes under three minutes and has bare products, our own methods and the tests of
-sizes, graphs and streams; `second` takes eight minutes and has peers, small models, memory, row kernels, a
-profile, the other GPU tests and a run; `third` is what is left. `--parts` names parts in place of a sitting's.
+There are three sittings: `first` takes under three minutes and has the clocks, bare products, our own methods and the
+tests of sizes, graphs and streams; `second` takes eight minutes and has peers, small models, sparse gradients, memory,
+row kernels, a profile, the other GPU tests, a run, batch invariance and precision; `third` is what is left. `--parts`
+names parts in place of a sitting's.
 
 Parts run in order, each in a process of its own and for a share of the time that is left. Every result is a line of a
 file in DIR as soon as it is measured. A process that dies, hangs or loses the device costs the case that it had begun;

@@ -33,8 +33,8 @@ SMALL_DEMO = {"steps": 4, "warmup_steps": 4, "held_out": 20, "min_gain": -1.0, "
 
 
 class Product(NamedTuple):
-    """A bf16 product of [rows, inner] and [inner, columns]; `out` is the dtype of the result, which a float32 dW is
-    added to.
+    """A bf16 product of [rows, inner] and [inner, columns]. `out` is the dtype of the result; a float32 dW is added to
+    what its buffer holds.
     """
 
     name: str

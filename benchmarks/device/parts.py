@@ -71,12 +71,16 @@ def output(command: Sequence[object], seconds: float) -> tuple[int | None, list[
 
 
 def environment(job: Job) -> Iterator[Record]:
-    """Yield the clocks and the power. Every line has device and versions anyway."""
+    """Yield the clocks and the power; device and versions are in every line anyway."""
     if shutil.which("nvidia-smi") is None:
         raise Unsupported("nvidia-smi is not on this machine")
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.used"
     status, lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], job.seconds)
-    yield {"nvidia_smi": dict(zip(fields.split(","), lines[0].split(", "), strict=True)), "exit": status}
+    if status is None:
+        raise Stopped
+    if status != 0:
+        raise Unsupported(f"nvidia-smi exited with {status}")
+    yield {"nvidia_smi": dict(zip(fields.split(","), lines[0].split(", "), strict=True))}
 
 
 # These match a line of `pytest -v`, alone and under xdist.

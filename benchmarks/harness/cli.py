@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness.provenance import ROOT
 
 DEVICES = ("cpu", "cuda")
-PLACES = ("out", "page", "cache")  # options that do not change what is measured
+PLACES = ("out", "cache")  # options that do not change what is measured
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -38,9 +38,7 @@ def results(options: argparse.Namespace, default: Path | None) -> Path | None:
 
 
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """Return the command that repeats a run: every option that is not at its default, without
-    the place of the output.
-    """
+    """Return the command that repeats a run: the options that are not at their defaults, but for the output's place."""
     words, flags = [parser.prog], []
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"

@@ -142,6 +142,9 @@ def attempt(case: Case, prepared: Prepared, rounds: int, deadline: float) -> Out
     method, outcome = METHODS[case.method], Outcome()
     try:
         inputs, exact = prepared.of(case)
+    except torch.OutOfMemoryError as error:  # any other error is not the method's, and ends the run
+        return Outcome(failure(error, method))
+    try:
         outcome = check(method, inputs, exact)
         if outcome.step is None:
             return outcome

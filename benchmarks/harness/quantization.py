@@ -1,7 +1,4 @@
-"""This quantises to fp8 with one scale per tensor or per block, and back to float32, as drpo_kernels itself need not.
-
-The scales of `per_row` are in drpo_kernels/backends/quantize.py. The blocks are those of DeepSeek-V3, arXiv 2412.19437.
-"""
+"""fp8 with one scale per tensor or per block, and back to float32, which drpo_kernels itself does not need."""
 
 import torch
 from torch import Tensor

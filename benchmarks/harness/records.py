@@ -51,11 +51,12 @@ def append(path: Path, record: Record) -> None:
 
 
 def replace_part(path: Path, part: str, records: Sequence[Record], order: Sequence[str] | None = None) -> None:
-    """Put the records at the end, in place of those whose "part" is this one; `order` then
-    sorts all records by part.
+    """Put the records at the end, in place of those whose "part" is this one. `order` then sorts all records by part,
+    those of a part that it does not name last.
     """
     old = read(path)
     kept = [record for record in old if record["part"] != part]
     if records or len(kept) < len(old):
         found = [*kept, *records]
-        write(path, found if order is None else sorted(found, key=lambda record: order.index(record["part"])))
+        rank = {name: place for place, name in enumerate(order or ())}
+        write(path, sorted(found, key=lambda record: rank.get(record["part"], len(rank))))

@@ -1,6 +1,4 @@
-"""This times several functions, interleaved in one process, so that a change of the
-machine's load meets all of them.
-"""
+"""Several functions are timed interleaved in one process, so that a change of the machine's load meets all of them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ held to the distance of `noise`, which averages out over the steps.
 
 The check says nothing unless rows are sparse. If fewer than half are, over the run, the exit status is 1 too.
 
-The program writes one JSON line per run, with sampled curves, to bench_results/longrun_sparse.jsonl, and a plot there.
+The program writes one JSON line per run, with sampled curves, to bench_results/longrun_sparse.jsonl, and a plot beside
+it.
 """
 
 from __future__ import annotations

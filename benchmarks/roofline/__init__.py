@@ -1,1 +1,1 @@
-"""Predicted time and memory of the speed benchmark's methods on chips that are not here, beside what was measured."""
+"""Predicted time and memory of our methods and of plain PyTorch on chips that are not here, and what was measured."""

@@ -1,7 +1,8 @@
 """Published figures of the chips that the model knows, and the shares of them that are assumed to be reached.
 
-chips.csv has a row for each figure with the place where it is published. Two are not: NVIDIA's pages do not give the
-cache of an H200, which is as its driver reports it, nor the number of SMs of a B200, which is that of a device query.
+chips.csv has a row for each figure with its source. Some are not published: the cache of an H200 is as its driver
+reports it, the number of SMs of a B200 is that of a device query, lanes follow from the compute capability, and the
+share of the bandwidth is assumed.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def sweep_plan(problem: Problem, active: int, forward: int = 0) -> SweepPlan:
 
 
 def _accumulator(problem: Problem, cut: SweepPlan) -> int:
-    """Return bytes of the buffer in which dW is summed or written; 0 with a frozen head."""
+    """Return the bytes of the buffer in which dW is summed or written; 0 with a frozen head."""
     if cut.weight_gradient is WeightGradient.NONE:
         return 0
     wide = cut.weight_gradient is WeightGradient.WIDE_SUM
@@ -39,7 +39,7 @@ def _accumulator(problem: Problem, cut: SweepPlan) -> int:
 
 
 def held_bytes(problem: Problem, cut: SweepPlan) -> int:
-    """Return bytes held while rows with a gradient are swept: logits, dlogits, dX, dW or its sum, copies of hidden
+    """Return the bytes held while rows with a gradient are swept: logits, dlogits, dX, dW or its sum, copies of hidden
     rows.
     """
     copies = cut.storage.copied * cut.windows.largest * problem.hidden

@@ -1,4 +1,6 @@
-"""The picture of docs/roofline.md: where the predicted time of every method goes, and the time that was measured."""
+"""The picture of docs/roofline.md: where the predicted time of every method that is predicted goes, and the time that
+was measured.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def comparison(records: Sequence[Record]) -> str:
     )  # fmt: skip
     return "\n\n".join([
         " ".join(conclusions(rows)),
-        "![Predicted stages and measured time of every method](../bench_results/gpu/roofline.png)",
+        "![Predicted stages and measured time of our methods and of plain PyTorch](../bench_results/gpu/roofline.png)",
         table(header, [_compared(row) for row in rows], left=4),
         origin([row.record for row in rows]),
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""This runs study.py."""
+"""The command; see study.py."""
 
 import sys
 

@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds (default: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help="runs at a time (default: one per core)")
     parser.add_argument("--smoke", action="store_true", help="sizes that say nothing, in a minute: a rehearsal")
     parser.add_argument("--no-report", action="store_true", help="run only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl, pictures, page")

@@ -12,6 +12,7 @@ from benchmarks.stability.statistics import ENOUGH, LEVEL, bootstrap, holm, pair
 
 REFERENCES = ("DRPO δ=0.2", "DRPO δ=12.5")
 PAIRS = [(a, b) for a, b in product(REFERENCES, METHODS) if a != b and (a, b) != REFERENCES[::-1]]
+COLUMNS = ["setting", "reference", "other", "estimate", "p", "counts"]
 
 
 def differences(runs: Runs) -> pd.DataFrame:
@@ -21,11 +22,11 @@ def differences(runs: Runs) -> pd.DataFrame:
     A row has its "setting", "reference" and "other", the "estimate" of the mean difference, and "p", corrected for the
     comparisons of the same setting. It "counts" if its interval excludes zero and the corrected test agrees.
     """
-    return pd.concat([_family(runs, setting) for setting in runs.settings], ignore_index=True)
+    return pd.DataFrame([row for setting in runs.settings for row in _family(runs, setting)], columns=COLUMNS)
 
 
-def _family(runs: Runs, setting: str) -> pd.DataFrame:
-    """Return the comparisons of one setting."""
+def _family(runs: Runs, setting: str) -> list[tuple]:
+    """Return the comparisons of one setting, as rows."""
     chosen = runs.comparison[runs.comparison["setting"] == setting]
     areas = chosen.pivot(index="seed", columns="method", values="area")
     paired = {(a, b): (areas[a] - areas[b]).dropna() for a, b in PAIRS if {a, b} <= set(areas.columns)}
@@ -36,4 +37,4 @@ def _family(runs: Runs, setting: str) -> pd.DataFrame:
         estimate = bootstrap(values)
         counts = p < 1 - LEVEL and not estimate.low <= 0 <= estimate.high
         rows.append((setting, reference, other, estimate, p, counts))
-    return pd.DataFrame(rows, columns=["setting", "reference", "other", "estimate", "p", "counts"])
+    return rows

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.harness import cli
 from benchmarks.harness.blocks import markers, rewrite
 from benchmarks.harness.provenance import ROOT
 from benchmarks.stability import figures, tables
@@ -68,5 +69,11 @@ def write_report(out: Path = RESULTS) -> int:
     return 2 if missing else 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser("benchmarks.stability.report", __doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl, pictures, page")
+    return write_report(parser.parse_args(argv).out)
+
+
 if __name__ == "__main__":
-    sys.exit(write_report())
+    sys.exit(main())

@@ -70,9 +70,7 @@ def status(runs: Runs) -> str:
 
 
 def collapses(runs: Runs) -> str:
-    """Render how many runs of each method collapsed in each setting, and the lowest rate of the
-    sweep at which one did.
-    """
+    """Render how many runs of each method collapsed in each setting, and the lowest rate of the sweep with one."""
     lowest = runs.sweep[runs.sweep["collapsed"]].groupby("method")["lr"].min()
     rows = []
     for method in runs.methods:
@@ -83,9 +81,7 @@ def collapses(runs: Runs) -> str:
 
 
 def faster(runs: Runs) -> str:
-    """Render by how much a DRPO at either δ has the larger area under the curve, a column for each of the other
-    methods.
-    """
+    """Render the area under the curve of DRPO at either δ minus that of every other method, a column for each."""
     found = differences(runs)
     if found.empty:
         return f"No two methods share {ENOUGH} seeds yet."
@@ -125,7 +121,8 @@ def settings(runs: Runs) -> str:
 def methods(runs: Runs) -> str:
     """Render the objective of each method, and its learning rate."""
     rates = runs.own_rate.groupby("method")["lr"].first()
-    rows = [(method, f"`{METHODS[method]!r}`", f"{rate:g}") for method, rate in rates[runs.methods].items()]
+    shown = {method: f"{rate:g}" for method, rate in rates.items()}
+    rows = [(method, f"`{METHODS[method]!r}`", shown.get(method, NOTHING)) for method in runs.methods]
     return table(("method", "objective", "learning rate"), rows, left=2)
 
 

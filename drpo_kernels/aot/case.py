@@ -57,7 +57,7 @@ class KernelCase:
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, object] = field(default_factory=dict)  # further launch options, such as maxnreg
-    targets: tuple[str, ...] = ()  # how the names of those begin whose launches look like this; none: all
+    targets: tuple[str, ...] = ()  # prefixes of the targets that are launched with these types and options; none: all
     expected: Expected = Expected()
 
     def __post_init__(self) -> None:

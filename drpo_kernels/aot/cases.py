@@ -23,14 +23,14 @@ from drpo_kernels.objectives import DPPO, DRPO, PolicyGradient
 from drpo_kernels.triton_support import tl
 
 VOCAB = 151936  # Qwen3's: the row the tiles are chosen for
-# whose row tiles the targets with such names take
+# the device whose row tiles are compiled for the targets whose names begin so
 ROW_DEVICES = {
     "sm_8": PRESETS["a100"], "sm_9": PRESETS["h100"], "sm_10": PRESETS["b200"], "sm_12": ARCHITECTURES["sm_120"],
     "gfx": PRESETS["mi300x"],
 }  # fmt: skip
 
 BYTES = {None: 0, "bf16": 2, "fp16": 2, "fp32": 4}
-# types of what does not depend on the case, by name
+# the types of those arguments whose type is the same in every case
 TYPES: dict[str, ArgumentType] = {
     "targets": "*i64", "count": "i32", "logits.row_stride": "i64", "logits.vocab": "i32", "logits.scale": "fp32",
     "logits.softcap": "fp32", "out.row_stride": "i64", "out.padded": "i32", "terms.kl_cap": "fp32",
@@ -45,14 +45,14 @@ GATHERED = (
     "table.data", "table.row_stride", "left.data", "left.row_stride", "right.data", "right.row_stride", "out",
     "out_stride", "base", "width",
 )  # fmt: skip
-# settings of the objectives that have a twin for each of several
+# for an objective with several twins: the settings that choose each of them
 OTHER_TWINS: dict[type[Objective], tuple[dict[str, Any], ...]] = {
     DPPO: ({"divergence": "tv"}, {"divergence": "kl"}),
     PolicyGradient: ({}, {"ratio_cap": 1.25}),
 }
 
-# Of the row kernels, by how a case's name begins, the first that fits: what they take at most under Triton 3.4 to 3.9,
-# instructions to the next half
+# What a row kernel may take: the first entry that its case's name begins with. Each is the most that Triton 3.4 to 3.9
+# give, instructions rounded up to a half.
 BOUNDS = {
     "policy[drpo fp32>fp32]": Bounds(reading=8, writing=8, registers=64),
     "policy[drpo bf16>bf16]": Bounds(reading=9, writing=8.5, registers=64),
@@ -77,7 +77,10 @@ BOUNDS = {
 
 
 def _bounds(name: str) -> Bounds:
-    return next(bounds for start, bounds in BOUNDS.items() if name.startswith(start))
+    for start, bounds in BOUNDS.items():
+        if name.startswith(start):
+            return bounds
+    raise ValueError(f"{name}: no entry of BOUNDS fits this row kernel")
 
 
 class LossTerms(TypedDict):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import GIB, MIB, DeviceProperties
+from drpo_kernels.backends.matmul import CPU_CAST_BYTES
 
 # A workspace holds enough rows to keep the products near their peak, and is small beside the model.
 DEVICE_WORKSPACE = 1024 * MIB
@@ -21,8 +22,8 @@ CPU_WORKSPACE, CPU_WORKSPACE_MOST, CPU_ROWS = 64 * MIB, 128 * MIB, 256
 # The rows of a tile of a product. Full tiles waste nothing.
 ROW_MULTIPLE = 128
 # If dlogits have a buffer of their own, logits take a quarter of the workspace and at least these rows: 512 FLOP for
-# every byte of the weight that is read, which is twice what keeps any GPU busy. The dlogits of a window take the other
-# three quarters, because every window reads and writes dW once.
+# every byte of a 16-bit weight that is read. By their peak rates an H100 needs 295, and the other presets need no more.
+# The dlogits of a window take the other three quarters, because every window reads and writes dW once.
 CHUNK_ROWS = 512
 # cuBLAS multiplies in tiles of so many rows and columns, in waves of one tile to a processor. Processors that are idle
 # in dX's last wave cost half of their time. This was measured on an H200 (docs/gpu.md): at H=4096 windows of 2432 rows,
@@ -32,10 +33,12 @@ CHUNK_ROWS = 512
 TILE_ROWS, TILE_COLUMNS, IDLE, WINDOW_WAVES = 128, 256, 0.5, 1 / 7400
 # Copies of a window's hidden rows may take so many bytes beside the workspace, and a piece of its dX as many again.
 COPY_BYTES = 32 * MIB
-# These were measured on a CPU: the bytes of two blocks of logits in float32 (torch_rows.py), the bytes of a block of a
-# weight that is cast (matmul.py), the columns that the products' library packs, how many numbers of each, and the bytes
-# of a token.
-CPU_ROW_SCRATCH, CPU_CAST_SCRATCH, PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 8 * MIB, 8 * MIB, 10_240, 512, 92
+# What a CPU holds for a moment: two float32 blocks of logits (CPU_BLOCK of torch_rows.py), and a block of a weight that
+# is cast.
+CPU_ROW_SCRATCH, CPU_CAST_SCRATCH = 8 * MIB, CPU_CAST_BYTES
+# By measurement, the products' library packs so many columns with so many numbers of each, and a token takes so many
+# bytes.
+PACKED_COLUMNS, PACKED_DEPTH, TOKEN_BYTES = 10_240, 512, 92
 
 
 class NeedsGrad(NamedTuple):
@@ -111,7 +114,7 @@ class SweepPlan:
     retained: bool  # one window holds all rows, in place of a float32 dW
     weight_gradient: WeightGradient
     on_cpu: bool = False
-    processors: int = 0  # each takes one tile of dX in a wave; 0: it is not known how many there are
+    processors: int = 0  # each takes one tile of dX in a wave; 0: windows are not fitted to waves
     fitting: int | None = None  # the rows that fit into a window, if fewer fill the waves better
 
     @property
@@ -281,7 +284,7 @@ def cut(
 
 def _in_one_window(made: SweepPlan, most: int, budget: int) -> SweepPlan | None:
     """The plan with all rows in one window, or None: it needs 2TV + 4 CHUNK_ROWS V <= budget + 4VH, and no more bytes
-    than `made`. To fit, its chunks may have fewer rows, down to CHUNK_ROWS / 2, which just keep a GPU busy.
+    than `made`. To fit, its chunks may have fewer rows, down to CHUNK_ROWS / 2: 256 FLOP for every byte of the weight.
     """
     sizes, row = made.sizes, made.sizes.vocab * made.storage.logits.itemsize
     window, dlogits = ChunkPlan(sizes.active, sizes.active), sizes.active * sizes.vocab * made.storage.dlogits.itemsize

@@ -139,8 +139,9 @@ class RowOps(Protocol):
     def policy(self, batch: RowBatch, terms: Terms, out: Tensor | None, factors: Tensor | None = None) -> Tensor:
         """Compute statistics, loss and, with `out`, the gradient in one launch -> [len(Outcome), N].
 
-        With `factors` [N] the gradient is factors ⊙ out. `out` gets exp(q), and -Σ_{j≠y} exp(q_j) at the target. A
-        row's factor is -slope / SUM · dz/dx, or 0 where the row is not ACTIVE.
+        With `factors` [N] the gradient is factors ⊙ out, and `out` is [N, V]. It gets exp(q), and -Σ_{j≠y} exp(q_j) at
+        the target, each times the slope of the tanh if there is a soft-cap. A row's factor is -slope / SUM ·
+        logit_scale / temperature, or 0 where the row is not ACTIVE.
         """
         ...
 

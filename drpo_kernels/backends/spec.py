@@ -71,7 +71,9 @@ class Spec:
 
     @staticmethod
     def decode(words: list[str], numbers: list[float]) -> "Spec":
-        """The inverse of `encode`."""
+        """The inverse of `encode`, but for terms that are None, as those of log-probs are: they come back as those of
+        the policy gradient, and nothing reads them.
+        """
         (objective, *words), (vocab, *numbers) = words, numbers
         parts: dict[str, dict[str, Any]] = {"transform": {}, "execution": {}, "terms": {}}
         for part, name, kind in _FIELDS:

@@ -1,8 +1,8 @@
 """The chunked linear path: 6F with the gradient in the forward, or 2F + 6F by recomputation.
 
 F = T·V·H. For each chunk a product gives the logits, and row operations write dlogits, or exponentials and a factor for
-each row. For each window one product gives dX and one adds to dW. No [T, V] tensor exists unless the plan retains all
-dlogits in 16 bits: planning.py decides that. Nothing here knows an objective or a kernel.
+each row. For each window one product gives dX and one adds to dW. No [T, V] tensor exists, unless all rows fit into the
+workspace or the plan retains all dlogits in 16 bits (planning.py). Nothing here knows an objective or a kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -197,14 +197,14 @@ class LinearSweep:
         forward, reports = [], []
         for chunk in self.plan.forward if forward_rows else ():
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            forward.append(compute(self._batch(rows), out=None, factors=None))
+            forward.append(compute(self._multiplied(rows), out=None, factors=None))
         for window in self.plan.windows:
             for chunk in self.plan.chunks(window):
                 rows = slice(window.start + chunk.start, window.start + chunk.stop)
                 dlogits = self._logits_of(chunk) if self._dlogits is None else self._dlogits[chunk]
                 factors = None if self._factors is None else self._factors[chunk]
                 parts = (x[:, rows] for x in per_row)
-                reports.append(compute(self._batch(rows), *parts, out=dlogits, factors=factors))
+                reports.append(compute(self._multiplied(rows), *parts, out=dlogits, factors=factors))
             if self._dlogits is not None and window.stop == self.active:
                 self._logits = None  # copies of the hidden rows may take their memory
             self._accumulate(window)
@@ -235,8 +235,10 @@ class LinearSweep:
         assert self._logits is not None
         return self._logits[start : start + rows.stop - rows.start]
 
-    def _batch(self, rows: slice, start: int = 0) -> RowBatch:
-        """The chunk's logits, in the shared buffer from its row `start`, with what its rows carry in."""
+    def _multiplied(self, rows: slice, start: int = 0) -> RowBatch:
+        """Multiply the hidden states of these rows by the head -> the batch of their logits, which lie in the shared
+        buffer from its row `start`.
+        """
         logits = self.head_product.logits(self.hidden_rows(rows), self._logits_of(rows, start))
         return RowBatch(logits, self.targets[rows], self.rows[:, rows], self.head.transform, self.bias)
 

@@ -194,7 +194,7 @@ def safe_targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
 def _block_sums(base: Tensor, buffers: Tensor, e: Tensor, index: Tensor, factor: Tensor) -> Tensor:
     """[4, n] of a block: max b, q of the target, Σ 2^q and Σ 2^q q over the other tokens; q = (b - max b) · factor.
 
-    The 2^q of the other tokens are left in `e`, which may be `base` or the second buffer.
+    The 2^q of the other tokens are left in `e`, which may be `base`. If `e` is the second buffer they are overwritten.
     """
     row_max = base.amax(1, keepdim=True).to(buffers.dtype)
     q = torch.sub(base, row_max, out=buffers[0]).mul_(factor)
@@ -229,8 +229,8 @@ def _from_sums(sums: Tensor, factor: Tensor, outside: Tensor) -> Tensor:
 class GradientRows(NamedTuple):
     """The numbers that a row's gradient needs, [N, 1] each.
 
-    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term. At the target -slope · 2^q · scale
-    becomes slope · (1 - p_y). A slope z of the log-sum-exp acts as a slope -z of log π, and adds z at the target.
+    dx = 2^q · scale, or 2^q · scale · (per_q · q + constant) with an entropy term. At the target -slope · p becomes
+    slope · (1 - p_y). A slope z of the log-sum-exp acts as a slope -z of log π, and adds z at the target.
     """
 
     reference: Tensor

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from drpo_kernels.demo.compare import (
     TOLERANCE,
-    Batch,
     Comparison,
     compare,
     comparison_table,
@@ -24,14 +23,6 @@ from drpo_kernels.demo.task import ALPHABET, split_problems
 from drpo_kernels.demo.train import History, train
 
 LATE = 20  # the metrics of `sparse_grad` are averaged over this many steps at the end
-
-
-def trained_batch(settings: Settings, device: torch.device) -> Batch:
-    """The last batch of a whole run under its final weights, for benchmarks. The run takes a minute on a CPU core."""
-    model = build_model(settings, device)
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    result = train(model, *split_problems(settings.seed, settings.held_out), settings, generator)
-    return run_batch(model, result.rollout)
 
 
 def run(settings: Settings, device_name: str | None, out: Path) -> int:

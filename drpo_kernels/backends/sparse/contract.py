@@ -30,8 +30,8 @@ LEAST_ENTRIES, MOST_ENTRIES = 16, 1024
 class Sparsity(IntEnum):
     """The fields that follow `Outcome` in a row's report where `sparse_grad` is used."""
 
-    ENTRIES = 5  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
-    LEFT_OUT = 6  # probability mass of the other entries, which have no gradient
+    ENTRIES = len(Outcome)  # vocabulary entries of the row's gradient, its target among them; 0 where it is dense
+    LEFT_OUT = len(Outcome) + 1  # probability mass of the other entries, which have no gradient
 
 
 # A row reports so many fields.
@@ -66,8 +66,8 @@ class EntryOps(RowOps, Protocol):
         ...
 
     def select(self, batch: RowBatch, statistics: Tensor, tolerance: float, limit: int) -> Selection:
-        """Choose the fewest entries of each ACTIVE row, beside its target, that leave out at most
-        tolerance · (1 - p_y).
+        """Choose entries of each ACTIVE row, beside its target, that leave out at most tolerance · (1 - p_y): the
+        largest ones, and as few as possible if of each level (LEVELS) all or none are kept.
 
         A row is dense if it needs more than `limit` entries. It may also be called dense without an exact count: if
         more than 3 · limit entries exceed the smallest probability that can matter, if the sum of its other tokens is

@@ -4,14 +4,10 @@ for `kept_ids` (backends/kept_logits.py) the ids that sampling kept.
 
 from typing import Any, NamedTuple
 
-import torch
-
 from drpo_kernels.backends.sparse import contract
 from drpo_kernels.backends.triton.kernels import ACTIVE, INV_TEMPERATURE, KIND, row_jit
 from drpo_kernels.backends.triton.softmax import Logits, Matrix, load_base, load_softmax, row_of
 from drpo_kernels.triton_support import jit, tl
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 ROUNDING = tl.constexpr(contract.SHARE_ROUNDING)
 LEAST_OTHERS = tl.constexpr(contract.LEAST_OTHERS)
@@ -63,10 +59,10 @@ def select_kernel(
 ):  # fmt: skip
     """logits [N, V], statistics [7, N] -> `Selected`, all computed in fp32.
 
-    A row's first entry is the target, with a share of -1. The fewest other entries that leave out at most `tolerance`
-    of 1 - p_y follow by ascending column, with their shares of 1 - p_y; left_out is the share of all others. counts is
-    -1 where more than `limit` are needed, and 0 where the row is not ACTIVE. The row is read once. The read stops when
-    the row is seen to be dense, and does not begin if the statistics show it.
+    A row's first entry is the target, with a share of -1. The largest other entries follow by ascending column, with
+    their shares of 1 - p_y: as few, by whole levels, as leave out at most `tolerance` of it. left_out is the share of
+    all others. counts is -1 where more than `limit` are needed, and 0 where the row is not ACTIVE. The row is read
+    once. The read stops when the row is seen to be dense, and does not begin if the statistics show it.
     """
     t = tl.program_id(0).to(tl.int64)
     rows += t

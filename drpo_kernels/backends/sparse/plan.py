@@ -34,7 +34,9 @@ class SparsePlan(SweepPlan):
         return super().held_bytes + ENTRY_BYTES * self.entries
 
     def sparse_chunk_rows(self, limit: int) -> int:
-        """Rows of a chunk that may all have `limit` entries. An entry that is not sorted takes half of its bytes."""
+        """Rows of a chunk that may all have `limit` entries. An entry that still waits, unsorted, takes half of
+        ENTRY_BYTES.
+        """
         return max(2 * self.entries // (limit + 1), 1)
 
     def _choices(self) -> list[tuple[str, int | None, str]]:

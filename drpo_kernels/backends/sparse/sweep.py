@@ -63,7 +63,7 @@ class SparseSweep(LinearSweep):
         """Fill `outcome` [len(Outcome) + len(Sparsity), swept] and the gradients."""
         for chunk in self.plan.forward:
             rows = slice(self.active + chunk.start, self.active + chunk.stop)
-            outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, self._batch(rows))[0]
+            outcome[: len(Outcome), rows] = policy_rows(self.ops, self.head.vocab, terms, self._multiplied(rows))[0]
         self._dense: list[Tensor] = []  # the positions of those rows
         self._filled, self._products = 0, 0
         self._to_all = self._waiting.new_zeros(1, self.hidden.shape[-1], dtype=self.matmul.accumulator)  # Σ spread · x
@@ -106,7 +106,7 @@ class SparseSweep(LinearSweep):
         return most
 
     def _chunk(self, rows: slice, terms: Terms, outcome: Tensor, limit: int) -> Entries:
-        statistics, batch = self.ops.consume(self._batch(rows, self._filled if self._dlogits is None else 0))
+        statistics, batch = self.ops.consume(self._multiplied(rows, self._filled if self._dlogits is None else 0))
         outcome[: len(Outcome), rows], slopes = self.ops.losses(statistics, batch.rows, terms)
         chosen = self.ops.select(batch, statistics, self.execution.sparse_grad, limit)
         outcome[Sparsity.ENTRIES, rows] = chosen.counts.to(outcome.dtype)

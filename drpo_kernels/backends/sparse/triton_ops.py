@@ -9,7 +9,7 @@ from drpo_kernels.backends.devices import DeviceProperties
 from drpo_kernels.backends.rows import RowBatch, Stat
 from drpo_kernels.backends.sparse import kernels
 from drpo_kernels.backends.sparse.contract import GatheredSums, Selection, most_entropy
-from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, TritonRows, on_device
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, TRITON_TYPES, TritonRows, on_device
 from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
 from drpo_kernels.triton_support import INTERPRETING
@@ -91,7 +91,7 @@ class TritonEntries(TritonRows):
         with on_device(out):
             kernels.gathered_sums_kernel[(len(sums.places), -(-width // tile.columns))](
                 Matrix(table, *table.stride()), sums.rows, sums.factors, sums.offsets, sums.places, out, out.stride(0),
-                width, row, factors, ROUNDED=kernels.TYPES[dtype], ROWS=tile.rows, COLUMNS=tile.columns,
+                width, row, factors, ROUNDED=TRITON_TYPES[dtype], ROWS=tile.rows, COLUMNS=tile.columns,
                 num_warps=tile.num_warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
 
@@ -104,7 +104,7 @@ class TritonEntries(TritonRows):
             with on_device(out):
                 kernels.gathered_dots_kernel[(len(out),)](
                     Matrix(left, *left.stride()), left_index, Matrix(right, *right.stride()), right_index, out,
-                    left.shape[1], ROUNDED=kernels.TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps,
+                    left.shape[1], ROUNDED=TRITON_TYPES[dtype], COLUMNS=tile.columns, num_warps=tile.num_warps,
                     **LAUNCH_OPTIONS,
                 )  # fmt: skip
         return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drpo_kernels.backends.devices import device_properties
-from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, on_device
+from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, TRITON_TYPES, on_device
 from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import MatmulTile, matmul_tile
 from drpo_kernels.triton_support import INTERPRETING, jit, tl, triton
@@ -25,7 +25,6 @@ TRUNCATES = INTERPRETING
 # a multiple of it.
 VECTOR = tl.constexpr(16)
 COLUMN_BLOCK = 256
-TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @jit

@@ -1,4 +1,5 @@
-"""Row kernels: one program owns one row of logits and knows nothing of the loss beyond the functions handed to it. The
+"""Row kernels: one program owns one row of logits, or in `losses_kernel` a block of rows without their logits, and
+knows nothing of the loss beyond the functions handed to it. `scale_kernel` multiplies a finished gradient. The
 mathematics is that of softmax.py; the packed per-row layouts are `Field`, `Stat`, `Outcome` and `Slope` of
 backends/rows.py.
 """
@@ -56,7 +57,9 @@ class Output(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """What a row's loss is made of (`Terms`). Its functions and flags are constants, for which Triton compiles."""
+    """What a row's loss is made of (`Terms`). Its functions and flags are compile-time constants: each combination is a
+    kernel of its own.
+    """
 
     objective: Any  # twin (logp, old, advantage, hyper) -> (ℓ, dℓ/dlogπ)
     hyper: Any  # its hyper-parameters, a tuple of fp32
@@ -248,9 +251,11 @@ def policy_kernel(
 
 @jit
 def scale_kernel(values, count, factor, BLOCK: tl.constexpr):
-    """values [count] *= factor (0-d), in fp32 and rounded once. By 1, what a loss mostly is, nothing is moved."""
+    """values [count] *= factor (0-d), in fp32 and rounded once. If the factor is 1, as it mostly is, nothing is read or
+    written.
+    """
     scale = tl.load(factor).to(tl.float32)
-    if scale != 1:  # a NaN is not
+    if scale != 1:  # true for a NaN
         lanes = tl.arange(0, BLOCK)
         start = tl.program_id(0).to(tl.int64) * BLOCK
         step = tl.num_programs(0).to(tl.int64) * BLOCK

@@ -27,9 +27,11 @@ from drpo_kernels.triton_support import tl
 
 # Kernels use fused multiply-adds, whatever the installed Triton does by default.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A kernel that walks over a tensor has so many programs for each multiprocessor.
 PROGRAMS = 8
-# Two programs reduce the metrics of a batch. Each takes so many tokens at a time, one per thread, as it has many sums.
+# Two programs reduce the metrics of a batch. Each takes so many tokens at a time, one per thread of a warp of 32, as it
+# has many sums. The second half of an AMD wavefront repeats the first.
 METRICS_BLOCK = 512
 # A program of the kernel that computes losses alone takes so many rows.
 LOSSES_BLOCK = 128

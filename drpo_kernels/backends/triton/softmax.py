@@ -1,7 +1,8 @@
 """The softmax of one row of logits and its gradient, by one program: what the row kernels are made of.
 
 For a row x [V] of raw logits (fp32, bf16 or fp16; all arithmetic in fp32), with the base logits b and the factor of
-`Transform`, and with a reference r of the row that is near its log-sum-exp:
+`Transform`, and with a reference r, here a base logit and not the ratio: near lse / factor if the rollout gives it,
+else that of the target or the row's largest:
     z_j = factor · b_j    q_j = factor · (b_j - r)    E_j = exp(q_j)    Σ = Σ_j E_j
     logp = q_y - log Σ    q̄ = Σ_j E_j q_j / Σ    H = log Σ - q̄    lse = factor · r + log Σ
     dx_j = dz_j/dx_j · (slope · (onehot_y - p)_j - slope_H · p_j (q_j - q̄) + slope_lse · p_j)
@@ -13,8 +14,9 @@ whose Σ shows that r was wrong (another policy, a banned target) is read twice 
 then. The sum runs over the tokens other than the target, which gives 1 - p_y = others / Σ and, where the target is
 likely, logp = -log1p(others / E_y) without cancellation.
 
-A gradient in slope alone is v · E_j with v = -slope / Σ, and v · -others at the target. Where the products that follow
-can take a factor per row, one read writes E and leaves v (`RowOps.factors`); else a second read writes the gradient.
+A gradient in slope alone is v · E_j with v = -slope / Σ · dz/dx, and v · -others at the target. Where the products that
+follow can take a factor per row, one read writes E and leaves v (`RowOps.factors`); else a second read writes the
+gradient.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ from drpo_kernels.triton_support import constants, jit, tl
 
 STATS = tl.constexpr(len(Stat))
 LOGPROB, ENTROPY, REFERENCE, SUM, MISS, MEAN, LOGSUMEXP = constants(Stat)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e20)  # the least q in a product: a banned token's is -inf, and 0 · -inf would be NaN
 
 
 class Matrix(NamedTuple):
@@ -79,7 +83,6 @@ class Softmax(NamedTuple):
 @jit
 def row_of(logits, place, target, inv_temperature):
     """The `LogitRow` at `place` among the rows of `logits`, with its target and 1 / temperature."""
-    LN2: tl.constexpr = 0.6931471805599453
     inner_scale = logits.scale
     chain = logits.scale * inv_temperature
     factor = chain
@@ -142,7 +145,6 @@ def add_block(logits, row, reference, sums, out, start, STORE: tl.constexpr, EDG
     With STORE, 2^q times the slope of a soft-cap goes to `out`. Only a block at an EDGE may hold the target, whose
     place becomes 0, or columns beyond the vocabulary.
     """
-    LOWEST: tl.constexpr = -1.0e20  # a banned token's q is -inf, and 0 · -inf would be NaN
     lane_sum, lane_moment = sums
     lanes = tl.arange(0, BLOCK)
     cols = start + lanes
@@ -222,8 +224,6 @@ def reduce_row(logits, row, old, out, HAS_OLD: tl.constexpr, STORE: tl.constexpr
     it all.
     """
     LARGEST_SUM: tl.constexpr = 256.0 if HAS_OLD else 4.0
-    LOWEST: tl.constexpr = -1.0e20
-    LN2: tl.constexpr = 0.6931471805599453
     b_y, _ = load_target(logits, row)
     b_y = tl.where(row.has_target, b_y, float("nan"))  # which turns the whole row into NaN
     reference = b_y
@@ -263,8 +263,6 @@ def load_softmax(statistics, stride):
 @jit
 def gradient_at(logits, row, b, v, known, inv_total, slope, entropy_slope, HAS_ENTROPY: tl.constexpr):
     """The gradient of tokens other than the target, whose base logits are (b, v)."""
-    LOWEST: tl.constexpr = -1.0e20
-    LN2: tl.constexpr = 0.6931471805599453
     q = (b - known.reference) * row.factor2
     p = tl.exp2(q) * inv_total
     gradient = -slope * p

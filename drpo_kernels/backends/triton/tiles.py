@@ -27,13 +27,13 @@ class RowTile:
 def row_tile(
     vocab: int, itemsize: int, device: DeviceProperties, threads: int | None = None, bytes_per_thread: int = 32
 ) -> RowTile:
-    """`threads` threads read a row, each with two 16-byte loads in flight. A thread adds in 8 lanes, one for each fp32
-    element or for two of 16 bits. Sums in 8 lanes do not spill.
+    """`threads` threads read a row, each with `bytes_per_thread` in flight: two 16-byte loads by default. A thread adds
+    in 8 lanes, one for each fp32 element or for two of 16 bits. Sums in 8 lanes do not spill.
 
     Several rows share a multiprocessor, where one row's loads hide another's reductions. On an H200 512 threads are
-    best, whether a row is read once or twice (docs/gpu.md). On sm_80 512 would spill: GPUs before Hopper take 256.
-    Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64. Without a limit the
-    compiler would take up to 116 for 16-bit logits.
+    best, whether a row is read once or twice (docs/gpu.md). On sm_80 512 would spill: GPUs with less shared memory than
+    Hopper take 256. Two rows of 512 threads share the 65,536 registers of a multiprocessor if a thread has 64. Without
+    a limit the compiler would take up to 116 for 16-bit logits.
     """
     hopper = device.shared_memory_bytes >= HOPPER_SHARED_MEMORY
     if threads is None:
