@@ -201,10 +201,9 @@ def metrics_of_rows(
     none = tl.full([BLOCK], float("-inf"), tl.float32)
     ratio_sum, k1_sum, k3_sum, shift_sum, weight_sum = nothing, nothing, nothing, nothing, nothing
     beyond_sum, clipped_sum, entropy_sum, logp_sum, below_sum = nothing, nothing, nothing, nothing, nothing
-    zero_sum, kl_sum, sentinel_count = nothing, nothing, nothing
+    zero_sum, kl_sum, sentinel_count, nonfinite_count = nothing, nothing, nothing, nothing
     ratio_most, shift_most, weight_least, weight_most, old_most = none, none, none, none, none
     token_count, computed_count, weighted_count, unscorable_count = nothing, nothing, nothing, nothing
-    nonfinite_count = nothing
     for start in range(0, count, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = t < count
