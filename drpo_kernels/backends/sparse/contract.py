@@ -49,6 +49,9 @@ class Selection(NamedTuple):
     left_out: Tensor  # each row's probability mass without an entry, [n]; 0 where counts are
 
 
+Base = tuple[Tensor, Tensor]  # a row [H], and its factor in each group [G]
+
+
 class GatheredSums(NamedTuple):
     """G sums over rows of a table [R, H]. Each adds consecutive products factor · row and has a place in the output."""
 
@@ -76,12 +79,7 @@ class EntryOps(RowOps, Protocol):
         ...
 
     def gathered_sums(
-        self,
-        table: Tensor,
-        sums: GatheredSums,
-        out: Tensor,
-        dtype: torch.dtype,
-        base: tuple[Tensor, Tensor] | None = None,
+        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: Base | None = None
     ) -> None:
         """out[places] += sums, or with `base` (a row [H], factors [G]) out[places] = sums + factors · row.
 

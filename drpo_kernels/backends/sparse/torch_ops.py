@@ -9,7 +9,7 @@ from torch import Tensor
 from drpo_kernels.backends import torch_rows
 from drpo_kernels.backends.matmul import cast_rows
 from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Stat
-from drpo_kernels.backends.sparse.contract import LEAST_OTHERS, GatheredSums, Selection
+from drpo_kernels.backends.sparse.contract import LEAST_OTHERS, Base, GatheredSums, Selection
 from drpo_kernels.backends.sparse.selection import above, fewest, too_flat
 from drpo_kernels.backends.torch_rows import LOG2E, GradientRows, Scratch, TorchRows, safe_targets
 
@@ -80,12 +80,7 @@ class TorchEntries(TorchRows):
                 out[block] = gradient
 
     def gathered_sums(
-        self,
-        table: Tensor,
-        sums: GatheredSums,
-        out: Tensor,
-        dtype: torch.dtype,
-        base: tuple[Tensor, Tensor] | None = None,
+        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: Base | None = None
     ) -> None:
         for groups, index, rows in _gathered(table, sums, dtype):
             start, stop = (int(sums.offsets[edge]) for edge in (groups.start, groups.stop))

@@ -8,7 +8,7 @@ from torch import Tensor
 from drpo_kernels.backends.devices import DeviceProperties
 from drpo_kernels.backends.rows import RowBatch, Stat
 from drpo_kernels.backends.sparse import kernels
-from drpo_kernels.backends.sparse.contract import GatheredSums, Selection, most_entropy
+from drpo_kernels.backends.sparse.contract import Base, GatheredSums, Selection, most_entropy
 from drpo_kernels.backends.triton.launch import LAUNCH_OPTIONS, TRITON_TYPES, TritonRows, on_device
 from drpo_kernels.backends.triton.softmax import Matrix
 from drpo_kernels.backends.triton.tiles import RowTile, row_tile
@@ -72,12 +72,7 @@ class TritonEntries(TritonRows):
         )  # fmt: skip
 
     def gathered_sums(
-        self,
-        table: Tensor,
-        sums: GatheredSums,
-        out: Tensor,
-        dtype: torch.dtype,
-        base: tuple[Tensor, Tensor] | None = None,
+        self, table: Tensor, sums: GatheredSums, out: Tensor, dtype: torch.dtype, base: Base | None = None
     ) -> None:
         if not len(sums.places):
             return
