@@ -71,7 +71,7 @@ def hopeless(e: Tensor, highest: Tensor, limit: int) -> Tensor:
     return torch.minimum(e, x).sum(1) - limit * x[:, 0]
 
 
-def fewest(rows: Tensor, shares: Tensor, count: int, tolerance: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+def trimmed(rows: Tensor, shares: Tensor, count: int, tolerance: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates [M] with their shares of 1 - p_y -> (those to keep [M], how many of each row [count], the share of all
     others [count]). A row's smallest candidates are left out while the budget lasts, all of a level or none.
     """

@@ -10,7 +10,7 @@ from drpo_kernels.backends import torch_rows
 from drpo_kernels.backends.matmul import cast_rows
 from drpo_kernels.backends.rows import Field, RowBatch, RowKind, Stat
 from drpo_kernels.backends.sparse.contract import LEAST_OTHERS, Base, GatheredSums, Selection
-from drpo_kernels.backends.sparse.selection import above, fewest, too_flat
+from drpo_kernels.backends.sparse.selection import above, too_flat, trimmed
 from drpo_kernels.backends.torch_rows import LOG2E, GradientRows, Scratch, TorchRows, safe_targets
 
 # The entries of so many rows are chosen together. The sums by level of a row take a KiB, several times.
@@ -51,7 +51,7 @@ class TorchEntries(TorchRows):
             following = slice(int(block[0]), int(block[0]) + len(block)) if len(candidates) == len(dense) else block
             e = _exponentials(batch, scratch, following, statistics[Stat.REFERENCE], factor, index)
             rows, columns, values = above(e, others[block], tolerance, limit)
-            kept, entries, mass = fewest(rows, values / others[block][rows], len(block), tolerance, limit)
+            kept, entries, mass = trimmed(rows, values / others[block][rows], len(block), tolerance, limit)
             sparse = (entries <= limit) & (mass <= tolerance)
             kept &= sparse[rows]
             chosen, rows, at = block[sparse], block[rows[kept]], sparse.nonzero()[:, 0]
