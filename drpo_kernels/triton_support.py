@@ -12,19 +12,18 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 
     HAS_TRITON = True
+    # Triton reads TRITON_INTERPRET when a kernel is decorated, so it must be set before this package is imported.
+    INTERPRETING = knobs.runtime.interpret
     jit = triton.jit  # pyright: ignore[reportAssignmentType]
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # as annotations of arguments and for constants
-    HAS_TRITON = False
+    HAS_TRITON = INTERPRETING = False
 
     def jit(function: Any = None, **_: object) -> Any:
         return jit if function is None else function
-
-
-# Triton reads TRITON_INTERPRET when a kernel is decorated, so it must be set before this package is imported.
-INTERPRETING = HAS_TRITON and triton.knobs.runtime.interpret  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def constants(names: type[IntEnum]) -> tuple[Any, ...]:
