@@ -1,6 +1,6 @@
-"""`quicken` saves half of the interpreter's time, which it spends on preparing calls.
+"""`quicken` makes Triton's interpreter prepare calls less often, which takes nearly half of its time.
 
-Before every call of a `@jit` function, also of one inside a kernel, Triton's interpreter replaces the functions of
+Before every call of a `@jit` function, also of one inside a kernel, the interpreter replaces the functions of
 triton.language by its own. Once for each module in each launch is enough.
 """
 
