@@ -3,10 +3,13 @@
 # make test-core  what must hold on every supported version of PyTorch and Triton, in the environment of `make test`
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
 # make verl-env what the tests against the real verl import, in $(VENV)/verl; `make test` makes it too
+# make smollm   download SmolLM2-135M (93 MB) into .cache/, for the tests and studies on a real model; `make test` does it too
 # make lint     ruff, and the types by mypy and pyright
 # make peers    install the heads that the benchmarks compare with: Liger's and cut-cross-entropy's
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
+# make real     what a real model's own tokens say, from the recording: precision, engines, sparse gradients, speed
+# make record   make that recording again, from SmolLM2-135M itself (minutes)
 # make sparsity  what sparse_grad saves and costs on this machine, its plot, docs/sparse.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
@@ -15,7 +18,7 @@
 # make compile-oldest, compile-middle  the same under the Triton of test-oldest, test-middle
 # make doctor   what this machine has, which backend will run, and a self-check
 # make wheel    dist/drpo_kernels-<version>-py3-none-any.whl
-# make clean    remove what the above made, except the virtual environment; make distclean removes that too
+# make clean    remove what the above made, except the virtual environment and .cache; make distclean removes these too
 #
 # Everything runs in a virtual environment, made on first use and renewed when pyproject.toml changes:
 #   make test VENV=/elsewhere PYTHON=python3.12 PYTEST_ARGS="-x -k gspo"
@@ -45,8 +48,8 @@ CORE := cases conformance edges error_messages errors exact_products fp8 fused_h
 	sparse_edges token_losses
 CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env versions demo test test-core lint peers bench precision sparsity fuzz longrun stability compile doctor wheel \
-	test-oldest test-middle compile-oldest compile-middle clean distclean
+.PHONY: help venv verl-env smollm versions demo test test-core lint peers bench precision real record sparsity fuzz longrun \
+	stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -71,8 +74,12 @@ $(VERL)/.installed: tests/requirements-verl.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target $(VERL) -r $<
 	@touch $@
 
+smollm: $(STAMP)
+	$(BIN)/python -m examples.smollm
+
 test: $(STAMP)
 	@$(MAKE) --no-print-directory verl-env || echo "make verl-env failed: the tests against verl will be skipped"
+	@$(MAKE) --no-print-directory smollm || echo "make smollm failed: the tests on a real model will be skipped"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-core: $(STAMP)
@@ -118,6 +125,20 @@ endif
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
 
+# The real rows have results of their own: bench_results/smollm/
+REAL := bench_results/smollm
+REAL_METHODS := gemms_whole eager trl linear_policy_loss linear_policy_loss_frozen_head linear_token_logprobs
+
+real: $(STAMP)
+	$(BIN)/python -m benchmarks.precision --regimes real --out $(REAL)/precision.jsonl
+	$(BIN)/python -m benchmarks.sparsity --parts real --out $(REAL)/sparsity.jsonl
+	$(BIN)/python -m benchmarks.speed --workloads SmolLM2-135M --inputs real --methods $(REAL_METHODS) \
+		--active-shares 1 0.75 0.5 0.25 --out $(REAL)/speed.jsonl
+	$(BIN)/python -m benchmarks.report
+
+record: $(STAMP)
+	$(BIN)/python -m benchmarks.smollm
+
 sparsity: $(STAMP)
 	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report
 
@@ -146,4 +167,4 @@ clean:
 	find drpo_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache

@@ -37,8 +37,9 @@ def load(cache: Path = CACHE, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 
 
 def load_head(cache: Path = CACHE) -> Tensor:
-    """Return the model's head [49152, 576] in float32, without reading the rest. Raises what `load` raises."""
-    prepare(cache)
+    """Return the model's head [49152, 576] in float32. Of the cache it needs one file. Raises what `load` raises."""
+    if not (cache / "head.pt").exists():
+        prepare(cache)
     quantized = torch.load(cache / "head.pt")
     return (quantized["values"].float() * quantized["scales"].float()).flatten(1)
 

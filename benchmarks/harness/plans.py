@@ -82,8 +82,11 @@ def quick(plan: Sequence[Case]) -> list[Case]:
 
 
 def tiny(workload: Workload, most: int) -> Workload:
-    """Return the workload at a small model's size, with T in proportion to `most`, which becomes 128."""
-    return replace(workload, model=QUICK_MODEL, tokens=max(128 * workload.tokens // most, QUICK_TOKENS))
+    """Return the workload at a small model's size, with T in proportion to `most`, which becomes 128. Trained-looking
+    inputs stand for real ones, of which there is one size.
+    """
+    kind = "trained" if workload.kind.startswith("real") else workload.kind
+    return replace(workload, model=QUICK_MODEL, kind=kind, tokens=max(128 * workload.tokens // most, QUICK_TOKENS))
 
 
 def product(

@@ -1,4 +1,6 @@
-"""Regimes are inputs on which a numerical recipe may fail, each made from a seed, with their exact results and ours.
+"""Regimes are inputs on which a numerical recipe may fail, with their exact results and ours.
+
+One of them is recorded from a real model, and all others are made from a seed.
 
 Hidden states and weight are bfloat16, as a model's are. Every recipe starts from these values, and a result is exact if
 it is that of these values in float64.
@@ -18,7 +20,7 @@ from torch import Tensor
 from benchmarks.harness import exact
 from benchmarks.harness.method import sparsity_of
 from benchmarks.harness.mixes import entropy_of, least
-from benchmarks.harness.workloads import Inputs, Shape, peaked, zipf
+from benchmarks.harness.workloads import KINDS, MODELS, Inputs, Shape, make_inputs, peaked, zipf
 from drpo_kernels import DRPO, linear_policy_loss, policy_loss
 from drpo_kernels.objectives import Objective
 
@@ -138,6 +140,17 @@ class Regime:
         return dataclasses.replace(case, targets=targets, old_logprobs=old.float(), advantages=advantages)
 
 
+@dataclass(frozen=True)
+class Real:
+    """Tokens of a real model, which has a shape of its own: a `Regime` that is recorded and not drawn."""
+
+    label: str
+    shape: Shape
+
+    def case(self, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
+        return make_inputs("real", shape, seed, dtype=torch.bfloat16, device=device)
+
+
 def _weight(shape: Shape, generator: torch.Generator) -> Tensor:
     return torch.randn(shape.vocab, shape.hidden, generator=generator) / shape.hidden**0.5
 
@@ -187,7 +200,7 @@ def offset(shape: Shape, generator: torch.Generator, by: float, make=trained) ->
     return hidden, weight, targets
 
 
-REGIMES = {
+REGIMES: dict[str, Regime | Real] = {
     "random": Regime("random", random),
     "trained": Regime("trained-looking, large logits", trained),
     "moderate": Regime("trained-looking", moderate),
@@ -204,3 +217,6 @@ REGIMES = {
     "H8192": Regime("H = 8192", trained, shape=Shape(32, 8192, 1024)),
     "V151936": Regime("V = 151936", trained, shape=Shape(16, 64, 151_936)),
 }
+# What is run unless it is asked for something else: the real regime has files of its own.
+SYNTHETIC = tuple(REGIMES)
+REGIMES["real"] = Real(KINDS["real"], Shape(512, MODELS["SmolLM2-135M"].hidden, MODELS["SmolLM2-135M"].vocab))

@@ -1,4 +1,4 @@
-"""Shapes, and inputs that are made once from a seed: random ones, and ones that look like a trained model's."""
+"""Shapes, and inputs: random ones and ones that look like a trained model's, made once from a seed, and real ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.mixes import MIXES, entropy_of, hidden_states, least
+from benchmarks.harness.recording import TOPICS, recorded, recorded_rows
+from examples.smollm import load_head
 
 # The kinds of inputs, with the names that tables give them.
 KINDS = {
     "random": "random inputs",
     "trained": "trained-looking inputs",
     **{name: mix.label for name, mix in MIXES.items()},
+    "real": "SmolLM2's own tokens",
+    **{f"real_{topic}": f"SmolLM2's own tokens, {topic}" for topic in TOPICS},
 }
 # The mean entropy of a trained model on its own samples, where most tokens are certain and a few are not.
 TRAINED_ENTROPY = 0.5
@@ -40,6 +44,7 @@ class Model:
 MODELS = {
     "cpu_small": Model(16, 512),
     "cpu": Model(512, 32_768),
+    "SmolLM2-135M": Model(576, 49_152),
     "Qwen2.5-0.5B": Model(896, 151_936),
     "Qwen2.5-1.5B": Model(1536, 151_936),
     "Qwen3-0.6B": Model(1024, 151_936),
@@ -155,9 +160,12 @@ def make_inputs(
     """Return inputs of one of `KINDS`, drawn in float32 by the device's own generator, with hidden and weight rounded
     to `dtype`.
 
-    The behaviour policy is the current one with noise of 0.2 nat.
+    The behaviour policy is the current one with noise of 0.2 nat, and that of real inputs is an fp8 engine's. Raises
+    ValueError for real inputs of another H, V or soft-cap than SmolLM2's, or of more tokens than were recorded.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    if kind.startswith("real"):
+        return _real(kind, shape, generator, softcap, dtype)
     weight = torch.randn(shape.vocab, shape.hidden, generator=generator, device=device).div_(shape.hidden**0.5)
     hidden = torch.randn(shape.tokens, shape.hidden, generator=generator, device=device)
     if kind == "random":
@@ -177,6 +185,20 @@ def make_inputs(
     advantages = torch.randn(shape.tokens, generator=generator, device=device)
     old_logprobs = (logprobs + noise).clamp(max=0)
     return Inputs(hidden, weight, targets, old_logprobs, advantages, entropies, softcap)
+
+
+def _real(kind: str, shape: Shape, generator: torch.Generator, softcap: float | None, dtype: torch.dtype) -> Inputs:
+    recording, head = recorded(), load_head()
+    if (shape.vocab, shape.hidden) != head.shape or softcap is not None:
+        wanted = "V={} and H={} and no soft-cap".format(*head.shape)
+        raise ValueError(f"kind={kind!r} has {wanted}, got V={shape.vocab}, H={shape.hidden}, softcap={softcap}")
+    rows = recorded_rows(shape.tokens, kind.removeprefix("real").removeprefix("_") or None)
+    device = generator.device
+    hidden, weight = (x.to(device, dtype) for x in (recording.hidden[rows], head))
+    targets, old_logprobs = (x[rows].to(device) for x in (recording.targets, recording.logprobs["fp8"]))
+    _, entropies = _logprobs_and_entropy(hidden, weight, targets, None)
+    advantages = torch.randn(shape.tokens, generator=generator, device=device)
+    return Inputs(hidden, weight, targets, old_logprobs, advantages, entropies)
 
 
 def zipf_weights(count: int, device: torch.device | str = "cpu") -> Tensor:

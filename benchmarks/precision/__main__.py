@@ -10,7 +10,7 @@ rounding of the operands, against the exact result of the bf16 model. Each quant
     hidden, weight (dX and dW)                                                    |error| / largest entry
 
 There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer and each
-bar.
+bar. `--regimes real` also has the engines of the recording.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from torch import Tensor
 from benchmarks.harness import cli, regimes
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.recording import recorded
 from benchmarks.harness.records import Record, append, write
-from benchmarks.harness.regimes import REGIMES, Exact, Result, exact_result
+from benchmarks.harness.regimes import REGIMES, SYNTHETIC, Exact, Result, exact_result
 from benchmarks.harness.workloads import Inputs, Shape
-from benchmarks.precision.mismatch import measure_mismatch, percentile_99, three_digits
+from benchmarks.precision.mismatch import measure_engines, measure_mismatch, percentile_99, three_digits
 from benchmarks.precision.recipes import OPERANDS, RECIPES, Recipe
 
 RESULTS = ROOT / "bench_results" / "precision" / "precision.jsonl"
@@ -133,6 +134,9 @@ def measure_regime(name: str, shape: Shape, device: torch.device, advance: Calla
         advance()
     for record in measure_mismatch(case):
         yield {**record, "regime": name}
+    if name == "real":
+        for record in measure_engines(recorded()):
+            yield {**record, "regime": name}
     bound = logprob_bound(shape.hidden, default.largest_sum, case.temperature)
     for bar in bars({key: record["errors"] for key, record in measured.items()}, bound):
         yield {"kind": "bar", "regime": name, **bar}
@@ -186,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _records(options: argparse.Namespace, source: Record) -> Iterator[Record]:
     device, shape = torch.device(options.device), QUICK if options.quick else FULL if options.full else NORMAL
-    names = options.regimes or (QUICK_REGIMES if options.quick else list(REGIMES))
+    names = options.regimes or (QUICK_REGIMES if options.quick else SYNTHETIC)
     yield {"kind": "run", "benchmark": "precision", "shape": vars(shape), **source}
     progress = Progress(len(names) * len(RECIPES))
     for name in names:

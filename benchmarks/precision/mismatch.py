@@ -1,16 +1,21 @@
-"""An fp8 rollout engine against a trainer with the same weights: how far the ratio is from 1 before any update.
+"""Rollout engines against trainers with the same weights: how far the ratio is from 1 before any update.
 
-The engine is emulated. It multiplies fp8 operands with a scale per row, 128 channels at a time, and adds these products
-in float32, an order of additions that no trainer here shares. Its logits are float32 or, as in most engines, bf16.
+`measure_engines` compares whole models, from the recording of SmolLM2 (see `benchmarks.smollm.engines`).
+
+`measure_mismatch` compares heads. Its engine is emulated: it multiplies fp8 operands with a scale per row, 128 channels
+at a time, and adds these products in float32, an order of additions that no trainer here shares. Its logits are float32
+or, as in most engines, bf16.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.recording import Recording
 from benchmarks.harness.records import Record
 from benchmarks.harness.workloads import Inputs
 from drpo_kernels import linear_token_logprobs
@@ -21,6 +26,8 @@ SPLIT = 128
 # Each pair says whether the engine quantises hidden states, and whether it quantises the weight.
 QUANTIZED = {"nothing": (False, False), "weight": (False, True), "hidden": (True, False), "both": (True, True)}
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Ranges of μ, and the least number of tokens that are described.
+EDGES, LEAST = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 0.7, 0.9, 0.99, 2.0), 30
 TRAINERS = {
     "bf16": {},
     "bf16, bf16 logits": {"logits_dtype": torch.bfloat16},
@@ -62,6 +69,35 @@ def measure_mismatch(case: Inputs) -> Iterator[Record]:
                 values = ratio.max().item(), percentile_99(ratio), ratio.mean().item(), shift.max().item()
                 found[name] = [three_digits(value) for value in values]
             yield {"kind": "mismatch", "engine": quantized, "engine_logits": logits, "ratio": found}
+
+
+def measure_engines(recording: Recording) -> Iterator[Record]:
+    """Yield a record per engine. "all" has the facts of all tokens that the engine has drawn, and "bins" those of the
+    tokens with a probability μ in each range of `EDGES`, with its ends as "from" and "to".
+    """
+    for engine, (old, new) in recording.drawn.items():
+        old, new = (x.flatten().double() for x in (old, new))
+        probs = old.exp()
+        bins = []
+        for low, high in itertools.pairwise(EDGES):
+            inside = (low <= probs) & (probs < high)
+            if inside.sum() >= LEAST:
+                bins.append({"from": low, "to": high, **_facts(old[inside], new[inside])})
+        yield {"kind": "engine", "engine": engine, "all": _facts(old, new), "bins": bins}
+
+
+def _facts(old: Tensor, new: Tensor) -> Record:
+    """Return the number of tokens, and [median, p99, max] over them of |log r|, |r - 1| and |π - μ|."""
+    quantities = {
+        "log_ratio": (new - old).abs(),
+        "ratio": torch.expm1(new - old).abs(),
+        "prob_shift": (new.exp() - old.exp()).abs(),
+    }
+    summaries = {
+        name: [three_digits(x) for x in (value.median().item(), percentile_99(value), value.max().item())]
+        for name, value in quantities.items()
+    }
+    return {"tokens": len(old), **summaries}
 
 
 def percentile_99(values: Tensor) -> float:

@@ -19,9 +19,10 @@ QUANTITIES = {
     "logprob": "log π", "ratio": "ratio", "prob_shift": "π - μ", "weight_0.2": "w, δ = 0.2",
     "weight_12.5": "w, δ = 12.5", "loss": "loss", "hidden": "dX", "weight": "dW",
 }  # fmt: skip
-HEADLINE = "moderate"
+HEADLINES = ("real", "moderate")  # the regime of the tables with one regime: the first that was run
 P99, NORMWISE = 1, 2  # places in [max, p99, norm-wise relative]
 STATISTIC = dict.fromkeys(QUANTITIES, P99) | {"hidden": NORMWISE, "weight": NORMWISE}  # what pages show
+MOVES = {"ratio": "|r - 1|", "prob_shift": "|π - μ|"}
 ENGINES = {"nothing": "bf16", "weight": "fp8 weight", "hidden": "fp8 hidden", "both": "fp8 weight and hidden"}
 
 
@@ -44,13 +45,18 @@ def by_recipe(records: Sequence[Record], quantity: str) -> dict[str, dict[str, f
     return found
 
 
+def headline(records: Sequence[Record]) -> str:
+    return next((name for name in HEADLINES if name in labels_of(records)), NOTHING)
+
+
 def render_choices(records: Sequence[Record]) -> str:
     """Render all quantities on the headline regime, and where the run comes from."""
+    chosen = headline(records)
     values = {quantity: by_recipe(records, quantity) for quantity in QUANTITIES}
     rows = []
     for record in of_kind(records, "errors"):
-        if record["regime"] == HEADLINE:
-            found = [values[quantity].get(record["recipe"], {}).get(HEADLINE) for quantity in QUANTITIES]
+        if record["regime"] == chosen:
+            found = [values[quantity].get(record["recipe"], {}).get(chosen) for quantity in QUANTITIES]
             cells = [NOTHING if value is None else two_figures(value) for value in found]
             if record["status"] != "ok":
                 cells[0] = record["status"]
@@ -81,9 +87,9 @@ def _bar(record: Record) -> str:
 
 def render_rounding(records: Sequence[Record]) -> str:
     """Render errors with and without the rounding of the operands, for recipes that round them."""
-    rows = []
+    rows, chosen = [], headline(records)
     for record in of_kind(records, "errors"):
-        if record["regime"] == HEADLINE and record["total"]:
+        if record["regime"] == chosen and record["total"]:
             pairs = ((name, record[key]) for name in ("ratio", "weight") for key in ("total", "errors"))
             cells = (two_figures(errors[name][STATISTIC[name]]) for name, errors in pairs)
             rows.append((RECIPES[record["recipe"]].label, *cells))
@@ -94,12 +100,74 @@ def render_rounding(records: Sequence[Record]) -> str:
 
 def render_mismatch(records: Sequence[Record]) -> str:
     """Render mean and p99 of |r - 1| on the headline regime: a row per engine, a column per trainer."""
-    chosen = [record for record in of_kind(records, "mismatch") if record["regime"] == HEADLINE]
+    regime = headline(records)
+    chosen = [record for record in of_kind(records, "mismatch") if record["regime"] == regime]
     rows = []
     for record in chosen:
         cells = [f"{two_figures(mean)} ({two_figures(p99)})" for _, p99, mean, _ in record["ratio"].values()]
         rows.append((f"{ENGINES[record['engine']]}, {record['engine_logits']} logits", *cells))
     return table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
+
+
+def render_real(records: Sequence[Record]) -> str:
+    """Render what came out on real rows in words, the errors of every recipe, and the bars."""
+    bars = of_kind(records, "bar")
+    if not bars:
+        return NOT_YET
+    ratio = {name: errors["real"] for name, errors in by_recipe(records, "ratio").items()}
+    facts = of_kind(records, "regime")[0]
+    words = (
+        "On {tokens} tokens of a real model (entropy {entropy} nat, logits up to {logit}) "
+        "the ratio is off by {default} with float32 logits, the default, by {rounded} with bf16 logits, and by {fp8} "
+        "with an fp8 head (99th percentiles). Of the contract's bars {missed}"
+    ).format(
+        tokens=facts["shape"]["tokens"], entropy=two_figures(facts["entropy_nats"]),
+        logit=two_figures(facts["largest_logit"]), default=two_figures(ratio["bf16"]),
+        rounded=f"{ratio['bf16-logits']:.1%}", fp8=f"{ratio['fp8_e4m3-row']:.0%}",
+        missed=_missed(bars, labels_of(records)),
+    )  # fmt: skip
+    return "\n\n".join([f"**{words}**", render_choices(records), render_bars(records)])
+
+
+def render_engines(records: Sequence[Record]) -> str:
+    """Render |r - 1| and |π - μ| of every engine by the probability of the token, and what came out in words."""
+    found = {record["engine"]: record for record in of_kind(records, "engine")}
+    if not found:
+        return NOT_YET
+    rows = []
+    for edges in dict.fromkeys((b["from"], b["to"]) for record in found.values() for b in record["bins"]):
+        bins = [next((b for b in record["bins"] if (b["from"], b["to"]) == edges), None) for record in found.values()]
+        cells = [NOTHING if b is None else two_figures(b[name][P99]) for name in MOVES for b in bins]
+        count = sum(b["tokens"] for b in bins if b) / sum(record["all"]["tokens"] for record in found.values())
+        rows.append((_between(*edges), f"{count:.1%}", *cells))
+    cells = [two_figures(record["all"][name][P99]) for name in MOVES for record in found.values()]
+    rows.append(("all", "100%", *cells))
+    names = [f"{move}, {engine}" for move in MOVES.values() for engine in found]
+    return "\n\n".join([
+        _rarest(found), "99th percentiles over the tokens:", table(("μ of the token", "tokens", *names), rows),
+        origin(of_kind(records, "run")),
+    ])  # fmt: skip
+
+
+def _between(low: float, high: float) -> str:
+    return f"under {high:g}" if low == 0 else f"over {low:g}" if high > 1 else f"{low:g} to {high:g}"
+
+
+def _rarest(found: dict[str, Record]) -> str:
+    """Return a sentence that compares the rarest tokens with the likely ones."""
+    record = found[max(found, key=lambda name: found[name]["all"]["ratio"][P99])]
+    bins = record["bins"]
+    rare, sure, most = bins[0], bins[-1], max(bins, key=lambda b: b["prob_shift"][P99])
+    rarely, surely, mostly = (f"μ {_between(b['from'], b['to'])}" for b in (rare, sure, most))
+    ratios, shifts = (
+        [two_figures(b[name][P99]) for b in found_bins]
+        for name, found_bins in (("ratio", (rare, sure)), ("prob_shift", (rare, most)))
+    )
+    return (
+        f"**Against the {record['engine']} engine, the furthest of {len(found)}, |r - 1| reaches {ratios[0]} on tokens "
+        f"of {rarely} and {ratios[1]} on tokens of {surely}. |π - μ| reaches {shifts[0]} on the first, and is largest "
+        f"on tokens of {mostly}, where it reaches {shifts[1]}** (99th percentiles)."
+    )
 
 
 def render_gpu(records: Sequence[Record]) -> str:
@@ -139,7 +207,10 @@ def _block(name: str, render: Callable[[Sequence[Record]], str], plots: str | No
     return Block(f"precision-{name}", "precision", "precision/precision.jsonl", PAGE, render, plots=plots)
 
 
+REAL = "smollm/precision.jsonl"
 BLOCKS = (
+    Block("precision-real", "precision", REAL, PAGE, render_real, NOT_YET),
+    Block("precision-engines", "precision", REAL, PAGE, render_engines, NOT_YET, "benchmarks.precision.engine_plots"),
     _block("choices", render_choices, plots="benchmarks.precision.plots"),
     _block("bars", render_bars),
     _block("rounding", render_rounding),

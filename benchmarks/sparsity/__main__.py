@@ -1,6 +1,7 @@
 """`python -m benchmarks.sparsity` measures what `sparse_grad` saves and costs, into bench_results/sparsity.jsonl.
 
-    speed     time, memory and gradient error over the entropy of the rows, beside the floor and the dense path
+    real      time, memory and gradient error on a real model's tokens, all of them and each topic
+    speed     the same over the entropy of made-up rows, beside the floor and the dense path
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 
@@ -28,7 +29,7 @@ from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, replace_part
 from benchmarks.harness.workloads import Inputs, Shape, Workload
-from benchmarks.sparsity.tables import KINDS, METHODS
+from benchmarks.sparsity.tables import MADE_UP_KINDS, METHODS, REAL_KINDS
 from drpo_kernels.demo.model import build_model
 from drpo_kernels.demo.settings import Settings
 from drpo_kernels.demo.task import split_problems
@@ -41,10 +42,19 @@ TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
 REGIME_SHAPE, QUICK_REGIME_SHAPE, QUICK_REGIMES = Shape(256, 512, 4096), Shape(16, 64, 256), ("random", "trained")
 
 
+def real(options: argparse.Namespace) -> Iterator[Record]:
+    dtype = plans.STANDARD[options.device].main.dtype
+    tokens = dict.fromkeys(REAL_KINDS, 512) | {"real": 2048}
+    yield from _timed([Workload("SmolLM2-135M", tokens[kind], kind, dtype) for kind in REAL_KINDS], options)
+
+
 def speed(options: argparse.Namespace) -> Iterator[Record]:
     main = plans.STANDARD[options.device].main
-    kinds = ("mixed", "random") if options.quick else KINDS
-    workloads = [Workload(main.model, main.tokens, kind, main.dtype) for kind in kinds]
+    kinds = ("mixed", "random") if options.quick else MADE_UP_KINDS
+    yield from _timed([Workload(main.model, main.tokens, kind, main.dtype) for kind in kinds], options)
+
+
+def _timed(workloads: Sequence[Workload], options: argparse.Namespace) -> Iterator[Record]:
     plan = [Case(name, workload) for workload in workloads for name in METHODS]
     rounds = 2 if options.quick else options.rounds or ROUNDS[options.device]
     plan = plans.quick(plan) if options.quick else plan
@@ -53,7 +63,7 @@ def speed(options: argparse.Namespace) -> Iterator[Record]:
 
 def regimes(options: argparse.Namespace) -> Iterator[Record]:
     """Measure every regime but that of the soft-cap, which sparse gradients do not allow."""
-    names = QUICK_REGIMES if options.quick else [name for name in cases.REGIMES if name != "softcap"]
+    names = QUICK_REGIMES if options.quick else [name for name in cases.SYNTHETIC if name != "softcap"]
     progress = Progress(2 * len(names))
     for name in names:
         regime = cases.REGIMES[name]
@@ -111,7 +121,7 @@ def trained_rewards(settings: Settings) -> dict[str, float]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
-    function.__name__: function for function in (speed, regimes, learning)
+    function.__name__: function for function in (real, speed, regimes, learning)
 }
 
 
@@ -120,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_device(parser)
     cli.add_quick(parser, "tiny shapes")
     cli.add_out(parser, RESULTS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "real"])
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     options = parser.parse_args(argv)
     out = cli.results(options, RESULTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness.blocks import Block, origin_with_samples
+from benchmarks.harness.blocks import NOT_YET, Block, origin_with_samples
 from benchmarks.harness.records import Record
 from benchmarks.harness.speed_tables import by_setting, render_all, section, setting_of
 
@@ -44,6 +44,7 @@ def render_every(records: Sequence[Record]) -> str:
 
 
 BLOCKS = (
+    Block("real-speed", "speed", "smollm/speed.jsonl", "docs/benchmarks.md", render_every, NOT_YET),
     Block("cpu", "speed", "cpu.jsonl", "README.md", render, plots="benchmarks.speed.plots"),
     Block("every-cpu", "speed", "cpu.jsonl", "docs/benchmarks.md", render_every),
 )

@@ -9,12 +9,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import drpo_kernels as dk
 import oracle
 import problems
+from examples import smollm
 from problems import Problem, generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +237,20 @@ def test_many_channels(device):
     g = generator(6)
     x, w, _ = cancelling(g, 4, 4096, 50)
     check(Problem(torch.randint(50, (4,), generator=g), None, torch.ones(4), None, x, w), None, device, FP32)
+
+
+@pytest.mark.skipif(not (smollm.CACHE / "head.pt").exists(), reason="run `make smollm` first")
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_real_model(backend, dtype, device):
+    """These are tokens that SmolLM2-135M sampled, with the hidden states that its head was given, and that head."""
+    count = 8 if backend == "triton" and device.type == "cpu" else 128
+    with np.load(ROOT / "bench_results" / "smollm" / "recording.npz") as recording:
+        rows = np.arange(count) * len(recording["targets"]) // count
+        hidden, targets = (torch.from_numpy(recording[name][rows]) for name in ("hidden", "targets"))
+    weight = smollm.load_head().to(dtype)
+    problem = Problem(targets.long(), None, torch.ones(count), None, hidden.to(dtype), weight)
+    check(problem, backend, device, dtype)
 
 
 @pytest.mark.parametrize("name", ["H=200", "one sign, short"])

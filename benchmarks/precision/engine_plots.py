@@ -1,0 +1,48 @@
+"""The picture of the rollout engines, drawn from the records alone by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.harness.pictures import BLUE, GREEN, VERMILION, frame, plt, save
+from benchmarks.harness.recording import ENGINES
+from benchmarks.harness.records import Record
+from benchmarks.precision.tables import P99, of_kind
+
+COLOURS = dict(zip(ENGINES, (BLUE, GREEN, VERMILION), strict=True))
+PANELS = {
+    "ratio": ("The ratio runs away on rare tokens ...", "|r - 1|"),
+    "prob_shift": ("... and the probability does not", "|π - μ|"),
+}
+
+
+def draw(records: Sequence[Record], folder: Path, stem: str) -> None:
+    """Write engines.png into `folder`, where engines were measured."""
+    found = of_kind(records, "engine")
+    if found:
+        save(engines_figure(found), folder / "engines.png", of_kind(records, "run"))
+
+
+def engines_figure(records: Sequence[Record]) -> Figure:
+    """Draw the median and the 99th percentile of both distances over the token's probability, a colour per engine."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.6), layout="constrained")
+    for axes, (quantity, (title, name)) in zip(panels, PANELS.items(), strict=True):
+        for record in records:
+            colour, bins = COLOURS[record["engine"]], record["bins"]
+            at = [_middle(b["from"], b["to"]) for b in bins]
+            axes.loglog(at, [b[quantity][P99] for b in bins], "o-", color=colour, label=ENGINES[record["engine"]])
+            axes.loglog(at, [b[quantity][0] for b in bins], "o:", color=colour, markersize=3, linewidth=1.2)
+        axes.set(xlabel="probability μ of the sampled token", ylabel=name)
+        axes.set_title(title, fontsize=12, loc="left")
+        frame(axes)
+    panels[0].legend(frameon=False, fontsize=9, title="solid: 99th percentile, dotted: median", title_fontsize=9)
+    figure.suptitle("SmolLM2-135M: rollout engines against the float32 trainer, same weights", fontsize=12)
+    return figure
+
+
+def _middle(low: float, high: float) -> float:
+    """Return where a range of probabilities is drawn: its geometric mean."""
+    return (max(low, high / 10) * min(high, 1.0)) ** 0.5

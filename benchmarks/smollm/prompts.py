@@ -1,0 +1,71 @@
+"""What SmolLM2 was asked for the recording: sums, code, prose and chat."""
+
+from __future__ import annotations
+
+SUMS = [f"What is {a} + {b}?" for a, b in ((7, 5), (12, 9), (34, 8), (25, 17), (60, 31), (48, 27))] + [
+    "What is 9 times 6?",
+    "What is 81 divided by 9?",
+    "Tom has 12 apples and gives away 5. How many are left?",
+    "A train travels 60 km in one hour. How far does it travel in three hours?",
+    "Three boxes hold 8 pencils each. How many pencils are there?",
+    "What is half of 46?",
+    "What is 100 - 37?",
+    "Anna is 14 and her brother is 5 years younger. How old is he?",
+    "What is 15 percent of 200?",
+    "What is the next number: 2, 4, 8, 16?",
+]
+CODE = [
+    "Write a Python function that reverses a string.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Write a C function that adds two integers.",
+    "Write an SQL query that counts the orders of each customer.",
+    "Write a Python class for a stack with push and pop.",
+    "Write a JavaScript function that removes duplicates from an array.",
+    "Write a bash loop that renames all .txt files to .md.",
+    "Write a Python function that checks whether a number is prime.",
+    "Write HTML for a page with a heading and a list of three items.",
+    "Write a Python function that reads a CSV file and sums a column.",
+    "Write a regular expression for an e-mail address and explain it.",
+    "Write a Python test for a function that sorts a list.",
+    "Write a Java method that finds the largest element of an array.",
+    "Write a Python decorator that measures the time of a call.",
+    "Write a Rust function that computes the greatest common divisor.",
+    "Write a Python generator that yields the squares of even numbers.",
+]
+PROSE = [
+    "Write a short story about a lighthouse keeper.",
+    "Describe a market in the early morning.",
+    "Write a poem about autumn rain.",
+    "Write a letter to a friend who has moved abroad.",
+    "Describe how a river changes from its source to the sea.",
+    "Write a paragraph about the history of bread.",
+    "Write the opening of a detective novel.",
+    "Describe the night sky to somebody who has never seen it.",
+    "Write a short story about a robot that learns to paint.",
+    "Write an essay about why people travel.",
+    "Describe an old library.",
+    "Write a fable about a fox and a crow.",
+    "Write a paragraph about the invention of the telephone.",
+    "Describe a storm at sea.",
+    "Write about a childhood memory of snow.",
+    "Write a short text about bees for a school magazine.",
+]
+CHAT = [
+    "Hello! How are you today?",
+    "Can you recommend a good book?",
+    "What should I cook for dinner tonight?",
+    "I feel tired. What can I do?",
+    "What is the capital of Australia, and what is it known for?",
+    "How do I learn to play the guitar?",
+    "Tell me a joke.",
+    "What is the difference between a virus and a bacterium?",
+    "How can I sleep better?",
+    "Which language should I learn first, Spanish or French?",
+    "Why is the sky blue?",
+    "How do I write a good job application?",
+    "What are three facts about elephants?",
+    "My plant has yellow leaves. What is wrong?",
+    "Explain photosynthesis to a child.",
+    "Plan a weekend in Rome for me.",
+]
+PROMPTS = {"sums": SUMS, "code": CODE, "prose": PROSE, "chat": CHAT}

@@ -1,0 +1,213 @@
+"""Tests of the recording of SmolLM2, of the inputs that studies take from it, and of the engines that it compares."""
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.harness import recording, regimes
+from benchmarks.harness.provenance import ROOT
+from benchmarks.harness.records import read
+from benchmarks.harness.workloads import KINDS, Shape, make_inputs
+from benchmarks.precision import engine_plots, mismatch
+from benchmarks.precision import tables as precision_tables
+from benchmarks.smollm import engines
+from benchmarks.smollm.prompts import PROMPTS
+from benchmarks.sparsity import tables as sparsity_tables
+from examples import smollm
+from pages import unpadded
+
+needs_head = pytest.mark.skipif(not (smollm.CACHE / "head.pt").exists(), reason="run `make smollm` first")
+HALF = 2.0**-11  # the relative error of rounding to float16
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return recording.recorded()
+
+
+def test_the_recording_is_small():
+    folder = recording.RECORDING.parent
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 << 20
+
+
+def test_the_recording_is_whole(recorded):
+    count = len(recorded.targets)
+    assert recorded.hidden.shape == (count, smollm.HIDDEN) and recorded.hidden.isfinite().all()
+    assert recorded.targets.min() >= 0 and recorded.targets.max() < smollm.VOCAB
+    assert recorded.topics.bincount().tolist() == [count // 4] * 4 and set(recording.TOPICS) == set(PROMPTS)
+    assert all(len(logprobs) == count and (logprobs <= 0).all() for logprobs in recorded.logprobs.values())
+    assert set(recorded.drawn) == set(recording.ENGINES)
+
+
+@needs_head
+def test_log_probs_are_those_of_the_hidden_states(recorded):
+    """The model's log-probs were computed before its hidden states were rounded to float16, which moves a logit by at
+    most 2^-11 of its sum of absolute products.
+    """
+    inputs = make_inputs("real", Shape(256, smollm.HIDDEN, smollm.VOCAB))
+    found = inputs.logprobs(inputs.hidden.double() @ inputs.weight.double().T)
+    moved = (inputs.hidden.double().abs() @ inputs.weight.double().abs().T).amax(1) * HALF
+    error = (found - recorded.logprobs["fp32"][recording.recorded_rows(256)]).abs()
+    assert (error <= 2 * moved + 1e-4).all()
+    assert error.mean() < 0.01
+
+
+@pytest.mark.parametrize("name", recording.ENGINES)
+def test_draws_are_those_of_the_engine(recorded, name):
+    """Over tokens that μ draws, the mean of π/μ is 1; a mismatch of pairs would be seen here."""
+    old, new = (x.double() for x in recorded.drawn[name])
+    ratio = (new - old).exp()
+    assert (ratio.mean() - 1).abs() <= 5 * ratio.std() / ratio.numel() ** 0.5
+    assert ratio.std() > 1e-4  # the engine is another one than the trainer
+
+
+def test_the_engines_are_further_off_the_fewer_bits_they_have(recorded):
+    gaps = [(recorded.logprobs[name] - recorded.logprobs["fp32"]).abs().mean().item() for name in recording.ENGINES]
+    assert gaps == sorted(gaps)
+
+
+@needs_head
+def test_inputs_are_recorded_rows(recorded):
+    inputs = make_inputs("real_code", Shape(7, smollm.HIDDEN, smollm.VOCAB), dtype=torch.bfloat16)
+    rows = recording.recorded_rows(7, "code")
+    assert (recorded.topics[rows] == recording.TOPICS.index("code")).all() and len(rows.unique()) == 7
+    assert torch.equal(inputs.targets, recorded.targets[rows])
+    assert torch.equal(inputs.hidden, recorded.hidden[rows].bfloat16())
+    assert torch.equal(inputs.old_logprobs, recorded.logprobs["fp8"][rows])
+    assert inputs.weight.dtype == torch.bfloat16 and inputs.entropies.shape == (7,)
+    assert [name for name in KINDS if name.startswith("real_")] == [f"real_{topic}" for topic in recording.TOPICS]
+
+
+@needs_head
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        (Shape(7, 64, smollm.VOCAB), {}, "got V=49152, H=64"),
+        (Shape(7, smollm.HIDDEN, smollm.VOCAB), {"softcap": 30.0}, "softcap=30.0"),
+        (Shape(10_000, smollm.HIDDEN, smollm.VOCAB), {}, "not 10000"),
+    ],
+)
+def test_inputs_that_were_not_recorded(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_inputs("real", shape, **options)
+
+
+@needs_head
+def test_the_contract_s_bars_are_met_on_real_rows():
+    """These are the bars of the default path in the records of the precision study."""
+    records = read(ROOT / "bench_results" / "smollm" / "precision.jsonl")
+    bars = precision_tables.of_kind(records, "bar")
+    assert len(bars) == 8 and all(bar["met"] for bar in bars)
+    case = regimes.REGIMES["real"].case(Shape(16, smollm.HIDDEN, smollm.VOCAB))
+    exact = regimes.exact_result(case)
+    error = (regimes.ours(case).logprobs.double() - exact.result.logprobs).abs().max()
+    assert error <= 3 * (smollm.HIDDEN + 10) * 2**-24 * exact.largest_sum
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def test_int4_has_sixteen_values_a_group():
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    before, after = (w.unflatten(1, (-1, engines.GROUP)) for w in (weight, engines.int4(weight)))
+    steps = (before.amax(-1) - before.amin(-1)) / 15
+    assert all(len(group.unique()) <= 16 for row in after for group in row)
+    assert ((after - before).abs().amax(-1) <= steps / 2 * (1 + 1e-5)).all()
+
+
+def test_fp8_rounds_within_its_mantissa():
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * 10
+    error = (engines.fp8(x) - x).abs()
+    smallest = x.abs().amax(-1, keepdim=True) / 448 * 2.0**-6  # below it numbers are subnormal
+    assert (error <= torch.maximum(x.abs(), smallest) * 2.0**-4).all() and error.max() > 0
+
+
+@pytest.mark.parametrize("name", recording.ENGINES)
+def test_an_engine_leaves_the_model_alone(name):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    made, ids = engines.engine(name, model), torch.arange(8)[None]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert torch.equal(made.lm_head.weight, model.lm_head.weight.bfloat16())  # the head is not quantised
+    changed = not torch.equal(
+        made.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight.bfloat16()
+    )
+    assert changed == (name != "bf16")
+    with torch.no_grad():
+        gap = (made(ids).logits.float() - model(ids).logits).abs().max()
+    assert 0 < gap < 0.2
+
+
+# --- tables and pictures ----------------------------------------------------------------------------------------------
+
+
+def made_up_recording():
+    """Return a recording of tokens whose ratio is further from 1 the rarer they are."""
+    old = torch.linspace(-9.0, -0.01, 1000)[:, None]
+    drawn = {name: (old, old + off * torch.tensor([1.0, -1.0]).repeat(500)[:, None]) for name, off in
+             zip(recording.ENGINES, (0.001, 0.01, 0.1), strict=True)}  # fmt: skip
+    return recording.recorded()._replace(drawn=drawn)
+
+
+def test_engines_by_probability():
+    records = [record | {"regime": "real"} for record in mismatch.measure_engines(made_up_recording())]
+    assert [record["engine"] for record in records] == list(recording.ENGINES)
+    for record, off in zip(records, (0.001, 0.01, 0.1), strict=True):
+        assert record["all"]["tokens"] == 1000 == sum(b["tokens"] for b in record["bins"]) + few(record)
+        assert record["all"]["log_ratio"] == pytest.approx([off] * 3, rel=1e-2)
+        assert record["bins"][0]["ratio"][2] == pytest.approx(torch.expm1(torch.tensor(off)).item(), rel=1e-2)
+        shifts = [b["prob_shift"][0] for b in record["bins"]]
+        assert shifts == sorted(shifts)  # |π - μ| grows with μ where |r - 1| is the same for all
+
+
+def few(record):
+    """Return the number of tokens of 1,000 that lie in ranges with fewer than `LEAST`."""
+    old = made_up_recording().drawn[record["engine"]][0].exp()
+    inside = [((b["from"] <= old) & (old < b["to"])).sum().item() for b in record["bins"]]
+    return 1000 - sum(inside)
+
+
+def test_the_pages_show_the_records():
+    for name in ("precision-real", "precision-engines", "sparse-verdict", "sparse-real", "real-speed"):
+        block = report.BLOCKS[name]
+        text = block.render(read(ROOT / "bench_results" / block.results))
+        assert text in (ROOT / block.page).read_text(encoding="utf-8"), name
+
+
+def test_the_first_line_of_the_page_is_the_verdict():
+    lines = (ROOT / "docs" / "sparse.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and lines[2] == report.BLOCKS["sparse-verdict"].markers[0]
+
+
+@pytest.mark.parametrize("spent, word", [(0.7, "a sparse gradient pays"), (1.1, "a sparse gradient does not pay")])
+def test_verdict(spent, word):
+    def timed(kind, method, seconds, share):
+        metrics = {"drpo/sparse_share": share}
+        shape = {"tokens": 4, "hidden": 2, "vocab": 8}
+        return {
+            "part": "real", "inputs": kind, "method": method, "median_s": seconds, "metrics": metrics, "shape": shape,
+            "active_share": 1.0, "dtype": "float32", "workload": "SmolLM2-135M", "takes": "hidden",
+            "floor_median_s": 1.0, "held_to": "gemms_whole",
+        }  # fmt: skip
+
+    records = []
+    for kind, factor in (("real", spent), ("real_sums", 0.5), ("real_prose", 1.2)):
+        records.append(timed(kind, sparsity_tables.DENSE, 1.0, 0.0))
+        records.append(timed(kind, sparsity_tables.SPARSE, factor, 0.25))
+    text = unpadded(sparsity_tables.render_verdict(records))
+    assert word in text and "25% of the rows are sparse" in text
+    assert "it pays for sums." in text
+
+
+def test_picture(tmp_path):
+    source = {"kind": "run", "device": {"cpu": "any"}, "commit": "0" * 40, "dirty": False, "date": "2026-01-01"}
+    engine_plots.draw([source, *mismatch.measure_engines(made_up_recording())], tmp_path, "precision")
+    picture = (tmp_path / "engines.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 8000
