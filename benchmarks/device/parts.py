@@ -31,6 +31,7 @@ from benchmarks.harness.method import Unsupported
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import Record, append, read
 from benchmarks.harness.runs import DEVICE, INVARIANCE, PRECISION, SPEED, key_of
+from examples import smollm
 
 # A part exits with one of these when it cannot run on this machine, when it had to stop what it had started, or when
 # the device is lost.
@@ -160,6 +161,14 @@ def speed(part: str, rounds: int, job: Job) -> Iterator[Record]:
             _still_there(job.device)
 
 
+def real(job: Job) -> Iterator[Record]:
+    if not (smollm.CACHE / "head.pt").exists() and not job.rehearse:
+        raise Unsupported(
+            "the head of SmolLM2 is not here: run `make smollm` where there is a network, and bring .cache"
+        )
+    yield from speed("real", 10, job)
+
+
 def _still_there(device: torch.device) -> None:
     """Raise `Lost` if the device no longer answers. After some errors every later call fails too, until the process
     ends.
@@ -222,6 +231,7 @@ SECOND = {
 THIRD = {
     "gpu": _tests(55, "pytest on a GPU: all of them at once", 6, "-m", "gpu", SCALE, *OTHERS),
     "sanitizer": Part(40, "compute-sanitizer on the row kernels", sanitizer),
+    "real": Part(20, "a real model's tokens, exact and sparse", real, SPEED, 45),
     "sweep": _speed(60, "other inputs, shares, models and T", "sweep", 5),
     "suite": _tests(180, "every other test, on the device", 12, "-m", "not gpu",
                     rehearsed="tests/loss/test_layouts.py"),

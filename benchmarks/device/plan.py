@@ -32,6 +32,7 @@ SMALL = tuple(
     for tokens in (512, 1024, 256, 2048)
 )
 MIDDLE = replace(MAIN, model="Qwen3-30B-A3B")
+REAL = replace(MAIN, model="SmolLM2-135M", tokens=2048, kind="real")
 COMPILED = (SMALL[0], SMALL[5])
 
 
@@ -81,6 +82,7 @@ def _plans() -> dict[str, list[Case]]:
             for kind in (*MIXES, "trained", "random")
             for name in (WHOLE, LOSS, SPARSE, f"{SPARSE}_tight")
         ],
+        "real": [Case(name, REAL) for name in (WHOLE, LOSS, SPARSE, f"{SPARSE}_tight", "eager", "trl")],
         "memory": [
             Case(name, replace(MAIN, tokens=tokens))
             for tokens in (8192, 65_536, 2048, 32_768, 16_384)

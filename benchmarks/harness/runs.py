@@ -13,7 +13,7 @@ DEVICE, SPEED, INVARIANCE, PRECISION = FILES = ("device.jsonl", "speed.jsonl", "
 # The workload on which every method is measured.
 MAIN = STANDARD["cuda"].main
 # Parts of a run may measure the same case. The record of the part that stands first here is the one that counts.
-SPEED_PARTS = ("ours", "small", "peers", "sparse", "memory", "liger_sm90", "slow_peers", "sweep")
+SPEED_PARTS = ("ours", "small", "peers", "sparse", "memory", "liger_sm90", "slow_peers", "real", "sweep")
 
 Run = dict[str, list[Record]]
 

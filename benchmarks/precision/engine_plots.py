@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.harness.pictures import BLUE, GREEN, VERMILION, frame, plt, save
 from benchmarks.harness.recording import ENGINES
@@ -13,9 +14,10 @@ from benchmarks.harness.records import Record
 from benchmarks.precision.tables import P99, of_kind
 
 COLOURS = dict(zip(ENGINES, (BLUE, GREEN, VERMILION), strict=True))
+TICKS = {1e-5: "1e-5", 1e-4: "1e-4", 1e-3: "0.001", 1e-2: "0.01", 0.1: "0.1", 0.5: "0.5", 0.9: "0.9", 0.99: "0.99"}
 PANELS = {
-    "ratio": ("The ratio runs away on rare tokens ...", "|r - 1|"),
-    "prob_shift": ("... and the probability does not", "|π - μ|"),
+    "ratio": ("Rare tokens have ratios far from 1 ...", "|r - 1|"),
+    "prob_shift": ("... and probabilities that hardly move", "|π - μ|"),
 }
 
 
@@ -33,8 +35,11 @@ def engines_figure(records: Sequence[Record]) -> Figure:
         for record in records:
             colour, bins = COLOURS[record["engine"]], record["bins"]
             at = [_middle(b["from"], b["to"]) for b in bins]
-            axes.loglog(at, [b[quantity][P99] for b in bins], "o-", color=colour, label=ENGINES[record["engine"]])
-            axes.loglog(at, [b[quantity][0] for b in bins], "o:", color=colour, markersize=3, linewidth=1.2)
+            axes.plot(at, [b[quantity][P99] for b in bins], "o-", color=colour, label=ENGINES[record["engine"]])
+            axes.plot(at, [b[quantity][0] for b in bins], "o:", color=colour, markersize=3, linewidth=1.2)
+        axes.set(xscale="logit", yscale="log")
+        axes.set_xticks(*zip(*TICKS.items(), strict=True))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="probability μ of the sampled token", ylabel=name)
         axes.set_title(title, fontsize=12, loc="left")
         frame(axes)

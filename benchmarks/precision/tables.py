@@ -119,7 +119,7 @@ def render_real(records: Sequence[Record]) -> str:
     words = (
         "On {tokens} tokens of a real model (entropy {entropy} nat, logits up to {logit}) "
         "the ratio is off by {default} with float32 logits, the default, by {rounded} with bf16 logits, and by {fp8} "
-        "with an fp8 head (99th percentiles). Of the contract's bars {missed}"
+        "with an fp8 head (99th percentiles). Of the default path, {missed}"
     ).format(
         tokens=facts["shape"]["tokens"], entropy=two_figures(facts["entropy_nats"]),
         logit=two_figures(facts["largest_logit"]), default=two_figures(ratio["bf16"]),
@@ -150,23 +150,21 @@ def render_engines(records: Sequence[Record]) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    return f"under {high:g}" if low == 0 else f"over {low:g}" if high > 1 else f"{low:g} to {high:g}"
+    if low == 0:
+        return f"under {two_figures(high)}"
+    return f"over {two_figures(low)}" if high > 1 else f"{two_figures(low)} to {two_figures(high)}"
 
 
 def _rarest(found: dict[str, Record]) -> str:
     """Return a sentence that compares the rarest tokens with the likely ones."""
     record = found[max(found, key=lambda name: found[name]["all"]["ratio"][P99])]
-    bins = record["bins"]
-    rare, sure, most = bins[0], bins[-1], max(bins, key=lambda b: b["prob_shift"][P99])
-    rarely, surely, mostly = (f"μ {_between(b['from'], b['to'])}" for b in (rare, sure, most))
-    ratios, shifts = (
-        [two_figures(b[name][P99]) for b in found_bins]
-        for name, found_bins in (("ratio", (rare, sure)), ("prob_shift", (rare, most)))
-    )
+    rare, most = record["bins"][0], max(record["bins"], key=lambda b: b["prob_shift"][P99])
+    numbers = [two_figures(b[name][P99]) for name in MOVES for b in (rare, most)]
+    rarely, mostly = (f"μ {_between(b['from'], b['to'])}" for b in (rare, most))
     return (
-        f"**Against the {record['engine']} engine, the furthest of {len(found)}, |r - 1| reaches {ratios[0]} on tokens "
-        f"of {rarely} and {ratios[1]} on tokens of {surely}. |π - μ| reaches {shifts[0]} on the first, and is largest "
-        f"on tokens of {mostly}, where it reaches {shifts[1]}** (99th percentiles)."
+        "**Rare tokens have ratios as far from 1 as open decisions have, but their probabilities hardly move.** "
+        f"Against the {record['engine']} engine, the furthest of {len(found)}, |r - 1| reaches {numbers[0]} on tokens "
+        f"of {rarely} and {numbers[1]} on tokens of {mostly}; |π - μ| reaches {numbers[2]} and {numbers[3]}."
     )
 
 
