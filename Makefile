@@ -45,7 +45,7 @@ CORE := cases conformance edges error_messages errors exact_products fp8 fused_h
 	sparse_edges token_losses
 CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env versions demo test test-core lint peers bench precision sparsity fuzz longrun stability compile doctor wheel \
+.PHONY: help venv verl-env versions demo demo-llm test test-core lint peers bench precision sparsity fuzz longrun stability compile doctor wheel \
 	test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
@@ -62,6 +62,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
+
+demo-llm: $(STAMP)
+	$(BIN)/python -m examples.smollm_arithmetic $(DEMO_ARGS)
 
 # Apart from the environment, whose own versions of shared packages come first; a change of pyproject.toml does not renew it.
 verl-env: $(VERL)/.installed
@@ -142,8 +145,8 @@ wheel: $(STAMP)
 	rm -rf build
 
 clean:
-	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find drpo_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist demo_out demo_llm_out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find drpo_kernels examples tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
