@@ -1,4 +1,5 @@
-# make demo     train a small transformer with the fused loss, on whatever this machine has
+# make demo     train a small transformer with the fused loss, on whatever this machine has: a minute on 2 cores
+# make demo-llm  a real language model learns to answer sums through TRL's trainer: 8 minutes on 2 cores, plus a download
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make test-core  what must hold on every supported version of PyTorch and Triton, in the environment of `make test`
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
@@ -45,8 +46,8 @@ CORE := cases conformance edges error_messages errors exact_products fp8 fused_h
 	sparse_edges token_losses
 CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env versions demo demo-llm test test-core lint peers bench precision sparsity fuzz longrun stability compile doctor wheel \
-	test-oldest test-middle compile-oldest compile-middle clean distclean
+.PHONY: help venv verl-env versions demo demo-llm test test-core lint peers bench precision sparsity fuzz longrun \
+	stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
 help:

@@ -33,6 +33,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from drpo_kernels import Objective
@@ -49,9 +50,9 @@ STEPS, QUICK_STEPS, QUICK_HELD_OUT = 20, 2, 20
 LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
-Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For your own
-model, prompts and reward, copy examples/smollm_arithmetic.py and replace `load`,
-`prompt` and `reward_of`; docs/integrations/trl.md has the trainer's options."""
+Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For your
+own model and reward, copy examples/smollm_arithmetic.py and replace `load`,
+`prompt` and `reward_of`. docs/integrations/trl.md has the trainer's options."""
 
 Sum = tuple[int, int]
 
@@ -141,8 +142,8 @@ def freeze(model: Any) -> str:
         module.requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return (
-        f"Trained: the last {len(layers)} of {len(model.model.layers)} layers and the final norm, {trained:,} of "
-        f"{model.num_parameters():,}\nparameters, for a short backward. The embeddings, which are the head too, stay."
+        f"Trained: the last {len(layers)} of {len(model.model.layers)} layers and the final norm, {trained:,} of\n"
+        f"{model.num_parameters():,} parameters, for a short backward. The embeddings, which are\nthe head too, stay."
     )
 
 
@@ -207,9 +208,8 @@ def run(options: argparse.Namespace) -> int:
     dtype = "bfloat16 autocast" if options.bf16 else "float32"
     console.print(
         "SmolLM2-135M-Instruct learns to answer sums like 7 + 12 with just the number.\n"
-        f"GRPO with {options.objective}: {options.steps} rollouts of {PROMPTS} prompts x {GROUP} completions, "
-        f"{UPDATES} updates on each.\n"
-        f"{HELD_OUT} of the {LARGEST**2} sums are held out, and evaluated before and after.\n"
+        f"GRPO with {options.objective}: {options.steps} rollouts of {PROMPTS} prompts x {GROUP} completions,\n"
+        f"{UPDATES} updates on each. {HELD_OUT} of the {LARGEST**2} sums are held out for evaluation.\n"
         f"On {report.device_name(options.device)}, in {dtype}. Two CPU cores take {1 + options.steps / 3:.0f} min.",
         highlight=False,
     )
@@ -227,7 +227,8 @@ def run(options: argparse.Namespace) -> int:
     before = evaluate(model, tokenizer, held_out, options.bf16)
     clock.lap("evaluate before")
     trainer.add_callback(progress := Progress(options.steps * UPDATES))
-    trainer.train()
+    with logging_redirect_tqdm():  # what `diagnose` says of a batch goes above the bar
+        trainer.train()
     clock.lap("train")
     after = evaluate(model, tokenizer, held_out, options.bf16)
     clock.lap("evaluate after")
@@ -248,7 +249,7 @@ def run(options: argparse.Namespace) -> int:
     results = {"before": report.numbers(before), "after": report.numbers(after), "seconds": clock.seconds,
                "losses": [found._asdict() for found in compared]}  # fmt: skip
     report.write_history(options.out / "history.jsonl", settings, progress.history, results)
-    console.print(f"Written: {options.out}/run.png and {options.out}/history.jsonl. {clock.total():.0f} s in all.")
+    console.print(f"{clock.total():.0f} s in all. Written into {options.out}: run.png and history.jsonl.")
     console.print(NEXT, highlight=False)
     return verdict(after["exact"] - before["exact"], compared, options.quick)
 

@@ -178,8 +178,9 @@ def trl_head(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _mean_loss(batch: Batch, logprobs: Tensor) -> Tensor:
+    valid = torch.ones_like(batch.targets, dtype=torch.bool)
     sequences = Sequences(batch.targets.shape, batch.cu_seqlens)
-    tokens = Tokens(logprobs.float(), batch.old_logprobs, batch.advantages, sequences=sequences)
+    tokens = Tokens(logprobs, batch.old_logprobs, batch.advantages, valid=valid, sequences=sequences)
     return batch.objective.token_loss(tokens).mean()
 
 
@@ -221,8 +222,8 @@ def comparison_table(batch: Batch, compared: Sequence[Compared]) -> Table:
     table = Table(
         title=f"{batch.objective} on a batch of the run, forward and backward",
         caption=f"{tokens} tokens, {int((batch.advantages != 0).sum())} of them with an advantage; width {width}, "
-        f"vocabulary {vocabulary:,}.\nPeak extra memory includes the gradients. Gradients: |theirs - ours| / |ours|,\n"
-        "of the hidden states, and of the head where it is trained.",
+        f"vocabulary {vocabulary:,}.\nPeak extra memory includes the gradients.\nGradients: |theirs - ours| / |ours| "
+        "of hidden states, and of the trained head.",
         caption_justify="left",
     )
     for column in ("head", "loss", "time", "peak extra memory", "gradients"):
@@ -273,9 +274,9 @@ def plot_run(
     style = {"linewidth": 2, "marker": "o", "markersize": 3.5}
     ends = [0, history[-1]["step"]]
     reward.plot(series(rollouts, "step"), series(rollouts, "reward"), color=BLUE, label="rollouts, sampled", **style)
-    for name, fill in (("exact", INK), ("lenient", "white")):
+    for name, fill, size in (("lenient", "white", 9), ("exact", INK, 5)):
         values = [before[name], after[name]]
-        reward.plot(ends, values, "D", color=INK, markerfacecolor=fill, markersize=7, zorder=4, clip_on=False,
+        reward.plot(ends, values, "D", color=INK, markerfacecolor=fill, markersize=size, zorder=4, clip_on=False,
                     label=f"held-out sums, greedy, {name}")  # fmt: skip
     reward.set_ylim(0, 1)
     reward.legend(frameon=False, loc="upper left", fontsize=9)
