@@ -271,10 +271,12 @@ def loud():
     transformers_logging.enable_progress_bar()
 
 
-@pytest.fixture(params=["real tokenizer", "characters"])
+@pytest.fixture(params=["real tokenizer", "characters", "characters, bf16"])
 def tiny(request, monkeypatch, tmp_path, loud):
     """A tiny random model in the place of SmolLM2."""
-    if request.param == "characters":
+    bf16 = request.param.endswith("bf16")
+    monkeypatch.setattr(smollm_arithmetic, "fast_bf16", lambda device: bf16)
+    if request.param.startswith("characters"):
         monkeypatch.setattr(smollm, "CACHE", tmp_path / "nothing")
     elif not smollm.CACHE.exists():
         pytest.skip("SmolLM2's tokenizer has not been downloaded")
@@ -285,17 +287,17 @@ def tiny(request, monkeypatch, tmp_path, loud):
         monkeypatch.setattr(smollm_arithmetic, name, value)
     # No completion of a random model is right, so with the real rule no token would have an advantage.
     monkeypatch.setattr(smollm_arithmetic, "reward_of", lambda completion, answer: float(len(completion.text) % 2))
-    return model
+    return model, "bfloat16 autocast" if bf16 else "float32"
 
 
 def test_a_quick_run_trains_reports_and_records(tiny, tmp_path, capfd, recwarn):
-    head, layer = tiny.lm_head.weight.clone(), tiny.model.layers[1].mlp.up_proj.weight.clone()
-    first = tiny.model.layers[0].mlp.up_proj.weight.clone()
+    model, dtype = tiny
+    watched = model.lm_head, model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    before = [module.weight.clone() for module in watched]
     out = tmp_path / "out"
     assert smollm_arithmetic.main(["--quick", "--device", "cpu", "--objective", "PPO()", "--out", str(out)]) == 0
-    assert torch.equal(tiny.lm_head.weight, head)
-    assert torch.equal(tiny.model.layers[0].mlp.up_proj.weight, first)
-    assert not torch.equal(tiny.model.layers[1].mlp.up_proj.weight, layer)
+    unchanged = [torch.equal(module.weight, weight) for module, weight in zip(watched, before, strict=True)]
+    assert unchanged == [True, True, False]
 
     said = capfd.readouterr()
     for expected in ("the last 1 of 2 layers", "greedy, exact", "TRL's fused head", "no gain was asked for", "Next:"):
@@ -306,7 +308,8 @@ def test_a_quick_run_trains_reports_and_records(tiny, tmp_path, capfd, recwarn):
     assert said.err.count("GRPO:") == said.err.count("running reward") + 1  # one bar, and nothing else draws one
 
     settings, *steps, results = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    assert (settings["objective"], settings["steps"]) == (repr(PPO()), 2)
+    assert (settings["objective"], settings["steps"], settings["dtype"]) == (repr(PPO()), 2, dtype)
+    assert f"in {dtype}" in said.out
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert steps[0]["drpo/prob_shift_mean"] < 1e-3 * steps[1]["drpo/prob_shift_mean"]
     assert 0 < steps[0]["drpo/weighted"] <= steps[0]["drpo/tokens"]
