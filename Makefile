@@ -1,5 +1,5 @@
-# make demo     train a small transformer with the fused loss, on whatever this machine has: 90 s on 2 cores
-# make demo-llm  a real language model learns to answer sums through TRL's trainer: 8 minutes on 2 cores, plus a download
+# make demo     train a small transformer with the fused loss, on whatever this machine has: a minute on 2 cores
+# make demo-llm  a real language model learns to answer sums through TRL's trainer: 7 minutes on 2 cores, plus a download
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make test-core  what must hold on every supported version of PyTorch and Triton, in the environment of `make test`
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct learns to answer sums with just the number: GRPO with the DRPO loss, through TRL's trainer.
 
-    make demo-llm                                       about 8 minutes on two CPU cores, or on the GPU that is there
-    python -m examples.smollm_arithmetic --quick        a minute or two: everything runs, nothing much is learned
+    make demo-llm                                       about 7 minutes on two CPU cores, or on the GPU that is there
+    python -m examples.smollm_arithmetic --quick        about a minute: everything runs, not much is learned
     python -m examples.smollm_arithmetic --help         the options
 
 To train a model of your own, copy this file and replace `load`, `prompt` and `reward_of`. The pictures, tables and the
@@ -50,9 +50,9 @@ STEPS, QUICK_STEPS, QUICK_HELD_OUT = 20, 2, 20
 LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
-Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For your
-own model and reward, copy examples/smollm_arithmetic.py and replace `load`,
-`prompt` and `reward_of`. docs/integrations/trl.md has the trainer's options."""
+Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For a
+model and a reward of your own, copy examples/smollm_arithmetic.py and replace
+`load`, `prompt` and `reward_of`. docs/integrations/trl.md has all options."""
 
 Sum = tuple[int, int]
 
@@ -210,7 +210,7 @@ def run(options: argparse.Namespace) -> int:
         "SmolLM2-135M-Instruct learns to answer sums like 7 + 12 with just the number.\n"
         f"GRPO with {options.objective}: {options.steps} rollouts of {PROMPTS} prompts x {GROUP} completions,\n"
         f"{UPDATES} updates on each. {HELD_OUT} of the {LARGEST**2} sums are held out for evaluation.\n"
-        f"On {report.device_name(options.device)}, in {dtype}. Two CPU cores take {1 + options.steps / 3:.0f} min.",
+        f"On {report.device_name(options.device)}, in {dtype}. Two CPU cores take {0.8 + 0.3 * options.steps:.0f} min.",
         highlight=False,
     )
     set_seed(options.seed)

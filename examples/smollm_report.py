@@ -223,7 +223,7 @@ def comparison_table(batch: Batch, compared: Sequence[Compared]) -> Table:
         title=f"{batch.objective} on a batch of the run, forward and backward",
         caption=f"{tokens} tokens, {int((batch.advantages != 0).sum())} of them with an advantage; width {width}, "
         f"vocabulary {vocabulary:,}.\nPeak extra memory includes the gradients.\nGradients: |theirs - ours| / |ours| "
-        "of hidden states, and of the trained head.",
+        "of hidden states and of the head.",
         caption_justify="left",
     )
     for column in ("head", "loss", "time", "peak extra memory", "gradients"):
