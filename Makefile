@@ -1,4 +1,5 @@
-# make demo     train a small transformer with the fused loss, on whatever this machine has
+# make demo     train a small transformer with the fused loss, on whatever this machine has: a minute on 2 cores
+# make demo-llm  a real language model learns to answer sums through TRL's trainer: 7 minutes on 2 cores, plus a download
 # make test     the whole suite; without a GPU the kernels run in Triton's interpreter
 # make test-core  what must hold on every supported version of PyTorch and Triton, in the environment of `make test`
 # make test-oldest, test-middle  the suite's core on the oldest PyTorch and Triton that we support, and on ones between
@@ -48,7 +49,8 @@ CORE := cases conformance edges error_messages errors exact_products fp8 fused_h
 	sparse_edges token_losses
 CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
-.PHONY: help venv verl-env smollm versions demo test test-core lint peers bench precision real record sparsity fuzz longrun \
+.PHONY: help venv verl-env smollm versions demo demo-llm test test-core lint peers bench precision real record sparsity fuzz \
+	longrun stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
 	stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
@@ -65,6 +67,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m drpo_kernels demo $(DEMO_ARGS)
+
+demo-llm: $(STAMP)
+	$(BIN)/python -m examples.smollm_arithmetic $(DEMO_ARGS)
 
 # Apart from the environment, whose own versions of shared packages come first; a change of pyproject.toml does not renew it.
 verl-env: $(VERL)/.installed
@@ -163,8 +168,8 @@ wheel: $(STAMP)
 	rm -rf build
 
 clean:
-	rm -rf build dist demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find drpo_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist demo_out demo_llm_out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find drpo_kernels examples tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV) .cache

@@ -27,20 +27,20 @@ def plot_run(history: list[dict[str, float]], evaluations: tuple[dict, dict], ti
     def series(name: str) -> np.ndarray:
         return np.array([statistics[name] for statistics in history])
 
-    _trend(reward, steps, series("reward"), BLUE, "rollouts")
+    trend(reward, steps, series("reward"), BLUE, "rollouts")
     before_after = [evaluation["sampled"] for evaluation in evaluations]
     reward.plot([0, len(history)], before_after, "D", color=INK, markersize=6, label="held-out problems", zorder=4)
     reward.set_ylim(0, 1)
     reward.legend(frameon=False, loc="upper left", fontsize=9)
-    _label(reward, "Reward", "share of right answers")
+    label_axes(reward, "Reward", "share of right answers")
 
-    _trend(entropy, steps, series("entropy"), ORANGE)
+    trend(entropy, steps, series("entropy"), ORANGE)
     entropy.set_ylim(bottom=0)
-    _label(entropy, "Entropy", "nats per token")
+    label_axes(entropy, "Entropy", "nats per token")
 
-    _trend(shift, steps, series("drpo/prob_shift_mean"), GREEN)
+    trend(shift, steps, series("drpo/prob_shift_mean"), GREEN)
     shift.set_ylim(bottom=0)
-    _label(shift, "How far the policy moves from its rollouts", "mean |π - μ|")
+    label_axes(shift, "How far the policy moves from its rollouts", "mean |π - μ|")
     for axes in (reward, entropy, shift):
         axes.set_xlabel("step", color=MUTED)
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.01, ha="left")
@@ -74,7 +74,7 @@ def plot_weights(path: Path) -> None:
                 weight = gradient_weight(objective, probs, old_prob, advantage)
                 axes.plot(probs, weight, color=color, linewidth=width, label=f"μ = {old_prob}", zorder=2)
                 axes.plot(old_prob, 1, "o", color=color, markersize=6, markeredgecolor="white", zorder=3)
-            _label(axes, f"{name}, A {'>' if advantage > 0 else '<'} 0", "")
+            label_axes(axes, f"{name}, A {'>' if advantage > 0 else '<'} 0", "")
     grid[0, 0].set(xlim=(0, 1), ylim=(-2.6, 3.6), xticks=np.linspace(0, 1, 6))
     for axes in grid[:, 0]:
         axes.set_ylabel("gradient weight w", color=MUTED)
@@ -89,7 +89,7 @@ def plot_weights(path: Path) -> None:
     figure.savefig(path)
 
 
-def _trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+def trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
     """Plot the values in a faint colour under their centred moving average."""
     width = max(1, len(values) // 12)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
@@ -97,7 +97,7 @@ def _trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label:
     axes.plot(steps, np.convolve(padded, np.full(width, 1 / width), "valid"), color=color, linewidth=2.2, label=label)
 
 
-def _label(axes: Axes, title: str, unit: str) -> None:
+def label_axes(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_ylabel(unit, color=MUTED)
     axes.grid(color=GRID, linewidth=0.8)
