@@ -17,11 +17,12 @@ from benchmarks.harness.runs import Run, read_run
 from benchmarks.longrun import sparse as longrun
 from benchmarks.precision import tables as precision
 from benchmarks.roofline import tables as roofline
+from benchmarks.smollm import tables as smollm
 from benchmarks.sparsity import tables as sparsity
 from benchmarks.speed import tables as speed
 
 STUDIES = (
-    speed, device, roofline, sparsity, longrun, precision, invariance, trainers,
+    speed, device, roofline, sparsity, longrun, precision, invariance, trainers, smollm,
 )  # fmt: skip
 REHEARSALS = ("--quick", "--rehearse")  # A run whose command has one of these has measured nothing that counts.
 BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}

@@ -15,6 +15,7 @@ import argparse
 import os
 import random
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -241,14 +242,14 @@ def run(options: argparse.Namespace) -> int:
     clock.lap("compare")
     title = f"SmolLM2-135M-Instruct on sums, {options.objective}, seed {options.seed}"
     report.plot_run(progress.history, UPDATES, before, after, title, options.out / "run.png")
-    settings = {
+    header = report.header(options.command, options.device, {
         "model": "SmolLM2-135M-Instruct", "objective": str(options.objective), "seed": options.seed,
         "steps": options.steps, "updates": UPDATES, "prompts": PROMPTS, "group": GROUP, "new_tokens": NEW_TOKENS,
-        "learning_rate": LEARNING_RATE, "layers": LAYERS, "device": report.device_name(options.device), "dtype": dtype,
-    }  # fmt: skip
+        "learning_rate": LEARNING_RATE, "layers": LAYERS, "dtype": dtype,
+    })  # fmt: skip
     results = {"before": report.numbers(before), "after": report.numbers(after), "seconds": clock.seconds,
                "losses": [found._asdict() for found in compared]}  # fmt: skip
-    report.write_history(options.out / "history.jsonl", settings, progress.history, results)
+    report.write_history(options.out / "history.jsonl", header, progress.history, results)
     console.print(f"{clock.total():.0f} s in all. Written into {options.out}: run.png and history.jsonl.")
     console.print(NEXT, highlight=False)
     return verdict(after["exact"] - before["exact"], compared, options.quick)
@@ -304,6 +305,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     options.bf16 = fast_bf16(options.device)
+    options.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
     return options
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.harness.provenance import provenance
 from drpo_kernels import Objective, Tokens, linear_policy_loss
 from drpo_kernels.demo.measure import median_times, peak_extra_bytes
 from drpo_kernels.demo.plots import BLUE, GREEN, INK, MUTED, ORANGE, label_axes
@@ -242,12 +241,15 @@ def comparison_table(batch: Batch, compared: Sequence[Compared]) -> Table:
 # --- the record and the picture ---------------------------------------------------------------------------------------
 
 
+def header(command: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The first line of a record: the settings, and the device, versions, commit, command and date of the run."""
+    return {"benchmark": "smollm", "settings": settings, **provenance(command, torch.device(device))}
+
+
 def write_history(
-    path: Path, settings: dict[str, Any], history: Sequence[dict[str, float]], results: dict[str, Any]
+    path: Path, first: dict[str, Any], history: Sequence[dict[str, float]], results: dict[str, Any]
 ) -> None:
-    """One JSON object a line: the settings with versions and machine, then each optimizer step, then the results."""
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "drpo_kernels")}
-    first = {**settings, "versions": {"python": platform.python_version(), **versions}}
+    """One JSON object a line: the header, then each optimizer step, then the results."""
     steps = [
         {name: float(f"{step[name]:.6g}") if name != "step" else step[name] for name in METRICS if name in step}
         for step in history

@@ -222,9 +222,11 @@ def test_a_history_is_written_and_drawn(tmp_path):
     before, after = {"exact": 0.01, "lenient": 0.5}, {"exact": 0.6, "lenient": 0.6}
 
     path = tmp_path / "new" / "history.jsonl"
-    smollm_report.write_history(path, {"seed": 3, "objective": "DRPO"}, history, {"after": after})
+    header = smollm_report.header("python -m this", "cpu", {"seed": 3})
+    smollm_report.write_history(path, header, history, {"after": after})
     first, *steps, last = [json.loads(line) for line in path.read_text().splitlines()]
-    assert first["seed"] == 3 and first["versions"].keys() >= {"torch", "trl", "drpo_kernels"}
+    assert first["settings"] == {"seed": 3} and first["versions"].keys() >= {"torch", "trl", "drpo_kernels"}
+    assert {"device", "commit", "dirty", "command", "date"} <= first.keys()
     assert last == {"after": after}
     assert [step["step"] for step in steps] == list(range(1, 9))
     assert ["reward" in step for step in steps] == [True, False] * 4
@@ -307,7 +309,8 @@ def test_a_quick_run_trains_reports_and_records(tiny, tmp_path, capfd, recwarn):
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
     assert said.err.count("GRPO:") == said.err.count("running reward") + 1  # one bar, and nothing else draws one
 
-    settings, *steps, results = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    header, *steps, results = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    settings = header["settings"]
     assert (settings["objective"], settings["steps"], settings["dtype"]) == (repr(PPO()), 2, dtype)
     assert f"in {dtype}" in said.out
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
