@@ -136,7 +136,7 @@ REAL_METHODS := gemms_whole eager trl linear_policy_loss linear_policy_loss_froz
 
 real: $(STAMP)
 	$(BIN)/python -m benchmarks.precision --regimes real --out $(REAL)/precision.jsonl
-	$(BIN)/python -m benchmarks.sparsity --parts real --out $(REAL)/sparsity.jsonl
+	$(BIN)/python -m benchmarks.sparsity --parts real tails --out $(REAL)/sparsity.jsonl
 	$(BIN)/python -m benchmarks.speed --workloads SmolLM2-135M --inputs real --methods $(REAL_METHODS) \
 		--active-shares 1 0.75 0.5 0.25 --out $(REAL)/speed.jsonl
 	$(BIN)/python -m benchmarks.report

@@ -1,6 +1,7 @@
 """`python -m benchmarks.sparsity` measures what `sparse_grad` saves and costs, into bench_results/sparsity.jsonl.
 
     real      time, memory and gradient error on a real model's tokens, all of them and each topic
+    tails     how many entries these rows need, by their entropy
     speed     the same over the entropy of made-up rows, beside the floor and the dense path
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
@@ -11,6 +12,7 @@ The parts are measured alone or together, and the lines of other parts stay as t
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import sys
@@ -24,11 +26,11 @@ from torch import Tensor
 from benchmarks.harness import cli, plans
 from benchmarks.harness import regimes as cases
 from benchmarks.harness.measure import Case, measure
-from benchmarks.harness.methods import SPARSE_GRAD
+from benchmarks.harness.methods import SPARSE_GRAD, TIGHT_SPARSE_GRAD
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import Record, replace_part
-from benchmarks.harness.workloads import Inputs, Shape, Workload
+from benchmarks.harness.workloads import MODELS, Inputs, Shape, Workload, logit_blocks, make_inputs
 from benchmarks.sparsity.tables import MADE_UP_KINDS, METHODS, REAL_KINDS
 from drpo_kernels.demo.model import build_model
 from drpo_kernels.demo.settings import Settings
@@ -36,6 +38,8 @@ from drpo_kernels.demo.task import split_problems
 from drpo_kernels.demo.train import train
 
 RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
+RECORDED = ("real", "tails")  # parts that have results of their own: see `make real`
+NATS = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 11.0)  # ranges of entropies; none is over ln(V) = 10.8
 ROUNDS = {"cpu": 5, "cuda": 20}
 SEEDS = 8
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -46,6 +50,31 @@ def real(options: argparse.Namespace) -> Iterator[Record]:
     dtype = plans.STANDARD[options.device].main.dtype
     tokens = dict.fromkeys(REAL_KINDS, 512) | {"real": 2048}
     yield from _timed([Workload("SmolLM2-135M", tokens[kind], kind, dtype) for kind in REAL_KINDS], options)
+
+
+def tails(options: argparse.Namespace) -> Iterator[Record]:
+    """Yield, for each range of entropies and τ, how many rows there are and the quantiles of the entries they need."""
+    model = MODELS["SmolLM2-135M"]
+    inputs = make_inputs("real", Shape(64 if options.quick else 2048, model.hidden, model.vocab))
+    for tolerance in (TIGHT_SPARSE_GRAD, SPARSE_GRAD):
+        needed = entries_needed(inputs, tolerance)
+        for low, high in itertools.pairwise(NATS):
+            counts = needed[(low <= inputs.entropies) & (inputs.entropies < high)].double()
+            if counts.numel():
+                quantiles = [round(counts.quantile(q).item()) for q in (0.5, 0.9)]
+                entries = {"rows": counts.numel(), "of": needed.numel(), "needed": quantiles}
+                yield {"tolerance": tolerance, "from": low, "to": high, **entries}
+
+
+def entries_needed(inputs: Inputs, tolerance: float) -> Tensor:
+    """Return the fewest entries [T] beside the target that leave out at most tolerance · (1 - p_y) of each row."""
+    parts = []
+    for rows, logits in logit_blocks(inputs.hidden, inputs.weight, inputs.softcap):
+        probs = logits.double().softmax(-1).scatter_(1, inputs.targets[rows, None], 0)
+        left_out = probs.sort(-1).values.cumsum(-1)
+        spared = (left_out <= tolerance * left_out[:, -1:]).sum(-1)
+        parts.append(probs.shape[1] - spared)
+    return torch.cat(parts)
 
 
 def speed(options: argparse.Namespace) -> Iterator[Record]:
@@ -121,7 +150,7 @@ def trained_rewards(settings: Settings) -> dict[str, float]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
-    function.__name__: function for function in (real, speed, regimes, learning)
+    function.__name__: function for function in (real, tails, speed, regimes, learning)
 }
 
 
@@ -130,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_device(parser)
     cli.add_quick(parser, "tiny shapes")
     cli.add_out(parser, RESULTS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "real"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name not in RECORDED])
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     options = parser.parse_args(argv)
     out = cli.results(options, RESULTS)

@@ -13,6 +13,8 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.runs import latest
 from benchmarks.harness.tables import NOTHING, milliseconds, table, times
 from benchmarks.harness.workloads import KINDS as LABELS
+from benchmarks.harness.workloads import MODELS
+from drpo_kernels.backends.sparse.contract import entry_limit
 
 FLOOR, DENSE, SPARSE, TIGHT = (
     "gemms_whole", "linear_policy_loss", "linear_policy_loss_sparse", "linear_policy_loss_sparse_tight",
@@ -144,6 +146,25 @@ def render_real(records: Sequence[Record]) -> str:
     return _render_timed(of_part(records, "real"))
 
 
+def render_tails(records: Sequence[Record]) -> str:
+    """Render how many entries a row needs, with a row per range of entropies."""
+    records, rows = of_part(records, "tails"), []
+    if not records:
+        return NOT_YET
+    limit = entry_limit(MODELS["SmolLM2-135M"].vocab, "cpu")
+    tolerances = list(dict.fromkeys(record["tolerance"] for record in records))
+    for low, high in dict.fromkeys((record["from"], record["to"]) for record in records):
+        found = [r for r in records if (r["from"], r["to"]) == (low, high)]
+        name = f"over {low:g} nat" if high > 10 else f"{low:g} to {high:g} nat"
+        cells = ("{} ({})".format(*record["needed"]) for record in found)
+        rows.append((name, f"{found[0]['rows'] / found[0]['of']:.0%}", *cells))
+    header = ("entropy of the row", "rows", *(f"entries at τ = {tau:g}: median (90 %)" for tau in tolerances))
+    return "\n\n".join([
+        f"A row is sparse if it needs at most {limit} entries beside its target:", table(header, rows),
+        origin(records[:1]),
+    ])  # fmt: skip
+
+
 def render_gpu(records: Sequence[Record]) -> str:
     """Render the same for a GPU, from the lines of its run."""
     records = of_part(latest(records), "sparse")
@@ -162,6 +183,7 @@ REAL = "smollm/sparsity.jsonl"
 BLOCKS = (
     Block("sparse-verdict", "sparsity", REAL, PAGE, render_verdict, NOT_YET),
     Block("sparse-real", "sparsity", REAL, PAGE, render_real, NOT_YET),
+    Block("sparse-tails", "sparsity", REAL, PAGE, render_tails, NOT_YET),
     Block("sparse-speed", "sparsity", RESULTS, PAGE, render_speed, plots="benchmarks.sparsity.plots"),
     Block("sparse-regimes", "sparsity", RESULTS, PAGE, render_regimes),
     Block("sparse-learning", "sparsity", RESULTS, PAGE, render_learning),

@@ -7,12 +7,14 @@ from benchmarks import report
 from benchmarks.harness import recording, regimes
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import read
-from benchmarks.harness.workloads import KINDS, Shape, make_inputs
+from benchmarks.harness.workloads import KINDS, Inputs, Shape, make_inputs
 from benchmarks.precision import engine_plots, mismatch
 from benchmarks.precision import tables as precision_tables
 from benchmarks.smollm import engines
 from benchmarks.smollm.prompts import PROMPTS
+from benchmarks.sparsity import __main__ as sparsity
 from benchmarks.sparsity import tables as sparsity_tables
+from drpo_kernels import linear_policy_loss
 from examples import smollm
 from pages import unpadded
 
@@ -145,6 +147,29 @@ def test_an_engine_leaves_the_model_alone(name):
     assert 0 < gap < 0.2
 
 
+# --- entries ----------------------------------------------------------------------------------------------------------
+
+
+def test_entries_needed():
+    """The target has half of the probability, and 0.4, 0.3, 0.2 and 0.1 are the shares of the other half."""
+    shares = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    inputs = Inputs(torch.ones(1, 1), shares.log()[:, None], torch.tensor([0]), *torch.zeros(2, 1))
+    needed = [sparsity.entries_needed(inputs, tolerance).item() for tolerance in (0.0, 0.09, 0.11, 0.31, 0.61)]
+    assert needed == [4, 4, 3, 2, 1]
+
+
+@needs_head
+def test_as_many_rows_are_sparse_as_need_few_entries():
+    """The package keeps whole levels of probability, so that a row may have a few entries more than it needs."""
+    inputs = make_inputs("real", Shape(64, smollm.HIDDEN, smollm.VOCAB))
+    leaves = [x.requires_grad_() for x in (inputs.hidden, inputs.weight)]
+    out = linear_policy_loss(*leaves, inputs.targets, inputs.old_logprobs, inputs.advantages, sparse_grad=0.01)
+    needed = sparsity.entries_needed(inputs, 0.01)
+    limit = sparsity_tables.entry_limit(smollm.VOCAB, "cpu")
+    few, at_most = (needed <= limit * 0.8).double().mean(), (needed <= limit).double().mean()
+    assert few <= out.metrics["drpo/sparse_share"].item() <= at_most
+
+
 # --- tables and pictures ----------------------------------------------------------------------------------------------
 
 
@@ -175,10 +200,20 @@ def few(record):
 
 
 def test_the_pages_show_the_records():
-    for name in ("precision-real", "precision-engines", "sparse-verdict", "sparse-real", "real-speed"):
+    for name in (
+        "precision-real",
+        "precision-engines",
+        "sparse-verdict",
+        "sparse-real",
+        "sparse-tails",
+        "real-speed",
+        "cpu",
+        "demo-llm",
+        "demo-groups",
+    ):
         block = report.BLOCKS[name]
         text = block.render(read(ROOT / "bench_results" / block.results))
-        assert text in (ROOT / block.page).read_text(encoding="utf-8"), name
+        assert text in (ROOT / block.page).read_text(encoding="utf-8"), block.name
 
 
 def test_the_first_line_of_the_page_is_the_verdict():
