@@ -16,10 +16,10 @@ from drpo_kernels.triton_support import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 # A change elsewhere (README, results) does not change what is measured.
-MEASURED = ("drpo_kernels", "benchmarks")
+MEASURED = ("drpo_kernels", "benchmarks", "examples")
 # This environment variable names the commit of a copy whose own repository, if there is one, does not know it.
 COMMIT = "DRPO_COMMIT"
-PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
+PACKAGES = ("transformers", "trl", "liger_kernel", "cut_cross_entropy", "nvidia_cutlass_dsl")
 
 
 def provenance(command: str, device: torch.device | None = None) -> dict[str, object]:
@@ -54,7 +54,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": getattr(triton, "__version__", None),
         "drpo_kernels": drpo_kernels.__version__,
-        **{name: _installed(name) for name in PEERS},
+        **{name: _installed(name) for name in PACKAGES},
     }
 
 

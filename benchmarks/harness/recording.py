@@ -23,14 +23,14 @@ ENGINES = {"bf16": "bf16", "fp8": "fp8 weights and activations", "int4": "int4 w
 
 
 class Recording(NamedTuple):
-    """T tokens that the model sampled in float32, a quarter of each topic, a topic's answers one after another.
+    """The first tokens of answers that the model sampled in float32: T tokens, a quarter of each topic.
 
     hidden        [T, 576] float16, what the head is given
     targets       [T] int64, the tokens
     topics        [T] int64, places in `TOPICS`
     logprobs      {"fp32": the model's, then those of each of `ENGINES`: log-probs of the targets [T] float32}
-    drawn         {engine: (log μ, log π) [T, K] float32 of K tokens that the engine samples after each context, by the
-                  engine and by the float32 model}
+    drawn         {engine: (log μ, log π)}, [T, K] float32 each: the log-probs, by the engine and by the float32 model, of
+                  K tokens that the engine samples after each context
     """
 
     hidden: Tensor

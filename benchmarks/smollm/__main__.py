@@ -22,7 +22,7 @@ from benchmarks.smollm.engines import engine
 from benchmarks.smollm.prompts import PROMPTS
 from examples.smollm import PACKAGE, load
 
-ROWS, LENGTH, DRAWS = 640, 48, 4  # tokens of a topic, the most tokens of an answer, draws after each context
+ROWS, LENGTH, DRAWS = 640, 48, 12  # tokens of a topic, the most tokens of an answer, draws after each context
 TOP = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the whole softmax
 
 

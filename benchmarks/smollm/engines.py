@@ -1,7 +1,8 @@
 """SmolLM2 as rollout engines run it: the same weights in fewer bits, and activations in bf16 or fp8.
 
-What engines do to speed is left out: each engine here multiplies bf16 numbers that the named format can represent. As
-in vLLM, norms, embeddings and the head stay in bf16.
+The engines are emulated. A number is rounded to the engine's format and multiplied as the nearest bf16 number. Weights
+are rounded to the nearest value of the format, without calibration. As in vLLM, norms, embeddings, the head and its
+logits are bf16, and the angles of rotary embeddings are float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def int4(weight: Tensor) -> Tensor:
     """Round to 16 values from the least to the largest of each `GROUP` weights of a row, evenly spaced."""
     groups = weight.unflatten(1, (-1, GROUP))
     least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    step = (largest - least) / 15
+    step = ((largest - least) / 15).clamp(min=torch.finfo(weight.dtype).tiny)  # all weights of a group may be equal
     return (((groups - least) / step).round() * step + least).flatten(1)
 
 
@@ -41,7 +42,9 @@ def engine(name: str, model: Any) -> Any:
             module.weight.data = weights(module.weight.data)
             if name == "fp8":
                 module.register_forward_pre_hook(_in(fp8))
-    return made.to(torch.bfloat16)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return made
 
 
 def _in(rounding: Callable[[Tensor], Tensor]) -> Callable:

@@ -1,0 +1,1 @@
+"""Scripts to copy, and what the tests and studies share with them."""
