@@ -10,7 +10,7 @@
 # make bench    measure on this machine's GPU, else its CPU (over half an hour), and the peers' heads; rewrite tables, plots
 # make precision  measure the precision recipes on this CPU (minutes), redraw the plots, rewrite docs/precision.md
 # make real     what a real model's own tokens say, from the recording: precision, engines, sparse gradients, speed
-# make record   make that recording again, from SmolLM2-135M itself (minutes)
+# make record   make that recording again, from SmolLM2-135M itself, and the record of `make demo-llm`: 15 minutes
 # make sparsity  what sparse_grad saves and costs on this machine, its plot, docs/sparse.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
@@ -51,7 +51,6 @@ CORE_TESTS = $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py))
 
 .PHONY: help venv verl-env smollm versions demo demo-llm test test-core lint peers bench precision real record sparsity fuzz \
 	longrun stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
-	stability compile doctor wheel test-oldest test-middle compile-oldest compile-middle clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -130,19 +129,20 @@ endif
 precision: $(STAMP)
 	$(BIN)/python -m benchmarks.precision && $(BIN)/python -m benchmarks.report
 
-# The real rows have results of their own: bench_results/smollm/
-REAL := bench_results/smollm
 REAL_METHODS := gemms_whole eager trl linear_policy_loss linear_policy_loss_frozen_head linear_token_logprobs
 
 real: $(STAMP)
-	$(BIN)/python -m benchmarks.precision --regimes real --out $(REAL)/precision.jsonl
-	$(BIN)/python -m benchmarks.sparsity --parts real tails --out $(REAL)/sparsity.jsonl
-	$(BIN)/python -m benchmarks.speed --workloads SmolLM2-135M --inputs real --methods $(REAL_METHODS) \
-		--active-shares 1 0.75 0.5 0.25 --out $(REAL)/speed.jsonl
+	$(BIN)/python -m benchmarks.precision --regimes real
+	$(BIN)/python -m benchmarks.sparsity --device cpu --parts real tails
+	$(BIN)/python -m benchmarks.speed --device cpu --workloads SmolLM2-135M --tokens 2048 --inputs real \
+		--methods $(REAL_METHODS) --active-shares 1 0.75 0.5 0.25
 	$(BIN)/python -m benchmarks.report
 
 record: $(STAMP)
 	$(BIN)/python -m benchmarks.smollm
+	$(BIN)/python -m examples.smollm_arithmetic --device cpu --out demo_llm_out
+	cp demo_llm_out/history.jsonl bench_results/smollm/demo.jsonl
+	cp demo_llm_out/run.png bench_results/smollm/demo.png
 
 sparsity: $(STAMP)
 	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report

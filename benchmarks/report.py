@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = options.page or ROOT / block.page
         if not results.exists() and block.absent is not None:
             rewrite(page, block.markers, block.absent)
-        elif not results.exists() and (options.block or block.name == "cpu"):
+        elif not results.exists() and (options.block or block.name == "every-cpu"):
             complaints.append(f"{results.name} is missing: run `python -m {block.module}` first")
         elif results.is_dir():
             run = read_run(results)

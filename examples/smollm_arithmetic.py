@@ -4,8 +4,8 @@
     python -m examples.smollm_arithmetic --quick        about a minute: everything runs, not much is learned
     python -m examples.smollm_arithmetic --help         the options
 
-To train a model of your own, copy this file and replace `load`, `prompt` and `reward_of`. The pictures, tables and the
-comparison with other losses are in smollm_report.py; nothing here depends on them.
+To train a model of your own on a task of your own, copy this file beside itself and replace the section "the task",
+`freeze` and `load`. Tables, pictures and the comparison with other losses are in smollm_report.py.
 """
 # ruff: noqa: E402 (what the extra `llm` installs is looked for before it is imported)
 
@@ -30,6 +30,9 @@ if missing := [name for name in PACKAGES if find_spec(name) is None]:
 if not __package__:  # `python examples/smollm_arithmetic.py` looks for imports in examples/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # one GPU: transformers' trainer would split a batch over several
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -52,8 +55,8 @@ LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
 Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For a
-model and a reward of your own, copy examples/smollm_arithmetic.py and replace
-`load`, `prompt` and `reward_of`. docs/integrations/trl.md has all options."""
+task of your own, copy examples/smollm_arithmetic.py beside itself and replace its
+section "the task". docs/integrations/trl.md has all options."""
 
 Sum = tuple[int, int]
 
@@ -207,11 +210,12 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate, train, evaluate, compare, and write the record and the picture -> exit status."""
     console, clock = Console(), report.Clock()
     dtype = "bfloat16 autocast" if options.bf16 else "float32"
+    duration = f". Two cores take {0.8 + 0.3 * options.steps:.0f} min" if options.device == "cpu" else ""
     console.print(
         "SmolLM2-135M-Instruct learns to answer sums like 7 + 12 with just the number.\n"
         f"GRPO with {options.objective}: {options.steps} rollouts of {PROMPTS} prompts x {GROUP} completions,\n"
         f"{UPDATES} updates on each. {HELD_OUT} of the {LARGEST**2} sums are held out for evaluation.\n"
-        f"On {report.device_name(options.device)}, in {dtype}. Two CPU cores take {0.8 + 0.3 * options.steps:.0f} min.",
+        f"On {report.device_name(options.device)}, in {dtype}{duration}.",
         highlight=False,
     )
     set_seed(options.seed)
@@ -219,7 +223,7 @@ def run(options: argparse.Namespace) -> int:
     held_out = held_out[:QUICK_HELD_OUT] if options.quick else held_out
     try:
         model, tokenizer = load()
-    except RuntimeError as error:  # pip could not download it
+    except (OSError, RuntimeError) as error:  # pip could not download it, or there is no place for it
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(freeze(model), highlight=False)
@@ -236,10 +240,6 @@ def run(options: argparse.Namespace) -> int:
     console.print(report.accuracy_table(before, after, len(held_out)))
     console.print(report.transcripts([f"{left} + {right} =" for left, right in held_out], before, after))
 
-    batch = report.batch_of(model, trainer.last_batch, options.objective)
-    compared = report.compare_losses(batch, options.bf16, repeats=1 if options.quick else 5)
-    console.print(report.comparison_table(batch, compared))
-    clock.lap("compare")
     title = f"SmolLM2-135M-Instruct on sums, {options.objective}, seed {options.seed}"
     report.plot_run(progress.history, UPDATES, before, after, title, options.out / "run.png")
     header = report.header(options.command, options.device, {
@@ -247,8 +247,14 @@ def run(options: argparse.Namespace) -> int:
         "steps": options.steps, "updates": UPDATES, "prompts": PROMPTS, "group": GROUP, "new_tokens": NEW_TOKENS,
         "learning_rate": LEARNING_RATE, "layers": LAYERS, "dtype": dtype,
     })  # fmt: skip
-    results = {"before": report.numbers(before), "after": report.numbers(after), "seconds": clock.seconds,
-               "losses": [found._asdict() for found in compared]}  # fmt: skip
+    results = {"before": report.numbers(before), "after": report.numbers(after), "seconds": clock.seconds}
+    report.write_history(options.out / "history.jsonl", header, progress.history, results)
+
+    batch = report.batch_of(model, trainer.last_batch, options.objective)
+    compared = report.compare_losses(batch, options.bf16, repeats=1 if options.quick else 5)
+    console.print(report.comparison_table(batch, compared))
+    clock.lap("compare")
+    results["losses"] = [found._asdict() for found in compared]
     report.write_history(options.out / "history.jsonl", header, progress.history, results)
     console.print(f"{clock.total():.0f} s in all. Written into {options.out}: run.png and history.jsonl.")
     console.print(NEXT, highlight=False)
@@ -305,7 +311,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     options.bf16 = fast_bf16(options.device)
-    options.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    words = ["--steps", str(options.steps), "--seed", str(options.seed), "--objective", str(options.objective)]
+    options.command = f"{parser.prog} {shlex.join(words + ['--quick'] * options.quick)}"
     return options
 
 
@@ -334,5 +341,4 @@ def fast_bf16(device: str) -> bool:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' trainer would split a batch over several GPUs
     sys.exit(main())

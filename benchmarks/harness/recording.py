@@ -29,8 +29,8 @@ class Recording(NamedTuple):
     targets       [T] int64, the tokens
     topics        [T] int64, places in `TOPICS`
     logprobs      {"fp32": the model's, then those of each of `ENGINES`: log-probs of the targets [T] float32}
-    drawn         {engine: (log μ, log π)}, [T, K] float32 each: the log-probs, by the engine and by the float32 model, of
-                  K tokens that the engine samples after each context
+    drawn         {engine: (log μ, log π)}, [T, K] float32 each: the log-probs, by the engine and by the float32 model,
+                  of K tokens that the engine samples after each context
     """
 
     hidden: Tensor

@@ -10,7 +10,7 @@ rounding of the operands, against the exact result of the bf16 model. Each quant
     hidden, weight (dX and dW)                                                    |error| / largest entry
 
 There is one JSON line for the run, each regime, each recipe in it, each rollout engine against every trainer and each
-bar. `--regimes real` also has the engines of the recording.
+bar. `--regimes real` also has the engines of the recording, and results of its own in bench_results/smollm/.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.precision.mismatch import measure_engines, measure_mismatch, per
 from benchmarks.precision.recipes import OPERANDS, RECIPES, Recipe
 
 RESULTS = ROOT / "bench_results" / "precision" / "precision.jsonl"
+REAL_RESULTS = ROOT / "bench_results" / "smollm" / "precision.jsonl"
 NORMAL, QUICK, FULL = Shape(256, 512, 4096), Shape(16, 64, 256), Shape(1024, 4096, 151_936)
 QUICK_REGIMES = ("random", "moderate", "bias+1e4", "softcap")
 GRADIENT_BOUND = 4e-3
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     source = provenance(cli.command(parser, options), torch.device(options.device))
-    out = cli.results(options, RESULTS)
+    out = cli.results(options, REAL_RESULTS if options.regimes == ["real"] else RESULTS)
     if out is not None:
         write(out, [])
     for record in _records(options, source):
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _records(options: argparse.Namespace, source: Record) -> Iterator[Record]:
     device, shape = torch.device(options.device), QUICK if options.quick else FULL if options.full else NORMAL
     names = options.regimes or (QUICK_REGIMES if options.quick else SYNTHETIC)
-    yield {"kind": "run", "benchmark": "precision", "shape": vars(shape), **source}
+    yield {"kind": "run", "benchmark": "precision", "shape": vars(REGIMES[names[0]].shape or shape), **source}
     progress = Progress(len(names) * len(RECIPES))
     for name in names:
         progress.say(name)

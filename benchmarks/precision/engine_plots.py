@@ -16,8 +16,8 @@ from benchmarks.precision.tables import P99, of_kind
 COLOURS = dict(zip(ENGINES, (BLUE, GREEN, VERMILION), strict=True))
 TICKS = {1e-5: "1e-5", 1e-4: "1e-4", 1e-3: "0.001", 1e-2: "0.01", 0.1: "0.1", 0.5: "0.5", 0.9: "0.9", 0.99: "0.99"}
 PANELS = {
-    "ratio": ("Rare tokens have ratios far from 1 ...", "|r - 1|"),
-    "prob_shift": ("... and probabilities that hardly move", "|π - μ|"),
+    "ratio": ("Rare tokens have the ratios furthest from 1 ...", "|r - 1|"),
+    "prob_shift": ("... and the probabilities that move least", "|π - μ|"),
 }
 
 

@@ -27,7 +27,8 @@ SPLIT = 128
 QUANTIZED = {"nothing": (False, False), "weight": (False, True), "hidden": (True, False), "both": (True, True)}
 LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Ranges of μ, and the least number of tokens that are described.
-EDGES, LEAST = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 0.7, 0.9, 0.99, 2.0), 30
+EDGES, LEAST = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 0.7, 0.9, 0.99, 2.0), 200
+BOUND = 0.2  # PPO's usual bound on |r - 1|, and DPPO's and DRPO's on |π - μ|
 TRAINERS = {
     "bf16": {},
     "bf16, bf16 logits": {"logits_dtype": torch.bfloat16},
@@ -87,7 +88,9 @@ def measure_engines(recording: Recording) -> Iterator[Record]:
 
 
 def _facts(old: Tensor, new: Tensor) -> Record:
-    """Return the number of tokens, and [median, p99, max] over them of |log r|, |r - 1| and |π - μ|."""
+    """Return the number of tokens, [median, p99, max] over them of |log r|, |r - 1| and |π - μ|, and the shares of
+    tokens whose |r - 1| and |π - μ| exceed `BOUND`.
+    """
     quantities = {
         "log_ratio": (new - old).abs(),
         "ratio": torch.expm1(new - old).abs(),
@@ -97,7 +100,8 @@ def _facts(old: Tensor, new: Tensor) -> Record:
         name: [three_digits(x) for x in (value.median().item(), percentile_99(value), value.max().item())]
         for name, value in quantities.items()
     }
-    return {"tokens": len(old), **summaries}
+    beyond = {name: three_digits((quantities[name] > BOUND).double().mean().item()) for name in ("ratio", "prob_shift")}
+    return {"tokens": len(old), **summaries, "beyond": beyond}
 
 
 def percentile_99(values: Tensor) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.harness.blocks import NOT_YET, Block, origin
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, table, two_figures
+from benchmarks.precision.mismatch import BOUND
 from benchmarks.precision.recipes import RECIPES
 
 # What pages call the bars. The last two compare fp16 with bf16 and have no column in the table.
@@ -22,8 +23,9 @@ QUANTITIES = {
 HEADLINES = ("real", "moderate")  # the regime of the tables with one regime: the first that was run
 P99, NORMWISE = 1, 2  # places in [max, p99, norm-wise relative]
 STATISTIC = dict.fromkeys(QUANTITIES, P99) | {"hidden": NORMWISE, "weight": NORMWISE}  # what pages show
+RARE, LIKELY = 0.1, 0.7  # probabilities under and over which a token is called so
 MOVES = {"ratio": "|r - 1|", "prob_shift": "|π - μ|"}
-ENGINES = {"nothing": "bf16", "weight": "fp8 weight", "hidden": "fp8 hidden", "both": "fp8 weight and hidden"}
+HEADS = {"nothing": "bf16", "weight": "fp8 weight", "hidden": "fp8 hidden", "both": "fp8 weight and hidden"}
 
 
 def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
@@ -105,7 +107,7 @@ def render_mismatch(records: Sequence[Record]) -> str:
     rows = []
     for record in chosen:
         cells = [f"{two_figures(mean)} ({two_figures(p99)})" for _, p99, mean, _ in record["ratio"].values()]
-        rows.append((f"{ENGINES[record['engine']]}, {record['engine_logits']} logits", *cells))
+        rows.append((f"{HEADS[record['engine']]}, {record['engine_logits']} logits", *cells))
     return table(("engine", *(f"trainer: {name}" for name in chosen[0]["ratio"])), rows) if chosen else NOTHING
 
 
@@ -130,23 +132,26 @@ def render_real(records: Sequence[Record]) -> str:
 
 
 def render_engines(records: Sequence[Record]) -> str:
-    """Render |r - 1| and |π - μ| of every engine by the probability of the token, and what came out in words."""
+    """Render how many tokens each engine moves beyond a bound, by the probability of the token."""
     found = {record["engine"]: record for record in of_kind(records, "engine")}
     if not found:
         return NOT_YET
     rows = []
     for edges in dict.fromkeys((b["from"], b["to"]) for record in found.values() for b in record["bins"]):
         bins = [next((b for b in record["bins"] if (b["from"], b["to"]) == edges), None) for record in found.values()]
-        cells = [NOTHING if b is None else two_figures(b[name][P99]) for name in MOVES for b in bins]
+        cells = [NOTHING if b is None else _percent(b["beyond"][name]) for name in MOVES for b in bins]
         count = sum(b["tokens"] for b in bins if b) / sum(record["all"]["tokens"] for record in found.values())
         rows.append((_between(*edges), f"{count:.1%}", *cells))
-    cells = [two_figures(record["all"][name][P99]) for name in MOVES for record in found.values()]
+    cells = [_percent(record["all"]["beyond"][name]) for name in MOVES for record in found.values()]
     rows.append(("all", "100%", *cells))
-    names = [f"{move}, {engine}" for move in MOVES.values() for engine in found]
-    return "\n\n".join([
-        _rarest(found), "99th percentiles over the tokens:", table(("μ of the token", "tokens", *names), rows),
-        origin(of_kind(records, "run")),
-    ])  # fmt: skip
+    names = [f"{move} > {BOUND}, {engine}" for move in MOVES.values() for engine in found]
+    text = [_rare_and_likely(record) for record in found.values()]
+    body = table(("μ of the token", "tokens", *names), rows)
+    return "\n\n".join(["\n".join(text), body, origin(of_kind(records, "run"))])
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 def _between(low: float, high: float) -> str:
@@ -155,16 +160,18 @@ def _between(low: float, high: float) -> str:
     return f"over {two_figures(low)}" if high > 1 else f"{two_figures(low)} to {two_figures(high)}"
 
 
-def _rarest(found: dict[str, Record]) -> str:
-    """Return a sentence that compares the rarest tokens with the likely ones."""
-    record = found[max(found, key=lambda name: found[name]["all"]["ratio"][P99])]
-    rare, most = record["bins"][0], max(record["bins"], key=lambda b: b["prob_shift"][P99])
-    numbers = [two_figures(b[name][P99]) for name in MOVES for b in (rare, most)]
-    rarely, mostly = (f"μ {_between(b['from'], b['to'])}" for b in (rare, most))
+def _rare_and_likely(record: Record) -> str:
+    """Return a sentence that compares the tokens of μ under RARE with those over LIKELY."""
+    shares = {}
+    for name in MOVES:
+        for word, bins in (("rare", [b for b in record["bins"] if b["to"] <= RARE]),
+                           ("likely", [b for b in record["bins"] if b["from"] >= LIKELY])):  # fmt: skip
+            moved = sum(b["beyond"][name] * b["tokens"] for b in bins)
+            shares[name, word] = _percent(moved / sum(b["tokens"] for b in bins))
     return (
-        "**Rare tokens have ratios as far from 1 as open decisions have, but their probabilities hardly move.** "
-        f"Against the {record['engine']} engine, the furthest of {len(found)}, |r - 1| reaches {numbers[0]} on tokens "
-        f"of {rarely} and {numbers[1]} on tokens of {mostly}; |π - μ| reaches {numbers[2]} and {numbers[3]}."
+        f"* **{record['engine']}**: |r - 1| exceeds {BOUND} on {shares['ratio', 'rare']} of the tokens of μ under "
+        f"{RARE} and on {shares['ratio', 'likely']} of those over {LIKELY}; |π - μ| on "
+        f"{shares['prob_shift', 'rare']} and {shares['prob_shift', 'likely']}."
     )
 
 

@@ -6,7 +6,8 @@
     regimes   the error over τ in every regime of the precision study, beside that of dlogits rounded to bf16
     learning  rewards of the demo trained with exact and with sparse gradients, over seeds
 
-The parts are measured alone or together, and the lines of other parts stay as they are.
+The parts are measured alone or together, and the lines of other parts stay as they are. By default these are the last
+three; the first two have results of their own, in bench_results/smollm/.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from drpo_kernels.demo.task import split_problems
 from drpo_kernels.demo.train import train
 
 RESULTS = ROOT / "bench_results" / "sparsity.jsonl"
-RECORDED = ("real", "tails")  # parts that have results of their own: see `make real`
+RECORDED, REAL_RESULTS = ("real", "tails"), ROOT / "bench_results" / "smollm" / "sparsity.jsonl"
 NATS = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 11.0)  # ranges of entropies; none is over ln(V) = 10.8
 ROUNDS = {"cpu": 5, "cuda": 20}
 SEEDS = 8
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name not in RECORDED])
     parser.add_argument("--rounds", type=int, help="samples of each method; default {cpu} or {cuda}".format(**ROUNDS))
     options = parser.parse_args(argv)
-    out = cli.results(options, RESULTS)
+    out = cli.results(options, REAL_RESULTS if set(options.parts) <= set(RECORDED) else RESULTS)
     source = provenance(cli.command(parser, options), torch.device(options.device))
     for part in options.parts:
         records = []

@@ -23,6 +23,7 @@ from benchmarks.harness.workloads import KINDS, MODELS
 FOLDER = ROOT / "bench_results"
 # A GPU's pages are written from what benchmarks.device measures.
 FILES = {"cpu": FOLDER / "cpu.jsonl", "cuda": None}
+REAL = FOLDER / "smollm" / "speed.jsonl"  # for --inputs real alone, on a CPU
 ROUNDS = {"cpu": 3, "cuda": 20}
 # These options choose workloads; `plans.product` calls them by other names.
 AXES = {"workloads": "models", "tokens": "tokens", "inputs": "kinds", "dtypes": "dtypes", "active_shares": "shares"}
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=device,
         rounds=2 if options.quick else options.rounds or ROUNDS[device.type],
         budget_seconds=options.time_budget,
-        out=cli.results(options, FILES[device.type]),
+        out=cli.results(options, REAL if options.inputs == ["real"] and device.type == "cpu" else FILES[device.type]),
     )
     print("\n".join(summary(records)))
     return int(any(is_broken(record["method"], record["status"]) for record in records))

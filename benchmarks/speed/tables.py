@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 from benchmarks.harness.blocks import NOT_YET, Block, origin_with_samples
 from benchmarks.harness.records import Record
-from benchmarks.harness.speed_tables import by_setting, render_all, section, setting_of
+from benchmarks.harness.speed_tables import by_setting, render_all, setting_of
 
-PLOTS = {
-    "time": "Time of forward and backward against the number of tokens",
-    "memory": "Peak extra memory against the number of tokens",
-}
+PLOTS = ("time", "memory")
 
 
 def swept(records: Sequence[Record]) -> dict[int, list[Record]]:
@@ -28,24 +25,13 @@ def pictures(records: Sequence[Record]) -> list[str]:
     return list(PLOTS) if len(swept(records)) > 1 else []
 
 
-def render(records: Sequence[Record]) -> str:
-    """Render the README's block: the tables of the workload on which everything was measured, the plots, and their
-    origin.
-    """
-    first = setting_of(records[0])
-    groups = [group for setting, group in by_setting(records).items() if setting[:-1] == first[:-1]]
-    lines = [line for group in groups for line in section(group)]
-    images = [f"![{PLOTS[name]}](bench_results/cpu_{name}.png)" for name in pictures(records)]
-    return "\n".join([*lines, *images, "", origin_with_samples(records)])
-
-
 def render_every(records: Sequence[Record]) -> str:
     return "\n".join([render_all(records), origin_with_samples(records)])
 
 
 REAL = "smollm/speed.jsonl"
 BLOCKS = (
-    Block("cpu", "speed", REAL, "README.md", render, plots="benchmarks.speed.plots"),
+    Block("cpu", "speed", REAL, "README.md", render_every, NOT_YET),
     Block("real-speed", "speed", REAL, "docs/benchmarks.md", render_every, NOT_YET),
     Block("every-cpu", "speed", "cpu.jsonl", "docs/benchmarks.md", render_every, plots="benchmarks.speed.plots"),
 )

@@ -17,8 +17,8 @@ def shown(name: str, capsys: pytest.CaptureFixture) -> object:
 
 
 def test_every_example_is_run_here_or_in_test_smollm():
-    here = {"grpo_loop.py", "own_objective.py", "fused_head.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("smollm")} == here
+    here, there = ("grpo_loop", "own_objective", "fused_head"), ("smollm", "smollm_arithmetic", "smollm_report")
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*here, *there, "__init__"}
 
 
 def test_the_loop_learns(capsys):

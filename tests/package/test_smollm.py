@@ -13,6 +13,7 @@ import torch
 for package in ("accelerate", "datasets", "gguf", "matplotlib", "rich", "tqdm", "transformers", "trl"):
     pytest.importorskip(package)
 
+from matplotlib.axes import Axes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -214,7 +215,7 @@ def test_the_three_losses_agree_and_a_wrong_one_is_noticed(objective, monkeypatc
     assert smollm_arithmetic.verdict(1.0, compared, quick=False) == 1
 
 
-def test_a_history_is_written_and_drawn(tmp_path):
+def test_a_history_is_written_and_drawn(tmp_path, monkeypatch):
     names = [name for name in smollm_report.METRICS if name not in ("step", "reward")]
     history = [{"step": step, "learning_rate": 1e-5, **dict.fromkeys(names, step / 7)} for step in range(1, 9)]
     for rollout in history[::2]:
@@ -232,10 +233,16 @@ def test_a_history_is_written_and_drawn(tmp_path):
     assert ["reward" in step for step in steps] == [True, False] * 4
     assert steps[0]["drpo/tokens"] == 0.142857 and "learning_rate" not in steps[0]
 
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, **__: drawn.append((list(x), list(y))))
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
     picture = tmp_path / "other" / "run.png"
     smollm_report.plot_run(history, 2, before, after, "a run", picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert 20_000 < picture.stat().st_size < 150_000
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 150_000
+    later = ([2, 4, 6, 8], pytest.approx([2 / 7, 4 / 7, 6 / 7, 8 / 7]))  # the updates in which π is not μ
+    assert drawn[0] == ([1, 3, 5, 7], [0.1, 0.3, 0.5, 0.7])  # the rewards of the rollouts
+    assert drawn[1:3] == [([0, 8], [0.5, 0.6]), ([0, 8], [0.01, 0.6])]
+    assert drawn[3][0] == list(range(1, 9)) and drawn[4:] == [later, later]
 
 
 # --- from end to end --------------------------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ def test_a_history_is_written_and_drawn(tmp_path):
 
 def tiny_tokenizer():
     """The real tokenizer if it is there, else one with a token for each character."""
-    if smollm.CACHE.exists():
+    if (smollm.CACHE / "tokenizer.json").exists():
         return AutoTokenizer.from_pretrained(smollm.CACHE, padding_side="left")
     special = ["<|endoftext|>", "<|im_start|>", END]
     characters = sorted({*"0123456789 +=?\n" + "What isuserassistant"})
@@ -305,7 +312,7 @@ def test_a_quick_run_trains_reports_and_records(tiny, tmp_path, capfd, recwarn):
     for expected in ("the last 1 of 2 layers", "greedy, exact", "TRL's fused head", "no gain was asked for", "Next:"):
         assert expected in said.out
     assert "{'loss'" not in said.out
-    assert "Warning" not in said.err and "Loading" not in said.err
+    assert "Warning" not in said.err
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
     assert said.err.count("GRPO:") == said.err.count("running reward") + 1  # one bar, and nothing else draws one
 
