@@ -235,7 +235,8 @@ def test_verdict(spent, word):
         return {
             "part": "real", "inputs": kind, "method": method, "median_s": seconds, "metrics": metrics, "shape": shape,
             "active_share": 1.0, "dtype": "float32", "workload": "SmolLM2-135M", "takes": "hidden",
-            "floor_median_s": 1.0, "held_to": "gemms_whole", "command": "", "date": "", "device": {"cores": 2}, "entropy_nats": 2.04,
+            "floor_median_s": 1.0, "held_to": "gemms_whole", "command": "", "date": "", "device": {"cores": 2},
+            "entropy_nats": 2.04,
         }  # fmt: skip
 
     records = []
