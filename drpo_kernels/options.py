@@ -130,12 +130,13 @@ class PolicyOptions(LogprobOptions):
                       the backward neither reads nor rounds them again; out.loss stays the same. If the loss is
                       multiplied by another factor, the backward corrects the gradients; with main_grad a difference
                       beyond 1e-5 is an error, on a GPU by a device-side assertion
-    sparse_grad       τ in [0, 1) for `linear_policy_loss`: a row's gradient reaches its target and the fewest other
-                      tokens that leave out at most τ · (1 - p_y) of the row's probability. Such a row costs the 2F of
-                      its logits in place of 6F. Rows that need many tokens stay dense and exact (all rows do, for
-                      τ below 4e-6). What is left out is spread evenly over the vocabulary. The loss, log-probs and
-                      entropy are exact. 0: every gradient is exact; 0.003 errs less than rounding dlogits to bf16; 0.01
-                      errs up to twice as much, but the same way in every step (docs/sparse.md).
+    sparse_grad       experimental, because so far it saves time on CPUs alone. τ in [0, 1) for `linear_policy_loss`: a
+                      row's gradient reaches its target and the fewest other tokens that leave out at most τ · (1 - p_y)
+                      of the row's probability. Such a row costs the 2F of its logits in place of 6F. Rows that need
+                      many tokens stay dense and exact (all rows do, for τ below 4e-6). What is left out is spread
+                      evenly over the vocabulary. The loss, log-probs and entropy are exact. 0: every gradient is exact;
+                      0.003 errs less than rounding dlogits to bf16; 0.01 errs up to twice as much, but the same way in
+                      every step (docs/sparse.md).
                       metrics["drpo/sparse_share"] is the share of rows that were sparse. It cannot be combined with an
                       entropy bonus, z-loss, softcap, vocab_shard, batch_invariant, a sequence objective or reduction
                       "none"

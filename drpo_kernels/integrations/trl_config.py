@@ -123,8 +123,8 @@ class ObjectiveOptions:
                      config need. It takes the place of TRL's formula
     compact          "mask": tokens with A = 0 cost a forward, and TRL's metrics cover them as in TRL's trainer.
                      "active": they cost nothing, and the logged entropy is that of the tokens with A ≠ 0
-    sparse_grad      τ in [0, 1) of `linear_policy_loss`: tokens that few vocabulary entries decide cost a third, and
-                     their gradients leave out at most τ of 1 - π (docs/sparse.md). 0: exact gradients
+    sparse_grad      experimental. τ in [0, 1) of `linear_policy_loss`: on a CPU tokens that few vocabulary entries
+                     decide cost a third, and their gradients leave out at most τ of 1 - π (docs/sparse.md). 0: exact
     workspace_bytes, logits_dtype, head_dtype, batch_invariant, validate
                      as in `linear_policy_loss`, for the loss and for the scoring of old and reference log-probs alike.
                      `logits_dtype` is "float32", "bfloat16" or the torch.dtype, and kept as text
@@ -139,7 +139,7 @@ class ObjectiveOptions:
     )
     sparse_grad: float = field(
         default=0.0,
-        metadata={"help": "Gradients of the fewest vocabulary entries, each token's within this of itself; 0: exact."},
+        metadata={"help": "Experimental. Gradients of the fewest entries, each token's within this of itself."},
     )
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Bytes for the head's logits and their gradients; the default fits the device."}

@@ -243,9 +243,14 @@ def test_verdict(spent, word):
     for kind, factor in (("real", spent), ("real_sums", 0.5), ("real_prose", 1.2)):
         records.append(timed(kind, sparsity_tables.DENSE, 1.0, 0.0))
         records.append(timed(kind, sparsity_tables.SPARSE, factor, 0.25))
+        records.append(timed(kind, sparsity_tables.TIGHT, 1.3, 0.125))
     text = unpadded(sparsity_tables.render_verdict(records))
-    assert f"a sparse gradient {word} on a CPU" in text and "25% of the rows are sparse" in text
-    assert "2 CPU cores, a mean entropy of 2.0 nat" in text and "it saves 5 % or more on sums." in text
+    assert f"a sparse gradient {word} on a CPU" in text and "2 CPU cores, a mean entropy of 2.0 nat" in text
+    assert (
+        f"at τ = 0.01 25% of the rows are sparse, and a call takes {spent:.2f}× the dense path's time (0.95× or less on"
+        in text
+    )
+    assert "a call takes 1.30× the dense path's time (0.95× or less on no topic)" in text
 
 
 def test_picture(tmp_path):
