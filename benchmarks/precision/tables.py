@@ -151,6 +151,8 @@ def render_engines(records: Sequence[Record]) -> str:
 
 
 def _percent(share: float) -> str:
+    if 0 < share < 1e-3:
+        return "< 0.1%"
     return "0" if share == 0 else f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
