@@ -55,8 +55,8 @@ LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
 Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For a
-task of your own, copy examples/smollm_arithmetic.py beside itself and replace its
-section "the task". docs/integrations/trl.md has all options."""
+task of your own, copy examples/smollm_arithmetic.py beside itself and replace
+the section "the task". docs/integrations/trl.md has all options."""
 
 Sum = tuple[int, int]
 

@@ -163,9 +163,7 @@ def speed(part: str, rounds: int, job: Job) -> Iterator[Record]:
 
 def real(job: Job) -> Iterator[Record]:
     if not (smollm.CACHE / "head.pt").exists() and not job.rehearse:
-        raise Unsupported(
-            "the head of SmolLM2 is not here: run `make smollm` where there is a network, and bring .cache"
-        )
+        raise Unsupported("the head of SmolLM2 is not here: bring the head.pt that `make smollm` leaves")
     yield from speed("real", 10, job)
 
 
