@@ -27,18 +27,18 @@ def plot_run(history: list[dict[str, float]], evaluations: tuple[dict, dict], ti
     def series(name: str) -> np.ndarray:
         return np.array([statistics[name] for statistics in history])
 
-    trend(reward, steps, series("reward"), BLUE, "rollouts")
+    _trend(reward, steps, series("reward"), BLUE, "rollouts")
     before_after = [evaluation["sampled"] for evaluation in evaluations]
     reward.plot([0, len(history)], before_after, "D", color=INK, markersize=6, label="held-out problems", zorder=4)
     reward.set_ylim(0, 1)
     reward.legend(frameon=False, loc="upper left", fontsize=9)
     label_axes(reward, "Reward", "share of right answers")
 
-    trend(entropy, steps, series("entropy"), ORANGE)
+    _trend(entropy, steps, series("entropy"), ORANGE)
     entropy.set_ylim(bottom=0)
     label_axes(entropy, "Entropy", "nats per token")
 
-    trend(shift, steps, series("drpo/prob_shift_mean"), GREEN)
+    _trend(shift, steps, series("drpo/prob_shift_mean"), GREEN)
     shift.set_ylim(bottom=0)
     label_axes(shift, "How far the policy moves from its rollouts", "mean |π - μ|")
     for axes in (reward, entropy, shift):
@@ -89,7 +89,7 @@ def plot_weights(path: Path) -> None:
     figure.savefig(path)
 
 
-def trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+def _trend(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
     """Plot the values in a faint colour under their centred moving average."""
     width = max(1, len(values) // 12)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
