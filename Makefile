@@ -142,7 +142,6 @@ record: $(STAMP)
 	$(BIN)/python -m benchmarks.smollm
 	$(BIN)/python -m examples.smollm_arithmetic --device cpu --out demo_llm_out
 	cp demo_llm_out/history.jsonl bench_results/smollm/demo.jsonl
-	cp demo_llm_out/run.png bench_results/smollm/demo.png
 
 sparsity: $(STAMP)
 	$(BIN)/python -m benchmarks.sparsity && $(BIN)/python -m benchmarks.report

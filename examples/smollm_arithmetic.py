@@ -1,11 +1,11 @@
 """SmolLM2-135M-Instruct learns to answer sums with just the number: GRPO with the DRPO loss, through TRL's trainer.
 
-    make demo-llm                                       about 7 minutes on two CPU cores, or on the GPU that is there
+    make demo-llm                                       about 7 minutes on two CPU cores; uses the GPU if there is one
     python -m examples.smollm_arithmetic --quick        about a minute: everything runs, not much is learned
     python -m examples.smollm_arithmetic --help         the options
 
-To train a model of your own on a task of your own, copy this file beside itself and replace the section "the task",
-`freeze` and `load`. Tables, pictures and the comparison with other losses are in smollm_report.py.
+To train a model of your own on a task of your own, copy this file into the same folder and replace the constants, the
+section "the task", `freeze` and `load`. Tables, pictures and the comparison with other losses are in smollm_report.py.
 """
 # ruff: noqa: E402 (what the extra `llm` installs is looked for before it is imported)
 
@@ -55,9 +55,10 @@ LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
 Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For a
-task of your own, copy examples/smollm_arithmetic.py beside itself and replace
-the section "the task". docs/integrations/trl.md has all options."""
+task and a model of your own, copy examples/smollm_arithmetic.py, which says what
+to replace. docs/integrations/trl.md has all options."""
 
+NAME, TASK = "SmolLM2-135M-Instruct", "answer sums like 7 + 12 with just the number"
 Sum = tuple[int, int]
 
 
@@ -72,8 +73,17 @@ class Completion(NamedTuple):
 def prompt(problem: Sum) -> str:
     """The model's chat format, with the answer begun: this small a model would otherwise talk about the sum."""
     left, right = problem
-    question = f"<|im_start|>user\nWhat is {left} + {right}?<|im_end|>\n"
-    return f"{question}<|im_start|>assistant\n{left} + {right} ="
+    return f"<|im_start|>user\nWhat is {left} + {right}?<|im_end|>\n<|im_start|>assistant\n{shown(problem)}"
+
+
+def shown(problem: Sum) -> str:
+    """The end of the prompt, which stands beside the completions in the table of transcripts."""
+    left, right = problem
+    return f"{left} + {right} ="
+
+
+def answer_to(problem: Sum) -> int:
+    return sum(problem)
 
 
 def split() -> tuple[list[Sum], list[Sum]]:
@@ -116,7 +126,7 @@ def complete(model: Any, tokenizer: Any, problems: Sequence[Sum], bf16: bool, sa
 
 def evaluate(model: Any, tokenizer: Any, problems: Sequence[Sum], bf16: bool) -> dict[str, Any]:
     """Shares of the problems: "exact" and "lenient" of greedy completions, which are in "texts"; "reward" sampled."""
-    answers = [sum(problem) for problem in problems]
+    answers = [answer_to(problem) for problem in problems]
     greedy = complete(model, tokenizer, problems, bf16, sample=False)
     sampled = complete(model, tokenizer, problems, bf16, sample=True)
 
@@ -137,8 +147,8 @@ def evaluate(model: Any, tokenizer: Any, problems: Sequence[Sum], bf16: bool) ->
 def freeze(model: Any) -> str:
     """Leave only the last layers and the final norm trainable, and say so.
 
-    A third of the layers is enough here, and their backward takes a third of the time. The embeddings stay because they
-    are the head too: AdamW would keep two more copies of the largest matrix, and no batch needs a gradient of it.
+    A third of the layers is enough here, and their backward takes a third of the time. The embeddings, which are the
+    head too, stay frozen: a gradient and AdamW's two moments would be three more copies of the largest matrix.
     """
     layers = model.model.layers[-LAYERS:]
     model.requires_grad_(False)
@@ -147,7 +157,8 @@ def freeze(model: Any) -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return (
         f"Trained: the last {len(layers)} of {len(model.model.layers)} layers and the final norm, {trained:,} of\n"
-        f"{model.num_parameters():,} parameters, for a short backward. The embeddings, which are\nthe head too, stay."
+        f"{model.num_parameters():,} parameters, for a short backward. The embeddings,\n"
+        "which are the head too, stay frozen."
     )
 
 
@@ -200,7 +211,7 @@ def make_trainer(model: Any, tokenizer: Any, problems: Sequence[Sum], options: a
         found = [Completion(text, ids[-1] == end) for text, ids in zip(completions, completion_ids, strict=True)]
         return [reward_of(*pair) for pair in zip(found, answer, strict=True)]
 
-    data = Dataset.from_list([{"prompt": prompt(problem), "answer": sum(problem)} for problem in problems])
+    data = Dataset.from_list([{"prompt": prompt(problem), "answer": answer_to(problem)} for problem in problems])
     trainer = Trainer(model, reward, config, data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # it prints a dictionary per step
     return trainer
@@ -210,18 +221,20 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate, train, evaluate, compare, and write the record and the picture -> exit status."""
     console, clock = Console(), report.Clock()
     dtype = "bfloat16 autocast" if options.bf16 else "float32"
+    problems, held_out = split()
+    held_out = held_out[:QUICK_HELD_OUT] if options.quick else held_out
     duration = f". Two cores take {0.8 + 0.3 * options.steps:.0f} min" if options.device == "cpu" else ""
     console.print(
-        "SmolLM2-135M-Instruct learns to answer sums like 7 + 12 with just the number.\n"
+        f"{NAME} learns to {TASK}.\n"
         f"GRPO with {options.objective}: {options.steps} rollouts of {PROMPTS} prompts x {GROUP} completions,\n"
-        f"{UPDATES} updates on each. {HELD_OUT} of the {LARGEST**2} sums are held out for evaluation.\n"
+        f"{UPDATES} updates on each. {len(held_out)} problems are held out for evaluation.\n"
         f"On {report.device_name(options.device)}, in {dtype}{duration}.",
         highlight=False,
     )
     set_seed(options.seed)
-    problems, held_out = split()
-    held_out = held_out[:QUICK_HELD_OUT] if options.quick else held_out
     try:
+        # Of your own: a float32 model with .model and .lm_head, and a tokenizer with padding_side="left" and the
+        # eos_token that ends an answer.
         model, tokenizer = load()
     except (OSError, RuntimeError) as error:  # pip could not download it, or there is no place for it
         print(f"error: {error}", file=sys.stderr)
@@ -238,12 +251,12 @@ def run(options: argparse.Namespace) -> int:
     after = evaluate(model, tokenizer, held_out, options.bf16)
     clock.lap("evaluate after")
     console.print(report.accuracy_table(before, after, len(held_out)))
-    console.print(report.transcripts([f"{left} + {right} =" for left, right in held_out], before, after))
+    console.print(report.transcripts([shown(problem) for problem in held_out], before, after))
 
-    title = f"SmolLM2-135M-Instruct on sums, {options.objective}, seed {options.seed}"
+    title = f"{NAME}, {options.objective}, seed {options.seed}"
     report.plot_run(progress.history, UPDATES, before, after, title, options.out / "run.png")
     header = report.header(options.command, options.device, {
-        "model": "SmolLM2-135M-Instruct", "objective": str(options.objective), "seed": options.seed,
+        "model": NAME, "objective": str(options.objective), "seed": options.seed,
         "steps": options.steps, "updates": UPDATES, "prompts": PROMPTS, "group": GROUP, "new_tokens": NEW_TOKENS,
         "learning_rate": LEARNING_RATE, "layers": LAYERS, "dtype": dtype,
     })  # fmt: skip
@@ -292,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.smollm_arithmetic", description=(__doc__ or "").partition("\n")[0]
+        prog=f"python -m examples.{Path(__file__).stem}", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--steps", type=_at_least(1), help=f"rollouts, of {UPDATES} updates each (default: {STEPS})")
     parser.add_argument(

@@ -298,8 +298,9 @@ def plot_run(
     weight.axhline(1, color=MUTED, linewidth=0.8)
     weight.fill_between(series(later, "step"), low, high, color=VIOLET, alpha=0.15, linewidth=0, label="least to most")
     weight.plot(series(later, "step"), mean, color=VIOLET, label="mean over tokens", **style)
+    weight.set_ylim(min(low) - 0.1, 1.35 * max(high))  # room for the legend
     weight.legend(frameon=False, loc="upper left", fontsize=9, ncols=2)
-    label_axes(weight, "Gradient weight w, later updates of a rollout", "w (1: all of the gradient -A r)")
+    label_axes(weight, "Gradient weight w, later updates of a rollout", "w (the gradient is -A r w)")
     for axes in (shift, weight):
         axes.set_xlabel("optimizer step", color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

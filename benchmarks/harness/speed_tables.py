@@ -90,7 +90,7 @@ def section(group: Sequence[Record]) -> Iterator[str]:
 
 
 def _shares(group: Sequence[Record]) -> Iterator[str]:
-    """Yield medians by active share, beside their ratio to `linear_policy_loss` with all rows active."""
+    """Yield medians by active share, beside their ratio to the same method with all rows active."""
     timed = {(r["active_share"], r["method"]): r for r in group if r["median_s"] is not None}
     shares = sorted({share for share, _ in timed if share < 1}, reverse=True)
     methods = dict.fromkeys(method for share, method in timed if share < 1)
@@ -106,7 +106,7 @@ def _shares(group: Sequence[Record]) -> Iterator[str]:
 
 def _median_and_ratio(record: Record, group: Sequence[Record]) -> str:
     median = three_figures(1e3 * record["median_s"])
-    return f"{median} ({times(ratio(record, 'linear_policy_loss', group))} of all rows)"
+    return f"{median} ({times(ratio(record, record['method'], group))} of all rows)"
 
 
 def title(record: Record) -> str:

@@ -44,7 +44,8 @@ def speed(records: Sequence[Record]) -> Iterator[str]:
     """Yield a table with a row per kind of inputs and τ."""
     groups = by_kind(records)
     first = next(iter(groups.values()))[SPARSE]
-    tokens = ", ".join(dict.fromkeys(str(methods[SPARSE]["shape"]["tokens"]) for methods in groups.values()))
+    sizes = list(dict.fromkeys(methods[SPARSE]["shape"]["tokens"] for methods in groups.values()))
+    tokens = " or ".join(map(str, sizes)) + (" (a single topic)" if len(sizes) > 1 else "")
     yield SIZE.format(**first["shape"] | {"tokens": tokens}) + f"{first['dtype']}:"
     yield ""
     header = (
@@ -122,19 +123,19 @@ def _render_timed(records: Sequence[Record]) -> str:
 
 
 def render_verdict(records: Sequence[Record]) -> str:
-    """Say whether a sparse gradient pays on a real model's tokens at each τ, and for which topics."""
+    """Say whether a sparse gradient pays on a real model's tokens, at each τ, and what it takes on each topic."""
     groups = by_kind(of_part(records, "real"))
     if "real" not in groups:
         return NOT_YET
     record, found, pays = groups["real"][SPARSE], [], False
     for name, tolerance in TOLERANCES.items():
         spent = {kind: ratio(methods[name], DENSE, list(methods.values())) for kind, methods in groups.items()}
-        topics = [LABELS[kind].partition(", ")[2] for kind in spent if kind != "real" and spent[kind] <= PAYS]
+        topics = {LABELS[kind].partition(", ")[2]: x for kind, x in spent.items() if kind != "real"}
         share = groups["real"][name]["metrics"]["drpo/sparse_share"]
         pays = pays or spent["real"] <= PAYS
         found.append(
             f"at τ = {tolerance} {share:.0%} of the rows are sparse, and a call takes {times(spent['real'])} the dense "
-            f"path's time ({PAYS:.2f}× or less on {', '.join(topics) or 'no topic'})"
+            f"path's time ({', '.join(f'{topic} {times(x)}' for topic, x in topics.items())})"
         )
     where = "{tokens} tokens of SmolLM2-135M, {dtype}, {cores} CPU cores, a mean entropy of {nats:.1f} nat".format(
         **record["shape"], dtype=record["dtype"], cores=record["device"]["cores"], nats=record["entropy_nats"]
