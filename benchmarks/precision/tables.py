@@ -77,8 +77,9 @@ def render_bars(records: Sequence[Record]) -> str:
             shape = "{tokens} × {hidden} × {vocab}".format(**facts["shape"])
             rows.append((facts["label"], shape, two_figures(facts["largest_logit"]), *cells))
     header = ("regime", "T × H × V", "max abs logit", *(BARS[bar] for bar in TABULATED))
-    half = [found.get(("V151936", f"fp16 {name}")) for name in ("hidden", "weight")]
-    note = f"\n\nfp16 gradients against bf16's at V = 151936: dX {half[0]}, dW {half[1]}." if all(half) else ""
+    regime, where = ("real", "") if ("real", "fp16 hidden") in found else ("V151936", " at V = 151936")
+    half = [found.get((regime, f"fp16 {name}")) for name in ("hidden", "weight")]
+    note = f"\n\nfp16 gradients against bf16's{where}: dX {half[0]}, dW {half[1]}." if all(half) else ""
     return table(header, rows) + note
 
 
