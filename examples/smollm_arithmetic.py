@@ -55,8 +55,8 @@ LEAST_GAIN = 0.15  # of the greedy accuracy on held-out sums
 
 NEXT = """
 Next: --objective "PPO()" trains with GRPO's usual loss on the same sums. For a
-task and a model of your own, copy examples/smollm_arithmetic.py, which says what
-to replace. docs/integrations/trl.md has all options."""
+task and a model of your own, copy examples/smollm_arithmetic.py, which says
+what to replace. docs/integrations/trl.md has all options."""
 
 NAME, TASK = "SmolLM2-135M-Instruct", "answer sums like 7 + 12 with just the number"
 Sum = tuple[int, int]
