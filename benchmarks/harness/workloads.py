@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness.mixes import MIXES, entropy_of, hidden_states, least
 from benchmarks.harness.recording import TOPICS, recorded, recorded_rows
-from examples.smollm import load_head
+from examples.smollm import HIDDEN, VOCAB, load_head
 
 # The kinds of inputs, with the names that tables give them.
 KINDS = {
@@ -44,7 +44,7 @@ class Model:
 MODELS = {
     "cpu_small": Model(16, 512),
     "cpu": Model(512, 32_768),
-    "SmolLM2-135M": Model(576, 49_152),
+    "SmolLM2-135M": Model(HIDDEN, VOCAB),
     "Qwen2.5-0.5B": Model(896, 151_936),
     "Qwen2.5-1.5B": Model(1536, 151_936),
     "Qwen3-0.6B": Model(1024, 151_936),

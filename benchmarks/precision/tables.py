@@ -20,7 +20,7 @@ QUANTITIES = {
     "logprob": "log π", "ratio": "ratio", "prob_shift": "π - μ", "weight_0.2": "w, δ = 0.2",
     "weight_12.5": "w, δ = 12.5", "loss": "loss", "hidden": "dX", "weight": "dW",
 }  # fmt: skip
-HEADLINES = ("real", "moderate")  # the regime of the tables with one regime: the first that was run
+HEADLINES = ("real", "moderate")  # tables of a single regime show the first of these that was run
 P99, NORMWISE = 1, 2  # places in [max, p99, norm-wise relative]
 STATISTIC = dict.fromkeys(QUANTITIES, P99) | {"hidden": NORMWISE, "weight": NORMWISE}  # what pages show
 RARE, LIKELY = 0.1, 0.7  # probabilities under and over which a token is called so
@@ -48,6 +48,7 @@ def by_recipe(records: Sequence[Record], quantity: str) -> dict[str, dict[str, f
 
 
 def headline(records: Sequence[Record]) -> str:
+    """Return the regime that tables of a single regime show."""
     return next((name for name in HEADLINES if name in labels_of(records)), NOTHING)
 
 

@@ -10,6 +10,7 @@ from benchmarks.harness.records import read
 from benchmarks.harness.workloads import KINDS, Inputs, Shape, make_inputs
 from benchmarks.precision import engine_plots, mismatch
 from benchmarks.precision import tables as precision_tables
+from benchmarks.smollm import __main__ as recorder
 from benchmarks.smollm import engines
 from benchmarks.smollm.prompts import PROMPTS
 from benchmarks.sparsity import __main__ as sparsity
@@ -108,6 +109,16 @@ def test_the_contract_s_bars_are_met_on_real_rows():
     assert error <= 3 * (smollm.HIDDEN + 10) * 2**-24 * exact.largest_sum
 
 
+@needs_head
+def test_hidden_states_are_those_that_sampled_the_targets():
+    """Over tokens that π samples the mean of log π is minus the mean entropy; another row's hidden states, or the next
+    ones, would give log-probs of -8 and less.
+    """
+    inputs = make_inputs("real", Shape(512, smollm.HIDDEN, smollm.VOCAB))
+    surplus = inputs.logprobs(inputs.hidden @ inputs.weight.T) + inputs.entropies
+    assert surplus.mean().abs() <= 5 * surplus.std() / 512**0.5
+
+
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,15 +137,19 @@ def test_fp8_rounds_within_its_mantissa():
     assert (error <= torch.maximum(x.abs(), smallest) * 2.0**-4).all() and error.max() > 0
 
 
-@pytest.mark.parametrize("name", recording.ENGINES)
-def test_an_engine_leaves_the_model_alone(name):
+def tiny_llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", recording.ENGINES)
+def test_an_engine_leaves_the_model_alone(name):
+    model = tiny_llama()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     made, ids = engines.engine(name, model), torch.arange(8)[None]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -171,6 +186,30 @@ def test_as_many_rows_are_sparse_as_need_few_entries():
     limit = sparsity_tables.entry_limit(smollm.VOCAB, "cpu")
     few, at_most = (needed <= limit * 0.8).double().mean(), (needed <= limit).double().mean()
     assert few <= out.metrics["drpo/sparse_share"].item() <= at_most
+
+
+# --- the recorder -----------------------------------------------------------------------------------------------------
+
+
+def test_the_recorder_pairs_hidden_states_with_the_tokens_they_predict():
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(0)
+    found = [(torch.randint(64, (9,), generator=generator), 4), (torch.randint(64, (6,), generator=generator), 2)]
+    with torch.no_grad():
+        logp = recorder.log_softmax(model, recorder.hidden_states(model, found))
+        whole = [model(ids[None]).logits[0].log_softmax(-1) for ids, _ in found]
+    targets = torch.cat([ids[start:] for ids, start in found])
+    wanted = [
+        whole[i][place - 1, ids[place]] for i, (ids, start) in enumerate(found) for place in range(start, len(ids))
+    ]
+    assert len(logp) == len(targets) == 5 + 4
+    torch.testing.assert_close(logp.gather(1, targets[:, None])[:, 0], torch.stack(wanted))
+
+
+def test_the_recorder_takes_no_more_answers_than_it_needs(monkeypatch):
+    monkeypatch.setattr(recorder, "ROWS", 7)
+    answers = [(torch.zeros(10), 6), (torch.zeros(5), 2), (torch.zeros(9), 1)]
+    assert [len(ids) for ids, _ in recorder.enough(iter(answers))] == [10, 5]
 
 
 # --- tables and pictures ----------------------------------------------------------------------------------------------
