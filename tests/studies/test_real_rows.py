@@ -66,6 +66,11 @@ def test_draws_are_those_of_the_engine(recorded, name):
     assert (ratio.mean() - 1).abs() <= 5 * ratio.std() / ratio.numel() ** 0.5  # the engine sampled these tokens
 
 
+def test_rows_are_spread_over_the_recording(recorded):
+    assert recording.recorded_rows(4).tolist() == [0, 640, 1280, 1920]
+    assert recorded.topics[recording.recorded_rows(256)].bincount().tolist() == [64] * 4
+
+
 def test_the_engines_are_further_off_the_fewer_bits_they_have(recorded):
     gaps = [(recorded.logprobs[name] - recorded.logprobs["fp32"]).abs().mean().item() for name in recording.ENGINES]
     assert gaps == sorted(gaps)
@@ -233,6 +238,8 @@ def test_engines_by_probability():
         assert record["all"]["tokens"] == COUNT == sum(b["tokens"] for b in record["bins"]) + few(record)
         assert record["all"]["log_ratio"] == pytest.approx([off] * 3, rel=1e-2)
         assert record["bins"][0]["ratio"][2] == pytest.approx(torch.expm1(torch.tensor(off)).item(), rel=1e-2)
+        rarest = record["bins"][0]
+        assert rarest["prob_shift"][2] <= rarest["to"] * torch.expm1(torch.tensor(off)).item() * 1.01
         shifts = [b["prob_shift"][0] for b in record["bins"]]
         assert shifts == sorted(shifts)  # |π - μ| grows with μ where |r - 1| is the same for all
 
