@@ -33,12 +33,19 @@ def load(cache: Path = CACHE) -> tuple[Any, Any]:
     Raises ModuleNotFoundError without the extra `llm`, RuntimeError if the weights cannot be downloaded, and OSError if
     they cannot be written.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(cache)
+    return AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32).eval(), tokenizer
+
+
+def load_tokenizer(cache: Path = CACHE) -> Any:
+    """Return the model's tokenizer alone. Raises what `load` raises."""
+    from transformers import AutoTokenizer
 
     if not (cache / MODEL).exists():
         prepare(cache)
-    model = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(cache, padding_side="left")
+    return AutoTokenizer.from_pretrained(cache, padding_side="left")
 
 
 def load_head(cache: Path = CACHE) -> Tensor:

@@ -1,11 +1,12 @@
-"""fp8 with one scale per tensor or per block, and back to float32, which drpo_kernels itself does not need."""
+"""Roundings that drpo_kernels itself does not need: fp8 by tensor and by block, and the numbers of rollout engines."""
 
 import torch
 from torch import Tensor
 
-from drpo_kernels.backends.quantize import Quantized, scale_of
+from drpo_kernels.backends.quantize import FORMATS, Quantized, per_row, scale_of
 
 BLOCK = 128
+GROUP = 64  # number of weights of a row that share a scale in int4
 
 
 def per_tensor(x: Tensor, form: torch.dtype) -> Quantized:
@@ -36,3 +37,21 @@ def dequantized(quantized: Quantized, rows: int = 1) -> Tensor:
 
 def _spread(scales: Tensor, shape: torch.Size, rows: int) -> Tensor:
     return scales.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
+
+
+def bf16(x: Tensor) -> Tensor:
+    """Round to bf16, and back to the dtype of x."""
+    return x.bfloat16().to(x.dtype)
+
+
+def fp8(x: Tensor) -> Tensor:
+    """Round to E4M3 with a scale per row: per output channel of a weight, per token of activations."""
+    return dequantized(per_row(x.flatten(0, -2), FORMATS["fp8_e4m3"])).view(x.shape).to(x.dtype)
+
+
+def int4(weight: Tensor) -> Tensor:
+    """Round to 16 values from the least to the largest of each `GROUP` weights of a row, evenly spaced."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = ((largest - least) / 15).clamp(min=torch.finfo(weight.dtype).tiny)  # all weights of a group may be equal
+    return (((groups - least) / step).round() * step + least).flatten(1)

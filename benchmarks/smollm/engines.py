@@ -14,23 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drpo_kernels.backends.quantize import FORMATS, per_row
-
-GROUP = 64  # number of weights of a row that share a scale in int4
-
-
-def fp8(x: Tensor) -> Tensor:
-    """Round to E4M3 with a scale per row: per output channel of a weight, per token of activations."""
-    values, scales = per_row(x.flatten(0, -2), FORMATS["fp8_e4m3"])
-    return (values.float() * scales).view(x.shape).to(x.dtype)
-
-
-def int4(weight: Tensor) -> Tensor:
-    """Round to 16 values from the least to the largest of each `GROUP` weights of a row, evenly spaced."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    step = ((largest - least) / 15).clamp(min=torch.finfo(weight.dtype).tiny)  # all weights of a group may be equal
-    return (((groups - least) / step).round() * step + least).flatten(1)
+from benchmarks.harness.quantization import fp8, int4
 
 
 def engine(name: str, model: Any) -> Any:

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.stability` runs what is missing of a grid, then draws the pictures and writes the page."""
+"""`python -m benchmarks.stability` runs what is missing of the experiment, then draws the pictures and writes the page.
+
+It needs the model's head, which `make smollm` downloads.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import cli
-from benchmarks.harness.provenance import ROOT
 from benchmarks.stability.grid import comparison_jobs, run_missing, sweep_jobs
 from benchmarks.stability.report import RESULTS, write_report
 from benchmarks.stability.runs import chosen_rates, load
 from benchmarks.stability.settings import METHODS, SEEDS, SETTINGS, SMOKE, Size
+from examples.smollm import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, settings = options.methods or list(METHODS), options.settings or list(SETTINGS)
     size = SMOKE if options.smoke else Size()
     path = options.out / "runs.jsonl"
-    run = partial(run_missing, size=size, path=path, cache=options.cache, workers=options.workers,
-                  command=cli.command(parser, options))  # fmt: skip
+    shared = {"size": size, "path": path, "workers": options.workers, "command": cli.command(parser, options)}
     try:
-        run(sweep_jobs(methods, size))
-        run(comparison_jobs(methods, settings, SEEDS[: options.seeds], chosen_rates(load(path), methods)))
+        prepare()
+        run_missing(sweep_jobs(methods, settings), title="learning rates", **shared)
+        rates = chosen_rates(load(path), methods, settings)
+        run_missing(comparison_jobs(rates, SEEDS[: options.seeds]), title="comparison", **shared)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from the runs that are in {path}", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if options.no_report else write_report(options.out)
@@ -47,10 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds (default: all)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, help="runs at a time (default: one per core)")
-    parser.add_argument("--smoke", action="store_true", help="sizes that say nothing, in a minute: a rehearsal")
+    parser.add_argument("--smoke", action="store_true", help="sizes that say nothing, in minutes: a rehearsal")
     parser.add_argument("--no-report", action="store_true", help="run only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl, pictures, page")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "stability", help="warmed-up policies")
     return parser
 
 

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,78 +14,84 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.harness.provenance import provenance
-from benchmarks.harness.records import Record, append, read, write
-from benchmarks.stability.policy import warmed_policy
-from benchmarks.stability.settings import METHODS, SETTINGS, SWEEP_SETTING, Size
+from benchmarks.harness.records import Record, append, read
+from benchmarks.stability.settings import CONTROL, METHODS, RATES, SETTINGS, SWEEP_SEEDS, Size
 from benchmarks.stability.training import run
 
-DIGITS = 5  # significant digits of a number in the file
+DIGITS = 4  # significant digits of a number in the file
 
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One run. Its purpose is the "sweep" of learning rates or the "comparison" of methods."""
+    """One run. Runs of `SWEEP_SEEDS` choose learning rates, and those of other seeds compare methods."""
 
-    purpose: str
     method: str
     setting: str
     seed: int
-    lr: float
-
-    def definition(self, size: Size) -> dict[str, str]:
-        """Return what the names stand for. Results of another definition are not mixed in."""
-        names = {"objective": METHODS[self.method], "conditions": SETTINGS[self.setting], "size": size}
-        return {name: repr(value) for name, value in names.items()}
+    rate: float
 
 
-def sweep_jobs(methods: Iterable[str], size: Size) -> list[Job]:
-    return [Job("sweep", m, SWEEP_SETTING, seed, lr) for lr in size.rates for seed in size.sweep_seeds for m in methods]
+def cells(methods: Iterable[str], settings: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of method and setting that are run: on-policy, all methods are PG."""
+    return [(m, s) for s in settings for m in methods if s != CONTROL or m == "PG"]
 
 
-def comparison_jobs(
-    methods: Iterable[str], settings: Sequence[str], seeds: Sequence[int], rates: dict[str, float]
-) -> list[Job]:
+def sweep_jobs(methods: Sequence[str], settings: Sequence[str]) -> list[Job]:
+    return [Job(m, s, seed, rate) for seed in SWEEP_SEEDS for rate in RATES for m, s in cells(methods, settings)]
+
+
+def comparison_jobs(rates: dict[tuple[str, str], float], seeds: Iterable[int]) -> list[Job]:
     """Return the jobs seed by seed, so that an interrupted grid has as many whole seeds as possible."""
-    cells = [(method, setting) for setting in settings for method in methods]
-    return [Job("comparison", m, s, seed, SETTINGS[s].rate or rates[m]) for seed in seeds for m, s in cells]
+    return [Job(*cell, seed, rate) for seed in seeds for cell, rate in rates.items()]
 
 
-def recorded(path: Path, size: Size) -> dict[Job, Record]:
-    """Return the records of a file by job. This raises ValueError if one is of another definition than settings.py has
-    now.
+def definitions(size: Size) -> dict[str, object]:
+    """Return what the names of methods and settings stand for. Runs of another definition are not mixed in."""
+    named = {"methods": METHODS, "settings": SETTINGS}
+    return {"size": repr(size)} | {key: {k: repr(v) for k, v in names.items()} for key, names in named.items()}
+
+
+def recorded(path: Path, size: Size) -> tuple[dict[Job, Record], list[Record]]:
+    """Return (the runs of a file by job, the sources of these runs).
+
+    A source has the definitions, device, versions, commit and command of the runs below it. Raises ValueError if a run
+    is of another definition than settings.py has now.
     """
-    records = {}
+    runs, sources, now = {}, [], definitions(size)
     for record in read(path):
+        if "definitions" in record:
+            sources.append(record)
+            continue
         job = Job(*(record[name] for name in Job.__dataclass_fields__))
-        if job.method not in METHODS or job.setting not in SETTINGS or record["definition"] != job.definition(size):
+        then = sources[-1]["definitions"] if sources else {}
+        same = then.get("size") == now["size"] and all(
+            name in now[kind] and then[kind].get(name) == now[kind][name]
+            for kind, name in (("methods", job.method), ("settings", job.setting))
+        )
+        if not same:
             raise ValueError(f"{path} holds a run of another definition ({job}): move the file away or choose --out")
-        records[job] = record
-    return records
+        runs[job] = record
+    return runs, sources
 
 
-def run_missing(jobs: Sequence[Job], size: Size, path: Path, cache: Path, workers: int, command: str) -> None:
+def run_missing(jobs: Sequence[Job], size: Size, path: Path, workers: int, command: str, title: str) -> None:
     """Run the jobs that `path` does not hold, and add each as it ends.
 
     This raises ValueError, and changes nothing, if `path` holds a run of another definition.
     """
-    done = recorded(path, size)
+    done, _ = recorded(path, size)
     missing = [job for job in jobs if job not in done]
     if not missing:
         return
-    source = provenance(command)
+    append(path, {"definitions": definitions(size), **provenance(command)})
     with _pool(min(workers, len(missing))) as pool:
-        seeds = sorted({job.seed for job in missing})  # Each policy is made once, before runs of its seed need it.
-        warmed = pool.map(partial(_warm_up, size, cache), seeds)
-        list(tqdm(warmed, total=len(seeds), desc="warm-up", unit="seed"))
-        futures = [pool.submit(_run, job, size, cache) for job in missing]
+        futures = [pool.submit(_run, job, size) for job in missing]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
-                append(path, future.result() | source)
+            for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run"):
+                append(path, future.result())
         except BaseException:  # Ctrl-C, or a run that failed: the next call goes on from the runs that ended.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    done = recorded(path, size)
-    write(path, [done[job] for job in sorted(done)])
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -98,22 +103,22 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent stops the grid.
 
 
-def _warm_up(size: Size, cache: Path, seed: int) -> None:
-    warmed_policy(size, seed, cache)
+def _run(job: Job, size: Size) -> Record:
+    """Run a job. Runs of PG also say what every other method would do with the same tokens."""
+    compare = [name for name in METHODS if name != "PG"] if job.method == "PG" and job.seed not in SWEEP_SEEDS else []
+    return asdict(job) | _rounded(run(job.method, job.setting, job.seed, job.rate, size, compare))
 
 
-def _run(job: Job, size: Size, cache: Path) -> Record:
-    result = run(job.method, job.setting, job.seed, job.lr, size, cache)
-    rounded = {
-        part: {name: [_rounded(x) for x in values] for name, values in curves.items()}
-        for part, curves in result.items()
-    }
-    return {**asdict(job), **rounded, "definition": job.definition(size)}
-
-
-def _rounded(value: float) -> float | None:
-    """Return the rounded value, or None for NaN and infinity, which JSON does not have."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+def _rounded(value):
+    """Round the numbers in nested lists and dicts; NaN and infinity, which JSON does not have, become None."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items() if inner != {}}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

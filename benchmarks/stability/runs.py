@@ -1,88 +1,83 @@
-"""The runs of a results file as a pandas table: a row for each run, a column for each of its outcomes."""
+"""The runs of a results file as pandas tables: a row for each run, a column for each of its outcomes."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 from scipy.integrate import trapezoid
 
 from benchmarks.harness.records import Record, read
-from benchmarks.stability.grid import recorded
-from benchmarks.stability.settings import COLLAPSE, METHODS, SETTINGS, SMOKE, Size
+from benchmarks.stability.grid import cells, recorded
+from benchmarks.stability.settings import METHODS, RATES, SETTINGS, SMOKE, SWEEP_SEEDS, Size
 
 
 def outcomes(record: Record) -> dict[str, object]:
-    """Return every outcome of a run. What measures.py measures at each update is averaged over those that had such
-    tokens.
+    """Return the outcomes of a run.
+
+    final       mean of the last two held-out rewards, and the same of the part that rare tokens earn in "final_rare"
+    area        mean held-out reward over the run
+    collapsed   whether the last reward is below the first
     """
-    sampled, greedy = record["evaluations"]["sampled"], record["evaluations"]["greedy"]
-    curve = pd.DataFrame(record["curve"], dtype=float)
+    rewards, rare = record["reward"], record["rare"]
     return {
-        **curve.mean(),
-        "sampled": sampled,
-        "area": trapezoid(sampled) / (len(sampled) - 1),
-        "start": sampled[0],
-        "final": sampled[-1],
-        "start_greedy": greedy[0],
-        "final_greedy": greedy[-1],
-        "lowest_greedy": min(greedy),
-        "final_entropy": curve["entropy"].iloc[-1],
-        "weight_beyond_shift": _weight(curve, "shift"),
-        "weight_beyond_ratio": _weight(curve, "ratio"),
-        "largest_gradient": curve["gradient_norm"].fillna(math.inf).max(),
-        "collapsed": collapsed(sampled),
-        "collapsed_for_good": collapsed_for_good(sampled),
+        "reward": rewards,
+        "final": sum(rewards[-2:]) / 2,
+        "final_rare": sum(rare[-2:]) / 2,
+        "area": trapezoid(rewards) / (len(rewards) - 1),
+        "collapsed": rewards[-1] < rewards[0],
+        "implausible": record["implausible"][-1],
+        "largest_gradient": math.inf if record["largest_gradient"] is None else record["largest_gradient"],
+        **shares(record, record),
     }
 
 
-def _weight(curve: pd.DataFrame, boundary: str) -> float:
-    """Return the mean weight of the tokens beyond a boundary. A point counts as much as it has such tokens."""
-    weight = curve[f"weight_beyond_{boundary}"]
-    tokens = (curve["pushed"] * curve[f"beyond_{boundary}"]).where(weight.notna(), 0.0)
-    return (tokens * weight).sum() / tokens.sum() if tokens.any() else math.nan
-
-
-def collapsed(sampled: list[float]) -> bool:
-    """Return whether some accuracy fell below the share COLLAPSE of the best before it."""
-    return any(now < COLLAPSE * best for now, best in zip(sampled, itertools.accumulate(sampled, max), strict=True))
-
-
-def collapsed_for_good(sampled: list[float]) -> bool:
-    """Return whether the mean of the last two accuracies is below the share COLLAPSE of the best before them."""
-    return sum(sampled[-2:]) / 2 < COLLAPSE * max(sampled[:-2])
+def shares(record: Record, weights: Record) -> dict[str, float]:
+    """Return which share of rare and of common tokens is "stopped", and their mean "distortion"; NaN of no token."""
+    return {
+        f"{kind}_{name}": weights[f"{kind}_{name}"] / record[f"{kind}_tokens"] if record[f"{kind}_tokens"] else math.nan
+        for kind in ("rare", "common")
+        for name in ("stopped", "distortion")
+    }
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a file, and their outcomes by purpose. Methods and settings are in the order of settings.py."""
+    """The runs of a file. Methods and settings are in the order of settings.py.
+
+    table    a row for each run: what a `Job` has, and `outcomes`
+    same     a row for each method on the tokens of a run of PG: setting, seed, method, and `shares`
+    """
 
     size: Size
-    records: list[Record]
-    comparison: pd.DataFrame
-    sweep: pd.DataFrame
+    sources: list[Record]
+    table: pd.DataFrame
+    same: pd.DataFrame
+
+    @cached_property
+    def sweep(self) -> pd.DataFrame:
+        return self.table[self.table["seed"].isin(SWEEP_SEEDS)]
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        return self.table[~self.table["seed"].isin(SWEEP_SEEDS)]
 
     @property
     def settings(self) -> list[str]:
-        return [setting for setting in SETTINGS if setting in set(self.comparison["setting"])]
+        return [setting for setting in SETTINGS if setting in set(self.table["setting"])]
 
     @property
     def methods(self) -> list[str]:
-        return [method for method in METHODS if method in set(self.comparison["method"])]
+        return [method for method in METHODS if method in set(self.table["method"])]
 
-    def of(self, method: str, setting: str) -> pd.DataFrame:
-        """Return one cell of the comparison, which is empty where nothing was run."""
-        return self.comparison.query("method == @method and setting == @setting")
-
-    @property
-    def own_rate(self) -> pd.DataFrame:
-        """The runs in settings that leave each method the learning rate of its own."""
-        own = [name for name, setting in SETTINGS.items() if setting.rate is None]
-        return self.comparison[self.comparison["setting"].isin(own)]
+    def by_seed(self, outcome: str, setting: str) -> pd.DataFrame:
+        """Return an outcome of the comparison with a row for each seed and a column for each method."""
+        chosen = self.comparison[self.comparison["setting"] == setting]
+        return chosen.pivot(index="seed", columns="method", values=outcome)
 
 
 def load(path: Path) -> Runs:
@@ -90,20 +85,20 @@ def load(path: Path) -> Runs:
     has now.
     """
     size = _size_of(read(path), path)
-    runs = dict(sorted(recorded(path, size).items()))
-    table = pd.DataFrame(asdict(job) | outcomes(record) for job, record in runs.items())
-    parts = (table[table["purpose"] == purpose] for purpose in ("comparison", "sweep"))
-    found = Runs(size, list(runs.values()), *parts)
-    for together in (found.comparison.groupby(["method", "setting"]), found.own_rate.groupby("method")):
-        for name, rates in together["lr"].unique().items():
-            if len(rates) > 1:
-                raise ValueError(f"{path} compares {name} at the learning rates {sorted(rates.tolist())}, not at one")
-    return found
+    found, sources = recorded(path, size)
+    runs = sorted(found.items())
+    table = pd.DataFrame([asdict(job) | outcomes(record) for job, record in runs])
+    same = [
+        {"setting": job.setting, "seed": job.seed, "method": name, **shares(record, weights)}
+        for job, record in runs
+        for name, weights in record.get("compared", {}).items()
+    ]
+    return Runs(size, sources, table, pd.DataFrame(same))
 
 
 def _size_of(records: Iterable[Record], path: Path) -> Size:
     known = {repr(size): size for size in (Size(), SMOKE)}
-    found = {record["definition"]["size"] for record in records}
+    found = {record["definitions"]["size"] for record in records if "definitions" in record}
     if not found:
         raise ValueError(f"{path} holds no run: `python -m benchmarks.stability` makes them")
     if len(found) != 1 or not found <= known.keys():
@@ -111,11 +106,13 @@ def _size_of(records: Iterable[Record], path: Path) -> Size:
     return known[found.pop()]
 
 
-def chosen_rates(runs: Runs, methods: Iterable[str]) -> dict[str, float]:
-    """Return each method's learning rate with the largest mean area. This raises ValueError for an incomplete sweep."""
-    areas = runs.sweep.pivot_table(index="method", columns="lr", values="area")
-    areas = areas.reindex(index=methods, columns=runs.size.rates)
-    for method, found in areas.iterrows():
+def chosen_rates(runs: Runs, methods: Iterable[str], settings: Iterable[str]) -> dict[tuple[str, str], float]:
+    """Return the learning rate of each method and setting with the largest mean final reward over `SWEEP_SEEDS`. This
+    raises ValueError for an incomplete sweep.
+    """
+    means = runs.sweep.pivot_table(index=["method", "setting"], columns="rate", values="final")
+    means = means.reindex(index=pd.MultiIndex.from_tuples(cells(methods, settings)), columns=RATES)
+    for cell, found in means.iterrows():
         if found.isna().any():
-            raise ValueError(f"the sweep of {method} has no run for {list(found.index[found.isna()])}")
-    return areas.idxmax(axis=1).to_dict()
+            raise ValueError(f"the sweep of {cell} has no run for {list(found.index[found.isna()])}")
+    return means.idxmax(axis=1).to_dict()

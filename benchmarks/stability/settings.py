@@ -1,94 +1,92 @@
-"""Everything the experiment depends on, in one place: sizes, settings, methods, learning rates, seeds, definitions."""
+"""Everything the experiment depends on, in one place: methods, settings, sizes, learning rates, seeds, definitions."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from benchmarks.stability.task import Vocabulary
-from drpo_kernels import DPPO, DRPO, PPO, SPO, Objective, PolicyGradient
+from torch import Tensor
 
-SEEDS = (0, 1, 2, 3, 4)
-# A method's learning rate is the one with the largest area under the held-out curve in this setting, in the mean over
-# seeds that no other run uses.
-SWEEP_SETTING = "stale"
-VOCABULARY = Vocabulary(words=256, remarks=1787)
+from drpo_kernels import CISPO, DPPO, DRPO, PPO, SPO, Objective, PolicyGradient, Tokens
+from drpo_kernels.objectives import score
 
-# A run has collapsed if its sampled held-out accuracy falls below this share of the best it had before, which may be
-# the accuracy after the warm-up. It has collapsed for good if the mean of its last two evaluations is below it.
-COLLAPSE = 0.5
+# A token is rare if the policy that sampled it gave it less than this probability.
+RARE = 0.01
+# A token is plausible in a context if the model before training gives it at least this probability.
+PLAUSIBLE = 1e-4
+# A seed draws its rule among those that earn the untrained policy this share of the rewards.
+HALF = (0.45, 0.55)
 
 
 @dataclass(frozen=True)
-class Size:
-    """One run. Every method gets the same number of rollouts: `minibatches` of `prompts` x `group` completions."""
+class DRPOWithoutMagnitude(Objective):
+    """DRPO with a penalty that is not multiplied by |A|: w = 1 - (π - μ) / (δ A). It also acts on tokens of A = 0."""
 
-    vocabulary: Vocabulary = VOCABULARY
-    hidden_size: int = 64
-    layers: int = 2
-    heads: int = 4
-    warmup_steps: int = 450
-    warmup_batch: int = 128
-    warmup_lr: float = 5e-3
-    carelessness: float = 0.6  # how often the teacher guesses an operation
-    minibatches: int = 128
-    prompts: int = 16  # in a minibatch
-    group: int = 8  # completions of a prompt
-    grad_clip: float = 1.0
-    point: int = 16  # minibatches between two points of a curve, a multiple of every setting's rollout batch
-    evaluation: int = 256  # held-out problems
-    # The sweep of learning rates. It is not in the definition of a run, whose record has its rate and its seed.
-    rates: tuple[float, ...] = field(default=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), repr=False)
-    sweep_seeds: tuple[int, ...] = field(default=(100, 101), repr=False)
+    delta: float = 0.2
 
-    @property
-    def completions(self) -> int:
-        """The completions of a minibatch."""
-        return self.prompts * self.group
-
-    @property
-    def fingerprint(self) -> str:
-        """It changes with every number of the definition, so that policies of another size are not mixed in."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        penalty = tokens.old_probs * tokens.ratio_minus_one.square() / (2 * self.delta)
+        return penalty - tokens.advantages * tokens.ratio
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How rollouts are made and used.
+class DRPOWithoutCorrection(Objective):
+    """DRPO whose weight stops at 0: w = max(0, 1 - sign(A)(π - μ) / δ), so that no token is pulled back."""
 
-    minibatches  how many a rollout batch has, with an update for each
-    epochs       passes over a rollout batch
-    precision    what the rollout engine computes in
-    rate         the learning rate of every method; None if each has the rate that the sweep chose for it
-    """
+    delta: float = 0.2
 
-    minibatches: int = 1
-    epochs: int = 1
-    precision: str = "float32"
-    rate: float | None = field(default=None, repr=False)  # It is not in the definition: a run's record has its rate.
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        weight = (1 - tokens.advantages.sign() * tokens.prob_shift / self.delta).clamp(min=0)
+        return score(-tokens.advantages * tokens.ratio * weight, tokens.logprobs)
 
-
-SETTINGS = {
-    "on-policy": Setting(),
-    "stale": Setting(minibatches=16, epochs=2),
-    # The methods differed at this rate in the sweep. The comparison has other seeds than the sweep.
-    "stale, rate 1e-3": Setting(minibatches=16, epochs=2, rate=1e-3),
-    "mismatch (fp8)": Setting(precision="fp8"),
-}
 
 METHODS: dict[str, Objective] = {
     "PG": PolicyGradient(),
     "PPO": PPO(),
+    "PPO clip-higher": PPO(clip_high=0.28),
     "SPO": SPO(),
+    "CISPO": CISPO(),
     "DPPO-TV": DPPO(),
-    "DRPO δ=0.2": DRPO(delta=0.2),
-    "DRPO δ=12.5": DRPO(delta=12.5),
+    "DPPO-KL": DPPO(divergence="kl"),
+    **{f"DRPO δ={delta:g}": DRPO(delta=delta) for delta in (0.05, 0.1, 0.2, 0.5, 1.0, 12.5)},
+    "DRPO without |A|": DRPOWithoutMagnitude(),
+    "DRPO without correction": DRPOWithoutCorrection(),
 }
 
-# A rehearsal runs every line of code and earns some rewards, but learns nothing.
-SMOKE = Size(
-    vocabulary=Vocabulary(words=4, remarks=4), hidden_size=32, layers=1, heads=2,
-    warmup_steps=120, warmup_batch=32, warmup_lr=1e-2,
-    minibatches=32, prompts=4, group=4, evaluation=16,
-    rates=(5e-4, 1e-3), sweep_seeds=(0,),
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Setting:
+    """How rollouts are made: `updates` for each rollout batch, sampled with the head of an `engine`."""
+
+    updates: int = 1
+    engine: str = "float32"
+
+
+CONTROL = "on-policy"  # Here π = μ at every update, so all methods are one algorithm, and only PG is run.
+SETTINGS = {
+    CONTROL: Setting(),
+    "4 updates": Setting(updates=4),
+    "16 updates": Setting(updates=16),
+    "64 updates": Setting(updates=64),
+    "bf16 head": Setting(engine="bf16"),
+    "8-bit head": Setting(engine="fp8"),
+    "4-bit head": Setting(engine="int4"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One run. Every method gets the same number of updates and of samples."""
+
+    width: int = 32  # the adapter is a matrix of this size, squared
+    held_out: int = 256  # contexts that are never trained on
+    updates: int = 256
+    contexts: int = 16  # of an update
+    group: int = 8  # tokens sampled after each context
+    points: int = 4  # evaluations after the first
+    grad_clip: float = 1.0
+
+
+RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
+SWEEP_SEEDS = (100, 101)  # they choose the learning rate of each method in each setting, and decide nothing else
+SEEDS = tuple(range(20))
+SMOKE = Size(width=4, held_out=16, updates=128, contexts=4, group=4, points=2)

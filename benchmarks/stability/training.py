@@ -1,97 +1,152 @@
-"""One run: GRPO-style reinforcement learning of a warmed-up policy with one method in one setting."""
+"""One run: GRPO-style reinforcement learning of the adapter with one method in one setting, at one learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import pandas as pd
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from benchmarks.stability.engine import rollout_engine
-from benchmarks.stability.measures import token_measures
-from benchmarks.stability.policy import adamw, warmed_policy
-from benchmarks.stability.settings import METHODS, SETTINGS, Setting, Size
-from benchmarks.stability.task import COMPLETION_LENGTH, END_ID, PROMPT_LENGTH, Problems, draw_problems, rewards
-from drpo_kernels import Objective, linear_policy_loss
-from drpo_kernels.demo.model import completion_hidden
-from drpo_kernels.demo.rollout import Rollout, group_advantages, sample
-
-HELD_OUT_SEED = 1 << 20
+from benchmarks.stability.bandit import Bandit, Head, HeldOut, bandit
+from benchmarks.stability.settings import METHODS, RARE, SETTINGS, Setting, Size
+from drpo_kernels import Objective, Tokens
+from drpo_kernels.demo.rollout import group_advantages
 
 
-def run(method: str, setting: str, seed: int, lr: float, size: Size, cache: Path) -> dict[str, object]:
-    """Return the "curve" and the "evaluations" of a run: for each measure, one value per point.
-    Evaluations begin at 0.
+class Batch(NamedTuple):
+    """An update's samples: contexts [C], the tokens after each, log μ as the engine has it, advantages [C, G]."""
+
+    rows: Tensor
+    tokens: Tensor
+    old: Tensor
+    advantages: Tensor
+
+
+def run(method: str, setting: str, seed: int, rate: float, size: Size, compare: Iterable[str] = ()) -> dict:
+    """Return the outcome of a run: "reward", "rare" and "implausible" (`HeldOut.evaluate`) from before the first update
+    to the last, `moves` and `weights` in the mean over updates, and the `weights` of the methods in `compare` for the
+    same tokens.
     """
-    policy = warmed_policy(size, seed, cache)
+    world, objective, conditions = bandit(size.width), METHODS[method], SETTINGS[setting]
     generator = torch.Generator().manual_seed(seed)
-    held_out = draw_problems(size.vocabulary, size.evaluation, torch.Generator().manual_seed(HELD_OUT_SEED + seed))
-    optimizer, schedule = adamw(policy, lr)
-    trained = _Trained(policy, optimizer, schedule, METHODS[method], SETTINGS[setting], size, generator)
-    curve, evaluations = [], [_evaluate(policy, size, held_out, seed)]
-    for _ in range(size.minibatches // size.point):
-        curve.append(pd.DataFrame(trained.point()).mean())  # the mean leaves out NaN, which is the share of no token
-        evaluations.append(_evaluate(policy, size, held_out, seed))
-    return {"curve": pd.DataFrame(curve).to_dict("list"), "evaluations": pd.DataFrame(evaluations).to_dict("list")}
+    letters = world.rules[int(torch.randint(len(world.rules), (), generator=generator))]
+    rule = world.rule(letters)
+    order = torch.randperm(len(world.features), generator=generator)
+    held_out = HeldOut(world, rule, order[: size.held_out].sort().values)
+    adapter = torch.zeros(size.width, size.width)
+    adapter.grad = torch.zeros_like(adapter)
+    optimizer = torch.optim.Adam([adapter], lr=rate, betas=(0.9, 0.95))
+    means: dict[str, Counter] = {name: Counter() for name in ("moves", method, *compare)}
+    evaluations, norms = [held_out.evaluate(adapter)], []
+    batches = _batches(world, rule, order[size.held_out :], adapter, conditions, size, generator)
+    for update, batch in enumerate(batches, 1):
+        logp, adapter.grad[:] = gradient(world, adapter, batch, objective)
+        norms.append(torch.nn.utils.clip_grad_norm_([adapter], size.grad_clip).item())
+        optimizer.step()
+        tokens = pushed(logp, batch)
+        for name, mean in means.items():
+            found = moves(*tokens) if name == "moves" else weights(METHODS[name], *tokens)
+            mean.update({key: value / size.updates for key, value in found.items()})
+        if update % (size.updates // size.points) == 0:
+            evaluations.append(held_out.evaluate(adapter))
+    curves = {name: [point[name] for point in evaluations] for name in evaluations[0]}
+    own = {**means.pop("moves"), **means.pop(method)}
+    return {"letters": letters, **curves, "largest_gradient": max(norms), **own, "compared": means}
 
 
-class _Trained:
-    """A policy under training, with all that its updates need."""
-
-    def __init__(self, policy, optimizer, schedule, objective: Objective, setting: Setting, size: Size, generator):
-        self.policy, self.optimizer, self.schedule = policy, optimizer, schedule
-        self.objective, self.setting, self.size, self.generator = objective, setting, size, generator
-
-    def point(self) -> Iterator[dict[str, float]]:
-        """Sample `size.point` minibatches and train on them. Yield the measures of every update."""
-        for _ in range(self.size.point // self.setting.minibatches):
-            rollout, reward = self._roll_out()
-            for _ in range(self.setting.epochs):
-                order = torch.randperm(len(rollout.tokens), generator=self.generator)
-                for rows in order.chunk(self.setting.minibatches):
-                    yield self._update(rollout.select(rows)) | {"reward": reward}
-
-    def _roll_out(self) -> tuple[Rollout, float]:
-        size = self.size
-        problems = draw_problems(size.vocabulary, self.setting.minibatches * size.prompts, self.generator)
-        problems = problems.repeat(size.group)
-        engine = rollout_engine(self.policy, self.setting.precision)
-        drawn = sample(engine, problems.prompts, COMPLETION_LENGTH, 1.0, self.generator, END_ID)
-        reward = rewards(size.vocabulary, problems, drawn.tokens)
-        tokens = torch.cat([problems.prompts, drawn.tokens], 1)
-        advantages = group_advantages(reward, size.group)
-        return Rollout(tokens, drawn.tokens, drawn.logprobs, drawn.mask, advantages), reward.mean().item()
-
-    def _update(self, batch: Rollout) -> dict[str, float]:
-        out = linear_policy_loss(
-            completion_hidden(self.policy, batch.tokens, PROMPT_LENGTH),
-            self.policy.lm_head.weight,
-            batch.targets,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.mask,
-            objective=self.objective,
-            compact="mask",
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.size.grad_clip)
-        self.optimizer.step()
-        self.schedule.step()
-        return token_measures(self.objective, out, batch) | {"gradient_norm": norm.item()}
+def _batches(
+    world: Bandit,
+    rule: Tensor,
+    contexts: Tensor,
+    adapter: Tensor,
+    setting: Setting,
+    size: Size,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """Yield the batch of each update. Those of a rollout are sampled together, from the policy before its first."""
+    head, left = world.head(setting.engine), contexts[:0]
+    for _ in range(size.updates // setting.updates):
+        if len(left) < setting.updates * size.contexts:
+            left = contexts[torch.randperm(len(contexts), generator=generator)]
+        rollout, left = left.split([setting.updates * size.contexts, len(left) - setting.updates * size.contexts])
+        yield from [
+            _sample(world, head, rule, rows, adapter, size.group, generator) for rows in rollout.split(size.contexts)
+        ]
 
 
-@torch.no_grad()
-def _evaluate(policy: PreTrainedModel, size: Size, problems: Problems, seed: int) -> dict[str, float]:
-    """Return the held-out accuracy of the policy itself: sampled at temperature 1, and with the
-    most probable tokens.
+def _sample(world: Bandit, head: Head, rule: Tensor, rows: Tensor, adapter: Tensor, group: int, generator) -> Batch:
+    shifted, likelihood = _softmax(head.logits(rows, world.features, adapter))
+    tokens = torch.multinomial(likelihood, group, replacement=True, generator=generator)
+    rewards = world.rewards(rule, rows, tokens)
+    advantages = group_advantages(rewards.flatten(), group).view_as(rewards)
+    return Batch(rows, tokens, shifted.gather(1, tokens) - likelihood.sum(1, keepdim=True).log(), advantages)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [C, V] minus their maximum, in place, and the exponentials of that. What is below e⁻⁸⁰ is
+    computed as e⁻⁸⁰, because subnormal numbers are slow.
     """
-    generator = torch.Generator().manual_seed(seed)
+    logits -= logits.amax(1, keepdim=True)
+    return logits, logits.clamp(min=-80).exp_()
 
-    def accuracy(temperature: float) -> float:
-        drawn = sample(policy, problems.prompts, COMPLETION_LENGTH, temperature, generator, END_ID)
-        return rewards(size.vocabulary, problems, drawn.tokens).mean().item()
 
-    return {"sampled": accuracy(1.0), "greedy": accuracy(0.0)}
+def gradient(world: Bandit, adapter: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [C, G] of the batch's tokens, and the gradient of their mean loss in the adapter.
+
+    It is written out, s (onehot - softmax) for each token as in the fused loss, because a context's logits then serve
+    all tokens that were sampled after it.
+    """
+    shifted, likelihood = _softmax(world.exact.logits(batch.rows, world.features, adapter))
+    total = likelihood.sum(1, keepdim=True)
+    logp = shifted.gather(1, batch.tokens) - total.log()
+    slopes = slope(objective, logp, batch.old, batch.advantages) / logp.numel()
+    dlogits = likelihood.mul_(-slopes.sum(1, keepdim=True) / total).scatter_add_(1, batch.tokens, slopes)
+    return logp, world.features[batch.rows].T @ (dlogits @ world.exact.directions)
+
+
+def slope(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """Return dℓ/dlogπ of each token, in the shape of the log-probs, by autograd through the objective's formula."""
+    with torch.enable_grad():
+        leaf = logp.detach().flatten().requires_grad_()
+        losses = objective.token_loss(Tokens(leaf, old.flatten(), advantages.flatten()))
+        return torch.autograd.grad(losses.sum(), leaf)[0].view_as(logp)
+
+
+def weight(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """Return w in dℓ/dlogπ = -A r w of tokens with A ≠ 0: 1 if the loss leaves the policy gradient alone, 0 if it drops
+    the token, negative if it pulls the token back.
+    """
+    return -slope(objective, logp, old, advantages) / (advantages * (logp - old).clamp(-20, 20).exp())
+
+
+def pushed(logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log π, log μ and A of the update's tokens with A ≠ 0, each [n]."""
+    chosen = batch.advantages != 0
+    return logp[chosen], batch.old[chosen], batch.advantages[chosen]
+
+
+def moves(logp: Tensor, old: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Return the number of tokens with μ < `RARE` and of the others, and the sums of |π - μ| and of |log r| of all."""
+    rare = old < math.log(RARE)
+    sums = {
+        "rare_tokens": rare,
+        "common_tokens": ~rare,
+        "shift": (logp.exp() - old.exp()).abs(),
+        "log_ratio": (logp - old).abs(),
+    }
+    return {name: values.sum().item() for name, values in sums.items()}
+
+
+def weights(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Return, for rare tokens and for the others, how many are "stopped" (w <= 0), and the sum of min(|w - 1|, 1),
+    their "distortion".
+    """
+    w, rare = weight(objective, logp, old, advantages), old < math.log(RARE)
+    found = {}
+    for kind, chosen in {"rare": w[rare], "common": w[~rare]}.items():
+        found[f"{kind}_stopped"] = (chosen <= 0).sum().item()
+        found[f"{kind}_distortion"] = (chosen - 1).abs().clamp(max=1).sum().item()
+    return found

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.harness import recording, regimes
+from benchmarks.harness import quantization
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import read
 from benchmarks.harness.workloads import KINDS, Inputs, Shape, make_inputs
@@ -129,7 +130,7 @@ def test_hidden_states_are_those_that_sampled_the_targets():
 
 def test_int4_has_sixteen_values_a_group():
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
-    before, after = (w.unflatten(1, (-1, engines.GROUP)) for w in (weight, engines.int4(weight)))
+    before, after = (w.unflatten(1, (-1, quantization.GROUP)) for w in (weight, quantization.int4(weight)))
     steps = (before.amax(-1) - before.amin(-1)) / 15
     assert all(len(group.unique()) <= 16 for row in after for group in row)
     assert ((after - before).abs().amax(-1) <= steps / 2 * (1 + 1e-5)).all()
@@ -137,7 +138,7 @@ def test_int4_has_sixteen_values_a_group():
 
 def test_fp8_rounds_within_its_mantissa():
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * 10
-    error = (engines.fp8(x) - x).abs()
+    error = (quantization.fp8(x) - x).abs()
     smallest = x.abs().amax(-1, keepdim=True) / 448 * 2.0**-6  # below it numbers are subnormal
     assert (error <= torch.maximum(x.abs(), smallest) * 2.0**-4).all() and error.max() > 0
 
