@@ -20,9 +20,10 @@ from benchmarks.roofline import tables as roofline
 from benchmarks.smollm import tables as smollm
 from benchmarks.sparsity import tables as sparsity
 from benchmarks.speed import tables as speed
+from benchmarks.stability import tables as stability
 
 STUDIES = (
-    speed, device, roofline, sparsity, longrun, precision, invariance, trainers, smollm,
+    speed, device, roofline, sparsity, longrun, precision, invariance, trainers, smollm, stability,
 )  # fmt: skip
 REHEARSALS = ("--quick", "--rehearse")  # A run whose command has one of these has measured nothing that counts.
 BLOCKS = {block.name: block for study in STUDIES for block in study.BLOCKS}

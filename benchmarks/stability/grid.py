@@ -51,14 +51,14 @@ def definitions(size: Size) -> dict[str, object]:
     return {"size": repr(size)} | {key: {k: repr(v) for k, v in names.items()} for key, names in named.items()}
 
 
-def recorded(path: Path, size: Size) -> tuple[dict[Job, Record], list[Record]]:
-    """Return (the runs of a file by job, the sources of these runs).
+def recorded(records: Iterable[Record], size: Size) -> tuple[dict[Job, Record], list[Record]]:
+    """Return (the runs among the records by job, the sources of these runs).
 
     A source has the definitions, device, versions, commit and command of the runs below it. Raises ValueError if a run
     is of another definition than settings.py has now.
     """
     runs, sources, now = {}, [], definitions(size)
-    for record in read(path):
+    for record in records:
         if "definitions" in record:
             sources.append(record)
             continue
@@ -69,7 +69,7 @@ def recorded(path: Path, size: Size) -> tuple[dict[Job, Record], list[Record]]:
             for kind, name in (("methods", job.method), ("settings", job.setting))
         )
         if not same:
-            raise ValueError(f"{path} holds a run of another definition ({job}): move the file away or choose --out")
+            raise ValueError(f"the file holds a run of another definition ({job}): move it away or choose an --out")
         runs[job] = record
     return runs, sources
 
@@ -79,11 +79,11 @@ def run_missing(jobs: Sequence[Job], size: Size, path: Path, workers: int, comma
 
     This raises ValueError, and changes nothing, if `path` holds a run of another definition.
     """
-    done, _ = recorded(path, size)
+    done, _ = recorded(read(path), size)
     missing = [job for job in jobs if job not in done]
     if not missing:
         return
-    append(path, {"definitions": definitions(size), **provenance(command)})
+    append(path, {"benchmark": "stability", "definitions": definitions(size), **provenance(command)})
     with _pool(min(workers, len(missing))) as pool:
         futures = [pool.submit(_run, job, size) for job in missing]
         try:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import pandas as pd
-from scipy.integrate import trapezoid
 
-from benchmarks.harness.records import Record, read
+from benchmarks.harness.records import Record
 from benchmarks.stability.grid import cells, recorded
-from benchmarks.stability.settings import METHODS, RATES, SETTINGS, SMOKE, SWEEP_SEEDS, Size
+from benchmarks.stability.settings import METHODS, QUICK, RATES, SETTINGS, SWEEP_SEEDS, Size
+from benchmarks.stability.statistics import ENOUGH
 
 
 def outcomes(record: Record) -> dict[str, object]:
     """Return the outcomes of a run.
 
     final       mean of the last two held-out rewards, and the same of the part that rare tokens earn in "final_rare"
-    area        mean held-out reward over the run
     collapsed   whether the last reward is below the first
     """
     rewards, rare = record["reward"], record["rare"]
@@ -28,10 +26,7 @@ def outcomes(record: Record) -> dict[str, object]:
         "reward": rewards,
         "final": sum(rewards[-2:]) / 2,
         "final_rare": sum(rare[-2:]) / 2,
-        "area": trapezoid(rewards) / (len(rewards) - 1),
         "collapsed": rewards[-1] < rewards[0],
-        "implausible": record["implausible"][-1],
-        "largest_gradient": math.inf if record["largest_gradient"] is None else record["largest_gradient"],
         **shares(record, record),
     }
 
@@ -80,12 +75,16 @@ class Runs:
         return chosen.pivot(index="seed", columns="method", values=outcome)
 
 
-def load(path: Path) -> Runs:
-    """Load the runs of a file. This raises ValueError if there is no run, or one of another definition than settings.py
-    has now.
+def load(records: Sequence[Record]) -> Runs:
+    """Return the runs of a file's records. Raises ValueError if there is none, or one of another definition than
+    settings.py has now, or if a method has two rates in a setting.
     """
-    size = _size_of(read(path), path)
-    found, sources = recorded(path, size)
+    sizes = {record["definitions"]["size"] for record in records if "definitions" in record}
+    known = {repr(size): size for size in (Size(), QUICK)}
+    if len(sizes) != 1 or not sizes <= known.keys():
+        raise ValueError(f"the runs must be of one size that settings.py has, got {sorted(sizes) or 'no run'}")
+    size = known[sizes.pop()]
+    found, sources = recorded(records, size)
     runs = sorted(found.items())
     table = pd.DataFrame([asdict(job) | outcomes(record) for job, record in runs])
     same = [
@@ -93,22 +92,27 @@ def load(path: Path) -> Runs:
         for job, record in runs
         for name, weights in record.get("compared", {}).items()
     ]
-    return Runs(size, sources, table, pd.DataFrame(same))
+    loaded = Runs(size, sources, table, pd.DataFrame(same))
+    for (method, setting), rates in loaded.comparison.groupby(["method", "setting"])["rate"].unique().items():
+        if len(rates) > 1:
+            raise ValueError(f"{method} in {setting} is compared at the rates {sorted(rates.tolist())}, not at one")
+    return loaded
 
 
-def _size_of(records: Iterable[Record], path: Path) -> Size:
-    known = {repr(size): size for size in (Size(), SMOKE)}
-    found = {record["definitions"]["size"] for record in records if "definitions" in record}
-    if not found:
-        raise ValueError(f"{path} holds no run: `python -m benchmarks.stability` makes them")
-    if len(found) != 1 or not found <= known.keys():
-        raise ValueError(f"{path} holds runs of a size that settings.py does not have: {sorted(found - known.keys())}")
-    return known[found.pop()]
+def load_all(records: Sequence[Record]) -> Runs:
+    """Return the runs of a whole experiment. Raises ValueError if a cell has fewer than `ENOUGH` seeds."""
+    runs = load(records)
+    counts = runs.comparison.groupby(["method", "setting"])["seed"].nunique()
+    counts = counts.reindex(pd.MultiIndex.from_tuples(cells(METHODS, SETTINGS)), fill_value=0)
+    if counts.min() < ENOUGH:
+        raise ValueError(f"{' in '.join(counts.idxmin())} has {counts.min()} seeds, the page needs {ENOUGH}")
+    return runs
 
 
 def chosen_rates(runs: Runs, methods: Iterable[str], settings: Iterable[str]) -> dict[tuple[str, str], float]:
-    """Return the learning rate of each method and setting with the largest mean final reward over `SWEEP_SEEDS`. This
-    raises ValueError for an incomplete sweep.
+    """Return the learning rate of each method and setting with the largest mean final reward over `SWEEP_SEEDS`.
+
+    Raises ValueError for an incomplete sweep.
     """
     means = runs.sweep.pivot_table(index=["method", "setting"], columns="rate", values="final")
     means = means.reindex(index=pd.MultiIndex.from_tuples(cells(methods, settings)), columns=RATES)

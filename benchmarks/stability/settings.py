@@ -89,4 +89,5 @@ class Size:
 RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 SWEEP_SEEDS = (100, 101)  # they choose the learning rate of each method in each setting, and decide nothing else
 SEEDS = tuple(range(20))
-SMOKE = Size(width=4, held_out=16, updates=128, contexts=4, group=4, points=2)
+# A rehearsal runs every line of code, and learns too little to mean anything.
+QUICK = Size(width=4, held_out=16, updates=128, contexts=4, group=4, points=2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.stability.bandit import Bandit, Head, HeldOut, bandit
-from benchmarks.stability.settings import METHODS, RARE, SETTINGS, Setting, Size
+from benchmarks.stability.settings import METHODS, RARE, SETTINGS, Size
 from drpo_kernels import Objective, Tokens
 from drpo_kernels.demo.rollout import group_advantages
 
@@ -41,8 +41,8 @@ def run(method: str, setting: str, seed: int, rate: float, size: Size, compare: 
     optimizer = torch.optim.Adam([adapter], lr=rate, betas=(0.9, 0.95))
     means: dict[str, Counter] = {name: Counter() for name in ("moves", method, *compare)}
     evaluations, norms = [held_out.evaluate(adapter)], []
-    batches = _batches(world, rule, order[size.held_out :], adapter, conditions, size, generator)
-    for update, batch in enumerate(batches, 1):
+    sampler = Sampler(world, world.head(conditions.engine), rule, size, generator)
+    for update, batch in enumerate(sampler.batches(order[size.held_out :], adapter, conditions.updates), 1):
         logp, adapter.grad[:] = gradient(world, adapter, batch, objective)
         norms.append(torch.nn.utils.clip_grad_norm_([adapter], size.grad_clip).item())
         optimizer.step()
@@ -57,32 +57,30 @@ def run(method: str, setting: str, seed: int, rate: float, size: Size, compare: 
     return {"letters": letters, **curves, "largest_gradient": max(norms), **own, "compared": means}
 
 
-def _batches(
-    world: Bandit,
-    rule: Tensor,
-    contexts: Tensor,
-    adapter: Tensor,
-    setting: Setting,
-    size: Size,
-    generator: torch.Generator,
-) -> Iterator[Batch]:
-    """Yield the batch of each update. Those of a rollout are sampled together, from the policy before its first."""
-    head, left = world.head(setting.engine), contexts[:0]
-    for _ in range(size.updates // setting.updates):
-        if len(left) < setting.updates * size.contexts:
-            left = contexts[torch.randperm(len(contexts), generator=generator)]
-        rollout, left = left.split([setting.updates * size.contexts, len(left) - setting.updates * size.contexts])
-        yield from [
-            _sample(world, head, rule, rows, adapter, size.group, generator) for rows in rollout.split(size.contexts)
-        ]
+class Sampler(NamedTuple):
+    """What samples the rollouts of a run, with the head of an engine."""
 
+    world: Bandit
+    head: Head
+    rule: Tensor
+    size: Size
+    generator: torch.Generator
 
-def _sample(world: Bandit, head: Head, rule: Tensor, rows: Tensor, adapter: Tensor, group: int, generator) -> Batch:
-    shifted, likelihood = _softmax(head.logits(rows, world.features, adapter))
-    tokens = torch.multinomial(likelihood, group, replacement=True, generator=generator)
-    rewards = world.rewards(rule, rows, tokens)
-    advantages = group_advantages(rewards.flatten(), group).view_as(rewards)
-    return Batch(rows, tokens, shifted.gather(1, tokens) - likelihood.sum(1, keepdim=True).log(), advantages)
+    def batches(self, contexts: Tensor, adapter: Tensor, updates: int) -> Iterator[Batch]:
+        """Yield the batch of each update. The `updates` of a rollout are sampled from the adapter before the first."""
+        count, left = updates * self.size.contexts, contexts[:0]
+        for _ in range(self.size.updates // updates):
+            if len(left) < count:
+                left = contexts[torch.randperm(len(contexts), generator=self.generator)]
+            rollout, left = left[:count], left[count:]
+            yield from [self.sample(rows, adapter) for rows in rollout.split(self.size.contexts)]
+
+    def sample(self, rows: Tensor, adapter: Tensor) -> Batch:
+        shifted, likelihood = _softmax(self.head.logits(rows, self.world.features, adapter))
+        tokens = torch.multinomial(likelihood, self.size.group, replacement=True, generator=self.generator)
+        rewards = self.world.rewards(self.rule, rows, tokens)
+        advantages = group_advantages(rewards.flatten(), self.size.group).view_as(rewards)
+        return Batch(rows, tokens, shifted.gather(1, tokens) - likelihood.sum(1, keepdim=True).log(), advantages)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.harness import recording, regimes
-from benchmarks.harness import quantization
+from benchmarks.harness import quantization, recording, regimes
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import read
 from benchmarks.harness.workloads import KINDS, Inputs, Shape, make_inputs

@@ -1,5 +1,6 @@
-"""Tests of the stability experiment: its task, engine, statistics and grid, and the paper's Table 1."""
+"""Tests of the stability experiment: the losses' weights, the bandit, its training, and the grid of runs."""
 
+import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,112 +15,26 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.harness.records import read
 from benchmarks.stability import __main__ as command
-from benchmarks.stability import engine, grid, report, statistics
-from benchmarks.stability.measures import gradient_weight
-from benchmarks.stability.policy import build_policy
-from benchmarks.stability.settings import METHODS, SMOKE
-from benchmarks.stability.task import (
-    ANSWER_LENGTH,
-    END_ID,
-    FIRST_WORD,
-    LIST,
-    Vocabulary,
-    applied,
-    draw_demonstrations,
-    draw_problems,
-    rewards,
+from benchmarks.stability import bandit, grid, training
+from benchmarks.stability.settings import (
+    CONTROL,
+    HALF,
+    METHODS,
+    PLAUSIBLE,
+    QUICK,
+    RARE,
+    RATES,
+    SETTINGS,
+    SWEEP_SEEDS,
 )
-from benchmarks.stability.training import run
-from drpo_kernels import DPPO, DRPO, SPO
+from drpo_kernels import DPPO, DRPO, SPO, linear_policy_loss
+from examples import smollm
 
-TWO = ["PPO", "DRPO δ=0.2"]
-PROVENANCE = ("device", "versions", "commit", "dirty", "command", "date")
+needs_head = pytest.mark.skipif(not (smollm.CACHE / smollm.HEAD).exists(), reason="the model: `make smollm`")
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-# --- task ------------------------------------------------------------------------------------------------------------
-
-WORDS = Vocabulary(words=20, remarks=30)
-
-
-def test_a_careful_teacher_is_always_right():
-    problems = draw_problems(WORDS, 200, generator())
-    completions = draw_demonstrations(WORDS, problems, 0.0, generator(1))
-    assert completions.shape == (200, ANSWER_LENGTH)
-    assert rewards(WORDS, problems, completions).eq(1).all()
-    lists = problems.prompts[:, 2:].sort(1).values
-    assert (lists[:, 1:] != lists[:, :-1]).all() and (lists >= FIRST_WORD).all() and (lists < WORDS.first_remark).all()
-
-
-def test_a_guessing_teacher_is_right_as_often_as_chance():
-    """Chance is the share of pairs of operations with the permutation of another pair. The bound is five standard
-    deviations.
-    """
-    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    results = applied(torch.arange(LIST).expand(9, -1), pairs)[1]
-    chance = (results[:, None] == results[None]).all(-1).float().mean().item()
-    problems = draw_problems(WORDS, 4000, generator())
-    right = rewards(WORDS, problems, draw_demonstrations(WORDS, problems, 1.0, generator(1))).mean().item()
-    assert abs(right - chance) <= 5 * math.sqrt(chance * (1 - chance) / 4000)
-
-
-def test_what_earns_no_reward():
-    problems = draw_problems(WORDS, 50, generator())
-    right = draw_demonstrations(WORDS, problems, 0.0, generator(1))
-    no_end, wrong_word, unnamed, early = (right.clone() for _ in range(4))
-    no_end[:, -1] = right[:, 0]
-    wrong_word[:, -2] = right[:, -3]
-    unnamed[:, -5] = right[:, 0]  # a remark where the second operation's name belongs
-    early[:, 0] = END_ID
-    for completions in (no_end, wrong_word, unnamed, early):
-        assert rewards(WORDS, problems, completions).eq(0).all()
-
-
-def test_what_earns_it_all_the_same():
-    """A wrong first list earns the reward, and so does whatever follows the END."""
-    problems = draw_problems(WORDS, 50, generator())
-    right = draw_demonstrations(WORDS, problems, 0.0, generator(1))
-    completions = torch.cat([right, right[:, :1]], 1)
-    completions[:, 2 : 2 + LIST] = right[:, :1]
-    assert rewards(WORDS, problems, completions).eq(1).all()
-
-
-# --- engine ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_float32_engine_is_the_policy_itself():
-    policy = build_policy(SMOKE, 0)
-    assert engine.rollout_engine(policy, "float32") is policy
-    with pytest.raises(ValueError, match=r"precision must be one of .*'int4'"):
-        engine.rollout_engine(policy, "int4")
-
-
-def test_an_engine_rounds_a_copy():
-    """A bf16 engine rounds by half a unit of 8 significant bits. An E4M3 one rounds by half a unit of 4, or by half of
-    its least step, 2^-9 of the scale max|w| / 448.
-    """
-    policy = build_policy(SMOKE, 0)
-    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    rolled = engine.rollout_engine(policy, "fp8")
-    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
-    changed = 0
-    for name, weight in rolled.state_dict().items():
-        exact = before[name]
-        bound = exact.abs() * 2.0**-8
-        if name.endswith("proj.weight"):
-            step = exact.abs().amax(1, keepdim=True) / 448 * 2.0**-9
-            bound = bound + torch.maximum(exact.abs() * 2.0**-4, step / 2)
-            assert ((weight - exact).abs() > exact.abs() * 2.0**-8).any()
-        assert ((weight - exact).abs() <= bound * (1 + 1e-2)).all(), name
-        changed += not torch.equal(weight, exact)
-    assert changed
-    logits = rolled(torch.arange(6)[None]).logits
-    assert torch.equal(logits, logits.bfloat16().float())
-    exact_logits = policy(torch.arange(6)[None]).logits
-    assert 0 < (logits - exact_logits).norm() <= 0.2 * exact_logits.norm()
 
 
 # --- Table 1 ---------------------------------------------------------------------------------------------------------
@@ -128,20 +43,26 @@ def test_an_engine_rounds_a_copy():
 def closed_form(method, mu, pi, advantage):
     """Return each method's weight, written again from the papers."""
     r, sign = pi / mu, np.sign(advantage)
-    bound = lambda delta: 1 - sign * (pi - mu) / delta  # noqa: E731
+    harmful = sign * (r - 1) > 0
+    kl = mu * np.log(mu / pi) + (1 - mu) * np.log((1 - mu + 1e-8) / (1 - pi + 1e-8))
+    if method.startswith("DRPO δ="):
+        return 1 - sign * (pi - mu) / float(method.removeprefix("DRPO δ="))
     return {
         "PG": lambda: np.ones_like(r),
         "PPO": lambda: np.where(sign > 0, r <= 1.2, r >= 0.8).astype(float),
+        "PPO clip-higher": lambda: np.where(sign > 0, r <= 1.28, r >= 0.8).astype(float),
         "SPO": lambda: 1 - sign * (r - 1) / 0.2,
-        "DPPO-TV": lambda: ~((sign * (r - 1) > 0) & (np.abs(pi - mu) > 0.15)) * np.minimum(r, 20) / r,
-        "DRPO δ=0.2": lambda: bound(0.2),
-        "DRPO δ=12.5": lambda: bound(12.5),
+        "CISPO": lambda: np.minimum(r, 5) / r,
+        "DPPO-TV": lambda: ~(harmful & (np.abs(pi - mu) > 0.15)) * np.minimum(r, 20) / r,
+        "DPPO-KL": lambda: ~(harmful & (kl > 0.15)) * np.minimum(r, 20) / r,
+        "DRPO without |A|": lambda: 1 - (pi - mu) / (advantage * 0.2),
+        "DRPO without correction": lambda: np.maximum(1 - sign * (pi - mu) / 0.2, 0),
     }[method]()
 
 
 def table1(objective, mu, pi, advantage):
     tensors = [torch.from_numpy(np.log(values)) for values in (pi, mu)]
-    return gradient_weight(objective, *tensors, torch.full_like(tensors[0], advantage)).numpy()
+    return training.weight(objective, *tensors, torch.full_like(tensors[0], advantage)).numpy()
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.3, -2.5])
@@ -153,11 +74,7 @@ def test_table1(method, advantage):
     side = np.concatenate([np.geomspace(1.234e-3, 0.1, 40), np.linspace(0.1037, 0.9981, 60)])
     mu, pi = (values.ravel() for values in np.meshgrid(side, side * 0.99931))
     expected = closed_form(method, mu, pi, advantage)
-    found = table1(METHODS[method], mu, pi, advantage)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
-    if isinstance(METHODS[method], DRPO):
-        delta = METHODS[method].delta
-        assert found.min() >= 1 - 1 / delta and found.max() <= 1 + 1 / delta
+    np.testing.assert_allclose(table1(METHODS[method], mu, pi, advantage), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -173,116 +90,273 @@ def test_spo_is_unbounded():
     assert table1(SPO(), np.array([1e-4]), np.array([0.5]), 1.0)[0] < -1e4
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_on_policy_all_losses_are_one(method):
+    """Where π = μ the slope is -A, also of tokens with A = 0, so the control needs to be run with one method only."""
+    logp, advantages = torch.linspace(-9, -1e-3, 50), torch.linspace(-2, 2, 5).repeat(10)
+    assert torch.equal(training.slope(METHODS[method], logp, logp, advantages), -advantages)
 
 
-def test_known_means():
-    assert statistics.bootstrap([0.25] * 5) == (0.25, 0.25, 0.25)
-    assert statistics.bootstrap([-0.2, -0.1, -0.3]).high < 0
-    one = statistics.bootstrap([0.4])
-    assert one.mean == 0.4 and math.isnan(one.low) and math.isnan(one.high)
-    assert math.isnan(statistics.bootstrap([]).mean)
+def test_what_is_counted_of_an_update():
+    """Of four tokens with A ≠ 0 two are rare. PPO stops one of each kind."""
+    mu = torch.tensor([0.001, 0.001, 0.5, 0.5, 0.3])
+    pi = torch.tensor([0.002, 0.001, 0.75, 0.55, 0.9])
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0])
+    batch = training.Batch(torch.arange(1), torch.arange(5)[None], mu.log()[None], advantages[None])
+    tokens = training.pushed(pi.log()[None], batch)
+    found = training.moves(*tokens)
+    assert (found["rare_tokens"], found["common_tokens"]) == (2, 2)
+    assert found["shift"] == pytest.approx(0.001 + 0.25 + 0.05)
+    assert found["log_ratio"] == pytest.approx(math.log(2) + math.log(1.5) + math.log(1.1), rel=1e-5)
+    ppo = training.weights(METHODS["PPO"], *tokens)
+    assert ppo == {"rare_stopped": 1, "rare_distortion": 1, "common_stopped": 1, "common_distortion": 1}
+    drpo = training.weights(METHODS["DRPO δ=0.2"], *tokens)
+    assert (drpo["rare_stopped"], drpo["common_stopped"]) == (0, 1)
+    assert drpo["rare_distortion"] == pytest.approx(0.005, rel=1e-3)
+    assert drpo["common_distortion"] == pytest.approx(1 + 0.25, rel=1e-3)
 
 
-def test_the_bootstrap_s_ends():
-    """All 3,125 resamples of five values are equally likely, which gives the exact 2.5 % point of their mean. The
-    bootstrap finds it up to its noise.
+# --- the bandit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world():
+    return bandit.bandit(QUICK.width)
+
+
+@needs_head
+def test_the_policy_is_the_model_s_own(world):
+    """Without an adapter the policy gives the recorded tokens the log-probs that the model gave them, up to the float16
+    of the recorded hidden states.
     """
-    values = np.array([0.0, 1.0, 3.0, 4.0, 9.0])
-    means = np.sort(values[np.indices((5,) * 5).reshape(5, -1)].mean(0))
-    found = statistics.bootstrap(values)
-    # 2.5 % of 10,000 resamples is known to ± 0.5 %
-    assert np.quantile(means, 0.02) <= found.low <= np.quantile(means, 0.03)
-    assert np.quantile(means, 0.97) <= found.high <= np.quantile(means, 0.98)
+    recording = bandit.recorded()
+    rows = torch.arange(0, 2560, 40)
+    found = world.untrained(rows).gather(1, recording.targets[rows, None])[:, 0]
+    assert (found - recording.logprobs["fp32"][rows]).abs().max() < 0.02
+    assert world.features.square().sum(1).mean() <= 1
 
 
-def test_coverage():
-    """The page says that intervals of five normal seeds hold the true mean about 85 % of the time. The share of 400
-    trials is known to ± 5.4 %, three standard deviations.
+@needs_head
+def test_engines_round(world):
+    rows, adapter = torch.arange(0, 2560, 200), torch.zeros(QUICK.width, QUICK.width)
+    exact = world.exact.logits(rows, world.features, adapter)
+    errors = []
+    for engine in ("bf16", "fp8", "int4"):
+        logits = world.head(engine).logits(rows, world.features, adapter)
+        assert torch.equal(logits, logits.bfloat16().float())
+        errors.append((logits - exact).norm() / exact.norm())
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.5
+
+
+@needs_head
+def test_rules_are_half_kept_and_answers_plausible(world):
+    """A rule's share is added up again, without the code of the bandit, in the first rule and another that is none."""
+    recording, head = bandit.recorded(), smollm.load_head()
+    tokenizer = smollm.load_tokenizer()
+    names = [tokenizer.decode([token]).lower() for token in range(smollm.VOCAB)]
+    p = torch.cat([(rows @ head.T).softmax(1) for rows in recording.hidden.float().split(64)])
+    p = torch.where(p >= PLAUSIBLE, p, 0).mean(0)
+    for letters, among in ((world.rules[0], True), ("xyz", False)):
+        share = p[torch.tensor([any(letter in name for letter in letters) for name in names])].sum()
+        assert (HALF[0] <= share <= HALF[1]) == among == (letters in world.rules)
+
+
+@needs_head
+def test_rewards(world):
+    """The likeliest token with one of the letters is rewarded. Those without, and the unlikeliest, are not."""
+    rule, contexts = world.rule("aeo"), torch.arange(0, 2560, 40)
+    both = world.untrained(contexts)
+    balanced = torch.minimum(both[:, rule].amax(1), both[:, ~rule].amax(1)).argmax()
+    rows, logp = contexts[balanced, None], both[balanced]
+    right, wrong = (torch.where(kept, logp, -math.inf).argmax() for kept in (rule, ~rule))
+    unlikely = torch.where(rule, logp, math.inf).argmin()
+    assert logp[wrong].exp() > PLAUSIBLE > logp[unlikely].exp()
+    tokens = torch.stack([right, wrong, unlikely])[None]
+    assert world.rewards(rule, rows, tokens).tolist() == [[1.0, 0.0, 0.0]]
+
+
+@needs_head
+def test_what_a_policy_earns(world):
+    """The sums are taken again over the whole vocabulary. More rows than are computed at a time."""
+    rule, rows = world.rule("aeo"), torch.arange(0, 2560, 60)
+    adapter = torch.randn(QUICK.width, QUICK.width, generator=generator())
+    before = world.untrained(rows).exp()
+    hidden = world.hidden[rows] + bandit.SCALE * world.scale * world.features[rows] @ adapter @ world.directions.T
+    now = (hidden @ smollm.load_head().T).softmax(1)
+    good = (before >= PLAUSIBLE) & rule
+    found = bandit.HeldOut(world, rule, rows).evaluate(adapter)
+    assert found["reward"] == pytest.approx((now * good).sum(1).mean().item(), rel=1e-3)
+    assert found["rare"] == pytest.approx((now * (good & (before < RARE))).sum(1).mean().item(), rel=1e-3)
+    assert found["implausible"] == pytest.approx((now * (before < PLAUSIBLE)).sum(1).mean().item(), rel=1e-2)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def sampler(world, **changes):
+    return training.Sampler(world, world.exact, world.rule("aeo"), replace(QUICK, **changes), generator())
+
+
+@needs_head
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_is_that_of_the_package(world, method):
+    """The hand-written gradient of the adapter beside autograd through `linear_policy_loss`, off-policy. The gradient
+    is a sum that cancels by a factor of a hundred, which leaves 1e-3 of float32's 1e-7 times √V terms.
     """
-    estimate = statistics.bootstrap(np.random.default_rng(0).standard_normal((5, 400)))
-    assert abs(np.mean((estimate.low <= 0) & (estimate.high >= 0)) - 0.85) <= 0.054
-    assert "about 85% of the time" in report.PAGE.read_text(encoding="utf-8")
+    first, now = (0.4 * torch.randn(QUICK.width, QUICK.width, generator=generator(seed)) for seed in (0, 1))
+    rows = torch.arange(0, 2560, 300)
+    batch = sampler(world).sample(rows, first)
+    logp, found = training.gradient(world, now, batch, METHODS[method])
+    adapter = now.clone().requires_grad_()
+    moved = bandit.SCALE * world.scale * world.features[rows] @ adapter @ world.directions.T
+    out = linear_policy_loss(
+        (world.hidden[rows] + moved).repeat_interleave(QUICK.group, 0), smollm.load_head(), batch.tokens.flatten(),
+        batch.old.flatten(), batch.advantages.flatten(), objective=METHODS[method], compact="none",
+    )  # fmt: skip
+    (want,) = torch.autograd.grad(out.loss, adapter)
+    assert (found - want).norm() <= 1e-3 * want.norm() and want.norm() > 0
+    assert (logp.flatten() - out.logprobs).abs().max() <= 1e-4
 
 
-def test_p_values():
-    """Student's t of 4 degrees of freedom is 2.776 at 5 % and 4.604 at 1 %."""
-    shape = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
-    error = np.std(shape, ddof=1) / math.sqrt(5)
-    assert statistics.paired_p(shape + 2.776445 * error) == pytest.approx(0.05, rel=1e-5)
-    assert statistics.paired_p(shape - 4.604095 * error) == pytest.approx(0.01, rel=1e-5)
-    assert statistics.paired_p([0.0] * 5) == 1
+@needs_head
+def test_a_rollout_is_sampled_before_its_first_update(world):
+    """The adapter changes after every update. The tokens of a rollout do not depend on that, those of the next do."""
+
+    def tokens(change):
+        adapter, found = torch.zeros(QUICK.width, QUICK.width), []
+        for batch in sampler(world, updates=8).batches(torch.arange(100), adapter, 4):
+            found.append((batch.rows, batch.tokens))
+            adapter += change
+        return found
+
+    still, moving = tokens(0.0), tokens(5.0)
+    same = [torch.equal(a[1], b[1]) for a, b in zip(still, moving, strict=True)]
+    assert all(same[:4]) and not any(same[4:])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(still, moving, strict=True))
+    assert len(torch.cat([rows for rows, _ in still]).unique()) == 8 * QUICK.contexts  # no context twice in an epoch
 
 
-def test_holm():
-    assert statistics.holm([0.01, 0.04, 0.03]) == [pytest.approx(p) for p in (0.03, 0.06, 0.06)]
-    assert statistics.holm([0.6, 0.7]) == [1, 1] and statistics.holm([]) == []
+@needs_head
+def test_tokens_are_drawn_as_often_as_they_are_likely(world):
+    """The log-probs of drawn tokens are on average minus the entropy, within five standard errors."""
+    rows = torch.arange(0, 2560, 80)
+    batch = sampler(world, group=64).sample(rows, torch.zeros(4, 4))
+    logp = world.untrained(rows)
+    surplus = batch.old + -(logp.exp() * logp).sum(1, keepdim=True)
+    assert surplus.mean().abs() <= 5 * surplus.std() / surplus.numel() ** 0.5
+    assert (batch.old - logp.gather(1, batch.tokens)).abs().max() <= 1e-4
 
 
-def test_shares_and_intervals_as_text():
-    """Wilson's interval of 0 of 5 ends at z² / (5 + z²) = 43.4 %."""
-    assert statistics.counted(0, 5) == "0 of 5 [0%, 43%]" and statistics.counted(5, 5) == "5 of 5 [57%, 100%]"
-    assert statistics.interval(statistics.Estimate(0.5, 0.25, 0.75), ".2f") == "0.50 [0.25, 0.75]"
-    assert statistics.interval(statistics.Estimate(0.5, 0.25, 0.75), ".2g", percent=True) == "50% [25, 75]"
-    assert statistics.interval(statistics.bootstrap([0.5])) == "0.500"
-    assert statistics.interval(statistics.bootstrap([])) == "–"
+@needs_head
+def test_a_run_learns_and_a_seed_decides_everything():
+    with torch.no_grad():
+        once, again = (training.run("DRPO δ=0.2", "16 updates", 3, 0.2, QUICK, ["PPO"]) for _ in range(2))
+        other = training.run("DRPO δ=0.2", "16 updates", 4, 0.2, QUICK)
+    assert json.dumps(once) == json.dumps(again) and once["letters"] + str(once["reward"]) != other["letters"]
+    assert once["reward"][-1] > once["reward"][0] + 0.03 and len(once["reward"]) == QUICK.points + 1
+    assert once["compared"].keys() == {"PPO"} and once["compared"]["PPO"]["rare_stopped"] > 0
 
 
 # --- grid ------------------------------------------------------------------------------------------------------------
 
 
-def records_of(path):
-    return [{k: v for k, v in record.items() if k not in PROVENANCE} for record in read(path)]
+def made_up(method, setting, seed, rate, size, compare):
+    """What a run would return, if it took no time."""
+    sums = {"rare_stopped": 1.0, "rare_distortion": 1.0, "common_stopped": 2.0, "common_distortion": 3.0}
+    return {
+        "letters": "aeo", "reward": [0.5, 0.6 + seed / 1000 + rate, math.nan], "largest_gradient": 1 / 3,
+        "rare_tokens": 5.0, "common_tokens": 9.0, **sums, "compared": dict.fromkeys(compare, sums),
+    }  # fmt: skip
 
 
-UNTRAINED = replace(SMOKE, warmup_steps=1, minibatches=16)  # one point of a curve, from an untrained policy
-
-
-def run_missing(jobs, folder, size=UNTRAINED):
-    path, cache = folder / "runs.jsonl", folder / "cache"
-    grid.run_missing(jobs, size=size, path=path, cache=cache, workers=1, command="test")
-
-
-def test_smoke_grid(tmp_path):
-    """One method runs in two settings, end to end with processes of its own, after a sweep of two rates on one seed."""
-    options = ["--smoke", "--seeds", "1", "--workers", "1", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
-    assert command.main([*options, "--methods", "DRPO δ=0.2", "--settings", "on-policy", "stale"]) == 0
-    found = read(tmp_path / "runs.jsonl")
-    jobs = list(grid.recorded(tmp_path / "runs.jsonl", SMOKE))
-    assert len(found) == len(jobs) == 2 + 2 and jobs == sorted(jobs)
-    assert any(max(record["curve"]["reward"]) > 0 for record in found)  # otherwise nothing was trained
-    assert all(name in record for record in found for name in PROVENANCE)
-    off, on = ([r["curve"]["prob_shift"][-1] for r in found if r["setting"] == s] for s in ("stale", "on-policy"))
-    assert min(off) > 100 * max(on)
-    page = (tmp_path / "stability.md").read_text(encoding="utf-8")
-    assert "these numbers mean nothing" in page and "grid is not complete" in page
-    assert {path.stem for path in tmp_path.glob("*.png")} == report.PICTURES.keys()
-    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
-
-
-def test_an_interrupted_grid_goes_on(tmp_path, monkeypatch):
-    """Every other line is lost and the rest are in another order. The same runs come back, and the lines that were
-    there stay.
-    """
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(grid, "_pool", ThreadPoolExecutor)
-    path, rates = tmp_path / "runs.jsonl", dict.fromkeys(TWO, 1e-3)
-    jobs = grid.comparison_jobs(TWO, ["stale", "mismatch (fp8)"], [0], rates)
-    run_missing(jobs, tmp_path)
-    whole, lines = records_of(path), path.read_text(encoding="utf-8").splitlines()
-    kept = lines[::-2]
+    monkeypatch.setattr(grid, "run", made_up)
+
+
+def run_missing(jobs, path):
+    grid.run_missing(jobs, size=QUICK, path=path, workers=1, command="test", title="test")
+
+
+def test_the_jobs_are_all_cells_and_the_control_is_run_once():
+    sweep = grid.sweep_jobs(list(METHODS), list(SETTINGS))
+    off_policy = len(METHODS) * (len(SETTINGS) - 1)
+    assert len(set(sweep)) == len(sweep) == (off_policy + 1) * len(RATES) * len(SWEEP_SEEDS)
+    assert {job.method for job in sweep if job.setting == CONTROL} == {"PG"}
+    rates = dict.fromkeys(grid.cells(["PG", "PPO"], ["4 updates"]), 0.1)
+    jobs = grid.comparison_jobs(rates, (0, 1))
+    assert [(job.method, job.seed) for job in jobs] == [("PG", 0), ("PPO", 0), ("PG", 1), ("PPO", 1)]
+
+
+def test_an_interrupted_grid_goes_on(tmp_path, quick):
+    """Every other run is lost. The same runs come back, and the lines that were there stay."""
+    path = tmp_path / "runs.jsonl"
+    jobs = [grid.Job(*job) for job in itertools.product(("PG", "SPO"), ("4 updates",), (0, 100), (0.1, 0.2))]
+    run_missing(jobs, path)
+    whole, lines = grid.recorded(read(path), QUICK)[0], path.read_text(encoding="utf-8").splitlines()
+    kept = lines[:1] + lines[2::2]
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    run_missing(jobs, tmp_path)
-    assert records_of(path) == whole and len(whole) == len(jobs)
+    run_missing(jobs, path)
+    assert grid.recorded(read(path), QUICK)[0] == whole and set(whole) == set(jobs)
     assert set(kept) <= set(path.read_text(encoding="utf-8").splitlines())
+    size = path.stat().st_size
+    run_missing(jobs, path)
+    assert path.stat().st_size == size  # nothing is left to do
 
 
-def test_a_seed_decides_everything(tmp_path):
-    once, again, other = (run("PPO", "stale", seed, 1e-3, UNTRAINED, tmp_path) for seed in (0, 0, 1))
-    assert json.dumps(once) == json.dumps(again)  # as text, because NaN does not equal itself
-    assert once["curve"]["entropy"] != other["curve"]["entropy"]
+def test_what_a_line_holds(tmp_path, quick):
+    """Numbers have four digits, NaN is null, and runs of PG that choose no rate compare all other methods."""
+    path = tmp_path / "runs.jsonl"
+    run_missing([grid.Job(m, "4 updates", seed, 0.1) for m in ("PG", "PPO") for seed in (0, 100)], path)
+    runs, (source,) = grid.recorded(read(path), QUICK)
+    assert {"benchmark", "definitions", "device", "versions", "commit", "dirty", "command", "date"} == source.keys()
+    compared = {(job.method, job.seed): len(run.get("compared", ())) for job, run in runs.items()}
+    assert compared == {("PG", 0): len(METHODS) - 1, ("PG", 100): 0, ("PPO", 0): 0, ("PPO", 100): 0}
+    assert runs[grid.Job("PG", "4 updates", 0, 0.1)]["reward"] == [0.5, 0.7, None]
+    assert all(run["largest_gradient"] == 0.3333 for run in runs.values())
 
 
-def test_smoke_wants_a_folder_of_its_own(capsys):
+@pytest.mark.parametrize(
+    "old, new", [("PPO(clip_low=0.2", "PPO(clip_low=0.3"), ("updates=4,", "updates=5,"), ("width=4", "width=5")]
+)
+def test_another_definition_is_an_error_and_loses_nothing(tmp_path, quick, old, new):
+    path = tmp_path / "runs.jsonl"
+    run_missing([grid.Job("PPO", "4 updates", 0, 0.1)], path)
+    text = path.read_text(encoding="utf-8").replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="another definition"):
+        run_missing([grid.Job("PPO", "4 updates", 1, 0.1)], path)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_definition_that_no_run_has_may_change(tmp_path, quick):
+    path = tmp_path / "runs.jsonl"
+    run_missing([grid.Job("PPO", "4 updates", 0, 0.1)], path)
+    path.write_text(path.read_text(encoding="utf-8").replace("SPO(epsilon=0.2", "SPO(epsilon=0.3"), encoding="utf-8")
+    run_missing([grid.Job("PPO", "4 updates", 1, 0.1)], path)
+    assert len(grid.recorded(read(path), QUICK)[0]) == 2
+
+
+@needs_head
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """One method runs in one setting, a sweep and a seed. Runs of another definition are an error."""
+    monkeypatch.setattr(grid, "_pool", ThreadPoolExecutor)
+    path = tmp_path / "runs.jsonl"
+    options = ["--quick", "--seeds", "1", "--workers", "1", "--methods", "SPO", "--settings", "4-bit head"]
+    with torch.no_grad():
+        assert command.main([*options, "--out", str(path)]) == 0
+    found = [record for record in read(path) if "definitions" not in record]
+    assert len(found) == len(RATES) * len(SWEEP_SEEDS) + 1
+    best = max(RATES, key=lambda rate: sum(sum(r["reward"][-2:]) for r in found[:-1] if r["rate"] == rate))
+    assert found[-1]["rate"] == best and found[-1]["seed"] == 0
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("SPO(epsilon=0.2", "SPO(epsilon=0.3"), encoding="utf-8")
+    assert command.main([*options, "--out", str(path)]) == 2
+    assert "another definition" in capsys.readouterr().err
+
+
+def test_a_rehearsal_wants_a_file_of_its_own(capsys):
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--smoke"])
-    assert "--out of its own" in capsys.readouterr().err
+        command.main(["--quick"])
+    assert "--quick needs an --out" in capsys.readouterr().err
