@@ -14,7 +14,7 @@
 # make sparsity  what sparse_grad saves and costs on this machine, its plot, docs/sparse.md
 # make fuzz     20,000 random calls against the fp64 oracle, on all cores; FUZZ_ARGS="--cases 100000 --seed 7"
 # make longrun  2,000 optimiser steps on recorded streams, ours beside fp64, sparse gradients beside exact; bench_results/
-# make stability  which loss and which δ, on a real vocabulary: an hour and a half on 2 cores, resumable; docs/stability.md
+# make stability  which loss and which δ, on a real vocabulary: over two hours on 2 cores, resumable; docs/stability.md
 # make compile  compile every kernel for sm_80, sm_90, sm_100, gfx942; fails on spills, narrow or repeated loads, slow loops
 # make compile-oldest, compile-middle  the same under the Triton of test-oldest, test-middle
 # make doctor   what this machine has, which backend will run, and a self-check

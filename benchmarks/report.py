@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(block, run, page, [record for lines in run.values() for record in lines])
         elif results.exists():
             records = read(results)
-            if records[0]["benchmark"] != block.benchmark:
+            if records[0].get("benchmark") != block.benchmark:
                 complaints.append(f"{results.name} is of another version: run `python -m {block.module}` again")
                 continue
             _report(block, records, page, records)

@@ -13,7 +13,7 @@ from functools import partial
 from benchmarks.harness import cli
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.records import read
-from benchmarks.stability.grid import comparison_jobs, run_missing, sweep_jobs
+from benchmarks.stability.grid import amendment_jobs, comparison_jobs, run_missing, sweep_jobs
 from benchmarks.stability.runs import chosen_rates, load
 from benchmarks.stability.settings import METHODS, QUICK, SEEDS, SETTINGS, Size
 from examples.smollm import prepare
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(sweep_jobs(methods, settings), title="learning rates")
         rates = chosen_rates(load(read(path)), methods, settings)
         run(comparison_jobs(rates, SEEDS[: options.seeds]), title="comparison")
+        if not (options.methods or options.settings or options.quick):
+            run(amendment_jobs(), title="amendment")
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command goes on from the runs that are in {path}", file=sys.stderr)
         return 130

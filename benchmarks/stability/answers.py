@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.stability.runs import Runs
-from benchmarks.stability.settings import CONTROL, METHODS
+from benchmarks.stability.runs import Runs, by_seed
+from benchmarks.stability.settings import AMENDMENT, CONTROL, METHODS
 from benchmarks.stability.statistics import compare, decide
 from drpo_kernels import DRPO
 
@@ -17,7 +18,8 @@ RARE_NUMBER, EARNED_NUMBER = 0.05, 0.01
 GAIN_NUMBER, WORKS_WITHIN = 0.02, 0.05
 CORRECTION_PAIRS = (("DRPO δ=0.2", "DRPO without correction"), ("DRPO δ=0.2", "DPPO-TV"))
 SAME_NUMBER = 0.01
-TIE, RESAMPLES, SURE, LIKELY = 0.005, 10_000, 0.8, 0.05
+PAPER_PAIRS = (("DRPO δ=12.5", "PG"),)
+TIE, RESAMPLES, SURE, LIKELY, LEAVES, COLLAPSES = 0.005, 10_000, 0.8, 0.05, 0.95, 0.05
 PAPER = "DRPO δ=12.5"
 DELTAS = [name for name, objective in METHODS.items() if isinstance(objective, DRPO)]
 
@@ -28,17 +30,21 @@ def off_policy(runs: Runs) -> list[str]:
 
 def finals(runs: Runs, outcome: str = "final") -> dict[str, pd.DataFrame]:
     """Return an outcome by seed and method, for each setting but the control."""
-    return {setting: runs.by_seed(outcome, setting) for setting in off_policy(runs)}
+    return {setting: by_seed(runs.comparison, setting, outcome) for setting in off_policy(runs)}
+
+
+def amended_finals(runs: Runs) -> dict[str, dict[float, pd.DataFrame]]:
+    """Return the final reward by seed and method of the amendment's runs, for each setting and rate."""
+    return {
+        setting: {rate: by_seed(found, setting, "final") for rate, found in runs.amended.groupby("rate")}
+        for setting in AMENDMENT.settings
+        if len(runs.amended)
+    }
 
 
 def rare_tokens(runs: Runs) -> pd.DataFrame:
     """(a) The distortion of rare tokens, and what they earn in the end."""
-    same = {
-        setting: runs.same[runs.same["setting"] == setting].pivot(
-            index="seed", columns="method", values="rare_distortion"
-        )
-        for setting in off_policy(runs)
-    }
+    same = {setting: by_seed(runs.same, setting, "rare") for setting in off_policy(runs)}
     earned = [pair[::-1] for pair in RARE_PAIRS]
     return decide(compare(same, RARE_PAIRS, RARE_NUMBER), compare(finals(runs, "final_rare"), earned, EARNED_NUMBER))
 
@@ -56,19 +62,23 @@ def working_rates(runs: Runs) -> pd.DataFrame:
     return works.T.groupby("setting").sum().T.reindex(runs.methods)[off_policy(runs)]
 
 
-def correction(runs: Runs) -> pd.DataFrame:
-    """(c) The final reward with DRPO's correction minus that with a mask."""
-    return decide(compare(finals(runs), CORRECTION_PAIRS, SAME_NUMBER))
+def same_rate(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """(c) and (d) by the amendment: differences at each of its rates."""
+    tables = {
+        f"{s}, rate {rate:g}": table for s, found in amended_finals(runs).items() for rate, table in found.items()
+    }
+    return decide(compare(tables, pairs, SAME_NUMBER))
 
 
-def paper(runs: Runs) -> pd.DataFrame:
-    """(d) The final reward of the paper's δ minus that of PG."""
-    return decide(compare(finals(runs), [(PAPER, "PG")], SAME_NUMBER))
+def best_rates(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """(c) and (d) as registered: differences at each method's best rate."""
+    return decide(compare(finals(runs), pairs, SAME_NUMBER))
 
 
 class Choice(NamedTuple):
-    """(e) A row for each δ: its mean final reward and regret in each setting, the "worst" regret, its "working" rates,
-    and the share of resamples in which it "wins". `worse` is the share in which the paper's δ is worse by 0.01.
+    """(e) A row for each δ: its mean final reward and regret in each setting, and in `summary` its "worst" regret, its
+    "working" rates, and the share of resamples in which it "wins". `worse` is the share in which the worst regret of
+    the paper's δ is over `SAME_NUMBER` above that of the best.
     """
 
     means: pd.DataFrame
@@ -77,37 +87,40 @@ class Choice(NamedTuple):
     worse: float
 
     @property
-    def best(self) -> str:
-        return winner(self.summary["worst"].to_numpy(), self.summary["working"].to_numpy())
-
-    @property
     def named(self) -> list[str]:
         """The δ that is recommended, or all that may be where none wins often enough."""
         wins = self.summary["wins"]
-        return [self.best] if wins[self.best] >= SURE else wins.index[wins >= LIKELY].tolist()
+        return wins.index[wins >= (SURE if wins.max() >= SURE else LIKELY)].tolist()
 
 
-def winner(worst: np.ndarray, working: np.ndarray) -> str:
-    """Return the δ with the least worst regret. Within `TIE`, more working rates win, and then the larger δ."""
-    tied = [place for place in range(len(DELTAS)) if worst[place] <= worst.min() + TIE]
-    return DELTAS[max(tied, key=lambda place: (working[place], place))]
+def winner(worst: np.ndarray, working: np.ndarray) -> int:
+    """Return the place of the δ with the least worst regret. Within `TIE`, more working rates win, then a larger δ."""
+    tied = [place for place in range(len(worst)) if worst[place] <= worst.min() + TIE]
+    return max(tied, key=lambda place: (working[place], place))
 
 
 def choose(runs: Runs) -> Choice:
-    tables = finals(runs)
-    seeds = sorted(set.intersection(*(set(table[DELTAS].dropna().index) for table in tables.values())))
-    rewards = np.stack([table.loc[seeds, DELTAS].to_numpy() for table in tables.values()], 1)  # [seeds, settings, δ]
-    working = working_rates(runs).loc[DELTAS].sum(axis=1)
+    """(e) as registered."""
+    return _choose(runs, {setting: [table] for setting, table in finals(runs).items()}, DELTAS)
 
-    def worst(means: np.ndarray) -> np.ndarray:
-        return (means.max(-1, keepdims=True) - means).max(-2)
 
-    means, count = rewards.mean(0), len(seeds)
+def choose_amended(runs: Runs) -> Choice:
+    """(e) by the amendment: each δ has the better of two rates, which every resample chooses again."""
+    tables = {setting: list(found.values()) for setting, found in amended_finals(runs).items()}
+    return _choose(runs, tables, [delta for delta in DELTAS if delta in AMENDMENT.methods])
+
+
+def _choose(runs: Runs, tables: dict[str, list[pd.DataFrame]], deltas: list[str]) -> Choice:
+    seeds = sorted(set.intersection(*(set(table.index) for rates in tables.values() for table in rates)))
+    rewards = np.array([[table.loc[seeds, deltas].to_numpy() for table in rates] for rates in tables.values()])
+    working = working_rates(runs).loc[deltas, list(tables)].sum(axis=1)
+    count = rewards.shape[2]  # [settings, rates, seeds, δ]
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-    resampled = worst(np.einsum("rs,scd->rcd", drawn, rewards))
-    won = pd.Series([winner(row, working.to_numpy()) for row in resampled]).value_counts(normalize=True)
-    columns = {"worst": worst(means), "working": working, "wins": won.reindex(DELTAS).fillna(0)}
-    tables_of = [pd.DataFrame(x, list(tables), DELTAS).T for x in (means, means.max(1, keepdims=True) - means)]
-    choice = Choice(*tables_of, pd.DataFrame(columns, DELTAS), 0.0)
-    best, last = DELTAS.index(choice.best), DELTAS.index(PAPER)
-    return choice._replace(worse=float((resampled[:, last] - resampled[:, best] > SAME_NUMBER).mean()))
+    means = rewards.mean(2).max(1)
+    resampled = np.einsum("rs,cqsd->rcqd", drawn, rewards).max(2)
+    worst, resampled = ((x.max(-1, keepdims=True) - x).max(-2) for x in (means, resampled))
+    won = np.bincount([winner(row, working.to_numpy()) for row in resampled], minlength=len(deltas)) / RESAMPLES
+    summary = pd.DataFrame({"worst": worst, "working": working, "wins": won}, deltas)
+    best, last = winner(worst, working.to_numpy()), deltas.index(PAPER)
+    frames = [pd.DataFrame(x, list(tables), deltas).T for x in (means, means.max(1, keepdims=True) - means)]
+    return Choice(*frames, summary, float((resampled[:, last] - resampled[:, best] > SAME_NUMBER).mean()))

@@ -28,7 +28,10 @@ ROWS = 32  # contexts whose logits are computed together, so that they stay in t
 
 
 class Head(NamedTuple):
-    """The head as the trainer or a rollout engine computes it: W h [N, V] of every context, and c W Q [V, K]."""
+    """The head as the trainer or a rollout engine computes it: W h [N, V] of every context, and c s W Q [V, K].
+
+    s is the root mean square of |h|, by which the features are divided.
+    """
 
     base: Tensor
     directions: Tensor
@@ -43,7 +46,7 @@ class Head(NamedTuple):
 class Bandit:
     """All contexts and tokens, for adapters of one width K.
 
-    features     [N, K] Qᵀ h, scaled so that their squares add up to 1 in the mean over contexts
+    features     [N, K] Qᵀ h, scaled so that those of all 576 directions would have mean square 1 together
     rules        three letters each, of which a plausible token must have one; the untrained policy earns about half
     """
 
@@ -96,7 +99,7 @@ class Bandit:
 
 @functools.cache
 def bandit(width: int) -> Bandit:
-    """Return the bandit, which takes 1 GB and some seconds for each head that is used, once in a process."""
+    """Return the bandit, which takes 0.5 GB and some seconds for each head that is used, once in a process."""
     return Bandit(width)
 
 
@@ -117,8 +120,8 @@ class HeldOut:
         parts = []
         for rows in self.rows.split(ROWS):
             logits = self.world.exact.logits(rows, self.world.features, adapter)
-            inside = (self.places >= len(parts) * ROWS) & (self.places < (len(parts) + 1) * ROWS)
-            places = self.places[inside] - len(parts) * ROWS
+            inside = self.places // ROWS == len(parts)
+            places = self.places[inside] % ROWS
             parts.append((logits[places, self.tokens[inside]] - logits.logsumexp(1)[places]).exp())
         p = torch.cat(parts) / len(self.rows)
         reward, rare = p[self.good].sum().item(), p[self.good & self.rare].sum().item()

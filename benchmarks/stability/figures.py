@@ -7,34 +7,30 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import torch
 from matplotlib.axes import Axes
 
 from benchmarks.harness.pictures import BLACK, BLUE, GREEN, GREY, OLIVE, ORANGE, PINK, SKY, VERMILION, frame, save
 from benchmarks.harness.records import Record
 from benchmarks.stability import answers
-from benchmarks.stability.runs import Runs, load_all
+from benchmarks.stability.runs import Runs, by_seed, load_all
 from benchmarks.stability.settings import CONTROL, METHODS, RATES
 from benchmarks.stability.statistics import mean_of
-from benchmarks.stability.training import weight
 
-# Losses clipped by the ratio have warm colours, and those bounded by |π - μ| cold ones.
+# Losses clipped by the ratio have warm colours, and those bounded by the divergence cold ones.
 COLOURS = {
     "PG": GREY, "PPO": ORANGE, "PPO clip-higher": OLIVE, "SPO": VERMILION, "CISPO": PINK, "DPPO-TV": GREEN,
     "DPPO-KL": BLACK, "DRPO δ=0.2": BLUE, "DRPO δ=12.5": SKY,
 }  # fmt: skip
 PANELS = ("64 updates", "4-bit head")
-SLICES = (0.01, 0.1, 0.5, 0.9)  # the μ of a rare, an uncommon, a common and a nearly certain token
 
 
 def draw_rare(runs: Runs, path: Path) -> None:
     """(a) Draw the mean distortion of rare and of common tokens by every method, in the two hardest settings."""
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 5.2), layout="constrained", sharey=True)
-    methods = [method for method in METHODS if method != "PG"][::-1]
+    methods = [method for method in METHODS if method in set(runs.same["method"])][::-1]
     for panel, setting in zip(axes, PANELS, strict=True):
         for kind, label, colour in (("rare", "μ < 0.01", VERMILION), ("common", "μ ≥ 0.01", BLUE)):
-            found = runs.same[runs.same["setting"] == setting].groupby("method")[f"{kind}_distortion"].apply(mean_of)
+            found = runs.same[runs.same["setting"] == setting].groupby("method")[kind].apply(mean_of)
             _dots(panel, [found[method] for method in methods], colour, label)
         panel.set_yticks(range(len(methods)), methods)
         panel.set(title=setting, xlim=(-0.02, 1.02), xlabel="mean distortion of the gradient, min(|w - 1|, 1)")
@@ -54,7 +50,7 @@ def draw_rewards(runs: Runs, path: Path) -> None:
     """(b) Draw the final reward at each method's best rate, against staleness and against mismatch."""
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 5), layout="constrained", sharey=True)
     for panel, word in zip(axes, ("updates", "head"), strict=True):
-        cells = {s: runs.by_seed("final", s) for s in runs.settings if s == CONTROL or word in s}
+        cells = {s: by_seed(runs.comparison, s, "final") for s in runs.settings if s == CONTROL or word in s}
         for method in COLOURS:
             means = [mean_of(table["PG" if s == CONTROL else method]) for s, table in cells.items()]
             mean, low, high = np.array(means).T
@@ -87,44 +83,43 @@ def draw_rates(runs: Runs, path: Path) -> None:
     save(figure, path)
 
 
-def _forest(found: pd.DataFrame, title: str, number: float, path: Path) -> None:
-    """Draw differences with their intervals, a line for each setting and a colour for each pair, and ± the number."""
-    settings = found["setting"].unique().tolist()[::-1]
-    figure, axes = plt.subplots(figsize=(9.2, 3.6), layout="constrained")
-    pairs = found[["a", "b"]].drop_duplicates().itertuples(index=False)
-    for place, ((a, b), colour) in enumerate(zip(pairs, (BLUE, ORANGE), strict=False)):
-        chosen = found[(found["a"] == a) & (found["b"] == b)].set_index("setting")["estimate"]
-        _dots(axes, [chosen[s] for s in settings], colour, f"{a} minus {b}", -0.15 * place)
-    axes.axvspan(-number, number, color="#dddddd", alpha=0.6, linewidth=0, label=f"± {number}")
-    axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(settings)), settings)
-    axes.set_xlabel("difference of the final held-out reward")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    frame(axes, "x")
+def _forest(runs: Runs, title: str, pairs: Sequence[tuple[str, str]], path: Path) -> None:
+    """Draw differences with their intervals, and ± the deciding number: as registered, and by the amendment."""
+    panels = {"each method at its best rate": answers.best_rates(runs, pairs)}
+    panels |= {"the same rate (the amendment)": answers.same_rate(runs, pairs)} if len(runs.amended) else {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels) + 2, 4), layout="constrained", squeeze=False)
+    for panel, (name, found) in zip(axes[0], panels.items(), strict=True):
+        settings = found["setting"].unique().tolist()[::-1]
+        for place, ((a, b), colour) in enumerate(zip(pairs, (BLUE, ORANGE)[: len(pairs)], strict=True)):
+            chosen = found[(found["a"] == a) & (found["b"] == b)].set_index("setting")["estimate"]
+            _dots(panel, [chosen[s] for s in settings], colour, f"{a} minus {b}", -0.15 * place)
+        panel.axvspan(-answers.SAME_NUMBER, answers.SAME_NUMBER, color="#dddddd", alpha=0.6, linewidth=0)
+        panel.axvline(0, color=GREY, linewidth=0.8)
+        panel.set_yticks(range(len(settings)), settings)
+        panel.set(title=name, xlabel="difference of the final held-out reward")
+        frame(panel, "x")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"{title} 95 % intervals; shaded: ± {answers.SAME_NUMBER}")
     save(figure, path)
 
 
 def draw_correction(runs: Runs, path: Path) -> None:
-    title = "(c) Does the correction beyond the boundary help? 95 % intervals"
-    _forest(answers.correction(runs), title, answers.SAME_NUMBER, path)
+    _forest(runs, "(c) Does the correction beyond the boundary help?", answers.CORRECTION_PAIRS, path)
 
 
 def draw_paper(runs: Runs, path: Path) -> None:
-    _forest(answers.paper(runs), "(d) Is δ = 12.5 the policy gradient? 95 % intervals", answers.SAME_NUMBER, path)
+    _forest(runs, "(d) Is δ = 12.5 the policy gradient?", answers.PAPER_PAIRS, path)
 
 
 def draw_deltas(runs: Runs, path: Path) -> None:
     """(e) Draw the final reward against δ, a line for each setting, and PG's beside it."""
     figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
     deltas = [METHODS[name].delta for name in answers.DELTAS]
-    for (setting, table), colour in zip(
-        answers.finals(runs).items(), (SKY, BLUE, BLACK, OLIVE, ORANGE, VERMILION), strict=False
-    ):
+    colours = (SKY, BLUE, BLACK, OLIVE, ORANGE, VERMILION)
+    for (setting, table), colour in zip(answers.finals(runs).items(), colours, strict=True):
         mean, low, high = np.array([mean_of(table[name]) for name in answers.DELTAS]).T
-        axes.errorbar(
-            deltas, mean, yerr=(mean - low, high - mean), fmt="o-", color=colour, label=setting, capsize=2, markersize=4
-        )
+        style = {"color": colour, "label": setting, "capsize": 2, "markersize": 4}
+        axes.errorbar(deltas, mean, yerr=(mean - low, high - mean), fmt="o-", **style)
         axes.plot([40], [table["PG"].mean()], "s", color=colour)
     axes.set_xscale("log")
     axes.set_xticks([*deltas, 40], [*(f"{delta:g}" for delta in deltas), "PG"])
@@ -136,30 +131,9 @@ def draw_deltas(runs: Runs, path: Path) -> None:
     save(figure, path)
 
 
-def draw_slices(runs: Runs, path: Path) -> None:
-    """Draw Table 1 of the paper: the gradient weight w of some methods along π. It needs no run."""
-    figure, panels = plt.subplots(2, len(SLICES), figsize=(11.6, 6), layout="constrained", sharex="col", sharey=True)
-    for row, sign in zip(panels, (1.0, -1.0), strict=True):
-        row[0].set_ylabel(f"A {'>' if sign > 0 else '<'} 0: pushed {'up' if sign > 0 else 'down'}\nweight w")
-        for axes, mu in zip(row, SLICES, strict=True):
-            pi = torch.from_numpy(np.geomspace(mu / 30, 1, 1500) if mu < 0.2 else np.linspace(1e-3, 1, 1500))
-            old, advantages = torch.full_like(pi, np.log(mu)), torch.full_like(pi, sign)
-            for method in ("PG", "PPO", "SPO", "DPPO-TV", "DRPO δ=0.2", "DRPO δ=12.5"):
-                axes.plot(pi, weight(METHODS[method], pi.log(), old, advantages), color=COLOURS[method], label=method)
-            axes.axvline(mu, color=GREY, linewidth=0.8, linestyle=":")
-            axes.set(xscale="log" if mu < 0.2 else "linear", ylim=(-1.6, 2.6))
-            frame(axes)
-    for axes, below, mu in zip(*panels, SLICES, strict=True):
-        axes.set_title(f"μ = {mu}" + (" (log scale)" if mu < 0.2 else ""), fontsize=10, loc="left")
-        below.set_xlabel("π, now (dotted: π = μ)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle("When does a rare token hit the boundary, and when a common one?", fontsize=12)
-    save(figure, path)
-
-
 PICTURES = {
     "rare": draw_rare, "rewards": draw_rewards, "rates": draw_rates, "correction": draw_correction, "paper": draw_paper,
-    "deltas": draw_deltas, "slices": draw_slices,
+    "deltas": draw_deltas,
 }  # fmt: skip
 
 

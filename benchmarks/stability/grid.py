@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.records import Record, append, read
-from benchmarks.stability.settings import CONTROL, METHODS, RATES, SETTINGS, SWEEP_SEEDS, Size
+from benchmarks.stability.settings import AMENDMENT, CONTROL, METHODS, RATES, SEEDS, SETTINGS, SWEEP_SEEDS, Size
 from benchmarks.stability.training import run
 
 DIGITS = 4  # significant digits of a number in the file
@@ -45,13 +44,18 @@ def comparison_jobs(rates: dict[tuple[str, str], float], seeds: Iterable[int]) -
     return [Job(*cell, seed, rate) for seed in seeds for cell, rate in rates.items()]
 
 
+def amendment_jobs() -> list[Job]:
+    chosen = [(m, s) for s in AMENDMENT.settings for m in AMENDMENT.methods]
+    return [Job(*cell, seed, rate) for seed in AMENDMENT.seeds for rate in AMENDMENT.rates for cell in chosen]
+
+
 def definitions(size: Size) -> dict[str, object]:
     """Return what the names of methods and settings stand for. Runs of another definition are not mixed in."""
     named = {"methods": METHODS, "settings": SETTINGS}
     return {"size": repr(size)} | {key: {k: repr(v) for k, v in names.items()} for key, names in named.items()}
 
 
-def recorded(records: Iterable[Record], size: Size) -> tuple[dict[Job, Record], list[Record]]:
+def runs_by_job(records: Iterable[Record], size: Size) -> tuple[dict[Job, Record], list[Record]]:
     """Return (the runs among the records by job, the sources of these runs).
 
     A source has the definitions, device, versions, commit and command of the runs below it. Raises ValueError if a run
@@ -79,7 +83,7 @@ def run_missing(jobs: Sequence[Job], size: Size, path: Path, workers: int, comma
 
     This raises ValueError, and changes nothing, if `path` holds a run of another definition.
     """
-    done, _ = recorded(read(path), size)
+    done, _ = runs_by_job(read(path), size)
     missing = [job for job in jobs if job not in done]
     if not missing:
         return
@@ -103,22 +107,21 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent stops the grid.
 
 
 def _run(job: Job, size: Size) -> Record:
     """Run a job. Runs of PG also say what every other method would do with the same tokens."""
-    compare = [name for name in METHODS if name != "PG"] if job.method == "PG" and job.seed not in SWEEP_SEEDS else []
+    compare = [name for name in METHODS if name != "PG"] if job.method == "PG" and job.seed in SEEDS else []
     return asdict(job) | _rounded(run(job.method, job.setting, job.seed, job.rate, size, compare))
 
 
 def _rounded(value):
-    """Round the numbers in nested lists and dicts; NaN and infinity, which JSON does not have, become None."""
+    """Round the numbers in nested lists and dicts."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items() if inner != {}}
     if isinstance(value, list):
         return [_rounded(inner) for inner in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}")
     return value

@@ -10,8 +10,8 @@ from functools import cached_property
 import pandas as pd
 
 from benchmarks.harness.records import Record
-from benchmarks.stability.grid import cells, recorded
-from benchmarks.stability.settings import METHODS, QUICK, RATES, SETTINGS, SWEEP_SEEDS, Size
+from benchmarks.stability.grid import cells, runs_by_job
+from benchmarks.stability.settings import AMENDMENT, METHODS, QUICK, RATES, SEEDS, SETTINGS, SWEEP_SEEDS, Size
 from benchmarks.stability.statistics import ENOUGH
 
 
@@ -27,17 +27,13 @@ def outcomes(record: Record) -> dict[str, object]:
         "final": sum(rewards[-2:]) / 2,
         "final_rare": sum(rare[-2:]) / 2,
         "collapsed": rewards[-1] < rewards[0],
-        **shares(record, record),
     }
 
 
-def shares(record: Record, weights: Record) -> dict[str, float]:
-    """Return which share of rare and of common tokens is "stopped", and their mean "distortion"; NaN of no token."""
-    return {
-        f"{kind}_{name}": weights[f"{kind}_{name}"] / record[f"{kind}_tokens"] if record[f"{kind}_tokens"] else math.nan
-        for kind in ("rare", "common")
-        for name in ("stopped", "distortion")
-    }
+def distortions(record: Record, weights: Record) -> dict[str, float]:
+    """Return the mean distortion of "rare" and of "common" tokens; NaN of no token."""
+    counts = {kind: record[f"{kind}_tokens"] for kind in ("rare", "common")}
+    return {kind: weights[f"{kind}_distortion"] / count if count else math.nan for kind, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Runs:
     """The runs of a file. Methods and settings are in the order of settings.py.
 
     table    a row for each run: what a `Job` has, and `outcomes`
-    same     a row for each method on the tokens of a run of PG: setting, seed, method, and `shares`
+    same     a row for each method on the tokens of a run of PG: setting, seed, method, and `distortions`
     """
 
     size: Size
@@ -59,7 +55,11 @@ class Runs:
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
-        return self.table[~self.table["seed"].isin(SWEEP_SEEDS)]
+        return self.table[self.table["seed"].isin(SEEDS)]
+
+    @cached_property
+    def amended(self) -> pd.DataFrame:
+        return self.table[self.table["seed"].isin(AMENDMENT.seeds)]
 
     @property
     def settings(self) -> list[str]:
@@ -69,10 +69,10 @@ class Runs:
     def methods(self) -> list[str]:
         return [method for method in METHODS if method in set(self.table["method"])]
 
-    def by_seed(self, outcome: str, setting: str) -> pd.DataFrame:
-        """Return an outcome of the comparison with a row for each seed and a column for each method."""
-        chosen = self.comparison[self.comparison["setting"] == setting]
-        return chosen.pivot(index="seed", columns="method", values=outcome)
+
+def by_seed(table: pd.DataFrame, setting: str, outcome: str) -> pd.DataFrame:
+    """Return an outcome in a setting, with a row for each seed that all methods have, and a column for each method."""
+    return table[table["setting"] == setting].pivot(index="seed", columns="method", values=outcome).dropna()
 
 
 def load(records: Sequence[Record]) -> Runs:
@@ -84,11 +84,11 @@ def load(records: Sequence[Record]) -> Runs:
     if len(sizes) != 1 or not sizes <= known.keys():
         raise ValueError(f"the runs must be of one size that settings.py has, got {sorted(sizes) or 'no run'}")
     size = known[sizes.pop()]
-    found, sources = recorded(records, size)
+    found, sources = runs_by_job(records, size)
     runs = sorted(found.items())
     table = pd.DataFrame([asdict(job) | outcomes(record) for job, record in runs])
     same = [
-        {"setting": job.setting, "seed": job.seed, "method": name, **shares(record, weights)}
+        {"setting": job.setting, "seed": job.seed, "method": name, **distortions(record, weights)}
         for job, record in runs
         for name, weights in record.get("compared", {}).items()
     ]

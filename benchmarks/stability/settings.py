@@ -1,8 +1,9 @@
-"""Everything the experiment depends on, in one place: methods, settings, sizes, learning rates, seeds, definitions."""
+"""What the experiment is: methods, settings, sizes, learning rates, seeds, and the definitions of words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from drpo_kernels.objectives import score
 RARE = 0.01
 # A token is plausible in a context if the model before training gives it at least this probability.
 PLAUSIBLE = 1e-4
-# A seed draws its rule among those that earn the untrained policy this share of the rewards.
+# A seed draws its rule among those with which the untrained policy expects a reward in this range.
 HALF = (0.45, 0.55)
 
 
@@ -90,4 +91,18 @@ RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 SWEEP_SEEDS = (100, 101)  # they choose the learning rate of each method in each setting, and decide nothing else
 SEEDS = tuple(range(20))
 # A rehearsal runs every line of code, and learns too little to mean anything.
-QUICK = Size(width=4, held_out=16, updates=128, contexts=4, group=4, points=2)
+QUICK = Size(width=4, held_out=16, updates=128, contexts=8, group=4, points=2)
+
+
+class Amendment(NamedTuple):
+    """The amendment of docs/stability.md: its methods run in its settings at both rates, on seeds of their own."""
+
+    seeds: tuple[int, ...] = tuple(range(20, 40))
+    rates: tuple[float, ...] = (0.05, 0.1)
+    methods: tuple[str, ...] = (
+        "PG", "DPPO-TV", "DRPO δ=0.2", "DRPO δ=0.5", "DRPO δ=1", "DRPO δ=12.5", "DRPO without correction",
+    )  # fmt: skip
+    settings: tuple[str, ...] = ("16 updates", "64 updates", "8-bit head", "4-bit head")
+
+
+AMENDMENT = Amendment()

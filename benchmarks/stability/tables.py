@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from benchmarks.harness.blocks import NOT_YET, Block, origin
 from benchmarks.harness.records import Record
 from benchmarks.harness.tables import NOTHING, table
 from benchmarks.stability import answers
-from benchmarks.stability.runs import Runs, chosen_rates, load_all
+from benchmarks.stability.runs import Runs, by_seed, chosen_rates, load_all
 from benchmarks.stability.settings import CONTROL, RATES, SEEDS
 from benchmarks.stability.statistics import interval, mean_of
 
@@ -20,7 +21,7 @@ SIGNED = "+.3f"
 
 
 def status(runs: Runs) -> str:
-    """Say how many runs there are, and warn where they are too small or too few to say anything."""
+    """Say how many runs there are, and warn where there are fewer than registered."""
     counts = runs.comparison.groupby(["method", "setting"]).size()
     seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
     lines = [
@@ -34,6 +35,8 @@ def status(runs: Runs) -> str:
 
 def decided(found: pd.DataFrame) -> str:
     """Render comparisons: a row for each setting, and a column for each pair. What counts is bold."""
+    if found.empty:
+        return NOT_YET
     pairs = [f"{row.a} minus {row.b}" for row in found.itertuples()]
     cells = [_counted(row.estimate, row.verdict) for row in found.itertuples()]
     wide = found.assign(pair=pairs, cell=cells).pivot(index="setting", columns="pair", values="cell").fillna(NOTHING)
@@ -49,77 +52,66 @@ def _counted(estimate, verdict: str) -> str:
 def rare(runs: Runs) -> str:
     found = answers.rare_tokens(runs)
     parts = [found[found["number"] == number] for number in (answers.RARE_NUMBER, answers.EARNED_NUMBER)]
-    return "Mean distortion of rare tokens:\n\n{}\n\nFinal reward that rare tokens earn:\n\n{}".format(
-        *map(decided, parts)
-    )
+    return "Their mean distortion:\n\n{}\n\nThe final reward that they earn:\n\n{}".format(*map(decided, parts))
 
 
 def distortion(runs: Runs) -> str:
     """Render the mean distortion of rare and of common tokens by every method, on the tokens of PG's runs."""
-    means = runs.same.groupby(["method", "setting"])[["rare_distortion", "common_distortion"]].mean()
-    settings = answers.off_policy(runs)
-    pairs = {m: ["{:.2f} and {:.2f}".format(*means.loc[m, s]) for s in settings] for m in runs.methods if m != "PG"}
-    rows = [(method, *found) for method, found in pairs.items()]
+    means = runs.same.groupby(["method", "setting"])[["rare", "common"]].mean()
+    methods, settings = [m for m in runs.methods if m in means.index], answers.off_policy(runs)
+    rows = [(m, *("{:.2f} and {:.2f}".format(*means.loc[m, s]) for s in settings)) for m in methods]
     return table(("rare and common tokens", *settings), rows)
 
 
 def gains(runs: Runs) -> str:
     """Render the final reward of PG, and what each method has beyond it."""
-    found, settings = answers.gains(runs), answers.off_policy(runs)
+    found, rewards = answers.gains(runs), answers.finals(runs)
     cells = {(row.a, row.setting): _counted(row.estimate, row.verdict) for row in found.itertuples()}
-    alone = {setting: interval(mean_of(runs.by_seed("final", setting)["PG"])) for setting in settings}
-    rows = [("PG", *alone.values())]
-    rows += [(m, *(cells.get((m, s), NOTHING) for s in settings)) for m in runs.methods if m != "PG"]
-    return table(("method", *settings), rows)
+    rows = [("PG", *(interval(mean_of(found["PG"])) for found in rewards.values()))]
+    rows += [(m, *(cells.get((m, s), NOTHING) for s in rewards)) for m in runs.methods if m != "PG"]
+    return table(("method", *rewards), rows)
 
 
 def control(runs: Runs) -> str:
-    rewards = runs.by_seed("final", CONTROL)["PG"]
     start = pd.DataFrame(runs.comparison["reward"].tolist())[0]
     return (
         f"Before training the expected reward is {start.mean():.3f}. On-policy, where all losses are one, the final "
-        f"reward is {interval(mean_of(rewards))}."
+        f"reward is {interval(mean_of(by_seed(runs.comparison, CONTROL, 'final')['PG']))}."
     )
 
 
 def ranges(runs: Runs) -> str:
-    """Render the rates that work, the best rate, and the runs at it that collapsed."""
+    """Render the rates that work, the best rate, and the runs at it that collapsed, in bold if the loss collapses."""
     settings, working = answers.off_policy(runs), answers.working_rates(runs)
     best = chosen_rates(runs, runs.methods, settings)
 
     def cell(method: str, setting: str) -> str:
         collapsed = runs.comparison.query("method == @method and setting == @setting")["collapsed"]
-        fallen = f", {collapsed.sum()} of {len(collapsed)} collapsed" if collapsed.any() else ""
+        fallen = f"{collapsed.sum()} of {len(collapsed)} collapsed"
+        fallen = f", **{fallen}**" if collapsed.mean() > answers.COLLAPSES else f", {fallen}" if collapsed.any() else ""
         return f"{working.loc[method, setting]} of {len(RATES)} ({best[method, setting]:g}){fallen}"
 
     return table(("method", *settings), [(m, *(cell(m, s) for s in settings)) for m in runs.methods])
 
 
-def deltas(runs: Runs) -> str:
-    choice = answers.choose(runs)
+def chosen(choice: answers.Choice) -> str:
+    settings = choice.means.columns
     rows = [
         (
-            name,
-            *(f"{choice.means.loc[name, s]:.3f} ({choice.regrets.loc[name, s]:.3f})" for s in choice.means.columns),
+            row.Index,
+            *(f"{choice.means.loc[row.Index, s]:.3f} ({choice.regrets.loc[row.Index, s]:.3f})" for s in settings),
             f"{row.worst:.3f}",
-            f"{row.working:.0f} of {len(RATES) * len(choice.means.columns)}",
+            f"{row.working:.0f} of {len(RATES) * len(settings)}",
             f"{row.wins:.0%}",
         )
-        for name, row in zip(choice.summary.index, choice.summary.itertuples(), strict=True)
+        for row in choice.summary.itertuples()
     ]
     said = (
-        f"By the registered rule: {' or '.join(choice.named)}. The paper's δ is worse by over {answers.SAME_NUMBER} in "
-        f"{choice.worse:.0%} of the resamples."
+        f"By the rule: {' or '.join(choice.named)}. The worst regret of the paper's δ is over {answers.SAME_NUMBER} "
+        f"above the least in {choice.worse:.0%} of the resamples, so the default "
+        f"{'leaves' if choice.worse >= answers.LEAVES else 'stays at'} 12.5."
     )
-    return table(("δ", *choice.means.columns, "worst regret", "working rates", "wins"), rows) + f"\n\n{said}"
-
-
-def correction(runs: Runs) -> str:
-    return decided(answers.correction(runs))
-
-
-def paper(runs: Runs) -> str:
-    return decided(answers.paper(runs))
+    return table(("δ", *settings, "worst regret", "working rates", "wins"), rows) + f"\n\n{said}"
 
 
 def source(runs: Runs) -> str:
@@ -141,10 +133,19 @@ def toy(records: list[Record]) -> str:
     return f"{table(('method', *cells.columns), cells.itertuples())}\n\n{len(records)} runs. {origin(records)}"
 
 
-PARTS = (status, control, rare, distortion, gains, ranges, correction, paper, deltas, source)
+PARTS: dict[str, Callable[[Runs], str]] = {
+    "status": status, "control": control, "rare": rare, "distortion": distortion, "gains": gains, "ranges": ranges,
+    "correction": lambda runs: decided(answers.best_rates(runs, answers.CORRECTION_PAIRS)),
+    "amended-correction": lambda runs: decided(answers.same_rate(runs, answers.CORRECTION_PAIRS)),
+    "paper": lambda runs: decided(answers.best_rates(runs, answers.PAPER_PAIRS)),
+    "amended-paper": lambda runs: decided(answers.same_rate(runs, answers.PAPER_PAIRS)),
+    "deltas": lambda runs: chosen(answers.choose(runs)),
+    "amended-deltas": lambda runs: chosen(answers.choose_amended(runs)) if len(runs.amended) else NOT_YET,
+    "source": source,
+}  # fmt: skip
 BLOCKS = [
-    Block(f"stability-{part.__name__}", "stability", "stability/runs.jsonl", "docs/stability.md",
+    Block(f"stability-{name}", "stability", "stability/runs.jsonl", "docs/stability.md",
           lambda records, part=part: part(load_all(records)), NOT_YET)
-    for part in PARTS
+    for name, part in PARTS.items()
 ] + [Block("stability-toy", "toy", "stability/toy.jsonl", "docs/stability.md", toy)]  # fmt: skip
 BLOCKS[0] = replace(BLOCKS[0], plots="benchmarks.stability.figures")

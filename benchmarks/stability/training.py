@@ -21,14 +21,14 @@ class Batch(NamedTuple):
 
     rows: Tensor
     tokens: Tensor
-    old: Tensor
+    old_logprobs: Tensor
     advantages: Tensor
 
 
 def run(method: str, setting: str, seed: int, rate: float, size: Size, compare: Iterable[str] = ()) -> dict:
     """Return the outcome of a run: "reward", "rare" and "implausible" (`HeldOut.evaluate`) from before the first update
-    to the last, `moves` and `weights` in the mean over updates, and the `weights` of the methods in `compare` for the
-    same tokens.
+    to the last; in the mean over updates, the number of rare and of common tokens with A ≠ 0, and their `distortions`;
+    and the same tokens' `distortions` by the methods in `compare`.
     """
     world, objective, conditions = bandit(size.width), METHODS[method], SETTINGS[setting]
     generator = torch.Generator().manual_seed(seed)
@@ -39,22 +39,23 @@ def run(method: str, setting: str, seed: int, rate: float, size: Size, compare: 
     adapter = torch.zeros(size.width, size.width)
     adapter.grad = torch.zeros_like(adapter)
     optimizer = torch.optim.Adam([adapter], lr=rate, betas=(0.9, 0.95))
-    means: dict[str, Counter] = {name: Counter() for name in ("moves", method, *compare)}
-    evaluations, norms = [held_out.evaluate(adapter)], []
+    means: dict[str, dict] = {name: Counter() for name in ("tokens", method, *compare)}
+    evaluations = [held_out.evaluate(adapter)]
     sampler = Sampler(world, world.head(conditions.engine), rule, size, generator)
     for update, batch in enumerate(sampler.batches(order[size.held_out :], adapter, conditions.updates), 1):
         logp, adapter.grad[:] = gradient(world, adapter, batch, objective)
-        norms.append(torch.nn.utils.clip_grad_norm_([adapter], size.grad_clip).item())
+        torch.nn.utils.clip_grad_norm_([adapter], size.grad_clip, error_if_nonfinite=True)
         optimizer.step()
-        tokens = pushed(logp, batch)
-        for name, mean in means.items():
-            found = moves(*tokens) if name == "moves" else weights(METHODS[name], *tokens)
-            mean.update({key: value / size.updates for key, value in found.items()})
+        now, old, advantages = pushed(logp, batch)
+        means["tokens"].update(by_rarity(torch.ones_like(now), old, "tokens"))
+        for name in (method, *compare):
+            means[name].update(distortions(METHODS[name], now, old, advantages))
         if update % (size.updates // size.points) == 0:
             evaluations.append(held_out.evaluate(adapter))
+    means = {name: {key: total / size.updates for key, total in sums.items()} for name, sums in means.items()}
     curves = {name: [point[name] for point in evaluations] for name in evaluations[0]}
-    own = {**means.pop("moves"), **means.pop(method)}
-    return {"letters": letters, **curves, "largest_gradient": max(norms), **own, "compared": means}
+    own = {**means.pop("tokens"), **means.pop(method)}
+    return {"letters": letters, **curves, **own, "compared": means}
 
 
 class Sampler(NamedTuple):
@@ -100,17 +101,16 @@ def gradient(world: Bandit, adapter: Tensor, batch: Batch, objective: Objective)
     shifted, likelihood = _softmax(world.exact.logits(batch.rows, world.features, adapter))
     total = likelihood.sum(1, keepdim=True)
     logp = shifted.gather(1, batch.tokens) - total.log()
-    slopes = slope(objective, logp, batch.old, batch.advantages) / logp.numel()
+    slopes = slope(objective, logp, batch.old_logprobs, batch.advantages) / logp.numel()
     dlogits = likelihood.mul_(-slopes.sum(1, keepdim=True) / total).scatter_add_(1, batch.tokens, slopes)
     return logp, world.features[batch.rows].T @ (dlogits @ world.exact.directions)
 
 
 def slope(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     """Return dℓ/dlogπ of each token, in the shape of the log-probs, by autograd through the objective's formula."""
-    with torch.enable_grad():
-        leaf = logp.detach().flatten().requires_grad_()
-        losses = objective.token_loss(Tokens(leaf, old.flatten(), advantages.flatten()))
-        return torch.autograd.grad(losses.sum(), leaf)[0].view_as(logp)
+    leaf = logp.detach().flatten().requires_grad_()
+    losses = objective.token_loss(Tokens(leaf, old.flatten(), advantages.flatten()))
+    return torch.autograd.grad(losses.sum(), leaf)[0].view_as(logp)
 
 
 def weight(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
@@ -123,28 +123,16 @@ def weight(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) 
 def pushed(logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return log π, log μ and A of the update's tokens with A ≠ 0, each [n]."""
     chosen = batch.advantages != 0
-    return logp[chosen], batch.old[chosen], batch.advantages[chosen]
+    return logp[chosen], batch.old_logprobs[chosen], batch.advantages[chosen]
 
 
-def moves(logp: Tensor, old: Tensor, advantages: Tensor) -> dict[str, float]:
-    """Return the number of tokens with μ < `RARE` and of the others, and the sums of |π - μ| and of |log r| of all."""
+def by_rarity(values: Tensor, old: Tensor, what: str) -> dict[str, float]:
+    """Return the sums of values [n] over the tokens with μ < `RARE` and over the others."""
     rare = old < math.log(RARE)
-    sums = {
-        "rare_tokens": rare,
-        "common_tokens": ~rare,
-        "shift": (logp.exp() - old.exp()).abs(),
-        "log_ratio": (logp - old).abs(),
-    }
-    return {name: values.sum().item() for name, values in sums.items()}
+    return {f"rare_{what}": values[rare].sum().item(), f"common_{what}": values[~rare].sum().item()}
 
 
-def weights(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> dict[str, float]:
-    """Return, for rare tokens and for the others, how many are "stopped" (w <= 0), and the sum of min(|w - 1|, 1),
-    their "distortion".
-    """
-    w, rare = weight(objective, logp, old, advantages), old < math.log(RARE)
-    found = {}
-    for kind, chosen in {"rare": w[rare], "common": w[~rare]}.items():
-        found[f"{kind}_stopped"] = (chosen <= 0).sum().item()
-        found[f"{kind}_distortion"] = (chosen - 1).abs().clamp(max=1).sum().item()
-    return found
+def distortions(objective: Objective, logp: Tensor, old: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Return the sums of min(|w - 1|, 1) over the rare tokens and over the others."""
+    w = weight(objective, logp, old, advantages)
+    return by_rarity((w - 1).abs().clamp(max=1), old, "distortion")

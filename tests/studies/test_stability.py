@@ -17,6 +17,7 @@ from benchmarks.harness.records import read
 from benchmarks.stability import __main__ as command
 from benchmarks.stability import bandit, grid, training
 from benchmarks.stability.settings import (
+    AMENDMENT,
     CONTROL,
     HALF,
     METHODS,
@@ -24,6 +25,7 @@ from benchmarks.stability.settings import (
     QUICK,
     RARE,
     RATES,
+    SEEDS,
     SETTINGS,
     SWEEP_SEEDS,
 )
@@ -98,20 +100,15 @@ def test_on_policy_all_losses_are_one(method):
 
 
 def test_what_is_counted_of_an_update():
-    """Of four tokens with A ≠ 0 two are rare. PPO stops one of each kind."""
+    """Of four tokens with A ≠ 0 two are rare. PPO stops one of each kind, and DRPO reverses a common one."""
     mu = torch.tensor([0.001, 0.001, 0.5, 0.5, 0.3])
     pi = torch.tensor([0.002, 0.001, 0.75, 0.55, 0.9])
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0])
     batch = training.Batch(torch.arange(1), torch.arange(5)[None], mu.log()[None], advantages[None])
     tokens = training.pushed(pi.log()[None], batch)
-    found = training.moves(*tokens)
-    assert (found["rare_tokens"], found["common_tokens"]) == (2, 2)
-    assert found["shift"] == pytest.approx(0.001 + 0.25 + 0.05)
-    assert found["log_ratio"] == pytest.approx(math.log(2) + math.log(1.5) + math.log(1.1), rel=1e-5)
-    ppo = training.weights(METHODS["PPO"], *tokens)
-    assert ppo == {"rare_stopped": 1, "rare_distortion": 1, "common_stopped": 1, "common_distortion": 1}
-    drpo = training.weights(METHODS["DRPO δ=0.2"], *tokens)
-    assert (drpo["rare_stopped"], drpo["common_stopped"]) == (0, 1)
+    assert training.by_rarity(torch.ones(4), tokens[1], "tokens") == {"rare_tokens": 2, "common_tokens": 2}
+    assert training.distortions(METHODS["PPO"], *tokens) == {"rare_distortion": 1, "common_distortion": 1}
+    drpo = training.distortions(METHODS["DRPO δ=0.2"], *tokens)
     assert drpo["rare_distortion"] == pytest.approx(0.005, rel=1e-3)
     assert drpo["common_distortion"] == pytest.approx(1 + 0.25, rel=1e-3)
 
@@ -138,7 +135,7 @@ def test_the_policy_is_the_model_s_own(world):
 
 @needs_head
 def test_engines_round(world):
-    rows, adapter = torch.arange(0, 2560, 200), torch.zeros(QUICK.width, QUICK.width)
+    rows, adapter = torch.arange(0, 2560, 200), torch.randn(QUICK.width, QUICK.width, generator=generator())
     exact = world.exact.logits(rows, world.features, adapter)
     errors = []
     for engine in ("bf16", "fp8", "int4"):
@@ -211,7 +208,7 @@ def test_the_gradient_is_that_of_the_package(world, method):
     moved = bandit.SCALE * world.scale * world.features[rows] @ adapter @ world.directions.T
     out = linear_policy_loss(
         (world.hidden[rows] + moved).repeat_interleave(QUICK.group, 0), smollm.load_head(), batch.tokens.flatten(),
-        batch.old.flatten(), batch.advantages.flatten(), objective=METHODS[method], compact="none",
+        batch.old_logprobs.flatten(), batch.advantages.flatten(), objective=METHODS[method], compact="none",
     )  # fmt: skip
     (want,) = torch.autograd.grad(out.loss, adapter)
     assert (found - want).norm() <= 1e-3 * want.norm() and want.norm() > 0
@@ -242,19 +239,62 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(world):
     rows = torch.arange(0, 2560, 80)
     batch = sampler(world, group=64).sample(rows, torch.zeros(4, 4))
     logp = world.untrained(rows)
-    surplus = batch.old + -(logp.exp() * logp).sum(1, keepdim=True)
+    surplus = batch.old_logprobs + -(logp.exp() * logp).sum(1, keepdim=True)
     assert surplus.mean().abs() <= 5 * surplus.std() / surplus.numel() ** 0.5
-    assert (batch.old - logp.gather(1, batch.tokens)).abs().max() <= 1e-4
+    assert (batch.old_logprobs - logp.gather(1, batch.tokens)).abs().max() <= 1e-4
+
+
+@needs_head
+def test_samples_are_of_the_engine_and_advantages_of_a_group(world):
+    """The recorded log-probs are those of the head that samples, and a context's advantages have mean 0."""
+    rows, adapter = torch.arange(0, 2560, 100), torch.randn(QUICK.width, QUICK.width, generator=generator())
+    rule, head = world.rule("aeo"), world.head("int4")
+    batch = training.Sampler(world, head, rule, QUICK, generator()).sample(rows, adapter)
+    logp = head.logits(rows, world.features, adapter).log_softmax(1).gather(1, batch.tokens)
+    assert (batch.old_logprobs - logp).abs().max() <= 1e-4
+    assert batch.advantages.mean(1).abs().max() <= 1e-5 and batch.advantages.abs().max() > 1
+    rewards = world.rewards(rule, rows, batch.tokens)
+    assert ((batch.advantages > 0) == (rewards > rewards.mean(1, keepdim=True))).all()
 
 
 @needs_head
 def test_a_run_learns_and_a_seed_decides_everything():
-    with torch.no_grad():
-        once, again = (training.run("DRPO δ=0.2", "16 updates", 3, 0.2, QUICK, ["PPO"]) for _ in range(2))
-        other = training.run("DRPO δ=0.2", "16 updates", 4, 0.2, QUICK)
-    assert json.dumps(once) == json.dumps(again) and once["letters"] + str(once["reward"]) != other["letters"]
-    assert once["reward"][-1] > once["reward"][0] + 0.03 and len(once["reward"]) == QUICK.points + 1
-    assert once["compared"].keys() == {"PPO"} and once["compared"]["PPO"]["rare_stopped"] > 0
+    once, again = (training.run("DRPO δ=0.2", "16 updates", 3, 0.2, QUICK, ["PPO"]) for _ in range(2))
+    other, another = (training.run("PG", "16 updates", seed, 0.2, QUICK) for seed in (4, 3))
+    assert json.dumps(once) == json.dumps(again)
+    assert (once["letters"], once["reward"][0]) != (other["letters"], other["reward"][0])
+    assert (once["letters"], once["reward"][0]) == (another["letters"], another["reward"][0])  # pairs of a seed
+    assert once["reward"] != another["reward"] and len(once["reward"]) == QUICK.points + 1
+    assert once["reward"][-1] > once["reward"][0] + 0.03
+    assert once["compared"].keys() == {"PPO"} and once["compared"]["PPO"]["rare_distortion"] > 0
+
+
+@needs_head
+def test_a_run_trains_on_no_held_out_context(monkeypatch):
+    """Every batch is looked at, and so are the rows that are held out; most of the others are used."""
+    used, held_out = [], []
+    gradient, made = training.gradient, bandit.HeldOut.__init__
+    monkeypatch.setattr(training, "gradient", lambda *args: used.append(args[2].rows) or gradient(*args))
+    monkeypatch.setattr(bandit.HeldOut, "__init__", lambda self, *args: held_out.append(args[2]) or made(self, *args))
+    training.run("PG", "4 updates", 0, 0.1, QUICK)
+    used, held_out = torch.cat(used), held_out[0]
+    assert len(held_out) == QUICK.held_out and not set(used.tolist()) & set(held_out.tolist())
+    assert len(used) == len(used.unique()) == QUICK.updates * QUICK.contexts
+
+
+@needs_head
+def test_a_mismatch_is_one_and_the_control_is_none():
+    """PPO distorts nothing where the policy itself samples for each update, and something where a 4-bit head does."""
+    found = [training.run("PPO", setting, 0, 0.1, QUICK) for setting in (CONTROL, "4-bit head")]
+    assert found[0]["rare_distortion"] == found[0]["common_distortion"] == 0
+    assert found[1]["rare_distortion"] > 0.1 * found[1]["rare_tokens"]
+
+
+@needs_head
+def test_gradients_are_clipped():
+    """Adam divides by the gradient's size, except where that is near its ε of 1e-8: so small a clip stops it."""
+    free, clipped = (training.run("PG", CONTROL, 0, 0.1, replace(QUICK, grad_clip=clip)) for clip in (1.0, 1e-12))
+    assert abs(clipped["reward"][-1] - clipped["reward"][0]) < 0.01 < abs(free["reward"][-1] - free["reward"][0])
 
 
 # --- grid ------------------------------------------------------------------------------------------------------------
@@ -262,9 +302,9 @@ def test_a_run_learns_and_a_seed_decides_everything():
 
 def made_up(method, setting, seed, rate, size, compare):
     """What a run would return, if it took no time."""
-    sums = {"rare_stopped": 1.0, "rare_distortion": 1.0, "common_stopped": 2.0, "common_distortion": 3.0}
+    sums = {"rare_distortion": 1.0, "common_distortion": 3.0}
     return {
-        "letters": "aeo", "reward": [0.5, 0.6 + seed / 1000 + rate, math.nan], "largest_gradient": 1 / 3,
+        "letters": "aeo", "reward": [0.5, 0.6 + seed / 1000 + rate, 1 / 3], "rare": [0.1, 0.1, 0.1],
         "rare_tokens": 5.0, "common_tokens": 9.0, **sums, "compared": dict.fromkeys(compare, sums),
     }  # fmt: skip
 
@@ -285,6 +325,9 @@ def test_the_jobs_are_all_cells_and_the_control_is_run_once():
     assert len(set(sweep)) == len(sweep) == (off_policy + 1) * len(RATES) * len(SWEEP_SEEDS)
     assert {job.method for job in sweep if job.setting == CONTROL} == {"PG"}
     rates = dict.fromkeys(grid.cells(["PG", "PPO"], ["4 updates"]), 0.1)
+    assert not set(SEEDS) & set(SWEEP_SEEDS) and not set(AMENDMENT.seeds) & {*SEEDS, *SWEEP_SEEDS}
+    amended = grid.amendment_jobs()
+    assert len(set(amended)) == len(amended) == 20 * 2 * 7 * 4
     jobs = grid.comparison_jobs(rates, (0, 1))
     assert [(job.method, job.seed) for job in jobs] == [("PG", 0), ("PPO", 0), ("PG", 1), ("PPO", 1)]
 
@@ -294,11 +337,11 @@ def test_an_interrupted_grid_goes_on(tmp_path, quick):
     path = tmp_path / "runs.jsonl"
     jobs = [grid.Job(*job) for job in itertools.product(("PG", "SPO"), ("4 updates",), (0, 100), (0.1, 0.2))]
     run_missing(jobs, path)
-    whole, lines = grid.recorded(read(path), QUICK)[0], path.read_text(encoding="utf-8").splitlines()
+    whole, lines = grid.runs_by_job(read(path), QUICK)[0], path.read_text(encoding="utf-8").splitlines()
     kept = lines[:1] + lines[2::2]
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
     run_missing(jobs, path)
-    assert grid.recorded(read(path), QUICK)[0] == whole and set(whole) == set(jobs)
+    assert grid.runs_by_job(read(path), QUICK)[0] == whole and set(whole) == set(jobs)
     assert set(kept) <= set(path.read_text(encoding="utf-8").splitlines())
     size = path.stat().st_size
     run_missing(jobs, path)
@@ -306,15 +349,14 @@ def test_an_interrupted_grid_goes_on(tmp_path, quick):
 
 
 def test_what_a_line_holds(tmp_path, quick):
-    """Numbers have four digits, NaN is null, and runs of PG that choose no rate compare all other methods."""
+    """Numbers have four digits, and runs of PG that choose no rate compare all other methods."""
     path = tmp_path / "runs.jsonl"
     run_missing([grid.Job(m, "4 updates", seed, 0.1) for m in ("PG", "PPO") for seed in (0, 100)], path)
-    runs, (source,) = grid.recorded(read(path), QUICK)
+    runs, (source,) = grid.runs_by_job(read(path), QUICK)
     assert {"benchmark", "definitions", "device", "versions", "commit", "dirty", "command", "date"} == source.keys()
     compared = {(job.method, job.seed): len(run.get("compared", ())) for job, run in runs.items()}
     assert compared == {("PG", 0): len(METHODS) - 1, ("PG", 100): 0, ("PPO", 0): 0, ("PPO", 100): 0}
-    assert runs[grid.Job("PG", "4 updates", 0, 0.1)]["reward"] == [0.5, 0.7, None]
-    assert all(run["largest_gradient"] == 0.3333 for run in runs.values())
+    assert runs[grid.Job("PG", "4 updates", 0, 0.1)]["reward"] == [0.5, 0.7, 0.3333]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +377,7 @@ def test_a_definition_that_no_run_has_may_change(tmp_path, quick):
     run_missing([grid.Job("PPO", "4 updates", 0, 0.1)], path)
     path.write_text(path.read_text(encoding="utf-8").replace("SPO(epsilon=0.2", "SPO(epsilon=0.3"), encoding="utf-8")
     run_missing([grid.Job("PPO", "4 updates", 1, 0.1)], path)
-    assert len(grid.recorded(read(path), QUICK)[0]) == 2
+    assert len(grid.runs_by_job(read(path), QUICK)[0]) == 2
 
 
 @needs_head
@@ -344,8 +386,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "_pool", ThreadPoolExecutor)
     path = tmp_path / "runs.jsonl"
     options = ["--quick", "--seeds", "1", "--workers", "1", "--methods", "SPO", "--settings", "4-bit head"]
-    with torch.no_grad():
-        assert command.main([*options, "--out", str(path)]) == 0
+    assert command.main([*options, "--out", str(path)]) == 0
     found = [record for record in read(path) if "definitions" not in record]
     assert len(found) == len(RATES) * len(SWEEP_SEEDS) + 1
     best = max(RATES, key=lambda rate: sum(sum(r["reward"][-2:]) for r in found[:-1] if r["rate"] == rate))

@@ -13,7 +13,19 @@ pytest.importorskip("matplotlib")
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import read
 from benchmarks.stability import answers, figures, grid, runs, statistics, tables
-from benchmarks.stability.settings import CONTROL, METHODS, QUICK, RATES, SEEDS, SETTINGS, SWEEP_SEEDS
+from benchmarks.stability.settings import (
+    CONTROL,
+    HALF,
+    METHODS,
+    PLAUSIBLE,
+    QUICK,
+    RARE,
+    RATES,
+    SEEDS,
+    SETTINGS,
+    SWEEP_SEEDS,
+    Size,
+)
 from pages import unpadded
 
 PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
@@ -103,12 +115,11 @@ def fabricated(method, setting, seed, rate, level, distortion):
     """A run that rises to `level` at the best rate, and to less at others. Its seed's part cancels in a difference."""
     noise = 0.001 * ((list(METHODS).index(method) + 3) * seed % 5) + 0.01 * (seed % 7)
     final = level + noise - 0.03 * abs(math.log2(rate / BEST))
-    sums = {f"{kind}_{name}": 20.0 * distortion for kind in ("rare", "common") for name in ("stopped", "distortion")}
     return {
         "method": method, "setting": setting, "seed": seed, "rate": rate, "letters": "aeo",
         "reward": [0.5, 0.55, final, final], "rare": [0.07, 0.1, final / 3, final / 3],
-        "implausible": [0.02, 0.1, 0.1, 0.1], "largest_gradient": 1.0,
-        "rare_tokens": 20.0, "common_tokens": 20.0, "shift": 1.0, "log_ratio": 1.0, **sums,
+        "implausible": [0.02, 0.1, 0.1, 0.1], "rare_tokens": 20.0, "common_tokens": 10.0,
+        "rare_distortion": 20.0 * distortion, "common_distortion": 10.0,
     }  # fmt: skip
 
 
@@ -134,8 +145,8 @@ def records():
                 record = fabricated(method, setting, seed, rate, level, distortions.get(method, 0.0))
                 if method == "PG" and seed not in SWEEP_SEEDS:
                     record["compared"] = {
-                        name: {key: 20.0 * (distortions.get(name, 0.0) + 0.001 * (seed % 3)) for key in
-                               ("rare_stopped", "rare_distortion", "common_stopped", "common_distortion")}
+                        name: {"rare_distortion": 20.0 * (distortions.get(name, 0.0) + 0.001 * (seed % 3)),
+                               "common_distortion": 10.0 * 0.4}
                         for name in METHODS if name != "PG"
                     }  # fmt: skip
                 found.append(record)
@@ -150,17 +161,20 @@ def verdicts(found):
 
 def test_outcomes():
     record = fabricated("PPO", "4 updates", 0, BEST, 0.7, 0.25)
-    record |= {"reward": [0.5, 0.4, 0.8, 0.45], "rare": [0, 0, 0.2, 0.1], "common_tokens": 0.0}
+    record |= {"reward": [0.5, 0.4, 0.8, 0.45], "rare": [0, 0, 0.2, 0.1]}
     found = runs.outcomes(record)
     assert found["final"] == pytest.approx(0.625) and found["final_rare"] == pytest.approx(0.15)
     assert found["collapsed"] and not runs.outcomes(record | {"reward": [0.5, 0.4, 0.8, 0.5]})["collapsed"]
-    assert found["rare_stopped"] == 0.25 and math.isnan(found["common_stopped"])
+    assert runs.distortions(record, record) == {"rare": 0.25, "common": 1.0}
+    assert math.isnan(runs.distortions(record | {"common_tokens": 0.0}, record)["common"])
 
 
 def test_question_a(written):
     """PPO distorts, DRPO and SPO do not, and DPPO-TV earns 0.03 / 3 more by rare tokens in one setting."""
     levels = {("DPPO-TV", "64 updates"): 0.72}
-    found = verdicts(answers.rare_tokens(written(levels, {"PPO": 0.2, "SPO": 0.03})))
+    loaded = written(levels, {"PPO": 0.2, "SPO": 0.03})
+    assert "| PPO | 0.20 and 0.40 | 0.20 and 0.40 |" in unpadded(tables.distortion(loaded))
+    found = verdicts(answers.rare_tokens(loaded))
     assert len(found) == 4 * 6
     assert all(found[setting, "PPO", "DPPO-TV"] == "above" for setting in SETTINGS if setting != CONTROL)
     assert all(found[setting, "SPO", "DRPO δ=0.2"] == "within" for setting in SETTINGS if setting != CONTROL)
@@ -181,9 +195,13 @@ def test_question_b(written):
     assert f"0 of 6 ({BEST}), 20 of 20 collapsed |" in said and f"| 3 of 6 ({BEST}) |" in said
 
 
-@pytest.mark.parametrize("question, a, b", [("correction", "DRPO δ=0.2", "DPPO-TV"), ("paper", "DRPO δ=12.5", "PG")])
-def test_questions_c_and_d(written, question, a, b):
-    found = verdicts(getattr(answers, question)(written({(a, "bf16 head"): 0.68, (b, "8-bit head"): 0.68})))
+@pytest.mark.parametrize(
+    "pairs, a, b",
+    [(answers.CORRECTION_PAIRS, "DRPO δ=0.2", "DPPO-TV"), (answers.PAPER_PAIRS, "DRPO δ=12.5", "PG")],
+    ids=["correction", "paper"],
+)
+def test_questions_c_and_d(written, pairs, a, b):
+    found = verdicts(answers.best_rates(written({(a, "bf16 head"): 0.68, (b, "8-bit head"): 0.68}), pairs))
     chosen = {setting: found[setting, a, b] for setting in SETTINGS if setting != CONTROL}
     assert chosen.pop("bf16 head") == "above" and chosen.pop("8-bit head") == "below"
     assert set(chosen.values()) == {"within"}
@@ -194,7 +212,8 @@ def test_question_e(written):
     levels = dict.fromkeys(answers.DELTAS, 0.5) | {"DRPO δ=1": 0.65, "DRPO δ=0.5": 0.63, "DRPO δ=0.2": 0.65}
     levels |= {("DRPO δ=1", "64 updates"): 0.55, ("DRPO δ=0.2", "4 updates"): 0.55}
     choice = answers.choose(written(levels))
-    assert choice.best == "DRPO δ=0.5" and choice.named == ["DRPO δ=0.5"]
+    assert choice.named == ["DRPO δ=0.5"] and choice.summary["working"]["DRPO δ=0.5"] == 3 * 6
+    assert choice.means.loc["DRPO δ=1", "64 updates"] == pytest.approx(0.58, abs=0.01)  # 0.55 and the seeds' mean
     assert choice.summary.loc["DRPO δ=0.5", "worst"] == pytest.approx(0.02, abs=0.003)
     assert choice.summary.loc["DRPO δ=1", "worst"] == pytest.approx(0.1, abs=0.003)
     assert choice.summary["wins"]["DRPO δ=0.5"] == 1 and choice.worse == 1
@@ -203,8 +222,8 @@ def test_question_e(written):
 def test_ties_between_deltas():
     """Within 0.005 of the least regret, more working rates win, and then the larger δ."""
     worst, working = np.array([0.02, 0.01, 0.012, 0.014, 0.2, 0.3]), np.array([36, 10, 20, 20, 30, 30])
-    assert answers.winner(worst, working) == "DRPO δ=0.5"
-    assert answers.winner(worst, np.array([36, 21, 20, 20, 30, 30])) == "DRPO δ=0.1"
+    assert answers.DELTAS[answers.winner(worst, working)] == "DRPO δ=0.5"
+    assert answers.winner(worst, np.array([36, 21, 20, 20, 30, 30])) == 1
 
 
 def test_an_unsure_choice_names_all_that_may_win(written):
@@ -212,6 +231,33 @@ def test_an_unsure_choice_names_all_that_may_win(written):
     wins = pd.Series([0.5, 0.3, 0.16, 0.04, 0.0, 0.0], index=answers.DELTAS)
     unsure = choice._replace(summary=choice.summary.assign(wins=wins))
     assert unsure.named == answers.DELTAS[:3]
+
+
+def amended(records, levels):
+    """The records of all methods, and the amendment's: at both rates, with final rewards `levels` by method and rate."""
+    found = records()
+    for job in grid.amendment_jobs():
+        level = levels.get((job.method, job.rate), 0.6) + 0.03 * abs(math.log2(job.rate / BEST))
+        found.append(fabricated(job.method, job.setting, job.seed, job.rate, level, 0.0))
+    return runs.load(found)
+
+
+def test_the_amendment_compares_at_the_same_rate(records):
+    loaded = amended(records, {("DRPO δ=12.5", 0.05): 0.64, ("PG", 0.1): 0.55})
+    found = verdicts(answers.same_rate(loaded, answers.PAPER_PAIRS))
+    assert len(found) == 4 * 2 and set(found.values()) == {"above"}
+    found = verdicts(answers.same_rate(loaded, answers.CORRECTION_PAIRS))
+    assert len(found) == 4 * 2 * 2 and set(found.values()) == {"within"}
+    assert len(loaded.comparison) == len(runs.load(records()).comparison)  # the registered runs are as they were
+
+
+def test_the_amendment_takes_the_better_rate(records):
+    """δ = 0.2 has the best reward at 0.05, and δ = 1 a good one at 0.1."""
+    choice = answers.choose_amended(amended(records, {("DRPO δ=0.2", 0.05): 0.7, ("DRPO δ=1", 0.1): 0.66}))
+    assert choice.named == ["DRPO δ=0.2"] and choice.means.index[0] == "DRPO δ=0.2" and choice.worse == 1
+    regrets = choice.summary["worst"]
+    assert regrets["DRPO δ=1"] == pytest.approx(0.04, abs=0.003)
+    assert regrets["DRPO δ=12.5"] == pytest.approx(0.1, abs=0.003)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -261,6 +307,14 @@ def test_the_page_registers_what_the_code_decides_by():
         f"lies within ±{answers.SAME_NUMBER} in every setting",
         f"Within {answers.TIE} of the least",
         f"resampled {answers.RESAMPLES:,} times",
+        f"A token is rare if μ < {RARE}.",
+        f"over {answers.COLLAPSES:.0%} of its runs".replace("%", " %"),
+        f"in {answers.LEAVES:.0%} of the resamples".replace("%", " %"),
+        "The rates are " + ", ".join(f"{rate:g}" for rate in RATES[:-1]) + f" and {RATES[-1]:g}.",
+        f"at least 10⁻{-math.log10(PLAUSIBLE):.0f} in this context".replace("4", "⁴"),
+        f"earns {HALF[0]} to {HALF[1]}",
+        f"{Size().width} × {Size().width} matrix",
+        f"{Size().updates} updates of Adam, each with {Size().contexts} contexts × {Size().group} tokens",
         f"none wins {answers.SURE:.0%} of the time, all that win at least {answers.LIKELY:.0%}".replace("%", " %"),
         f"paired differences over {len(SEEDS)} seeds",
     ):
