@@ -21,7 +21,7 @@ SIGNED = "+.3f"
 
 
 def status(runs: Runs) -> str:
-    """Say how many runs there are, and warn where there are fewer than registered."""
+    """Say how many runs there are, and warn where seeds are missing."""
     counts = runs.comparison.groupby(["method", "setting"]).size()
     seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
     lines = [

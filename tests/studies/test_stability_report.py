@@ -234,7 +234,7 @@ def test_an_unsure_choice_names_all_that_may_win(written):
 
 
 def amended(records, levels):
-    """The records of all methods, and the amendment's: at both rates, with final rewards `levels` by method and rate."""
+    """Runs of all methods, and the amendment's at both rates, with final rewards `levels` by method and rate."""
     found = records()
     for job in grid.amendment_jobs():
         level = levels.get((job.method, job.rate), 0.6) + 0.03 * abs(math.log2(job.rate / BEST))
