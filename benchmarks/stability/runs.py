@@ -10,7 +10,7 @@ from functools import cached_property
 import pandas as pd
 
 from benchmarks.harness.records import Record
-from benchmarks.stability.grid import cells, runs_by_job
+from benchmarks.stability.grid import amendment_jobs, cells, runs_by_job
 from benchmarks.stability.settings import AMENDMENT, METHODS, QUICK, RATES, SEEDS, SETTINGS, SWEEP_SEEDS, Size
 from benchmarks.stability.statistics import ENOUGH
 
@@ -59,7 +59,8 @@ class Runs:
 
     @cached_property
     def amended(self) -> pd.DataFrame:
-        return self.table[self.table["seed"].isin(AMENDMENT.seeds)]
+        found = self.table[self.table["seed"].isin(AMENDMENT.seeds)]
+        return found.groupby("seed").filter(lambda runs: len(runs) == len(amendment_jobs()) / len(AMENDMENT.seeds))
 
     @property
     def settings(self) -> list[str]:

@@ -24,13 +24,9 @@ def status(runs: Runs) -> str:
     """Say how many runs there are, and warn where seeds are missing."""
     counts = runs.comparison.groupby(["method", "setting"]).size()
     seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
-    lines = [
-        f"{len(runs.methods)} methods × {len(answers.off_policy(runs))} settings × {seeds} seeds, each method at its "
-        f"best rate in each setting, and {len(runs.sweep)} runs to choose these rates."
-    ]
-    if counts.min() < len(SEEDS):
-        lines.append("**The grid is not complete.**")
-    return " ".join(lines)
+    grid = f"{len(runs.methods)} methods × {len(answers.off_policy(runs))} settings × {seeds} seeds"
+    incomplete = "" if counts.min() >= len(SEEDS) else " **The grid is not complete.**"
+    return f"{grid}, each method at its best rate, and {len(runs.sweep)} runs to choose these rates.{incomplete}"
 
 
 def decided(found: pd.DataFrame) -> str:

@@ -192,7 +192,7 @@ def test_question_b(written):
     assert working.loc["SPO", "4-bit head"] == 0 and working.loc["CISPO", "16 updates"] == 6
     assert working.loc["PG", "16 updates"] == 3  # half and twice the best rate lose 0.03 of the 0.05
     said = unpadded(tables.ranges(loaded))
-    assert f"0 of 6 ({BEST}), 20 of 20 collapsed |" in said and f"| 3 of 6 ({BEST}) |" in said
+    assert f"0 of 6 ({BEST}), **20 of 20 collapsed** |" in said and f"| 3 of 6 ({BEST}) |" in said
 
 
 @pytest.mark.parametrize(
