@@ -143,5 +143,5 @@ BLOCKS = [
     Block(f"stability-{name}", "stability", "stability/runs.jsonl", "docs/stability.md",
           lambda records, part=part: part(load_all(records)), NOT_YET)
     for name, part in PARTS.items()
-] + [Block("stability-toy", "toy", "stability/toy.jsonl", "docs/stability.md", toy)]  # fmt: skip
+] + [Block("stability-toy", "stability", "stability/toy.jsonl", "docs/stability.md", toy)]  # fmt: skip
 BLOCKS[0] = replace(BLOCKS[0], plots="benchmarks.stability.figures")
