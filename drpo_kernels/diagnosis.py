@@ -188,7 +188,7 @@ CONDITIONS = (
         mismatch.overtrained,
         "The policy is far from its samples: the mean log-ratio log π - log μ is {log_ratio:+.2f}, the ratio up to "
         "{ratio_max:.3g}, and log π has risen where A > 0 and fallen where A < 0. Train on fresher samples, lower the "
-        "learning rate, or use an objective that bounds the weight (DRPO with δ < 1, DPPO, CISPO).",
+        "learning rate, or use an objective that bounds the weight (DPPO, CISPO).",
         NOT_OLD_LOGPROBS,
         judges=True,
     ),
@@ -262,8 +262,8 @@ CONDITIONS = (
         "explosion",
         lambda m: m["ratio_max"] > LARGEST_RATIO,
         "The largest ratio π/μ is {ratio_max:.3g}: single tokens dominate the gradient of an objective without a cap. "
-        "Train on fresher samples, lower the learning rate, or use an objective that bounds the weight (DRPO with δ < "
-        "1, DPPO, CISPO). Ratios above 1000 on a fresh batch mean that rollout and trainer compute different numbers.",
+        "Train on fresher samples, lower the learning rate, or use an objective that bounds the weight (DPPO, "
+        "CISPO). Ratios above 1000 on a fresh batch mean that rollout and trainer compute different numbers.",
     ),
     Condition(
         "collapse",

@@ -12,20 +12,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.records import read
-from benchmarks.stability import answers, figures, grid, runs, statistics, tables
-from benchmarks.stability.settings import (
-    CONTROL,
-    HALF,
-    METHODS,
-    PLAUSIBLE,
-    QUICK,
-    RARE,
-    RATES,
-    SEEDS,
-    SETTINGS,
-    SWEEP_SEEDS,
-    Size,
-)
+from benchmarks.stability import answers, figures, grid, runs, settings, statistics, tables
+from benchmarks.stability.settings import CONTROL, METHODS, QUICK, RATES, SEEDS, SETTINGS, SWEEP_SEEDS, Size
 from pages import unpadded
 
 PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
@@ -307,12 +295,12 @@ def test_the_page_registers_what_the_code_decides_by():
         f"lies within ±{answers.SAME_NUMBER} in every setting",
         f"Within {answers.TIE} of the least",
         f"resampled {answers.RESAMPLES:,} times",
-        f"A token is rare if μ < {RARE}.",
+        f"A token is rare if μ < {settings.RARE}.",
         f"over {answers.COLLAPSES:.0%} of its runs".replace("%", " %"),
         f"in {answers.LEAVES:.0%} of the resamples".replace("%", " %"),
         "The rates are " + ", ".join(f"{rate:g}" for rate in RATES[:-1]) + f" and {RATES[-1]:g}.",
-        f"at least 10⁻{-math.log10(PLAUSIBLE):.0f} in this context".replace("4", "⁴"),
-        f"earns {HALF[0]} to {HALF[1]}",
+        f"at least 10⁻{-math.log10(settings.PLAUSIBLE):.0f} in this context".replace("4", "⁴"),
+        f"earns {settings.HALF[0]} to {settings.HALF[1]}",
         f"{Size().width} × {Size().width} matrix",
         f"{Size().updates} updates of Adam, each with {Size().contexts} contexts × {Size().group} tokens",
         f"none wins {answers.SURE:.0%} of the time, all that win at least {answers.LIKELY:.0%}".replace("%", " %"),
