@@ -69,8 +69,8 @@ class DRPO(Objective):
             return None
         return (
             f"For information: |π - μ| is at most 1, so DRPO's boundary at δ = {self.delta:g} is never active and the "
-            f"weight stays within 1 ± {1 / self.delta:.2g}: it trains nearly like the policy gradient. What a smaller δ "
-            "did in an experiment is in docs/stability.md."
+            f"weight stays within 1 ± {1 / self.delta:.2g}: it trains nearly like the policy gradient. What a smaller "
+            "δ did in an experiment is in docs/stability.md."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from benchmarks.harness import quantization
 from benchmarks.harness.records import read
 from benchmarks.stability import __main__ as command
 from benchmarks.stability import bandit, grid, training
@@ -143,6 +144,8 @@ def test_engines_round(world):
         assert torch.equal(logits, logits.bfloat16().float())
         errors.append((logits - exact).norm() / exact.norm())
     assert 0 < errors[0] < errors[1] < errors[2] < 0.5
+    moved = bandit.SCALE * world.scale * (quantization.int4(smollm.load_head()) @ world.directions)
+    assert torch.equal(world.head("int4").directions, moved)  # the adapter acts through the engine's weights too
 
 
 @needs_head
